@@ -1,0 +1,1 @@
+"""Sources of items, relations and pairs, and the batches made of them."""

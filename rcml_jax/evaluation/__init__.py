@@ -1,0 +1,1 @@
+"""Arrays in, numbers out: ranking, retrieval, relations and probes."""

@@ -1,0 +1,1 @@
+"""Flax modules; they know no loss."""
