@@ -1,0 +1,105 @@
+"""RCML and its baselines on a relation graph.
+
+    python train.py --config configs/rcml.py --workdir runs/rcml
+    python train.py --config configs/rcml.py:folder,path=my_catalogue --workdir runs/mine
+    python train.py --config configs/rcml.py --config.method=clip --workdir runs/clip
+
+The argument after the colon names the data source, `openmoji` (the default, embedded) or `folder`,
+with its options as name=value. `pretrained=NAME` starts from a CLIP checkpoint, a directory or a
+name on the Hugging Face hub, with the paper's optimisation. Every value can be overridden:
+--config.optimizer.learning_rate=1e-4.
+"""
+
+import ml_collections
+
+from rcml_jax.config import parse_argument
+
+
+def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
+    """The configuration of a source, e.g. "folder,path=my_catalogue,pretrained=my_clip"."""
+    source, options = parse_argument(
+        arg, sources=("openmoji", "folder"), options=("path", "pretrained")
+    )
+    config = ml_collections.ConfigDict()
+    config.method = "rcml"  # rcml, or the baselines clip, siglip, unicl
+    config.seed = 42
+    config.steps = 500
+    config.validate_every = 50
+    config.patience = 4  # validations without a better Hit@5 AVG before stopping; 0: never
+    config.log_every = 25
+    config.parallel = "jit"  # jit or pmap
+    config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
+    config.devices = 0  # 0: all of them
+    config.tensorboard = False
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = source
+    config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
+    config.data.path = options.get("path", "")  # of the folder source
+    config.data.strict = False  # a corrupt image is an error, not counted and skipped
+    config.data.split_seed = 0
+    config.data.disjoint = "item"  # item: test items are never seen; pair: test pairs are not
+    config.data.relation_text = True  # False: one sentence for all relations (ablation)
+    config.data.queries = 10_000  # at most, for each task of the evaluation
+    config.data.threads = 1  # that read batches ahead
+
+    config.batch = ml_collections.ConfigDict()
+    config.batch.relations = 16
+    config.batch.pairs_per_relation = 8
+    config.batch.intra_pairs = 32
+    config.batch.size = 256  # distinct items; what the pairs leave free are more negatives
+    config.batch.inter_pairs = True  # False: self pairs only (ablation)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.pretrained = options.get("pretrained", "")
+    config.model.init_from = ""  # a work directory of ours whose towers to start from
+    config.model.freeze = ""  # text, image, both
+    config.model.dtype = "float32"  # of the computation, or bfloat16
+    config.model.width = 128
+    config.model.layers = 3
+    config.model.heads = 4
+    config.model.embed_dim = 128
+    config.model.image_size = 32
+    config.model.patch_size = 8
+    config.model.vocab_size = 4096
+    config.model.max_length = 32
+    # The pooling head (Eq. 5): see RelationPooling.
+    config.model.beta = 0.6
+    config.model.summary_logit = 1.0
+    config.model.summary_prior = 0.0
+    config.model.learn_summary_prior = False
+    config.model.head_init = "identity"
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.temperature = 0.1
+    config.loss.learn_temperature = False
+    config.loss.intra_modal_weight = 0.5  # λ; 0: no intra-modal loss (ablation)
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.optimizer.clip_norm = 0.0  # 0: no clipping
+
+    config.evaluation = ml_collections.ConfigDict()
+    config.evaluation.similarity = "cosine"  # or all: a sweep over every similarity
+    config.evaluation.validity_probe = "linear"  # or mlp
+
+    if config.model.pretrained:
+        _paper_optimisation(config)
+    return config
+
+
+def _paper_optimisation(config: ml_collections.ConfigDict) -> None:
+    """512 pairs at a learning rate of 5e-5, about three epochs under early stopping."""
+    config.steps = 3000
+    config.validate_every = 250
+    config.optimizer.learning_rate = 5e-5
+    config.optimizer.warmup_steps = 100
+    config.batch.relations = 8
+    config.batch.pairs_per_relation = 64
+    config.batch.intra_pairs = 64
+    config.batch.size = 1024
+    config.model.max_length = 77

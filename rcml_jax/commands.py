@@ -1,0 +1,142 @@
+"""What `train.py` and `eval.py` do: read the command line, run, and end with a status.
+
+Status 0 means done, or stopped by a signal with everything saved; 2 a mistake that the printed
+sentence tells how to mend.
+"""
+
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from rcml_jax.errors import UserError
+
+
+def train(argv: Sequence[str]) -> int:
+    """`python train.py --config FILE[:ARGUMENT] --workdir DIRECTORY [--config.name=value ...]`."""
+    return guard(_train, argv)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """`python eval.py --workdir DIRECTORY [--split=test] [--config.evaluation.name=value ...]`."""
+    return guard(_evaluate, argv)
+
+
+def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; a mistake of the user ends in one sentence on stderr and status 2."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        return command(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted before the step was saved", file=sys.stderr)
+        return 130
+
+
+def _train(argv: Sequence[str]) -> int:
+    config_path, rest = take_option(argv, "config")
+    if config_path is None:
+        raise UserError("train.py needs --config, for example --config configs/rcml.py")
+    values = parse_flags(rest, load_config_file(config_path), workdir="")
+    if not values.workdir:
+        raise UserError("train.py needs --workdir, a directory of its own for the run")
+    from rcml_jax.evaluation.table import print_evaluation
+    from rcml_jax.training.loop import train_and_evaluate
+    from rcml_jax.training.parallel import initialize_distributed
+
+    initialize_distributed()
+    result = train_and_evaluate(values.config, values.workdir)
+    if result is not None:
+        print_evaluation(result)
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    workdir, rest = take_option(argv, "workdir")
+    if workdir is None:
+        raise UserError("eval.py needs --workdir, the directory that train.py wrote")
+    from rcml_jax.training.workdir import load_config
+
+    values = parse_flags(rest, load_config(pathlib.Path(workdir)), split="test")
+    _check_overrides(rest)
+    from rcml_jax.data.graph import SPLITS
+    from rcml_jax.evaluation.table import print_evaluation
+    from rcml_jax.training.loop import evaluate as evaluate_workdir
+
+    if values.split not in SPLITS:
+        raise UserError(f"--split={values.split} is unknown; choose one of {', '.join(SPLITS)}")
+    print_evaluation(evaluate_workdir(values.config, workdir, values.split))
+    return 0
+
+
+def _check_overrides(args: Sequence[str]) -> None:
+    """Only what does not make another model of it may be given to eval.py."""
+    for arg in args:
+        name = arg.lstrip("-").split("=")[0]
+        allowed = ("config.evaluation.", "config.data.dir", "config.platform", "config.data.path")
+        if name.startswith("config.") and not name.startswith(allowed):
+            raise UserError(
+                f"eval.py takes the configuration of the work directory; --{name} would evaluate "
+                "another one: train it with train.py"
+            )
+
+
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take `--name value` or `--name=value` out of the arguments (without the program's name)."""
+    rest, value = [], None
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        flag, equals, after = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            value = after if equals else next(arguments, None)
+            if not value:
+                raise UserError(f"--{name} needs a value")
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
+    """Call `get_config` of "file.py" or "file.py:argument". Raises UserError where it cannot."""
+    path, _, argument = path_and_argument.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"there is no configuration file {path}; see the folder configs")
+    spec = importlib.util.spec_from_file_location("rcml_jax_config_file", path)
+    module = importlib.util.module_from_spec(spec) if spec else None
+    if module is None:
+        raise UserError(f"{path} is no Python file; give one with a function get_config")
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no function get_config; see the folder configs")
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def parse_flags(
+    args: Sequence[str], config: ml_collections.ConfigDict, **options: str
+) -> flags.FlagValues:
+    """Parse `--config.name=value` overrides and the given string options with their defaults.
+
+    Raises UserError for a mistyped option or a value of the wrong type.
+    """
+    values = flags.FlagValues()
+    for name, default in options.items():
+        flags.DEFINE_string(name, default, name, flag_values=values)
+    argv = ["", *args]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).strip("'\"").split())
+        raise UserError(f"wrong option: {reason}") from error
+    if rest[1:]:
+        raise UserError(f"unknown argument {rest[1]!r}; options are written --name=value")
+    return values

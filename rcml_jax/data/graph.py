@@ -1,0 +1,242 @@
+"""Relation graphs: items, relation sentences, the pairs that they link, and splits of them."""
+
+import dataclasses
+import functools
+from typing import Literal, Protocol
+
+import numpy as np
+import scipy.sparse
+from PIL import Image
+
+from rcml_jax.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+INTRA_RELATION = "These two items represent the same product. Align their features accordingly."
+
+
+class ItemImages(Protocol):
+    """The pictures of a graph's items, in the order of the items."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+        ...
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """The RGB picture of one item, decoded on demand."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """The PNG or JPEG bytes of one item's picture."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RelationGraph:
+    """Items (text and image) and undirected pairs of them under relation sentences.
+
+    N items, R relations, P pairs. `labels` (N,) int32 is the class for the label-supervised
+    baseline, -1 where it is unknown. `pairs` (P, 3) int32 holds item a < item b and the relation,
+    unique and sorted. `pair_split` (P,) int8 is the declared split (an index into SPLITS), or -1
+    where none is declared.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    relations: tuple[str, ...]
+    pairs: np.ndarray
+    pair_split: np.ndarray
+    images: ItemImages
+    intra_relation: str = INTRA_RELATION
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @functools.cached_property
+    def _related(self) -> scipy.sparse.csr_array:
+        n = len(self)
+        units = np.unique(self.pairs[:, :2], axis=0)
+        a, b = units[:, 0], units[:, 1]
+        diagonal = np.arange(n, dtype=a.dtype)
+        rows, cols = np.concatenate([a, b, diagonal]), np.concatenate([b, a, diagonal])
+        matrix = scipy.sparse.csr_array((np.ones(len(rows), bool), (rows, cols)), shape=(n, n))
+        matrix.sort_indices()
+        return matrix
+
+    def related(self) -> scipy.sparse.csr_array:
+        """Whether two items are paired under any relation: sparse (N, N) bool, true diagonal."""
+        return self._related
+
+    def related_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """Rows (n,) against columns (m,) of `related()`, dense (n, m) bool; cost ~ rows' pairs."""
+        rows, cols = np.asarray(rows), np.asarray(cols)
+        if len(rows) == 0 or len(cols) == 0:
+            return np.zeros((len(rows), len(cols)), bool)
+        return np.asarray(self._related[rows][:, cols].todense(), bool)
+
+    def related_values(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """`related()` at single places: two index arrays of one shape to bool of that shape."""
+        rows, cols = np.asarray(rows), np.asarray(cols)
+        if rows.size == 0:
+            return np.zeros(rows.shape, bool)
+        values = self._related[rows.ravel(), cols.ravel()]
+        return np.asarray(values, bool).reshape(rows.shape)
+
+    def pair_units(self) -> np.ndarray:
+        """The number (P,) of each pair's unordered item pair; one number for all its relations."""
+        if not len(self.pairs):
+            return np.zeros(0, np.int64)
+        new = np.any(np.diff(self.pairs[:, :2], axis=0) != 0, axis=1)
+        return np.concatenate([[0], np.cumsum(new)])
+
+    def validate(self) -> "RelationGraph":
+        """The graph itself if it is whole.
+
+        Raises:
+          UserError: an array has a wrong shape, or an item, a relation, a label or a split is out
+            of range, or pairs are not unique and sorted, or a text or a relation is empty.
+        """
+        n, r, p = len(self.ids), len(self.relations), len(self.pairs)
+
+        def check(good: bool, problem: str) -> None:
+            if not good:
+                raise UserError(f"Relation graph '{self.name}' is not valid: {problem}.")
+
+        check(n > 0, "it has no items")
+        check(len(set(self.ids)) == n, "item ids are not unique")
+        check(len(self.texts) == n, f"{n} ids but {len(self.texts)} texts")
+        check(len(self.images) == n, f"{n} ids but {len(self.images)} images")
+        check(self.labels.shape == (n,), f"labels have shape {self.labels.shape}, not ({n},)")
+        check(all(t.strip() for t in self.texts), "an item's text is empty")
+        check(all(s.strip() for s in self.relations), "a relation sentence is empty")
+        check(bool(self.intra_relation.strip()), "the intra-sample sentence is empty")
+        check(self.pairs.shape == (p, 3), f"pairs have shape {self.pairs.shape}, not (P, 3)")
+        check(self.pair_split.shape == (p,), "pair_split does not have one entry a pair")
+        top = len(self.label_names)
+        check(bool(np.all((self.labels >= -1) & (self.labels < top))), "a label is out of range")
+        if p:
+            a, b, e = self.pairs.T
+            check(bool(np.all((a >= 0) & (a < b) & (b < n))), "a pair is not two items a < b")
+            check(bool(np.all((e >= 0) & (e < r))), "a pair's relation is out of range")
+            ok = np.all(np.diff(_pair_keys(self.pairs, n, r)) > 0)
+            check(bool(ok), "pairs are not unique and sorted")
+            s = self.pair_split
+            check(bool(np.all((s >= -1) & (s < len(SPLITS)))), "a declared split is out of range")
+            self._check_declared()
+        return self
+
+    def _check_declared(self) -> None:
+        """One item pair in two declared splits would leak from one into the other."""
+        declared = self.pair_split >= 0
+        units, split = self.pair_units()[declared], self.pair_split[declared]
+        clash = np.flatnonzero((np.diff(units) == 0) & (np.diff(split) != 0))
+        if len(clash):
+            a, b, _ = self.pairs[declared][clash[0]]
+            raise UserError(
+                f"Items '{self.ids[a]}' and '{self.ids[b]}' of '{self.name}' are a pair in two "
+                "splits; declare one split for all the relations of a pair."
+            )
+
+
+def _pair_keys(pairs: np.ndarray, items: int, relations: int) -> np.ndarray:
+    a, b, e = pairs.astype(np.int64).T
+    return (a * items + b) * max(relations, 1) + e
+
+
+def normalize_pairs(
+    pairs: np.ndarray, pair_split: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Undirected, unique, sorted pairs (P, 3) int32 and splits (P,) int8 from pairs in any order.
+
+    Of a pair that comes twice the first one's split is kept; pairs of an item with itself go.
+    """
+    pairs = np.asarray(pairs, np.int32).reshape(-1, 3)
+    if pair_split is None:
+        pair_split = np.full(len(pairs), -1)
+    ordered = np.concatenate([np.sort(pairs[:, :2], axis=1), pairs[:, 2:]], axis=1)
+    keep = ordered[:, 0] != ordered[:, 1]
+    unique, first = np.unique(ordered[keep], axis=0, return_index=True)
+    return unique.astype(np.int32), np.asarray(pair_split)[keep][first].astype(np.int8)
+
+
+def pairs_within(groups: list[np.ndarray]) -> np.ndarray:
+    """Every two items of each group under the group's number: (P, 3), unique and sorted."""
+    blocks = [np.zeros((0, 3), np.int32)]
+    for relation, members in enumerate(groups):
+        i, j = np.triu_indices(len(members), 1)
+        members = np.asarray(members)
+        blocks.append(np.stack([members[i], members[j], np.full(len(i), relation)], axis=1))
+    return normalize_pairs(np.concatenate(blocks))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The split of every item (N,) and pair (P,) int8: an index into SPLITS, -1 for unused.
+
+    `disjoint` says what no two splits share: "item", "pair", or "declared" (pairs, as the source
+    declares them). Under the last two items have no split of their own (all -1).
+    """
+
+    item_split: np.ndarray
+    pair_split: np.ndarray
+    disjoint: str
+    graph_pairs: np.ndarray = dataclasses.field(repr=False)
+
+    def pairs(self, split: str) -> np.ndarray:
+        """The pairs of one split: (a, b, relation) rows, (k, 3) int32."""
+        return self.graph_pairs[self.pair_split == split_index(split)]
+
+    def items(self, split: str) -> np.ndarray:
+        """The items of one split, sorted (k,): its own ones, or those of its pairs."""
+        if self.disjoint == "item":
+            return np.flatnonzero(self.item_split == split_index(split))
+        return np.unique(self.pairs(split)[:, :2]).astype(np.int64)
+
+
+def split_index(split: str) -> int:
+    """The number of a split's name; UserError for any other name."""
+    if split not in SPLITS:
+        raise UserError(f"There is no split '{split}'; use one of {', '.join(SPLITS)}.")
+    return SPLITS.index(split)
+
+
+def split_graph(
+    graph: RelationGraph,
+    *,
+    seed: int,
+    disjoint: Literal["item", "pair"] = "item",
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+) -> Splits:
+    """Items or pairs drawn into train, validation and test by a fixed seed.
+
+    With `disjoint="item"` a pair belongs to a split if both its items do, and is unused
+    otherwise; with "pair" the unordered item pairs are split, each with all its relations.
+    Splits that the graph declares override both, and pairs without one are then unused.
+
+    Raises:
+      UserError: an unknown `disjoint`, or fractions that are negative or do not add up to 1.
+    """
+    if disjoint not in ("item", "pair"):
+        raise UserError(f"data.disjoint is '{disjoint}'; use 'item' or 'pair'.")
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"The split fractions {fractions} are not three shares that add up to 1.")
+    nowhere = np.full(len(graph), -1, np.int8)
+    if np.any(graph.pair_split >= 0):
+        return Splits(nowhere, graph.pair_split.astype(np.int8), "declared", graph.pairs)
+    rng = np.random.default_rng(seed)
+    if disjoint == "item":
+        item_split = _draw(rng, len(graph), fractions)
+        a, b = item_split[graph.pairs[:, 0]], item_split[graph.pairs[:, 1]]
+        return Splits(item_split, np.where(a == b, a, -1).astype(np.int8), "item", graph.pairs)
+    units = graph.pair_units()
+    count = int(units[-1]) + 1 if len(units) else 0
+    return Splits(nowhere, _draw(rng, count, fractions)[units], "pair", graph.pairs)
+
+
+def _draw(rng: np.random.Generator, count: int, fractions: tuple[float, ...]) -> np.ndarray:
+    """A split (count,) int8 for each; sizes are the fractions to the nearest whole number."""
+    ends = np.rint(np.cumsum(fractions) * count).astype(int)
+    split = np.searchsorted(ends, np.arange(count), side="right").clip(max=len(SPLITS) - 1)
+    return rng.permutation(split.astype(np.int8))

@@ -1,0 +1,210 @@
+"""Pictures to arrays: decoding, CLIP's resize and crop, and a memory cache of the results."""
+
+import io
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from rcml_jax.data.graph import ItemImages
+from rcml_jax.errors import UserError
+
+# The channel means and deviations of OpenAI's CLIP, for RGB scaled to 0..1.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Strips longer than this many times their width are cropped before they are resized.
+_LONGEST_RATIO = 8
+# What Pillow raises for bytes that are no picture, are cut short or are too large.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def open_rgb(encoded: bytes) -> Image.Image:
+    """An RGB picture from its file's bytes; transparent parts turn white.
+
+    A JPEG's pixels are not read yet, so that `to_array` can decode it at a smaller scale.
+
+    Raises:
+      OSError, ValueError: the bytes are no picture.
+    """
+    picture = Image.open(io.BytesIO(encoded))
+    return picture if picture.mode == "RGB" else flatten(picture)
+
+
+def flatten(picture: Image.Image) -> Image.Image:
+    """The picture as RGB, transparent parts white."""
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        canvas = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(canvas, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def storable(encoded: bytes, max_size: int | None) -> bytes:
+    """PNG or JPEG bytes for the store: as they are where possible, else encoded anew.
+
+    Anew: other formats or modes, transparency, an orientation tag, or a longer side beyond
+    `max_size`.
+
+    Raises:
+      OSError, ValueError: the bytes are no picture.
+    """
+    picture = Image.open(io.BytesIO(encoded))
+    kind = picture.format
+    turned = picture.getexif().get(0x0112, 1) != 1
+    large = max_size is not None and max(picture.size) > max_size
+    plain = not picture.has_transparency_data and picture.mode == "RGB"
+    if kind in ("PNG", "JPEG") and plain and not large and not turned:
+        return encoded
+    if large and kind == "JPEG":
+        picture.draft("RGB", (max_size, max_size))
+    if turned:
+        picture = ImageOps.exif_transpose(picture)
+    picture = flatten(picture)
+    if large:
+        picture.thumbnail((max_size, max_size), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    if kind == "JPEG":
+        picture.save(out, "JPEG", quality=90)
+    else:
+        picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def check_decodes(encoded: bytes) -> None:
+    """Reads the whole picture at the smallest scale; raises OSError or ValueError if it cannot."""
+    picture = Image.open(io.BytesIO(encoded))
+    if picture.format == "JPEG":
+        picture.draft("RGB", (1, 1))
+    picture.load()
+
+
+def to_array(picture: Image.Image, size: int) -> np.ndarray:
+    """The picture as CLIP's processor makes it: uint8 (size, size, 3).
+
+    The short side is resized to `size` (bicubic) and the centre is cut out. JPEGs are decoded at
+    a smaller scale, of twice the size at least.
+
+    Raises:
+      OSError: the picture's bytes are damaged.
+    """
+    picture.draft("RGB", (2 * size, 2 * size))
+    picture = picture.convert("RGB")
+    width, height = picture.size
+    short, long = min(width, height), max(width, height)
+    if long > _LONGEST_RATIO * short:
+        margin = (long - _LONGEST_RATIO * short) // 2
+        end = margin + _LONGEST_RATIO * short
+        box = (margin, 0, end, height) if width > height else (0, margin, width, end)
+        picture = picture.crop(box)
+        width, height = picture.size
+        short, long = min(width, height), max(width, height)
+    long = int(size * long / short)
+    width, height = (long, size) if width > height else (size, long)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+class EncodedImages:
+    """Pictures of items that one function gives as encoded bytes, by the item's index."""
+
+    def __init__(self, count: int, encode: Callable[[int], bytes]):
+        self._count, self._encode = count, encode
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return open_rgb(self.encoded(index))
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of one item's picture."""
+        return self._encode(int(index))
+
+
+class ImageBank:
+    """Items' pictures as arrays, decoded once while they fit into `cache_bytes` of memory.
+
+    Which pictures are kept: the first that are asked for. Thread-safe; a pickled copy starts with
+    an empty cache.
+    """
+
+    def __init__(
+        self,
+        images: ItemImages,
+        size: int,
+        *,
+        cache_bytes: int = 512 * 2**20,
+        threads: int | None = None,
+    ):
+        self.images, self.size, self.cache_bytes = images, size, cache_bytes
+        self.threads = threads or min(8, os.cpu_count() or 1)
+        self._reset()
+
+    def _reset(self) -> None:
+        capacity = min(len(self.images), self.cache_bytes // (3 * self.size**2))
+        # np.empty: the system hands out the memory only as the pictures come in.
+        self._store = np.empty((capacity, self.size, self.size, 3), np.uint8)
+        self._slot = np.full(len(self.images), -1, np.int64)
+        self._used = 0
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    @property
+    def cached(self) -> int:
+        """The number of pictures in memory."""
+        return self._used
+
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The pictures of items (n,): uint8 (n, size, size, 3).
+
+        Raises:
+          UserError: a picture cannot be decoded.
+        """
+        indices = np.asarray(indices, np.int64)
+        slots = self._slot[indices]
+        out = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        hit = slots >= 0
+        out[hit] = self._store[slots[hit]]
+        missing = np.unique(indices[~hit])
+        for index, array in zip(missing, self._decode_all(missing), strict=True):
+            out[indices == index] = array
+            self._keep(index, array)
+        return out
+
+    def _decode_all(self, indices: np.ndarray):
+        if len(indices) < 4 or self.threads == 1:
+            return map(self._decode, indices)
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="images")
+        return self._pool.map(self._decode, indices)
+
+    def _decode(self, index: int) -> np.ndarray:
+        try:
+            return to_array(self.images[int(index)], self.size)
+        except DECODE_ERRORS as error:
+            raise UserError(
+                f"The image of item {int(index)} cannot be decoded ({error}); remove the prepared "
+                "data set, so that it is made anew, or mend the source image."
+            ) from error
+
+    def _keep(self, index: int, array: np.ndarray) -> None:
+        with self._lock:
+            if self._slot[index] >= 0 or self._used >= len(self._store):
+                return
+            self._store[self._used] = array
+            self._slot[index] = self._used  # published last: readers take no lock
+            self._used += 1

@@ -1,0 +1,232 @@
+"""Texts to token ids: a small trainable tokenizer, and those of pretrained checkpoints."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from rcml_jax.errors import UserError
+
+# The end id must not be 2: Hugging Face's CLIP takes `eos_token_id == 2` for an old checkpoint
+# and then looks for the highest id instead of the end token.
+SPECIAL_TOKENS = ("<pad>", "<start>", "<unused>", "<end>")
+LENGTHS = (8, 16, 24, 32, 48, 64, 77)
+# The names of the start, end and padding tokens in our own, CLIP's, BERT's and RoBERTa's files.
+_KNOWN = (
+    ("<start>", "<end>", "<pad>"),
+    ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    ("[CLS]", "[SEP]", "[PAD]"),
+    ("<s>", "</s>", "<pad>"),
+)
+_MEMO_TEXTS = 500_000
+# CLIP's split into words, contractions, single digits and runs of signs.
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Texts to ids with a start and an end token, padded to one of a few fixed lengths.
+
+    Wraps a `tokenizers.Tokenizer`; its own post-processing, padding and truncation are not used.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str = "tokenizer"):
+        for names in _KNOWN:
+            ids = [tokenizer.token_to_id(name) for name in names]
+            if None not in ids:
+                break
+        else:
+            raise UserError(
+                f"{source} has no known start, end and padding tokens; use a tokenizer of the "
+                "CLIP or BERT family, or train one."
+            )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # A text that spells "<end>" gets the signs' ids, not the token's.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.start_id, self.end_id, self.pad_id = ids
+        self._memo: dict[str, np.ndarray] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id: the rows that an embedding table needs."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """A tokenizer from a `tokenizer.json`; UserError where it is missing or damaged."""
+        path = Path(path)
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")), source=str(path))
+        except FileNotFoundError:
+            raise UserError(f"There is no tokenizer file {path}; check the path.") from None
+        except UserError:
+            raise
+        except Exception as error:  # the Rust library raises plain Exception
+            raise _damaged(path, error) from error
+
+    @classmethod
+    def from_pretrained_dir(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint: `tokenizer.json`, or CLIP's `vocab.json`, `merges.txt`.
+
+        Raises:
+          UserError: the folder has neither, or a file is damaged.
+        """
+        folder = Path(folder)
+        if (folder / "tokenizer.json").is_file():
+            return cls.load(folder / "tokenizer.json")
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        if not (vocab.is_file() and merges.is_file()):
+            raise UserError(
+                f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; copy the "
+                "checkpoint's tokenizer files into it."
+            )
+        return cls(_clip_tokenizer(vocab, merges), source=str(folder))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `tokenizer.json` that `load` reads back."""
+        Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without the special tokens."""
+        special = {self.pad_id, self.start_id, self.end_id}
+        kept = [int(i) for i in ids if int(i) not in special]
+        return self._tokenizer.decode(kept).strip()
+
+    def encode(
+        self, texts: Sequence[str], max_length: int, lengths: Sequence[int] = LENGTHS
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of texts, both (n, T) int32: start, the text, end, then padding.
+
+        A text is cut so that start and end fit into `max_length`. T is the smallest of `lengths`
+        (those above `max_length` are dropped, and `max_length` is always one) that fits the
+        longest of the texts.
+        """
+        if max_length < 2:
+            raise UserError(f"A text length of {max_length} has no room for start and end tokens.")
+        bodies = [body[: max_length - 2] for body in self._bodies(texts)]
+        longest = max((len(body) for body in bodies), default=0) + 2
+        fixed = sorted({length for length in lengths if length < max_length} | {max_length})
+        width = next(length for length in fixed if length >= longest)
+        ids = np.full((len(bodies), width), self.pad_id, np.int32)
+        mask = np.zeros((len(bodies), width), np.int32)
+        for row, body in enumerate(bodies):
+            end = len(body) + 1
+            ids[row, 0], ids[row, 1:end], ids[row, end] = self.start_id, body, self.end_id
+            mask[row, : end + 1] = 1
+        return ids, mask
+
+    def encode_with_suffix(
+        self,
+        texts: Sequence[str],
+        suffixes: Sequence[str],
+        max_length: int,
+        lengths: Sequence[int] = LENGTHS,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode` of "text. sentence", row by row, cut where the limit ends."""
+        joined = [
+            f"{text.rstrip().rstrip('.')}. {suffix}"
+            for text, suffix in zip(texts, suffixes, strict=True)
+        ]
+        return self.encode(joined, max_length, lengths)
+
+    def _bodies(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, without special tokens, from memory where they are known."""
+        memo = self._memo
+        known = [memo.get(text) for text in texts]
+        missing = list(dict.fromkeys(t for t, k in zip(texts, known, strict=True) if k is None))
+        if not missing:
+            return known
+        encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
+        fresh = {
+            text: np.array(encoding.ids, np.int32)
+            for text, encoding in zip(missing, encodings, strict=True)
+        }
+        if len(memo) + len(fresh) > _MEMO_TEXTS:
+            memo.clear()
+        memo.update(fresh)
+        return [fresh[t] if k is None else k for t, k in zip(texts, known, strict=True)]
+
+    def __getstate__(self) -> dict:
+        return {"tokenizer": self._tokenizer.to_str()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(tokenizers.Tokenizer.from_str(state["tokenizer"]))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer learned from texts: lower case, white space cleaned.
+
+    The vocabulary has at most `vocab_size` entries: 4 special tokens, 256 bytes and the merges.
+    The same texts give the same tokenizer.
+
+    Raises:
+      UserError: `vocab_size` is too small for the bytes.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    least = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < least:
+        raise UserError(f"A vocabulary of {vocab_size} is too small; use {least} at least.")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Lowercase(),
+        ]
+    )
+    # The space before the first word: it then has the same ids as in the middle of a text.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(tokenizer)
+
+
+def _clip_tokenizer(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
+    """CLIP's lower-cased BPE with "</w>" at the end of words, as in transformers' conversion."""
+    try:
+        vocab = json.loads(vocab_path.read_text("utf-8"))
+        lines = merges_path.read_text("utf-8").strip().splitlines()
+        merges = [tuple(x.split()) for x in lines if x and not x.startswith("#version")]
+        tokenizer = tokenizers.Tokenizer(
+            models.BPE(
+                vocab=vocab,
+                merges=merges,
+                unk_token="<|endoftext|>",
+                end_of_word_suffix="</w>",
+                continuing_subword_prefix="",
+                fuse_unk=False,
+            )
+        )
+    except Exception as error:  # the Rust library raises plain Exception
+        raise _damaged(vocab_path.parent, error) from error
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return tokenizer
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"The tokenizer in {path} is damaged ({error}); copy or train it anew.")

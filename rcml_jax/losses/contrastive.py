@@ -1,0 +1,191 @@
+"""Contrastive losses of whole batches: softmax with any targets, CLIP, SigLIP and UniCL.
+
+All are pure functions of arrays to one scalar, computed in float32 at least, and are right as they
+stand under `jit` with sharded inputs, `grad` and `vmap`. `temperature` and `bias` may be traced.
+Inputs must be finite where they are masked, too.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rcml_jax.similarity import as_float, cosine, dot
+
+
+def softmax_contrastive(
+    logits: jax.Array,
+    targets: jax.Array | None = None,
+    *,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> jax.Array:
+    """Mean cross entropy between the softmax over each row's candidates and the row's targets.
+
+    L = Σ_i w_i Σ_j −t_ij log [exp(l_ij) / Σ_k exp(l_ik)] / Σ_i w_i, with k over the candidates
+    that are allowed and i over the rows that have a positive.
+
+    logits: (n, m); −inf counts as masked.
+    targets: None, the diagonal (n ≤ m); (n,) integers, the index of each row's positive, where an
+        index outside 0..m−1 means no positive; (n, m), non-negative, a soft target a row, which is
+        normalised to sum to one after masking.
+    where: (m,) or (n, m) bool, true for allowed candidates. A masked positive is no positive.
+    weights: (n,) row weights, 1 if left out.
+
+    A row without a positive, or of weight 0, adds 0 to the numerator and to the denominator; if no
+    row is left the loss is 0. Raises ValueError if the shape or type of `targets` fits none of the
+    three forms.
+    """
+    logits = as_float(logits)
+    allowed = ~jnp.isneginf(logits)
+    if where is not None:
+        allowed &= jnp.asarray(where, bool)
+    targets = jnp.where(allowed, _target_matrix(targets, logits), 0)
+    mass = jnp.sum(targets, axis=1)
+    if weights is None:
+        weights = jnp.ones_like(mass)
+    weights = jnp.asarray(weights, logits.dtype)
+    live = (mass > 0) & (weights != 0)
+    # Dead rows become rows of zeros before the logarithm: masking them afterwards would leave NaN
+    # in the gradient.
+    allowed |= ~live[:, None]
+    logits = jnp.where(live[:, None], logits, 0)
+    log_sum = jax.nn.logsumexp(jnp.where(allowed, logits, -jnp.inf), axis=1)
+    surprise = jnp.where(allowed, log_sum[:, None] - jnp.where(allowed, logits, 0), 0)
+    losses = jnp.sum(targets * surprise, axis=1) / jnp.where(live, mass, 1)
+    weights = jnp.where(live, weights, 0)
+    total = jnp.sum(weights)
+    return jnp.sum(weights * losses) / jnp.where(total != 0, total, 1)
+
+
+def info_nce(
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    temperature: float | jax.Array = 0.1,
+    targets: jax.Array | None = None,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    normalize: bool = True,
+) -> jax.Array:
+    """InfoNCE from queries (n, d) to keys (m, d): one direction (van den Oord et al., 2018).
+
+    `softmax_contrastive` of the cosines (dot products without `normalize`) over the temperature;
+    `targets`, `where` and `weights` are handed on.
+    """
+    logits = _logits(queries, keys, temperature, normalize)
+    return softmax_contrastive(logits, targets, where=where, weights=weights)
+
+
+def clip(
+    text: jax.Array,
+    image: jax.Array,
+    *,
+    temperature: float | jax.Array = 0.07,
+    where: jax.Array | None = None,
+    targets: jax.Array | None = None,
+    normalize: bool = True,
+) -> jax.Array:
+    """CLIP: the average of InfoNCE from text to image and back (Radford et al., 2021).
+
+    text, image: (n, d). where: (n,) bool, false for padding, which is neither row nor candidate.
+    targets: as in `softmax_contrastive`, text to image; image to text takes the transposed matrix,
+    each row of it normalised on its own. Raises ValueError if text and image differ in shape.
+    """
+    _check_paired(text, image)
+    logits = _logits(text, image, temperature, normalize)
+    targets = _target_matrix(targets, logits)
+    both = _both_valid(where, logits)
+    forward = softmax_contrastive(logits, targets, where=both)
+    backward = softmax_contrastive(logits.T, targets.T, where=both.T)
+    return (forward + backward) / 2
+
+
+def sigmoid(
+    text: jax.Array,
+    image: jax.Array,
+    *,
+    temperature: float | jax.Array = 0.1,
+    bias: float | jax.Array = -10.0,
+    where: jax.Array | None = None,
+    targets: jax.Array | None = None,
+    normalize: bool = True,
+) -> jax.Array:
+    """SigLIP: −(1/n) Σ_ij log σ(y_ij (x_i·y_j/τ + b)), y_ij = ±1 (Zhai et al., 2023).
+
+    text, image: (n, d). where: (n,) bool, false for padding; n counts the valid rows.
+    targets: as in `softmax_contrastive`, but not normalised: an entry t in [0, 1] adds
+    t log σ(l) + (1 − t) log σ(−l), so that 1 stands for y = 1 and 0 for y = −1. A row without a
+    positive therefore still has its negatives. Without any valid row the loss is 0.
+    Raises ValueError if text and image differ in shape.
+    """
+    _check_paired(text, image)
+    logits = _logits(text, image, temperature, normalize)
+    logits = logits + jnp.asarray(bias, logits.dtype)
+    targets = _target_matrix(targets, logits)
+    both = _both_valid(where, logits)
+    terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+    rows = jnp.sum(jnp.diagonal(both))
+    return -jnp.sum(jnp.where(both, terms, 0)) / jnp.maximum(rows, 1).astype(logits.dtype)
+
+
+def label_supervised(
+    text: jax.Array,
+    image: jax.Array,
+    labels: jax.Array,
+    *,
+    temperature: float | jax.Array = 0.07,
+    where: jax.Array | None = None,
+    normalize: bool = True,
+) -> jax.Array:
+    """UniCL: CLIP with every item of the same label as a positive (Yang et al., 2022, Eq. 2–4).
+
+    text, image: (n, d). labels: (n,) integers; the target is spread evenly over the items of the
+    row's label. A negative label is unknown: only the item itself is positive. where: (n,) bool,
+    false for padding. Raises ValueError if text and image differ in shape.
+    """
+    labels = jnp.asarray(labels)
+    same = (labels[:, None] == labels) & (labels >= 0)
+    targets = same | jnp.eye(labels.shape[0], dtype=bool)
+    return clip(
+        text, image, temperature=temperature, where=where, targets=targets, normalize=normalize
+    )
+
+
+def _logits(x, y, temperature, normalize):
+    """Similarities over the temperature."""
+    scores = cosine(x, y) if normalize else dot(x, y)
+    return scores / jnp.asarray(temperature, scores.dtype)
+
+
+def _target_matrix(targets, logits):
+    """Any form of targets as an (n, m) matrix of the logits' type.
+
+    The comparisons fuse into what reads them, and unlike a gather need no communication when the
+    logits are sharded.
+    """
+    n, m = logits.shape
+    if targets is None:
+        if n > m:
+            raise ValueError(f"{n} rows have no diagonal in {m} columns; give targets")
+        targets = jnp.arange(n)
+    targets = jnp.asarray(targets)
+    if targets.shape == (n,) and jnp.issubdtype(targets.dtype, jnp.integer):
+        targets = targets[:, None] == jnp.arange(m)
+    if targets.shape != (n, m):
+        raise ValueError(
+            f"targets are {targets.dtype} of shape {targets.shape}; they must be integers of shape "
+            f"({n},) or a matrix of shape ({n}, {m})"
+        )
+    return targets.astype(logits.dtype)
+
+
+def _both_valid(where, logits):
+    """(n, n) bool: true where both row and column are valid."""
+    if where is None:
+        return jnp.ones(logits.shape, bool)
+    where = jnp.asarray(where, bool)
+    return where[:, None] & where
+
+
+def _check_paired(text, image):
+    if text.shape != image.shape:
+        raise ValueError(f"text has shape {text.shape} and image {image.shape}; they must agree")

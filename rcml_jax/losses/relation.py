@@ -1,0 +1,127 @@
+"""The relation-conditioned objective of RCML (Eq. 1–2), relation by relation."""
+
+import jax
+import jax.numpy as jnp
+
+from rcml_jax.similarity import as_float
+
+_CROSS_MODAL = ("ti", "it")
+_INTRA_MODAL = ("tt", "ii")
+
+Terms = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def relation_contrastive(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    related: jax.Array,
+    valid: jax.Array,
+    intra: jax.Array,
+    temperature: float | jax.Array = 0.1,
+    intra_modal_weight: float | jax.Array = 0.5,
+    block: int | None = None,
+    remat: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """RCML's loss (L_ti + L_it)/2 + λ (L_tt + L_ii) of a batch (arXiv 2508.17497, Eq. 1–2).
+
+    L_xy is the mean over pairs (i, j, e), in both directions, of
+    −log [exp(z_x^i·z_y^j/τ) / Σ_{k ∈ {j} ∪ N(i)} exp(z_x^i·z_y^k/τ)], where z are the embeddings
+    under the pair's own relation e and N(i) the valid items not related to i. The intra-modal means
+    L_tt and L_ii leave the intra-sample pairs out: an item compared with itself has similarity 1
+    and no gradient. A mean over no pairs is 0.
+
+    text, image: (R, N, d) embeddings of all N items under each of R relations, L2-normalised (by
+        the pooling head; they are not normalised again here) and finite at padding, too.
+    anchor, positive: (R, G) indices of the items of each relation's pairs, within 0..N−1.
+    pair_valid: (R, G) bool, false for padding. A pair of an item that is not valid does not count.
+    related: (N, N) bool, whether two items are paired under any relation of the whole graph;
+        symmetric, true on the diagonal.
+    valid: (N,) bool, false for padding.
+    intra: (R,) bool, true for the intra-sample relation, whose pairs have anchor = positive.
+    intra_modal_weight: λ.
+    block: relations handled at a time; None for all at once, which is the fastest and holds the
+        8·R·G·N logits.
+    remat: with a block, compute its logits again in the backward pass instead of keeping them.
+
+    Returns the loss and a dict of scalars: the terms `tt`, `ti`, `it` and `ii` (`ti` goes from the
+    anchor's text to the positive's image), `pairs`, the number of valid pairs, and `accuracy`, the
+    share of cross-modal rows whose positive is strictly above all its negatives.
+    """
+
+    def terms_of(relation):
+        return relation_terms(
+            *relation[:4],
+            pair_valid=relation[4],
+            related=related,
+            valid=valid,
+            temperature=temperature,
+        )
+
+    if remat:
+        terms_of = jax.checkpoint(terms_of, prevent_cse=False)
+    relations = (text, image, anchor, positive, pair_valid)
+    terms = jax.lax.map(terms_of, relations, batch_size=block or len(text))
+    inter = ~jnp.asarray(intra, bool)
+    means = {name: _mean(*terms[name]) for name in (*_CROSS_MODAL, "accuracy")}
+    means |= {name: _mean(*terms[name], where=inter) for name in _INTRA_MODAL}
+    cross_modal = sum(means[name] for name in _CROSS_MODAL) / 2
+    intra_modal = sum(means[name] for name in _INTRA_MODAL)
+    rows = jnp.sum(terms["ti"][1])
+    loss = cross_modal + jnp.asarray(intra_modal_weight, rows.dtype) * intra_modal
+    return loss, {**means, "pairs": rows / 2}
+
+
+def relation_terms(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    related: jax.Array,
+    valid: jax.Array,
+    temperature: float | jax.Array = 0.1,
+) -> Terms:
+    """Sums and counts of the four terms of one relation, for callers with blocks of their own.
+
+    text, image: (N, d); anchor, positive, pair_valid: (G,); the rest as in `relation_contrastive`.
+    Returns (sum, count) of `tt`, `ti`, `it`, `ii` and `accuracy`. Each valid pair is two rows, one
+    a direction, so `count` of a term is twice the number of pairs; an intra-sample pair is the same
+    row twice, which leaves its mean unchanged. All four terms are summed under any relation: the
+    caller drops `tt` and `ii` of the intra-sample one.
+    """
+    text, image = as_float(text), as_float(image)
+    # NumPy arrays cannot be indexed by traced ones.
+    pair_valid, related, valid = (jnp.asarray(x, bool) for x in (pair_valid, related, valid))
+    rows = jnp.concatenate([anchor, positive])
+    columns = jnp.concatenate([positive, anchor])
+    live = pair_valid & valid[anchor] & valid[positive]
+    live = jnp.concatenate([live, live])
+    is_positive = columns[:, None] == jnp.arange(text.shape[0])
+    is_negative = valid & ~related[rows] & ~is_positive
+
+    queries = jnp.concatenate([text[rows], image[rows]])
+    logits = queries @ jnp.concatenate([text, image]).T / jnp.asarray(temperature, text.dtype)
+    # (modality of the anchor, row, modality of the candidate, candidate)
+    logits = logits.reshape(2, len(rows), 2, len(text))
+    is_positive, is_negative = is_positive[:, None], is_negative[:, None]
+    target = jnp.sum(jnp.where(is_positive, logits, 0), axis=-1)
+    kept = jnp.where(is_positive | is_negative, logits, -jnp.inf)
+    losses = jnp.where(live[:, None], jax.nn.logsumexp(kept, axis=-1) - target, 0)
+    hardest = jnp.max(jnp.where(is_negative, logits, -jnp.inf), axis=-1)
+    wins = live[:, None] & (target > hardest)
+
+    count = jnp.sum(live).astype(losses.dtype)
+    sums = jnp.sum(losses, axis=1)
+    terms = {x + y: (sums[i, j], count) for i, x in enumerate("ti") for j, y in enumerate("ti")}
+    cross_wins = jnp.sum(wins[0, :, 1]) + jnp.sum(wins[1, :, 0])
+    return {**terms, "accuracy": (cross_wins.astype(losses.dtype), 2 * count)}
+
+
+def _mean(sums, counts, where=None):
+    """The mean over all relations, or 0 if nothing was counted."""
+    return jnp.sum(sums, where=where) / jnp.maximum(jnp.sum(counts, where=where), 1)

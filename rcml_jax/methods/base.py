@@ -1,0 +1,67 @@
+"""What the loop needs of a method; a new method is one new file and one new configuration."""
+
+import abc
+from typing import Any
+
+import jax
+
+Params = Any
+Batch = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class Method(abc.ABC):
+    """A model, a loss, its batches and its evaluation.
+
+    A batch has two parts: `items`, whose leaves have the examples on their leading axis and are
+    split over devices, and `shared`, which every device holds whole. The loss has two steps, so
+    that it is right on any number of devices: `embed` looks at each example alone, `objective` at
+    the embeddings of the whole batch.
+    """
+
+    #: The measure that early stopping maximises, a dotted path into what `validate` returns.
+    selection: str
+
+    @abc.abstractmethod
+    def batches(self) -> Any:
+        """A grain iterator over batches (NumPy arrays) with `get_state` and `set_state`."""
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array, batch: Batch) -> Params:
+        """Parameters, random or from a checkpoint."""
+
+    def adopt(self, params: Params, found: Params) -> Params:
+        """`params` with what another run's parameters can give them."""
+        del found
+        return params
+
+    @abc.abstractmethod
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
+        """Embeddings of `batch["items"]`, examples on the leading axis of every leaf."""
+
+    @abc.abstractmethod
+    def objective(
+        self, params: Params, embedded: Any, batch: Batch, progress: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The scalar loss of the whole batch and its terms; `progress` runs from 0 to 1.
+
+        Of the batch only `shared` may be used: under `pmap` the items here are one device's part.
+        """
+
+    def loss(
+        self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The objective of the embedded batch: what one device, or sharded `jit`, computes."""
+        return self.objective(params, self.embed(params, batch, key), batch, progress)
+
+    def frozen(self, params: Params) -> Any:
+        """A tree of booleans like `params`: true where a parameter is not trained."""
+        return jax.tree.map(lambda _: False, params)
+
+    @abc.abstractmethod
+    def validate(self, params: Params) -> Metrics:
+        """The measures of the validation split that the loop writes and selects by."""
+
+    @abc.abstractmethod
+    def evaluate(self, params: Params, split: str = "test") -> Metrics:
+        """Everything that goes into `eval.json`, the protocol beside the figures."""

@@ -1,0 +1,114 @@
+"""RCML: the relation-pooled towers with the relation-conditioned contrastive loss."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+
+from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.losses.relation import relation_contrastive
+from rcml_jax.methods.base import Batch, Metrics, Params
+from rcml_jax.methods.relational import RelationalMethod
+from rcml_jax.methods.task import RelationTask
+from rcml_jax.models.rcml import RCML
+from rcml_jax.similarity import l2_normalize
+
+
+class RCMLMethod(RelationalMethod):
+    """`config.method="rcml"`."""
+
+    def __init__(self, config: Any, task: RelationTask):
+        super().__init__(config, task)
+        head = config.model
+        self.model = RCML(
+            self.clip_config,
+            FrozenDict(
+                beta=head.beta,
+                summary_logit=head.summary_logit,
+                summary_prior=head.summary_prior,
+                learn_summary_prior=head.learn_summary_prior,
+                init=head.head_init,
+            ),
+            self.dtype,
+        )
+        self._relations = jax.jit(self._embed_relations)
+        self._pool = jax.jit(self._pool_items)
+
+    def init_params(self, key: jax.Array, batch: Batch) -> Params:
+        """Random towers and head, and the temperature if it is learned."""
+        items, shared = batch["items"], batch["shared"]
+        params = self.model.init(
+            key, shared["relation_ids"][:1], items["ids"][:1], items["images"][:1]
+        )["params"]
+        if self.config.loss.learn_temperature:
+            log = jnp.log(jnp.asarray(self.config.loss.temperature, jnp.float32))
+            params = {**params, "log_temperature": log}
+        return params
+
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
+        """z_T and z_I, (N, R, d) each, of the items under the batch's relations."""
+        del key  # CLIP's towers have no dropout.
+        items, shared = batch["items"], batch["shared"]
+        params = self.stop_frozen(params)
+        out = self.model.apply(
+            {"params": {name: params[name] for name in ("towers", "head")}},
+            shared["relation_ids"],
+            items["ids"],
+            items["images"],
+            shared["intra"],
+        )
+        return {"text": out["text"], "image": out["image"]}
+
+    def objective(
+        self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Eq. 1–2 over the whole batch."""
+        del progress
+        shared, loss = batch["shared"], self.config.loss
+        temperature = loss.temperature
+        if loss.learn_temperature:
+            temperature = jnp.exp(params["log_temperature"])
+        return relation_contrastive(
+            jnp.swapaxes(embedded["text"], 0, 1),
+            jnp.swapaxes(embedded["image"], 0, 1),
+            shared["anchor"],
+            shared["positive"],
+            pair_valid=shared["pair_valid"],
+            related=shared["related"],
+            valid=shared["valid"],
+            intra=shared["intra"],
+            temperature=temperature,
+            intra_modal_weight=loss.intra_modal_weight,
+        )
+
+    def tables(
+        self, params: Params, items: np.ndarray, needed: np.ndarray | None = None
+    ) -> dict[str, EmbeddingTable]:
+        """One table: every item pooled under every relation."""
+        del needed
+        variables = {"params": {name: params[name] for name in ("towers", "head")}}
+        relation = self._relations(variables, self.relation_ids)
+        shape = (len(relation), len(items), relation.shape[1])
+        text, image = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        for rows, ids, images in self.chunks(items):
+            z_text, z_image = self._pool(variables, ids, images, relation)
+            text[:, rows] = z_text[:, : len(rows)]
+            image[:, rows] = z_image[:, : len(rows)]
+        table = EmbeddingTable(items, text, image, np.asarray(l2_normalize(relation)))
+        return {"relation": table}
+
+    def describe(self) -> dict:
+        """Both items pooled under the relation in force."""
+        return {"relation": "items pooled under the relation sentence (RCML Eq. 4-6)"}
+
+    def _embed_relations(self, variables: dict, ids: jax.Array) -> jax.Array:
+        return self.model.apply(variables, ids, method="relation").astype(jnp.float32)
+
+    def _pool_items(self, variables: dict, ids: jax.Array, images: jax.Array, relation: jax.Array):
+        """z_T and z_I with the relations first, (R, n, d)."""
+        intra = jnp.zeros(relation.shape[0], bool)
+        text = self.model.apply(variables, ids, relation, intra, method="pool_text")
+        image = self.model.apply(variables, images, relation, intra, method="pool_image")
+        return jnp.swapaxes(text, 0, 1), jnp.swapaxes(image, 0, 1)

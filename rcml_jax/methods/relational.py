@@ -1,0 +1,260 @@
+"""What RCML and its baselines share: the towers and the protocol of the evaluation."""
+
+import abc
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from rcml_jax.errors import UserError
+from rcml_jax.evaluation.probe import PROBES
+from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
+from rcml_jax.evaluation.retrieval import retrieval
+from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.task import RelationTask
+from rcml_jax.models.encoders import load_pretrained, pretrained_config, small_config
+from rcml_jax.similarity import SIMILARITIES
+
+_CHUNK = 256
+_TOWERS = {
+    "text": ("text_model", "text_projection"),
+    "image": ("vision_model", "visual_projection"),
+}
+
+
+class RelationalMethod(Method):
+    """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
+
+    selection = "hit@5/avg"
+
+    def __init__(self, config: Any, task: RelationTask):
+        self.config = config
+        self.task = task
+        self.dtype = _dtype(config.model.dtype)
+        self.similarities = _similarities(config.evaluation.similarity)
+        if config.evaluation.validity_probe not in PROBES:
+            raise UserError(
+                f"config.evaluation.validity_probe={config.evaluation.validity_probe!r} is "
+                f"unknown; choose {' or '.join(PROBES)}"
+            )
+        self.clip_config = self._clip_config()
+        self.frozen_towers = _frozen_towers(config.model.freeze)
+
+    def _clip_config(self) -> Any:
+        model = self.config.model
+        if model.pretrained:
+            return pretrained_config(model.pretrained)
+        return small_config(
+            vocab_size=self.task.tokenizer.vocab_size,
+            eos_token_id=self.task.tokenizer.end_id,
+            width=model.width,
+            layers=model.layers,
+            heads=model.heads,
+            embed_dim=model.embed_dim,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            max_length=model.max_length,
+        )
+
+    def batches(self) -> Any:
+        """The grain iterator over training batches."""
+        return self.task.batches()
+
+    @abc.abstractmethod
+    def init_params(self, key: jax.Array, batch: Batch) -> Params:
+        """Random parameters, the towers under "towers"."""
+
+    def init(self, key: jax.Array, batch: Batch) -> Params:
+        """Random parameters; the towers' from the pretrained checkpoint where one is named."""
+        model = self.config.model
+        params = self.init_params(key, batch)
+        if model.pretrained:
+            params = {**params, "towers": load_pretrained(model.pretrained)[1]}
+        return jax.tree.map(jnp.asarray, params)
+
+    def adopt(self, params: Params, found: Params) -> Params:
+        """Take the towers of another run. Raises UserError where their sizes differ."""
+        ours, theirs = params["towers"], found.get("towers")
+        same = jax.tree.structure(ours) == jax.tree.structure(theirs) and all(
+            a.shape == b.shape
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+        )
+        if not same:
+            raise UserError(
+                f"config.model.init_from={self.config.model.init_from}: its towers have other "
+                "sizes than config.model asks for; give the same model options to both runs"
+            )
+        return {**params, "towers": jax.tree.map(jnp.asarray, theirs)}
+
+    def frozen(self, params: Params) -> Any:
+        """True for the parameters of frozen towers."""
+        names = {name for tower in self.frozen_towers for name in _TOWERS[tower]}
+        flat = traverse_util.flatten_dict(params)
+        return traverse_util.unflatten_dict(
+            {path: path[0] == "towers" and path[1] in names for path in flat}
+        )
+
+    def stop_frozen(self, params: Params) -> Params:
+        """Cut the gradient of frozen towers, so that no backward pass is made through them."""
+        if not self.frozen_towers:
+            return params
+        frozen = self.frozen(params)
+        return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
+
+    # Evaluation
+
+    @abc.abstractmethod
+    def tables(
+        self, params: Params, items: np.ndarray, needed: np.ndarray | None = None
+    ) -> dict[str, EmbeddingTable]:
+        """Embeddings of items under all relations, one table for each way to score the method.
+
+        needed: (relations, items) bool, what will be asked for; a table may leave the rest empty.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> dict:
+        """What the protocol says of this method's scoring."""
+
+    def validate(self, params: Params) -> Metrics:
+        """Retrieval on the validation split, in the method's first way of scoring."""
+        queries = self.task.retrieval_queries("validation")
+        table = next(iter(self.tables(params, _items_of(queries)).values()))
+        return retrieval(table, queries.query, queries.candidates, queries.relation)
+
+    def evaluate(self, params: Params, split: str = "test") -> Metrics:
+        """The protocol of the README on a split; what `eval.json` holds."""
+        task, config = self.task, self.config
+        queries, types = task.retrieval_queries(split), task.relation_queries(split)
+        items = np.union1d(_items_of(queries), np.union1d(types.a, types.b))
+        needed = _needed(len(task.graph.relations), items, queries, types)
+        tables = self.tables(params, items, needed)
+
+        def score(table: EmbeddingTable, similarity: str) -> dict:
+            return {
+                "retrieval": retrieval(
+                    table,
+                    queries.query,
+                    queries.candidates,
+                    queries.relation,
+                    similarity=similarity,
+                ),
+                "relation_type": relation_type(
+                    table, types.a, types.b, types.relations, similarity=similarity
+                ),
+            }
+
+        variants = {name: score(table, "cosine") for name, table in tables.items()}
+        result = {
+            "method": config.method,
+            "dataset": task.graph.name,
+            "split": split,
+            "protocol": self._protocol(split, queries),
+            "retrieval": max(
+                (v["retrieval"] for v in variants.values()), key=lambda m: m["hit@5"]["avg"]
+            ),
+            "relation_type": max(
+                (v["relation_type"] for v in variants.values()), key=lambda m: m["top3"]["avg"]
+            ),
+            "relation_validity": self._validity(params, split),
+            "training_free_product": score(next(iter(tables.values())), "product"),
+        }
+        if len(variants) > 1:
+            result["variants"] = variants
+        if self.similarities != ("cosine",):
+            best = max(variants, key=lambda name: variants[name]["retrieval"]["hit@5"]["avg"])
+            result["similarities"] = {name: score(tables[best], name) for name in self.similarities}
+        return result
+
+    def _validity(self, params: Params, split: str) -> dict:
+        """Fit the probe on triples of the training split, score it on those of the asked one."""
+        sides = []
+        for name in ("train", split):
+            examples = self.task.validity_examples(name)
+            items = np.union1d(examples.a, examples.b)
+            table = next(iter(self.tables(params, items).values()))
+            features = validity_features(table, examples.a, examples.b, examples.relation)
+            sides.append((features, examples.label))
+        return relation_validity(
+            *sides, probe=self.config.evaluation.validity_probe, seed=self.config.seed
+        )
+
+    def _protocol(self, split: str, queries: Any) -> dict:
+        data = self.config.data
+        chance = min(1.0, 5 / queries.candidates.shape[1])
+        return {
+            "split_seed": data.split_seed,
+            "disjoint": self.task.splits.disjoint,
+            "items": len(self.task.splits.items(split)),
+            "retrieval": "each pair of the split in both directions; the positive and "
+            f"{queries.candidates.shape[1] - 1} items of the split unrelated to the query under "
+            f"any relation, drawn uniformly by a fixed seed; chance of Hit@5 {chance:.3f}",
+            "queries_left_out": int(queries.skipped),
+            "relation_type": "the true relation among relations under which the pair is not "
+            "linked, drawn by a fixed seed",
+            "relation_validity": "probe on [z_T(A), z_I(A), z_T(B), z_I(B), h_E], fitted on "
+            "training triples; balanced; half of the negatives a true pair under a wrong "
+            "relation, half an unrelated pair under this relation",
+            "similarity": "cosine",
+            "ties": "count against the model",
+            "selection": "early stopping on validation Hit@5 AVG",
+            "seed": self.config.seed,
+            "scoring": self.describe(),
+        }
+
+    @functools.cached_property
+    def relation_ids(self) -> np.ndarray:
+        """Tokens of all relation sentences."""
+        return self.task.encode(self.task.sentences)
+
+    def chunks(self, items: np.ndarray):
+        """Yield (rows, ids, images) of items, the last chunk padded to the length of the others."""
+        size = min(_CHUNK, len(items))
+        ids = self.task.encode([self.task.graph.texts[i] for i in items])
+        for start in range(0, len(items), size):
+            rows = np.arange(start, min(start + size, len(items)))
+            padded = np.minimum(np.arange(start, start + size), len(items) - 1)
+            yield rows, ids[padded], self.task.images(items[padded])
+
+
+def _dtype(name: str) -> Any:
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"config.model.dtype={name!r} is unknown; choose float32 or bfloat16")
+    return jnp.dtype(name)
+
+
+def _similarities(name: str) -> tuple[str, ...]:
+    if name == "all":
+        return tuple(SIMILARITIES)
+    if name not in SIMILARITIES:
+        raise UserError(
+            f"config.evaluation.similarity={name!r} is unknown; choose all or one of "
+            f"{', '.join(SIMILARITIES)}"
+        )
+    return (name,)
+
+
+def _frozen_towers(name: str) -> tuple[str, ...]:
+    choices = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}
+    if name not in choices:
+        raise UserError(f"config.model.freeze={name!r} is unknown; choose text, image or both")
+    return choices[name]
+
+
+def _items_of(queries: Any) -> np.ndarray:
+    return np.union1d(queries.query, queries.candidates)
+
+
+def _needed(relations: int, items: np.ndarray, queries: Any, types: Any) -> np.ndarray:
+    """Which (relation, item) the retrieval and relation type tasks will look up."""
+    needed = np.zeros((relations, len(items)), bool)
+    row = functools.partial(np.searchsorted, items)
+    needed[queries.relation, row(queries.query)] = True
+    needed[queries.relation[:, None], row(queries.candidates)] = True
+    needed[types.relations, row(types.a)[:, None]] = True
+    needed[types.relations, row(types.b)[:, None]] = True
+    return needed

@@ -1,0 +1,143 @@
+"""A relation graph made ready for training: data, splits, tokenizer and images."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from rcml_jax.data import folder, openmoji, protocol
+from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.graph import RelationGraph, Splits, split_graph
+from rcml_jax.data.images import ImageBank
+from rcml_jax.data.text import Tokenizer, train_tokenizer
+from rcml_jax.errors import UserError
+
+SOURCES = ("openmoji", "folder")
+
+
+def load_graph(data: Any) -> RelationGraph:
+    """The relation graph that `config.data` names. Raises UserError for an unknown source."""
+    directory = pathlib.Path(data.dir) if data.dir else _cache_directory()
+    if data.name == "openmoji":
+        return openmoji.load(directory)
+    if data.name == "folder":
+        if not data.path:
+            raise UserError(
+                "the folder source needs a path: --config configs/rcml.py:folder,path=DIRECTORY"
+            )
+        return folder.load(pathlib.Path(data.path), directory, strict=data.strict)
+    raise UserError(
+        f"config.data.name={data.name!r} is unknown; choose one of {', '.join(SOURCES)}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RelationTask:
+    """What every method on a relation graph shares: the same items, splits, texts and queries."""
+
+    config: Any
+    graph: RelationGraph
+    splits: Splits
+    tokenizer: Tokenizer
+    images: ImageBank
+    max_length: int
+
+    @classmethod
+    def load(cls, config: Any, workdir: pathlib.Path) -> "RelationTask":
+        """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
+        data, model = config.data, config.model
+        graph = load_graph(data)
+        splits = split_graph(graph, seed=data.split_seed, disjoint=data.disjoint)
+        tokenizer = _tokenizer(pathlib.Path(workdir), graph, splits, model)
+        image_size, max_length = model.image_size, model.max_length
+        if model.pretrained:
+            # Imported here: only a pretrained model's own configuration knows its sizes.
+            from rcml_jax.models.encoders import pretrained_config
+
+            sizes = pretrained_config(model.pretrained)
+            image_size = sizes.vision_config.image_size
+            max_length = min(max_length, sizes.text_config.max_position_embeddings)
+        images = ImageBank(graph.images, image_size)
+        return cls(config, graph, splits, tokenizer, images, max_length)
+
+    def sentence(self, relation: int) -> str:
+        """The sentence of a relation; −1 is the intra-sample one."""
+        if relation < 0:
+            return self.graph.intra_relation
+        if not self.config.data.relation_text:
+            return "These two items are related."
+        return self.graph.relations[relation]
+
+    @functools.cached_property
+    def sentences(self) -> list[str]:
+        """The sentences of all inter-sample relations, in their order."""
+        return [self.sentence(r) for r in range(len(self.graph.relations))]
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Token ids (n, T) int32 of texts, T the smallest of a few fixed lengths that fits."""
+        return self.tokenizer.encode(texts, self.max_length)[0]
+
+    def batches(self) -> Any:
+        """The grain iterator over training batches."""
+        batch, seed = self.config.batch, self.config.seed
+        sizes = BatchSizes(
+            relations=batch.relations if batch.inter_pairs else 0,
+            pairs=batch.pairs_per_relation,
+            intra_pairs=batch.intra_pairs if batch.inter_pairs else batch.size,
+            items=batch.size,
+        )
+        sizes.check(len(self.splits.items("train")))
+        sampler = RelationSampler(self.graph, self.splits, sizes, seed)
+        collate = collator(self.graph, self.tokenizer, self.images, self.sentence, self.max_length)
+        return batch_iterator(sampler, collate, self.config.data.threads)
+
+    @functools.cache  # noqa: B019 - a task lives as long as its run
+    def retrieval_queries(self, split: str) -> protocol.RetrievalQueries:
+        """The split's retrieval queries and candidates, the same for every method and seed."""
+        data = self.config.data
+        return protocol.retrieval_queries(
+            self.graph, self.splits, split, limit=data.queries, seed=data.split_seed
+        )
+
+    @functools.cache  # noqa: B019
+    def relation_queries(self, split: str) -> protocol.RelationQueries:
+        """The split's pairs with the relations to choose among."""
+        data = self.config.data
+        return protocol.relation_candidates(
+            self.graph, self.splits, split, limit=data.queries, seed=data.split_seed
+        )
+
+    @functools.cache  # noqa: B019
+    def validity_examples(self, split: str) -> protocol.ValidityExamples:
+        """The split's true and false triples (A, B, relation)."""
+        data = self.config.data
+        return protocol.validity_examples(
+            self.graph, self.splits, split, limit=data.queries, seed=data.split_seed
+        )
+
+
+def _cache_directory() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "rcml_jax"
+
+
+def _tokenizer(
+    workdir: pathlib.Path, graph: RelationGraph, splits: Splits, model: Any
+) -> Tokenizer:
+    path = workdir / "tokenizer.json"
+    if path.is_file():
+        return Tokenizer.load(path)
+    if model.pretrained:
+        from rcml_jax.models.encoders import pretrained_directory
+
+        tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(model.pretrained))
+    else:
+        texts = [graph.texts[i] for i in splits.items("train")]
+        sentences = [*graph.relations, graph.intra_relation]
+        tokenizer = train_tokenizer(texts + sentences, model.vocab_size)
+    tokenizer.save(path)
+    return tokenizer

@@ -1,0 +1,227 @@
+"""CLIP's towers as token-level Flax modules; the only file that knows Hugging Face's classes."""
+
+import pathlib
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import CLIPConfig
+from transformers.models.clip.modeling_flax_clip import (
+    FlaxCLIPTextTransformer,
+    FlaxCLIPVisionTransformer,
+)
+from transformers.utils import logging as transformers_logging
+
+from rcml_jax.errors import UserError
+from rcml_jax.similarity import l2_normalize
+
+# The statistics that CLIP's own image processor uses.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+_LEGACY_EOS = 2
+
+
+class TokenStates(NamedTuple):
+    """Token-level states of n inputs in the joint space.
+
+    states: (n, T, d) projected hidden states; mask: (n, T) bool, false on padding;
+    summary: (n,) int32, the position of the summary token (EOT for text, CLS for images).
+    """
+
+    states: jax.Array
+    mask: jax.Array
+    summary: jax.Array
+
+    def summary_states(self) -> jax.Array:
+        """The (n, d) states of the summary tokens: CLIP's own embedding, not normalised."""
+        return jnp.take_along_axis(self.states, self.summary[:, None, None], axis=1)[:, 0]
+
+
+class _VisionTokens(FlaxCLIPVisionTransformer):
+    """Hugging Face's vision transformer, with the post layer norm on every token."""
+
+    def __call__(self, pixels, deterministic: bool = True):
+        hidden = self.pre_layrnorm(self.embeddings(pixels))
+        hidden = self.encoder(inputs_embeds=hidden, deterministic=deterministic)[0]
+        return self.post_layernorm(hidden)
+
+
+class CLIPTowers(nn.Module):
+    """CLIP's text and vision towers with every token projected to the joint space.
+
+    The parameter tree has the names and shapes of Hugging Face's `FlaxCLIPModel`, so that its
+    checkpoints load as they are; ViT-B/32 has 151,277,313 parameters, logit scale included.
+    """
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Create the submodules under Hugging Face's names."""
+        self.text_model = FlaxCLIPTextTransformer(self.config.text_config, dtype=self.dtype)
+        self.vision_model = _VisionTokens(self.config.vision_config, dtype=self.dtype)
+        project = lambda: nn.Dense(  # noqa: E731
+            self.config.projection_dim,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(0.02),
+        )
+        self.text_projection = project()
+        self.visual_projection = project()
+        scale = self.config.logit_scale_init_value
+        self.logit_scale = self.param("logit_scale", lambda _, shape: jnp.full(shape, scale), ())
+
+    def text_states(self, ids: jax.Array) -> TokenStates:
+        """Token ids (n, T) → states of every token up to EOT (spec: H_T).
+
+        The tower is causal, so what follows EOT changes nothing before it and needs no mask inside.
+        """
+        hidden = self.text_model(ids, None, jnp.arange(ids.shape[1])[None])[0]
+        eos = self.config.text_config.eos_token_id
+        # Before transformers 4.31 EOT was found as the largest id; such configurations say 2.
+        summary = jnp.argmax(ids if eos == _LEGACY_EOS else ids == eos, axis=1).astype(jnp.int32)
+        mask = jnp.arange(ids.shape[1]) <= summary[:, None]
+        return TokenStates(self.text_projection(hidden), mask, summary)
+
+    def image_states(self, pixels: jax.Array) -> TokenStates:
+        """Images (n, H, W, 3), uint8 or already normalised floats → states of CLS and patches."""
+        if pixels.dtype == jnp.uint8:
+            mean, std = jnp.asarray(IMAGE_MEAN), jnp.asarray(IMAGE_STD)
+            pixels = (pixels.astype(jnp.float32) / 255.0 - mean) / std
+        states = self.visual_projection(self.vision_model(pixels.astype(self.dtype)))
+        n, tokens = states.shape[:2]
+        return TokenStates(states, jnp.ones((n, tokens), bool), jnp.zeros((n,), jnp.int32))
+
+    def __call__(self, ids: jax.Array | None = None, pixels: jax.Array | None = None) -> dict:
+        """CLIP itself: L2-normalised summary embeddings `text` and `image`, (n, d) each.
+
+        Either input may be left out; its key is then absent.
+        """
+        out = {}
+        if ids is not None:
+            out["text"] = l2_normalize(self.text_states(ids).summary_states())
+        if pixels is not None:
+            out["image"] = l2_normalize(self.image_states(pixels).summary_states())
+        return out
+
+
+def small_config(
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+    width: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    embed_dim: int = 128,
+    image_size: int = 32,
+    patch_size: int = 8,
+    max_length: int = 32,
+    activation: str = "quick_gelu",
+) -> CLIPConfig:
+    """A configuration for towers trained from scratch; both towers share width and depth.
+
+    Raises UserError where the sizes do not fit each other.
+    """
+    if width % heads:
+        raise UserError(f"model.width={width} is not a multiple of model.heads={heads}; change one")
+    if image_size % patch_size:
+        raise UserError(
+            f"model.image_size={image_size} is not a multiple of model.patch_size={patch_size}"
+        )
+    if eos_token_id == _LEGACY_EOS:
+        raise UserError(
+            "the tokenizer's end token has the id 2, which CLIP's text tower reads as "
+            "'the largest id ends the text'; give the end token another id"
+        )
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+        "projection_dim": embed_dim,
+    }
+    text = shared | {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_length,
+        "eos_token_id": eos_token_id,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    vision = shared | {"image_size": image_size, "patch_size": patch_size}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=embed_dim)
+
+
+def pretrained_config(name: str) -> CLIPConfig:
+    """The configuration of a checkpoint directory or hub name, without its weights."""
+    try:
+        return CLIPConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unreachable(name, error) from error
+
+
+def pretrained_directory(name: str) -> pathlib.Path:
+    """The directory with the tokenizer of a checkpoint: its own, or a copy from the hub."""
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = ["tokenizer*.json", "vocab.json", "merges.txt"]
+        return pathlib.Path(snapshot_download(name, allow_patterns=files))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise _unreachable(name, error) from error
+
+
+def load_pretrained(name: str) -> tuple[CLIPConfig, dict]:
+    """Read a CLIP checkpoint: a local directory, or a name on the Hugging Face hub.
+
+    Flax weights (`flax_model.msgpack`) and a single `model.safetensors` with PyTorch names are
+    read, the latter without torch. Returns the configuration and the parameters as float32 NumPy
+    arrays in the layout of `CLIPTowers`. Raises UserError where the checkpoint cannot be read.
+    """
+    from transformers import FlaxCLIPModel
+
+    directory = pathlib.Path(name)
+    if directory.exists():
+        _check_directory(directory)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model = FlaxCLIPModel.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreachable(name, error) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return model.config, jax.tree.map(lambda x: np.asarray(x, np.float32), model.params)
+
+
+def _unreachable(name: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"cannot load a CLIP checkpoint from {name!r} ({reason}); give a directory written by "
+        "save_pretrained, or a name on the Hugging Face hub that this machine can reach"
+    )
+
+
+def _check_directory(directory: pathlib.Path) -> None:
+    """Say what is missing before transformers says it in a page of its own."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no config.json, so it is no CLIP checkpoint")
+    names = {path.name for path in directory.iterdir()}
+    if names & {"model.safetensors", "flax_model.msgpack"}:
+        return
+    if "model.safetensors.index.json" in names:
+        raise UserError(
+            f"{directory} holds sharded safetensors, which the Flax classes cannot read; "
+            "save it again with max_shard_size='100GB'"
+        )
+    if "pytorch_model.bin" in names:
+        raise UserError(
+            f"{directory} holds pickled weights only (pytorch_model.bin), which are never "
+            "unpickled here; save it again with safe_serialization=True"
+        )
+    raise UserError(f"{directory} holds no model.safetensors and no flax_model.msgpack")

@@ -1,0 +1,66 @@
+"""RCML: CLIP's towers under the relation-guided pooling head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from rcml_jax.models.encoders import CLIPTowers
+from rcml_jax.models.relation_pooling import RelationPooling
+from rcml_jax.similarity import l2_normalize
+
+
+class RCML(nn.Module):
+    """Embeds texts and images under relations written in plain language (Eq. 3–6).
+
+    config: a `transformers.CLIPConfig`; pooling: options of `RelationPooling`. On ViT-B/32 the
+    model has 152,325,889 parameters: CLIP's and four 512×512 matrices.
+    """
+
+    config: Any
+    pooling: FrozenDict = FrozenDict()
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Create the towers and the head."""
+        self.towers = CLIPTowers(self.config, dtype=self.dtype)
+        self.head = RelationPooling(
+            dim=self.config.projection_dim, dtype=self.dtype, **self.pooling
+        )
+
+    def relation(self, ids: jax.Array) -> jax.Array:
+        """Relation sentences (R, T) → h_E (R, d): the EOT states of the text tower."""
+        return self.towers.text_states(ids).summary_states()
+
+    def pool_text(self, ids: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        """Texts (n, T) under relation embeddings (R, d) → z_T (n, R, d)."""
+        return self.head(self.towers.text_states(ids), relation, intra)
+
+    def pool_image(self, pixels: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        """Images (n, H, W, 3) under relation embeddings (R, d) → z_I (n, R, d)."""
+        return self.head(self.towers.image_states(pixels), relation, intra)
+
+    def __call__(
+        self,
+        relation_ids: jax.Array,
+        ids: jax.Array | None = None,
+        pixels: jax.Array | None = None,
+        intra: jax.Array | None = None,
+    ) -> dict:
+        """Embed texts, images or both under R relations.
+
+        relation_ids: (R, T) tokens of the sentences; intra: (R,) bool, all false if left out.
+        Returns `relation` (R, d), normalised, and `text` and `image`, (n, R, d) each, for the
+        inputs that are given.
+        """
+        if intra is None:
+            intra = jnp.zeros(relation_ids.shape[0], bool)
+        relation = self.relation(relation_ids)
+        out = {"relation": l2_normalize(relation)}
+        if ids is not None:
+            out["text"] = self.pool_text(ids, relation, intra)
+        if pixels is not None:
+            out["image"] = self.pool_image(pixels, relation, intra)
+        return out

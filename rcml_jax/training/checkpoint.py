@@ -1,0 +1,173 @@
+"""Orbax checkpoints of the state, the data iterator's place and the loop's counters."""
+
+import errno
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from rcml_jax.errors import UserError
+
+_METRIC = "selection"
+
+
+class Checkpoints:
+    """`<workdir>/checkpoints/<step>/`: the latest one, and the best by the selection measure."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        measure = lambda metrics: metrics[_METRIC]  # noqa: E731
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=measure,
+                best_mode="max",
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(1),
+                        policies.BestN(
+                            get_metric_fn=measure, n=1, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """The newest step there is a checkpoint of."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the highest selection measure; the newest where none was measured."""
+        best = self._manager.best_step()
+        return self.latest() if best is None else best
+
+    def save(
+        self, step: int, state: Any, data: Any, loop: dict, selection: float | None = None
+    ) -> None:
+        """Start to write a checkpoint; the one before it must have been written whole."""
+        if step in self._manager.all_steps():
+            return
+        metrics = None if selection is None else {_METRIC: float(selection)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    loop=ocp.args.JsonSave(loop),
+                ),
+                metrics=metrics,
+            )
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, and report its failure if there is one."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def restore(self, step: int, state: Any, data: Any) -> tuple[Any, dict]:
+        """The state of a step, shaped and placed like `state`, and the loop's counters.
+
+        `data`, the iterator, is set to its place. Raises UserError where the checkpoint is of
+        another model or damaged.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(_abstract, state)),
+            data=grain.checkpoint.CheckpointRestore(data),
+            loop=ocp.args.JsonRestore(),
+        )
+        restored = self._restore(step, args)
+        return restored["state"], restored["loop"]
+
+    def restore_params(self, step: int) -> Any:
+        """The parameters of a step as NumPy arrays, whatever devices they were saved from."""
+        metadata = self._restore_metadata(step)
+        params = jax.tree.map(
+            lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata["params"], is_leaf=_has_shape
+        )
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                {"params": params},
+                restore_args=jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), {"params": params}
+                ),
+                partial_restore=True,
+            )
+        )
+        return self._restore(step, args)["state"]["params"]
+
+    def _restore(self, step: int, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _restore_metadata(self, step: int) -> Any:
+        try:
+            return self._manager.item_metadata(step)["state"].tree
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return UserError(
+            f"{self.directory / str(step)} is damaged or the checkpoint of another model "
+            f"({reason[0][:200]}); train into another --workdir, or remove that folder to go on "
+            "from an older checkpoint"
+        )
+
+    def _explain(self, error: Exception) -> UserError | Exception:
+        text = str(error)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text:
+            return UserError(
+                f"no room on the disk for a checkpoint in {self.directory}; free some and start "
+                "again: the run goes on from the last whole checkpoint"
+            )
+        return error
+
+    def close(self) -> None:
+        """Wait for what is being written and release the threads."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._explain(error) from error
+
+
+def _has_shape(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def read_params(workdir: pathlib.Path | str, step: int | None = None) -> Any:
+    """The best parameters of a work directory (or those of a step), as NumPy arrays.
+
+    Raises UserError where there is no checkpoint.
+    """
+    directory = pathlib.Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(
+            f"{workdir} holds no checkpoints, so nothing was trained there; train first: "
+            f"python train.py --config configs/rcml.py --workdir {workdir}"
+        )
+    checkpoints = Checkpoints(pathlib.Path(workdir))
+    try:
+        step = checkpoints.best() if step is None else step
+        if step is None:
+            raise UserError(f"{directory} holds no whole checkpoint; train first, or let it finish")
+        return checkpoints.restore_params(step)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,210 @@
+"""The training loop: steps, validation, checkpoints, early stopping, a clean end on a signal."""
+
+import math
+import pathlib
+import signal
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+
+from rcml_jax.errors import UserError
+from rcml_jax.methods import build as build_method
+from rcml_jax.methods.base import Method
+from rcml_jax.training import optimizer as optimizers
+from rcml_jax.training import parallel
+from rcml_jax.training import workdir as workdirs
+from rcml_jax.training.checkpoint import Checkpoints, read_params
+from rcml_jax.training.step import create, make_step
+from rcml_jax.training.writer import MetricsWriter, Progress
+
+
+class Interrupt:
+    """While entered, SIGINT and SIGTERM set a flag instead of killing; a second SIGINT kills."""
+
+    def __init__(self):
+        self.asked = False
+        self._before: dict = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        del frame
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
+    """Train as the configuration says, resuming what is there, and evaluate the best checkpoint.
+
+    Returns what is written to `eval.json`; None where a signal ended the run, whose next start goes
+    on from there. Raises UserError for whatever a user can mend.
+    """
+    devices = parallel.pick_devices(config.platform, config.devices)
+    _check(config)
+    workdir = workdirs.prepare(pathlib.Path(workdir), config)
+    with jax.default_device(devices[0]):
+        method = build_method(config, workdir)
+        with Interrupt() as interrupt:
+            run = Run(config, workdir, method, parallel.build(config.parallel, devices))
+            finished = run.train(interrupt)
+        if not finished:
+            return None
+        return evaluate(config, workdir, method=method)
+
+
+def evaluate(
+    config: Any, workdir: pathlib.Path | str, split: str = "test", method: Method | None = None
+) -> dict:
+    """Evaluate the best checkpoint of a work directory and write `eval.json`."""
+    workdir = pathlib.Path(workdir)
+    method = method or build_method(config, workdir)
+    params = jax.tree.map(jax.numpy.asarray, read_params(workdir))
+    result = method.evaluate(params, split)
+    workdirs.write_json(workdir / "eval.json", result)
+    return result
+
+
+def _check(config: Any) -> None:
+    for name in ("steps", "validate_every", "log_every"):
+        if config[name] < 1:
+            raise UserError(f"config.{name}={config[name]} must be at least 1")
+
+
+class Run:
+    """One run in a work directory; `train` may be called once."""
+
+    def __init__(self, config: Any, workdir: pathlib.Path, method: Method, devices: Any):
+        self.config, self.method, self.devices = config, method, devices
+        self.data = method.batches()
+        self.checkpoints = Checkpoints(workdir)
+        # The counters of early stopping travel in the checkpoint.
+        self.best, self.bad, self.stopped = -math.inf, 0, False
+        latest = self.checkpoints.latest()
+        self.state, step = self._first_state(workdir)
+        if latest is not None:
+            self.state, loop = self.checkpoints.restore(latest, self._saved(), self.data)
+            self.state = self.devices.put_state(self.state)
+            self.best, self.bad, self.stopped = loop["best"], loop["bad"], loop["stopped"]
+        self.first = latest or 0
+        self.writer = MetricsWriter(workdir, step=self.first, tensorboard=config.tensorboard)
+        self.step = devices.compile(step)
+        self.progress = Progress(self.first, config.steps, self.examples)
+        if latest is not None and not self._over(self.first):
+            self.progress.note(f"resuming from step {latest}")
+
+    def _first_state(self, workdir: pathlib.Path) -> tuple[Any, Any]:
+        config = self.config
+        init_key, run_key = jax.random.split(jax.random.key(config.seed))
+        place = self.data.get_state()
+        batch = next(self.data)
+        size, count = _examples(batch), len(self.devices.devices)
+        if size % count:
+            raise UserError(
+                f"a batch of {size} examples cannot be split over {count} devices; make "
+                "config.batch.size a multiple of their number, or lower config.devices"
+            )
+        self.examples = size
+        self.data.set_state(place)
+        params = self.method.init(init_key, batch)
+        source = config.model.get("init_from", "")
+        if source and self.checkpoints.latest() is None:
+            params = self.method.adopt(params, read_params(source))
+        frozen = self.method.frozen(params)
+        transform, self.rate = optimizers.build(config.optimizer, config.steps, frozen)
+        step = make_step(self.method, transform, config.steps)
+        return self.devices.put_state(create(params, transform, run_key)), step
+
+    def _saved(self) -> Any:
+        return self.devices.get_state(self.state)
+
+    def _over(self, step: int) -> bool:
+        return self.stopped or step >= self.config.steps
+
+    def train(self, interrupt: Interrupt) -> bool:
+        """Step to the end, or to the step in which a signal came. True if the run is over."""
+        step = self.first
+        try:
+            if self._over(step):
+                return True
+            self._steps(step, interrupt)
+            self.checkpoints.wait()
+            return not interrupt.asked or self.stopped
+        finally:
+            self.progress.close()
+            self.writer.close()
+            self.checkpoints.close()
+
+    def _steps(self, step: int, interrupt: Interrupt) -> None:
+        config = self.config
+        pending: list = []
+        while not self._over(step) and not interrupt.asked:
+            batch = self.devices.put_batch(next(self.data))
+            self.state, metrics = self.step(self.state, batch)
+            step += 1
+            pending.append(metrics)
+            if step % config.log_every == 0 or step == self.first + 1:
+                pending = self._log(step, pending)
+            if step % config.validate_every == 0 or step == config.steps:
+                pending = self._log(step, pending)
+                self._validate(step)
+        if interrupt.asked and not self._over(step):
+            self._log(step, pending)
+            self._save(step)
+            self.progress.note(f"stopped after step {step}; start again to go on")
+
+    def _log(self, step: int, pending: list) -> list:
+        """Write the mean of the pending metrics; stop the run where a loss is not finite."""
+        if not pending:
+            return pending
+        host = [jax.tree.map(_scalar, metrics) for metrics in jax.device_get(pending)]
+        mean = {name: float(np.mean([m[name] for m in host])) for name in host[0]}
+        if not math.isfinite(mean["loss"]):
+            bad = next(i for i, m in enumerate(host) if not math.isfinite(m["loss"]))
+            raise UserError(
+                f"the loss is not finite at step {step - len(host) + bad + 1}; the last good "
+                "checkpoint is kept: lower config.optimizer.learning_rate, or set "
+                "config.optimizer.clip_norm, in a new --workdir"
+            )
+        self.progress.update(step, mean["loss"])
+        if step % self.config.log_every == 0:
+            self.writer.write(step, "train", mean | {"learning_rate": float(self.rate(step - 1))})
+            return []
+        return pending
+
+    def _validate(self, step: int) -> None:
+        metrics = self.method.validate(self._saved().params)
+        value = metrics
+        for name in self.method.selection.split("/"):
+            value = value[name]
+        self.writer.write(step, "validation", metrics)
+        self.progress.note(f"step {step}  validation {self.method.selection} {value:.4f}")
+        self.best, self.bad = (value, 0) if value > self.best else (self.best, self.bad + 1)
+        patience = self.config.patience
+        self.stopped = 0 < patience <= self.bad
+        if self.stopped and step < self.config.steps:
+            self.progress.note(f"no better for {patience} validations: stopping early")
+        self._save(step, value)
+
+    def _save(self, step: int, selection: float | None = None) -> None:
+        loop = {"best": self.best, "bad": self.bad, "stopped": self.stopped}
+        self.checkpoints.save(step, self._saved(), self.data, loop, selection)
+
+
+def _examples(batch: dict) -> int:
+    return len(jax.tree.leaves(batch["items"])[0])
+
+
+def _scalar(x: Any) -> float:
+    """A metric of one device, or the first of equal ones."""
+    return float(np.ravel(x)[0])

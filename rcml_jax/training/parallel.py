@@ -1,0 +1,167 @@
+"""One step on one device or many: `jit` over sharded arrays, or `pmap`."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rcml_jax.errors import UserError
+
+AXIS = "data"
+
+
+def initialize_distributed() -> None:
+    """Join the other processes where the environment says that there are some.
+
+    JAX's own variables (JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID), Slurm
+    and Open MPI jobs of several tasks and TPU pods are recognised; anything else is one process.
+    """
+    env = os.environ
+    tasks = int(env.get("SLURM_NTASKS", env.get("OMPI_COMM_WORLD_SIZE", "1")))
+    several_hosts = "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    if env.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
+                "whole numbers too"
+            ) from error
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif tasks > 1 or several_hosts:
+        jax.distributed.initialize()
+
+
+def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
+    """The devices of a platform ("cpu", "gpu", "tpu"; "" for the default), all or the first few.
+
+    Raises UserError where there are none of the kind, or fewer than asked for.
+    """
+    try:
+        devices = jax.devices(platform or None)
+    except RuntimeError as error:
+        raise UserError(
+            f"no device of the kind {platform!r}; JAX sees {jax.default_backend()!r} here: leave "
+            "config.platform empty, or install the jax build for that device"
+        ) from error
+    if count > len(devices):
+        raise UserError(
+            f"config.devices={count}, but there are {len(devices)} devices of the kind "
+            f"{devices[0].platform!r}; lower it"
+        )
+    if count < 0:
+        raise UserError(f"config.devices={count} is negative; 0 takes all devices")
+    return devices[: count or None]
+
+
+def across_devices(objective: Callable, axis_name: str = AXIS) -> Callable:
+    """Make a whole-batch loss right under `jax.pmap`.
+
+    `objective(embedded, *args, **kwargs)` sees the examples of all devices: each leaf of `embedded`
+    is gathered along its leading axis. Every device then computes the same loss; average the
+    gradients with `lax.pmean` and they equal the one-device gradients, because the transpose of
+    the gather sums what the devices send back.
+    """
+
+    def gathered(embedded: Any, *args, **kwargs):
+        everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), embedded)
+        return objective(everyone, *args, **kwargs)
+
+    return gathered
+
+
+class ShardedJit:
+    """Data parallel by `jit`: items sharded over a mesh, everything else replicated."""
+
+    def __init__(self, devices: list[jax.Device]):
+        self.devices = devices
+        mesh = Mesh(np.asarray(devices), (AXIS,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def put_state(self, state: Any) -> Any:
+        """One copy of a state → one copy a device."""
+        return jax.tree.map(lambda x: _put(x, self._replicated), state)
+
+    def get_state(self, state: Any) -> Any:
+        """The state as one logical copy, fit for a checkpoint and for evaluation."""
+        return state
+
+    def put_batch(self, batch: dict) -> dict:
+        """A host batch → arrays on the devices; every process passes the whole batch."""
+        items = jax.tree.map(lambda x: _put(x, self._split), batch["items"])
+        shared = jax.tree.map(lambda x: _put(x, self._replicated), batch["shared"])
+        return {"items": items, "shared": shared}
+
+    def compile(self, step: Callable) -> Callable:
+        """Jit `step(state, batch, across) -> (state, metrics)`, with the state donated."""
+        return jax.jit(
+            lambda state, batch: step(state, batch, None),
+            donate_argnums=0,
+            out_shardings=self._replicated,
+        )
+
+
+class Pmap:
+    """Data parallel by `pmap`: each device embeds its items, the embeddings are gathered."""
+
+    def __init__(self, devices: list[jax.Device]):
+        self.devices = devices
+        self._local = [d for d in devices if d.process_index == jax.process_index()]
+        self._split = NamedSharding(Mesh(np.asarray(self._local), (AXIS,)), PartitionSpec(AXIS))
+
+    def put_state(self, state: Any) -> Any:
+        """One copy of a state → a leading axis of this process's devices."""
+        copies = len(self._local)
+        return jax.tree.map(lambda x: _put(x, self._split, copies), state)
+
+    def get_state(self, state: Any) -> Any:
+        """The first device's copy."""
+        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
+
+    def put_batch(self, batch: dict) -> dict:
+        """A host batch → leaves with a leading device axis, this process's part of the items."""
+        mine = [i for i, d in enumerate(self.devices) if d in self._local]
+
+        def split(x):
+            parts = np.reshape(x, (len(self.devices), -1, *np.shape(x)[1:]))
+            return jax.device_put(parts[mine], self._split)
+
+        shared = jax.tree.map(lambda x: _put(x, self._split, len(mine)), batch["shared"])
+        return {"items": jax.tree.map(split, batch["items"]), "shared": shared}
+
+    def compile(self, step: Callable) -> Callable:
+        """Pmap `step(state, batch, across) -> (state, metrics)`, with the state donated."""
+        return jax.pmap(
+            lambda state, batch: step(state, batch, AXIS),
+            axis_name=AXIS,
+            devices=self.devices,
+            donate_argnums=0,
+        )
+
+
+def _put(x: Any, sharding: NamedSharding, copies: int = 0) -> jax.Array:
+    """Put a host or device array under a sharding, with a leading axis of copies if asked for."""
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(x), sharding, copies)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    if copies:
+        x = np.broadcast_to(x[None], (copies, *x.shape))
+    if jax.process_count() == 1 or copies:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+PARALLEL = {"jit": ShardedJit, "pmap": Pmap}
+
+
+def build(name: str, devices: list[jax.Device]) -> ShardedJit | Pmap:
+    """The parallel mode of a name. Raises UserError for an unknown one."""
+    if name not in PARALLEL:
+        raise UserError(f"config.parallel={name!r} is unknown; choose {' or '.join(PARALLEL)}")
+    return PARALLEL[name](devices)

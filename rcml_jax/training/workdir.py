@@ -1,0 +1,98 @@
+"""The work directory: its configuration, and whether it is the one that is asked for."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from rcml_jax.errors import UserError
+
+# What may change between two starts of one run: nothing here touches the figures.
+_FREE = {
+    "data.dir",
+    "data.threads",
+    "log_every",
+    "tensorboard",
+    "evaluation",
+    "platform",
+    "devices",
+    "parallel",
+}
+
+
+def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The configuration that a work directory was trained with. Raises UserError without one."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{workdir} holds no config.json, so nothing was trained there; train first: "
+            f"python train.py --config configs/rcml.py --workdir {workdir}"
+        )
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or train anew") from error
+
+
+def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Make a work directory of a configuration, or check that it is one already.
+
+    Raises UserError where it was made by another configuration or is no directory of ours.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    if path.is_file():
+        _check_same(path, config)
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the work directory {workdir}: {error.strerror}") from error
+    if any(workdir.iterdir()):
+        raise UserError(
+            f"{workdir} is not empty and holds no config.json; give an empty or a new --workdir"
+        )
+    write_json(path, config.to_dict())
+    return workdir
+
+
+def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    old = _leaves(load_config(path.parent).to_dict())
+    new = _leaves(json.loads(json.dumps(config.to_dict())))
+    changed = [
+        f"{name} ({old.get(name, 'unset')!r} there, {new.get(name, 'unset')!r} here)"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, ...) != new.get(name, ...) and not _free(name)
+    ]
+    if changed:
+        shown = "; ".join(changed[:3]) + (" and more" if len(changed) > 3 else "")
+        raise UserError(
+            f"{path.parent} was trained with another configuration: {shown}; "
+            "give another --workdir, or the old values"
+        )
+
+
+def _free(name: str) -> bool:
+    return name in _FREE or name.split(".")[0] in _FREE
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _leaves(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,113 @@
+"""Where the figures of a run go: `metrics.jsonl`, TensorBoard, and the terminal."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from rcml_jax.errors import UserError
+
+
+def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
+    """Nested metrics → slash-separated names; what is no number is left out."""
+    flat = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[prefix + name] = float(value)
+    return flat
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `<workdir>/metrics.jsonl`, and TensorBoard files if asked.
+
+    Lines past `step`, left by a run that was killed after its last checkpoint, are dropped, so that
+    a resumed run writes the file that an uninterrupted one would.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, step: int = 0, tensorboard: bool = False):
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._board = _tensorboard(workdir, step) if tensorboard else None
+        if self._path.is_file():
+            whole = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
+            self._path.write_text("".join(line + "\n" for line in whole))
+
+    def write(self, step: int, kind: str, metrics: dict) -> None:
+        """Write the metrics of a step; kind is "train" or "validation"."""
+        flat = flatten(metrics)
+        line = json.dumps({"step": step, "kind": kind} | flat)
+        try:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; free some room"
+            ) from error
+        if self._board is not None:
+            for name, value in flat.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush what TensorBoard has in hand."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # A line cut by a kill: never a whole one.
+
+
+def _tensorboard(workdir: pathlib.Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            'config.tensorboard needs tensorboardX: pip install "rcml_jax[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1)
+
+
+class Progress:
+    """One live line (step, loss, rate, time left) on a terminal, plain lines elsewhere."""
+
+    def __init__(self, first: int, total: int, examples: int, stream: Any = None):
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._first, self._total, self._examples = first, total, examples
+        self._start = time.perf_counter()
+        self._counted = first
+
+    def update(self, step: int, loss: float) -> None:
+        """Show a step. The first step's compilation is left out of the rate."""
+        now = time.perf_counter()
+        if self._counted == self._first:
+            self._counted, self._start = step, now
+            rate = "compiled"
+        else:
+            seconds = (now - self._start) / (step - self._counted)
+            left = int(seconds * (self._total - step))
+            rate = (
+                f"{self._examples / seconds:,.0f} examples/s  "
+                f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
+            )
+        self._show(f"step {step}/{self._total}  loss {loss:.4f}  {rate}")
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def _show(self, text: str) -> None:
+        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()

@@ -1,0 +1,116 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from rcml_jax.data.graph import SPLITS, normalize_pairs, pairs_within, split_graph
+from rcml_jax.errors import UserError
+from tests.data.conftest import make_graph
+
+
+def test_related_is_symmetric_with_a_true_diagonal_under_any_relation(toy):
+    expected = np.eye(len(toy), dtype=bool)
+    for a, b, _ in toy.pairs:
+        expected[a, b] = expected[b, a] = True
+    related = toy.related()
+    assert related.dtype == bool
+    np.testing.assert_array_equal(related.toarray(), expected)
+    rows, cols = np.array([5, 3, 3, 59]), np.array([0, 59, 7, 7, 3])
+    np.testing.assert_array_equal(toy.related_block(rows, cols), expected[np.ix_(rows, cols)])
+    np.testing.assert_array_equal(toy.related_values(rows, rows[::-1]), expected[rows, rows[::-1]])
+    assert toy.related_block(rows, cols[:0]).shape == (4, 0)
+
+
+def test_pairs_within_lists_every_two_members_once():
+    groups = [np.array([4, 1, 2]), np.array([1, 4]), np.array([0])]
+    expected = sorted(
+        (min(a, b), max(a, b), e)
+        for e, group in enumerate(groups)
+        for a, b in itertools.combinations(group.tolist(), 2)
+    )
+    np.testing.assert_array_equal(pairs_within(groups), expected)
+
+
+def test_normalize_pairs_orders_drops_doubles_and_self_pairs():
+    pairs, split = normalize_pairs([[3, 1, 0], [1, 3, 0], [2, 2, 0], [0, 1, 5]], [1, 2, 0, -1])
+    np.testing.assert_array_equal(pairs, [[0, 1, 5], [1, 3, 0]])
+    np.testing.assert_array_equal(split, [-1, 1])
+
+
+def test_item_splits_share_no_item_and_keep_the_fractions():
+    graph = make_graph(items=200, relations=40)
+    splits = split_graph(graph, seed=3)
+    found = [set(splits.items(s).tolist()) for s in SPLITS]
+    assert [len(f) for f in found] == [140, 20, 40]
+    assert len(set.union(*found)) == 200
+    for name, items in zip(SPLITS, found, strict=True):
+        pairs = splits.pairs(name)
+        assert set(pairs[:, :2].ravel().tolist()) <= items
+    inside = sum(len(splits.pairs(s)) for s in SPLITS)
+    assert inside == np.sum(
+        splits.item_split[graph.pairs[:, 0]] == splits.item_split[graph.pairs[:, 1]]
+    )
+
+
+def test_pair_splits_share_no_item_pair_whatever_the_relation(toy):
+    splits = split_graph(toy, seed=3, disjoint="pair")
+    units = [{tuple(p) for p in splits.pairs(s)[:, :2].tolist()} for s in SPLITS]
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(units, 2))
+    assert sum(len(splits.pairs(s)) for s in SPLITS) == len(toy.pairs)
+    assert any(len(splits.pairs(s)) > len(u) for s, u in zip(SPLITS, units, strict=True))
+    test = splits.pairs("test")
+    np.testing.assert_array_equal(splits.items("test"), np.unique(test[:, :2]))
+    assert np.all(splits.item_split == -1)
+
+
+def test_declared_splits_override(toy):
+    declared = np.where(toy.pair_units() % 5 == 0, 2, 0).astype(np.int8)
+    declared[toy.pair_units() == 1] = -1
+    graph = dataclasses.replace(toy, pair_split=declared).validate()
+    splits = split_graph(graph, seed=0, disjoint="item")
+    assert splits.disjoint == "declared"
+    np.testing.assert_array_equal(splits.pairs("test"), graph.pairs[declared == 2])
+    assert len(splits.pairs("validation")) == 0
+
+
+def test_splits_depend_on_the_seed_alone(toy):
+    for disjoint in ("item", "pair"):
+        one = split_graph(toy, seed=1, disjoint=disjoint).pair_split
+        np.testing.assert_array_equal(one, split_graph(toy, seed=1, disjoint=disjoint).pair_split)
+        assert np.any(one != split_graph(toy, seed=2, disjoint=disjoint).pair_split)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"disjoint": "relation"}, {"fractions": (0.5, 0.5, 0.5)}, {"fractions": (1, 0)}]
+)
+def test_wrong_split_arguments_are_user_errors(toy, arguments):
+    with pytest.raises(UserError):
+        split_graph(toy, seed=0, **arguments)
+    with pytest.raises(UserError, match="train, validation, test"):
+        split_graph(toy, seed=0).pairs("dev")
+
+
+def test_validate_names_what_is_wrong(toy):
+    assert toy.validate() is toy
+    n = len(toy)
+
+    def broken(**changes):
+        with pytest.raises(UserError) as error:
+            dataclasses.replace(toy, **changes).validate()
+        return str(error.value)
+
+    assert "not unique" in broken(ids=("x",) * n)
+    assert "text is empty" in broken(texts=(" ",) * n)
+    assert "sentence is empty" in broken(relations=("",) * len(toy.relations))
+    assert "label is out of range" in broken(labels=np.full(n, 2, np.int32))
+    assert "a < b" in broken(pairs=toy.pairs[:, [1, 0, 2]])
+    assert "relation is out of range" in broken(relations=toy.relations[:3])
+    assert "unique and sorted" in broken(pairs=toy.pairs[::-1].copy())
+    assert "images" in broken(images=[])
+    assert "one entry a pair" in broken(pair_split=np.zeros(3, np.int8))
+    units = toy.pair_units()
+    double = np.flatnonzero(np.diff(units) == 0)[0]
+    split = np.zeros(len(units), np.int8)
+    split[double] = 2
+    assert "two splits" in broken(pair_split=split)

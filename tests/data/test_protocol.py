@@ -1,0 +1,163 @@
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from rcml_jax.data import protocol
+from rcml_jax.data.graph import split_graph
+from rcml_jax.errors import UserError
+from tests.data.conftest import make_graph
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return make_graph(items=300, relations=30, group=12)
+
+
+@pytest.fixture(scope="module", params=["item", "pair"])
+def splits(graph, request):
+    return split_graph(graph, seed=0, disjoint=request.param)
+
+
+def links(graph):
+    return {tuple(p) for p in graph.pairs.tolist()} | {
+        (b, a, e) for a, b, e in graph.pairs.tolist()
+    }
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_retrieval_candidates_are_unrelated_items_of_the_split(graph, splits, dense, monkeypatch):
+    if not dense:
+        monkeypatch.setattr(protocol, "_DENSE_ITEMS", 0)
+    q = protocol.retrieval_queries(graph, splits, "train", seed=1)
+    pairs = splits.pairs("train").tolist()
+    both = sorted(pairs + [[b, a, e] for a, b, e in pairs])
+    asked = np.stack([q.query, q.candidates[:, 0], q.relation], axis=1)
+    assert sorted(asked.tolist()) == both
+    assert q.candidates.shape == (len(both), 21)
+    assert q.skipped == 0
+    related = graph.related().toarray()
+    assert related[q.query, q.candidates[:, 0]].all()
+    assert not related[q.query[:, None], q.candidates[:, 1:]].any()
+    assert np.isin(q.candidates, splits.items("train")).all()
+    ordered = np.sort(q.candidates, axis=1)
+    assert np.all(ordered[:, 1:] != ordered[:, :-1])
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_retrieval_candidates_are_uniform(graph, dense, monkeypatch):
+    if not dense:
+        monkeypatch.setattr(protocol, "_DENSE_ITEMS", 0)
+    items = np.arange(100)
+    query = np.full(4000, 7)
+    drawn, found = protocol._unrelated(graph, query, items, 20, np.random.default_rng(0))
+    assert found.all()
+    free = np.flatnonzero(~graph.related_block([7], items)[0])
+    counts = np.bincount(drawn.ravel(), minlength=100)
+    share = 20 / len(free)
+    spread = np.sqrt(4000 * share * (1 - share))
+    assert np.all(np.abs(counts[free] - 4000 * share) < 5 * spread)
+    assert counts.sum() == counts[free].sum()
+
+
+def test_the_limit_draws_and_everything_is_deterministic(graph, splits):
+    for make in (
+        protocol.retrieval_queries,
+        protocol.relation_candidates,
+        protocol.validity_examples,
+    ):
+        one, two = (make(graph, splits, "train", limit=50, seed=4) for _ in range(2))
+        other = make(graph, splits, "train", limit=50, seed=5)
+        for field in dataclasses.fields(one):
+            a, b = getattr(one, field.name), getattr(two, field.name)
+            np.testing.assert_array_equal(a, b)
+            assert np.size(a) == 1 or len(a) <= 50
+        first = dataclasses.fields(one)[0].name
+        assert not np.array_equal(getattr(one, first), getattr(other, first))
+
+
+def test_queries_without_enough_unrelated_items_are_counted():
+    # One item, 0, is related to everything; the others only to it and to their neighbour.
+    pairs = np.array([[0, i, 0] for i in range(1, 30)], np.int32)
+    graph = dataclasses.replace(
+        make_graph(items=30), pairs=pairs, pair_split=np.full(29, -1, np.int8)
+    )
+    splits = split_graph(graph, seed=0, disjoint="pair", fractions=(1, 0, 0))
+    q = protocol.retrieval_queries(graph, splits, "train", negatives=20, seed=0)
+    assert (len(q.query), q.skipped) == (29, 29)
+    assert 0 not in q.query
+    with pytest.raises(UserError, match="29 unrelated"):
+        protocol.retrieval_queries(graph, splits, "train", negatives=29, seed=0)
+    with pytest.raises(UserError, match="test split holds no pair"):
+        protocol.retrieval_queries(graph, splits, "test", seed=0)
+
+
+def test_relation_candidates_do_not_link_the_pair(graph, splits):
+    q = protocol.relation_candidates(graph, splits, "train", seed=1)
+    assert q.relations.shape == (len(splits.pairs("train")), 10)
+    linked = links(graph)
+    for a, b, (true, *others) in zip(q.a, q.b, q.relations, strict=True):
+        assert (a, b, true) in linked
+        assert not any((a, b, e) in linked for e in others)
+        assert len({true, *others}) == 10
+
+
+def test_relation_candidates_of_a_graph_with_few_relations():
+    graph = make_graph(items=40, relations=4, group=12)
+    splits = split_graph(graph, seed=0, disjoint="pair")
+    q = protocol.relation_candidates(graph, splits, "train", seed=1)
+    assert q.relations.shape[1] == 4
+    counts = np.bincount(graph.pair_units())[graph.pair_units()][splits.pair_split == 0]
+    assert (len(q.a), q.skipped) == (np.sum(counts == 1), np.sum(counts > 1))
+
+
+def test_relation_candidates_where_every_pair_has_several_relations():
+    graph = make_graph(items=40, relations=1)
+    doubled = np.concatenate([graph.pairs, graph.pairs + np.array([0, 0, 1])])
+    doubled = np.unique(doubled, axis=0).astype(np.int32)
+    graph = dataclasses.replace(
+        graph,
+        pairs=doubled,
+        pair_split=np.full(len(doubled), -1, np.int8),
+        relations=("a", "b", "c"),
+    )
+    splits = split_graph(graph, seed=0, disjoint="pair")
+    q = protocol.relation_candidates(graph, splits, "train", seed=1)
+    assert q.skipped == 0
+    assert np.all(q.relations[:, 1:] == 2)
+
+
+def test_validity_is_balanced_and_every_false_one_is_false(graph, splits):
+    v = protocol.validity_examples(graph, splits, "train", seed=1)
+    linked = links(graph)
+    truth = [(a, b, e) in linked for a, b, e in zip(v.a, v.b, v.relation, strict=True)]
+    np.testing.assert_array_equal(truth, v.label == 1)
+    assert np.mean(v.label) == 0.5
+    false = v.label == 0
+    related = graph.related_values(v.a[false], v.b[false])
+    assert np.mean(related) == 0.5  # a true pair under a wrong relation
+    assert np.isin(v.a, splits.items("train")).all()
+    assert np.isin(v.b, splits.items("train")).all()
+    # Neither the first item nor the sentence of the swapped ones tells the answer.
+    true = v.label == 1
+    assert sorted(v.a[true]) == sorted(v.a[false])
+
+
+def test_validity_needs_something_false():
+    graph = make_graph(relations=1)
+    splits = split_graph(graph, seed=0, disjoint="pair")
+    with pytest.raises(UserError, match="two relations"):
+        protocol.validity_examples(graph, splits, "train", seed=0)
+
+
+def test_ten_thousand_queries_of_a_large_graph_are_quick():
+    graph = make_graph(items=50_000, relations=400, group=60)
+    splits = split_graph(graph, seed=0)
+    graph.related()
+    start = time.perf_counter()
+    q = protocol.retrieval_queries(graph, splits, "train", seed=0)
+    protocol.relation_candidates(graph, splits, "train", seed=0)
+    protocol.validity_examples(graph, splits, "train", seed=0)
+    assert len(q.query) == 10_000
+    assert time.perf_counter() - start < 15  # about 1 s on an idle machine

@@ -1,0 +1,202 @@
+"""Slow NumPy twins of every equation, in float64 loops, to be read beside the papers.
+
+Nothing here is shared with the library, and nothing is vectorised where a loop reads better.
+"""
+
+import numpy as np
+
+# --- Similarities ---------------------------------------------------------------------------------
+
+
+def cosine(x, y):
+    norms = np.sqrt(np.sum(x**2)) * np.sqrt(np.sum(y**2))
+    return np.sum(x * y) / norms if norms > 0 else 0.0
+
+
+def dot(x, y):
+    return np.sum(x * y)
+
+
+def euclidean(x, y):
+    return -np.sqrt(np.sum((x - y) ** 2))
+
+
+def manhattan(x, y):
+    return -np.sum(np.abs(x - y))
+
+
+def chi_square(x, y, signed="absolute", epsilon=1e-12):
+    if signed == "shift":
+        smallest = min(x.min(), y.min())
+        x, y = x - smallest, y - smallest
+    return -np.sum((x - y) ** 2 / (np.abs(x) + np.abs(y) + epsilon))
+
+
+def matrix(similarity, x, y, **options):
+    """The scores (n, m) of the rows of x (n, d) and y (m, d)."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return np.array([[similarity(a, b, **options) for b in y] for a in x])
+
+
+# --- Softmax, CLIP, SigLIP, UniCL -----------------------------------------------------------------
+
+
+def cross_entropy(logits, target, allowed):
+    """−Σ_j t_j log softmax(l)_j over the allowed entries of one row; None if it has no positive."""
+    target = np.where(allowed, target, 0.0)
+    if target.sum() <= 0:
+        return None
+    target = target / target.sum()
+    largest = max(logits[j] for j in range(len(logits)) if allowed[j])
+    total = sum(np.exp(logits[j] - largest) for j in range(len(logits)) if allowed[j])
+    loss = 0.0
+    for j in range(len(logits)):
+        if target[j] > 0:
+            loss -= target[j] * (logits[j] - largest - np.log(total))
+    return loss
+
+
+def target_matrix(targets, n, m):
+    if targets is None:
+        targets = np.arange(n)
+    targets = np.asarray(targets)
+    if targets.ndim == 2:
+        return targets.astype(np.float64)
+    return np.array([[float(targets[i] == j) for j in range(m)] for i in range(n)])
+
+
+def softmax_contrastive(logits, targets=None, where=None, weights=None):
+    logits = np.asarray(logits, np.float64)
+    n, m = logits.shape
+    targets = target_matrix(targets, n, m)
+    where = np.broadcast_to(True if where is None else where, (n, m)) & (logits > -np.inf)
+    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    total, weight = 0.0, 0.0
+    for i in range(n):
+        loss = cross_entropy(logits[i], targets[i], where[i])
+        if loss is not None and weights[i] != 0:
+            total += weights[i] * loss
+            weight += weights[i]
+    return total / weight if weight else 0.0
+
+
+def info_nce(queries, keys, temperature=0.1, normalize=True, **options):
+    logits = matrix(cosine if normalize else dot, queries, keys) / temperature
+    return softmax_contrastive(logits, **options)
+
+
+def clip(text, image, temperature=0.07, where=None, targets=None, normalize=True):
+    logits = matrix(cosine if normalize else dot, text, image) / temperature
+    n = len(logits)
+    targets = target_matrix(targets, n, n)
+    where = np.ones(n, bool) if where is None else where
+    both = np.outer(where, where)
+    forward = softmax_contrastive(logits, targets, both)
+    return (forward + softmax_contrastive(logits.T, targets.T, both)) / 2
+
+
+def sigmoid(text, image, temperature=0.1, bias=-10.0, where=None, targets=None, normalize=True):
+    logits = matrix(cosine if normalize else dot, text, image) / temperature + bias
+    n = len(logits)
+    targets = target_matrix(targets, n, n)
+    where = np.ones(n, bool) if where is None else where
+    total = 0.0
+    for i in range(n):
+        for j in range(n):
+            if where[i] and where[j]:
+                # log σ(l) = −log(1 + exp(−l))
+                total -= targets[i, j] * np.logaddexp(0, -logits[i, j])
+                total -= (1 - targets[i, j]) * np.logaddexp(0, logits[i, j])
+    return -total / max(where.sum(), 1)
+
+
+def label_supervised(text, image, labels, temperature=0.07, where=None, normalize=True):
+    n = len(labels)
+    targets = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            targets[i, j] = i == j or (labels[i] == labels[j] and labels[i] >= 0)
+    return clip(text, image, temperature, where, targets, normalize)
+
+
+# --- RCML (Eq. 1–2) -------------------------------------------------------------------------------
+
+
+def relation_rows(anchor, positive, pair_valid, valid):
+    """The valid rows (relation, from, to) of a batch: each pair in both directions."""
+    for e in range(len(anchor)):
+        for i, j, counts in zip(anchor[e], positive[e], pair_valid[e], strict=True):
+            if counts and valid[i] and valid[j]:
+                yield e, i, j
+                yield e, j, i
+
+
+def relation_contrastive(
+    text,
+    image,
+    anchor,
+    positive,
+    *,
+    pair_valid,
+    related,
+    valid,
+    intra,
+    temperature=0.1,
+    intra_modal_weight=0.5,
+):
+    """The loss and the auxiliary scalars of Eq. 1–2, pair by pair."""
+    z = {"t": np.asarray(text, np.float64), "i": np.asarray(image, np.float64)}
+    losses = {"tt": [], "ti": [], "it": [], "ii": []}
+    wins = []
+    for e, i, j in relation_rows(anchor, positive, pair_valid, valid):
+        unrelated = [k for k in range(len(valid)) if valid[k] and not related[i, k] and k != j]
+        for term in losses:
+            x, y = z[term[0]][e], z[term[1]][e]
+            similar = [np.dot(x[i], y[k]) / temperature for k in [j, *unrelated]]
+            if term in ("ti", "it"):
+                wins.append(all(similar[0] > other for other in similar[1:]))
+            elif intra[e]:
+                continue
+            losses[term].append(np.logaddexp.reduce(similar) - similar[0])
+    aux = {term: np.mean(rows) if rows else 0.0 for term, rows in losses.items()}
+    loss = (aux["ti"] + aux["it"]) / 2 + intra_modal_weight * (aux["tt"] + aux["ii"])
+    aux["pairs"] = len(losses["ti"]) / 2
+    aux["accuracy"] = np.mean(wins) if wins else 0.0
+    return loss, aux
+
+
+# --- Ranking --------------------------------------------------------------------------------------
+
+
+def candidate_ranks(scores, where=None):
+    scores = np.asarray(scores, np.float64)
+    where = np.broadcast_to(True if where is None else where, scores.shape)
+    ranks = []
+    for row, exists in zip(scores, where, strict=True):
+        rank = 0
+        for score, counts in zip(row[1:], exists[1:], strict=True):
+            ahead = np.isnan(row[0]) or np.isnan(score) or score >= row[0]
+            rank += bool(counts and ahead)
+        ranks.append(rank)
+    return np.array(ranks)
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def gradient(function, *arrays, step=1e-5):
+    """Central differences of a scalar function with respect to each of the float64 arrays."""
+    arrays = [np.array(array, np.float64) for array in arrays]
+    gradients = []
+    for array in arrays:
+        slope = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            value = array[index]
+            array[index] = value + step
+            above = function(*arrays)
+            array[index] = value - step
+            below = function(*arrays)
+            array[index] = value
+            slope[index] = (above - below) / (2 * step)
+        gradients.append(slope)
+    return tuple(gradients)
