@@ -165,6 +165,35 @@ def relation_contrastive(
     return loss, aux
 
 
+# --- Relation-guided pooling (RCML Eq. 4-6) ------------------------------------------------------
+
+
+def relation_pooling(
+    states, mask, summary, relation, intra, *, query, key, value, output, beta,
+    summary_logit=1.0, summary_prior=0.0,
+):  # fmt: skip
+    """z (n, R, d): one item, one relation and one token at a time."""
+    n, tokens, d = states.shape
+    z = np.zeros((n, len(relation), d))
+    for i in range(n):
+        for r in range(len(relation)):
+            q = query @ relation[r]
+            logits = np.full(tokens, -np.inf)
+            for t in range(tokens):
+                if mask[i, t]:
+                    selected = float(t == summary[i])
+                    bias = selected * float(intra[r])
+                    score = q @ (key @ states[i, t]) / np.sqrt(d)
+                    logits[t] = (1 - beta) * score + beta * summary_logit * bias
+                    logits[t] += summary_prior * selected
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            pooled = sum(weights[t] * (value @ states[i, t]) for t in range(tokens))
+            z[i, r] = pooled @ output
+            z[i, r] /= np.linalg.norm(z[i, r])
+    return z
+
+
 # --- Ranking --------------------------------------------------------------------------------------
 
 

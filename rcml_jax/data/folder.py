@@ -63,8 +63,9 @@ def load(
     """The folder's graph; prepared into `cache_dir` (default `<folder>/.prepared`) if it is new.
 
     A change of a table, of an image's size or time, or of an argument here makes it anew, in a
-    folder beside the older ones (which may be deleted). Images are stored with a longer side of `max_image_size` at most. An image that cannot be decoded is
-    left out with its pairs, and a warning is logged; with `strict` it is an error.
+    folder beside the older ones (which may be deleted). Images are stored with a longer side of
+    `max_image_size` at most. An image that cannot be decoded is left out with its pairs, and a
+    warning is logged; with `strict` it is an error.
 
     Raises:
       UserError: anything else that is wrong in a table, with file, line and reason.
@@ -287,7 +288,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 yield where, {key.strip().lower(): value for key, value in row.items()}
         except csv.Error as error:
             raise UserError(
-                f"{path.name}, line {reader.line_num}: malformed CSV ({error}); correct the line."
+                f"{path.name}, line {reader.reader.line_num}: malformed CSV ({error}); correct "
+                "the line."
             ) from error
 
 

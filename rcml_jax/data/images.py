@@ -12,10 +12,6 @@ from PIL import Image, ImageOps
 from rcml_jax.data.graph import ItemImages
 from rcml_jax.errors import UserError
 
-# The channel means and deviations of OpenAI's CLIP, for RGB scaled to 0..1.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
 # Strips longer than this many times their width are cropped before they are resized.
 _LONGEST_RATIO = 8
 # What Pillow raises for bytes that are no picture, are cut short or are too large.

@@ -191,8 +191,8 @@ def word_sentence(word: str) -> str:
 _EMPTY_WORDS = frozenset(
     {
         "a", "an", "and", "at", "behind", "for", "getting", "in", "input", "new", "no",
-        "of", "on", "over", "place", "st", "suit", "the", "to", "type", "united", "with",
-        "without",
+        "of", "on", "over", "place", "st", "suit", "the", "to", "type", "united",
+        "with", "without",
     }
 )
 _QUALITIES = frozenset(

@@ -94,7 +94,10 @@ class Tokenizer:
         """The text of ids, without the special tokens."""
         special = {self.pad_id, self.start_id, self.end_id}
         kept = [int(i) for i in ids if int(i) not in special]
-        return self._tokenizer.decode(kept).strip()
+        text = self._tokenizer.decode(kept)
+        if getattr(self._tokenizer.model, "end_of_word_suffix", None) == "</w>":
+            text = text.replace("</w>", " ")  # CLIP's vocabulary has no decoder for it
+        return text.strip()
 
     def encode(
         self, texts: Sequence[str], max_length: int, lengths: Sequence[int] = LENGTHS

@@ -1,8 +1,8 @@
 """Contrastive losses of whole batches: softmax with any targets, CLIP, SigLIP and UniCL.
 
 All are pure functions of arrays to one scalar, computed in float32 at least, and are right as they
-stand under `jit` with sharded inputs, `grad` and `vmap`. `temperature` and `bias` may be traced.
-Inputs must be finite where they are masked, too.
+stand under `grad`, `vmap` and `jit`, with inputs sharded over mesh axes of type Auto, too.
+`temperature` and `bias` may be traced. Embeddings must be finite even where they are masked.
 """
 
 import jax

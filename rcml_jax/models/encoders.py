@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_flax_clip import (
     FlaxCLIPTextTransformer,
@@ -192,7 +193,7 @@ def load_pretrained(name: str) -> tuple[CLIPConfig, dict]:
     transformers_logging.set_verbosity_error()
     try:
         model = FlaxCLIPModel.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreachable(name, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -27,8 +27,7 @@ def test_sentences_read_well(emoji):
     assert "both of them show a heart" in emoji.relations
     assert "both of them show an umbrella" in emoji.relations
     assert "both of them are smiling" in emoji.relations
-    words = {word for sentence in emoji.relations for word in sentence.split()}
-    assert not {"with", "without", "type"} & words
+    assert not any(openmoji.word_sentence(word) for word in ("with", "of", "and", "no", "on"))
 
 
 def test_pairs_share_the_subgroup_or_the_word(emoji):

@@ -1,0 +1,123 @@
+"""The pooling head against its NumPy twin, and the two forms in which it is CLIP."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcml_jax.models.encoders import TokenStates
+from rcml_jax.models.relation_pooling import RelationPooling
+from tests import reference
+
+N, T, R, D = 5, 7, 3, 8
+
+
+@pytest.fixture
+def inputs():
+    rng = np.random.default_rng(0)
+    summary = rng.integers(1, T, N)
+    tokens = TokenStates(
+        states=jnp.asarray(rng.normal(size=(N, T, D)), jnp.float32),
+        mask=jnp.asarray(np.arange(T) <= summary[:, None]),
+        summary=jnp.asarray(summary),
+    )
+    relation = jnp.asarray(rng.normal(size=(R, D)), jnp.float32)
+    return tokens, relation, jnp.asarray([True, False, False])
+
+
+def random_params(head, inputs):
+    params = head.init(jax.random.key(1), *inputs)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return tree.unflatten(
+        [0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def twin(params, inputs, **options):
+    tokens, relation, intra = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
+    return reference.relation_pooling(
+        tokens.states,
+        tokens.mask.astype(bool),
+        tokens.summary.astype(int),
+        relation,
+        intra.astype(bool),
+        **{name: np.asarray(params[name], np.float64) for name in params},
+        **options,
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("prior", [0.0, 2.0])
+def test_equals_the_twin(inputs, beta, prior):
+    head = RelationPooling(D, beta=beta, summary_logit=1.5, summary_prior=prior)
+    params = random_params(head, inputs)
+    expected = twin(params, inputs, beta=beta, summary_logit=1.5, summary_prior=prior)
+    np.testing.assert_allclose(head.apply({"params": params}, *inputs), expected, atol=2e-5)
+
+
+def test_gradient_equals_the_twins(inputs):
+    head = RelationPooling(D)
+    params = random_params(head, inputs)
+    weights = np.random.default_rng(3).normal(size=(N, R, D))
+    grads = jax.grad(lambda p: jnp.sum(head.apply({"params": p}, *inputs) * weights))(params)
+    for name in params:
+        (numeric,) = reference.gradient(
+            lambda x, name=name: np.sum(twin({**params, name: x}, inputs, beta=0.6) * weights),
+            params[name],
+        )
+        np.testing.assert_allclose(grads[name], numeric, atol=2e-3, rtol=2e-3)
+        assert np.abs(numeric).max() > 1e-3
+
+
+def test_padding_gets_no_attention_and_changes_nothing(inputs):
+    tokens, relation, intra = inputs
+    head = RelationPooling(D)
+    params = random_params(head, inputs)
+    weights = head.apply({"params": params}, *inputs, method="attention")
+    assert np.all(np.asarray(weights)[~np.repeat(tokens.mask[:, None], R, 1)] == 0)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    noisy = tokens._replace(states=jnp.where(tokens.mask[..., None], tokens.states, 1e3))
+    np.testing.assert_array_equal(
+        head.apply({"params": params}, noisy, relation, intra),
+        head.apply({"params": params}, *inputs),
+    )
+
+
+def test_summary_bias_acts_under_the_intra_relation_alone(inputs):
+    tokens = inputs[0]
+    head = RelationPooling(D, beta=0.5, summary_logit=50.0)
+    weights = head.apply({"params": random_params(head, inputs)}, *inputs, method="attention")
+    on_summary = np.take_along_axis(
+        np.asarray(weights), np.asarray(tokens.summary)[:, None, None], axis=2
+    )[..., 0]
+    assert np.all(on_summary[:, 0] > 0.999)
+    assert np.all(on_summary[:, 1:] < 0.999)
+
+
+def test_hard_selection_is_the_summary_token(inputs):
+    head = RelationPooling(D, beta=1.0, summary_logit=1e4)
+    params = head.init(jax.random.key(0), *inputs)["params"]
+    z = head.apply({"params": params}, *inputs)
+    summary = inputs[0].summary_states()
+    expected = summary / jnp.linalg.norm(summary, axis=1, keepdims=True)
+    np.testing.assert_allclose(z[:, 0], expected, atol=1e-6)
+
+
+def test_initialisations(inputs):
+    identity = RelationPooling(D).init(jax.random.key(0), *inputs)["params"]
+    np.testing.assert_array_equal(identity["value"], np.eye(D))
+    np.testing.assert_array_equal(identity["output"], np.eye(D))
+    assert 0 < np.abs(identity["query"]).max() < 0.2
+    plain = RelationPooling(D, init="plain").init(jax.random.key(0), *inputs)["params"]
+    assert np.abs(plain["value"] - np.eye(D)).max() > 0.1
+    with pytest.raises(ValueError, match="identity"):
+        RelationPooling(D, init="zeros").init(jax.random.key(0), *inputs)
+
+
+def test_learned_prior_is_a_parameter(inputs):
+    head = RelationPooling(D, summary_prior=3.0, learn_summary_prior=True)
+    params = head.init(jax.random.key(0), *inputs)["params"]
+    assert params["summary_prior"] == 3.0
+    grads = jax.grad(lambda p: head.apply({"params": p}, *inputs)[..., 0].sum())(params)
+    assert grads["summary_prior"] != 0
