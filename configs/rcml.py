@@ -25,7 +25,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.seed = 42
     config.steps = 500
     config.validate_every = 50
-    config.patience = 4  # validations without a better Hit@5 AVG before stopping; 0: never
+    config.patience = 6  # validations without a better Hit@5 AVG before stopping; 0: never
     config.log_every = 25
     config.parallel = "jit"  # jit or pmap
     config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
@@ -74,6 +74,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.temperature = 0.1
     config.loss.learn_temperature = False
     config.loss.intra_modal_weight = 0.5  # λ; 0: no intra-modal loss (ablation)
+    config.loss.identification_weight = 1.0  # beyond the paper, which has 0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3

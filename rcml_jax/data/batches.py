@@ -128,23 +128,26 @@ def collator(
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8;
     `shared` what every device needs whole: relation_ids (R, T'), intra (R,), anchor, positive and
-    pair_valid (R, G), related (N, N), valid (N,) and labels (N,).
+    pair_valid (R, G), linked (R, G, R), whether a pair is linked under each of the batch's
+    relations, related (N, N), valid (N,) and labels (N,).
     """
 
     def collate(plan: dict) -> dict:
-        items = plan["items"]
+        items, relations = plan["items"], plan["relations"]
+        anchor, positive = items[plan["anchor"]], items[plan["positive"]]
+        linked = graph.linked(anchor[..., None], positive[..., None], relations.clip(min=0))
+        linked &= relations >= 0
         ids, _ = tokenizer.encode([graph.texts[i] for i in items], max_length)
-        relation_ids, _ = tokenizer.encode(
-            [sentence(int(r)) for r in plan["relations"]], max_length
-        )
+        relation_ids, _ = tokenizer.encode([sentence(int(r)) for r in relations], max_length)
         return {
             "items": {"ids": ids, "images": images(items)},
             "shared": {
                 "relation_ids": relation_ids,
-                "intra": plan["relations"] < 0,
+                "intra": relations < 0,
                 "anchor": plan["anchor"],
                 "positive": plan["positive"],
                 "pair_valid": plan["pair_valid"],
+                "linked": linked,
                 "related": graph.related_block(items, items),
                 "valid": np.ones(len(items), bool),
                 "labels": graph.labels[items],

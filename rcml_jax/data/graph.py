@@ -84,6 +84,18 @@ class RelationGraph:
         values = self._related[rows.ravel(), cols.ravel()]
         return np.asarray(values, bool).reshape(rows.shape)
 
+    def linked(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
+        """Whether items a and b are paired under a relation: indices that broadcast → bool."""
+        low, high = np.minimum(a, b).astype(np.int64), np.maximum(a, b)
+        keys = (low * len(self) + high) * max(len(self.relations), 1) + relation
+        if not len(self._keys):
+            return np.zeros(keys.shape, bool)
+        return self._keys[np.searchsorted(self._keys[:-1], keys)] == keys
+
+    @functools.cached_property
+    def _keys(self) -> np.ndarray:
+        return _pair_keys(self.pairs, len(self), len(self.relations))
+
     def pair_units(self) -> np.ndarray:
         """The number (P,) of each pair's unordered item pair; one number for all its relations."""
         if not len(self.pairs):

@@ -77,9 +77,9 @@ def pair_scores(
     """The five scores of pairs (a, b) under relations.
 
     a, b, relation: (q, c) after broadcasting; rows of the table (`EmbeddingTable.rows`) and
-    relation indices. similarity: a name of `rcml_jax.similarity`, or "product" for the training-free
-    cos(z_A, h_E)·cos(z_B, h_E). Worked off in blocks of queries, so that at most a few tens of
-    megabytes of gathered vectors are held.
+    relation indices. similarity: a name of `rcml_jax.similarity`, or "product" for the
+    training-free cos(z_A, h_E)·cos(z_B, h_E). Worked off in blocks of queries, so that at most a
+    few hundred megabytes of gathered vectors are held.
     """
     a, b, relation = (np.asarray(x) for x in np.broadcast_arrays(a, b, relation))
     queries, width = a.shape

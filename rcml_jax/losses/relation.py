@@ -75,6 +75,52 @@ def relation_contrastive(
     return loss, {**means, "pairs": rows / 2}
 
 
+def relation_identification(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    linked: jax.Array,
+    intra: jax.Array,
+    temperature: float | jax.Array = 0.1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Contrast a pair's similarity under its own relation with that under the others.
+
+    L = mean over inter-sample pairs (i, j, e) and over the four modality combinations (x, y) of
+    −log [exp(z_x^i(e)·z_y^j(e)/τ) / Σ_{e' ∈ {e} ∪ U(i, j)} exp(z_x^i(e')·z_y^j(e')/τ)], where
+    U(i, j) are the batch's relations under which i and j are not linked. Not in the paper: Eq. 2
+    compares candidates under one relation and leaves the levels of different relations free, so
+    that a pair's similarities under two relations cannot be compared.
+
+    text, image, anchor, positive, pair_valid, intra: as in `relation_contrastive`.
+    linked: (R, G, R) bool, whether the pair is linked under each relation of the batch.
+
+    Returns the loss and {"relation_accuracy"}: the share of rows whose own relation is strictly
+    above all the others. Without inter-sample pairs both are 0.
+    """
+    text, image = as_float(text), as_float(image)
+    pair_valid, linked, intra = (jnp.asarray(x, bool) for x in (pair_valid, linked, intra))
+    live = pair_valid & ~intra[:, None]
+
+    def similarities(embeddings):
+        items = jnp.stack(embeddings)
+        return jnp.einsum("xrgd,yrgd->xyrg", items[:, anchor], items[:, positive])
+
+    # (x, y, R, G, R'): every pair under every relation of the batch.
+    logits = jnp.moveaxis(jax.lax.map(similarities, (text, image)), 0, -1)
+    logits = logits / jnp.asarray(temperature, text.dtype)
+    own = jnp.eye(len(text), dtype=bool)[:, None]
+    target = jnp.sum(jnp.where(own, logits, 0), axis=-1)
+    other = ~linked & ~own
+    kept = jnp.where(other | own, logits, -jnp.inf)
+    losses = jnp.where(live, jax.nn.logsumexp(kept, axis=-1) - target, 0)
+    wins = live & (target > jnp.max(jnp.where(other, logits, -jnp.inf), axis=-1))
+    count = jnp.maximum(4 * jnp.sum(live), 1)
+    return jnp.sum(losses) / count, {"relation_accuracy": jnp.sum(wins) / count}
+
+
 def relation_terms(
     text: jax.Array,
     image: jax.Array,

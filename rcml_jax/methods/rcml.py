@@ -8,7 +8,7 @@ import numpy as np
 from flax.core import FrozenDict
 
 from rcml_jax.evaluation.scores import EmbeddingTable
-from rcml_jax.losses.relation import relation_contrastive
+from rcml_jax.losses.relation import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.methods.task import RelationTask
@@ -64,24 +64,35 @@ class RCMLMethod(RelationalMethod):
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Eq. 1–2 over the whole batch."""
+        """Eq. 1–2 over the whole batch, and the identification of relations if it has a weight."""
         del progress
         shared, loss = batch["shared"], self.config.loss
         temperature = loss.temperature
         if loss.learn_temperature:
             temperature = jnp.exp(params["log_temperature"])
-        return relation_contrastive(
-            jnp.swapaxes(embedded["text"], 0, 1),
-            jnp.swapaxes(embedded["image"], 0, 1),
-            shared["anchor"],
-            shared["positive"],
-            pair_valid=shared["pair_valid"],
+        text, image = (jnp.swapaxes(embedded[name], 0, 1) for name in ("text", "image"))
+        pairs = shared["anchor"], shared["positive"]
+        common = {
+            "pair_valid": shared["pair_valid"],
+            "intra": shared["intra"],
+            "temperature": temperature,
+        }
+        value, metrics = relation_contrastive(
+            text,
+            image,
+            *pairs,
             related=shared["related"],
             valid=shared["valid"],
-            intra=shared["intra"],
-            temperature=temperature,
             intra_modal_weight=loss.intra_modal_weight,
+            **common,
         )
+        if loss.identification_weight:
+            term, more = relation_identification(
+                text, image, *pairs, linked=shared["linked"], **common
+            )
+            value += loss.identification_weight * term
+            metrics |= {"identification": term} | more
+        return value, metrics
 
     def tables(
         self, params: Params, items: np.ndarray, needed: np.ndarray | None = None

@@ -121,10 +121,14 @@ class RelationalMethod(Method):
         """What the protocol says of this method's scoring."""
 
     def validate(self, params: Params) -> Metrics:
-        """Retrieval on the validation split, in the method's first way of scoring."""
-        queries = self.task.retrieval_queries("validation")
-        table = next(iter(self.tables(params, _items_of(queries)).values()))
-        return retrieval(table, queries.query, queries.candidates, queries.relation)
+        """Retrieval and relation type on validation, in the method's first way of scoring."""
+        task = self.task
+        queries, types = task.retrieval_queries("validation"), task.relation_queries("validation")
+        items = np.union1d(_items_of(queries), np.union1d(types.a, types.b))
+        table = next(iter(self.tables(params, items).values()))
+        return retrieval(table, queries.query, queries.candidates, queries.relation) | {
+            "relation_type": relation_type(table, types.a, types.b, types.relations)
+        }
 
     def evaluate(self, params: Params, split: str = "test") -> Metrics:
         """The protocol of the README on a split; what `eval.json` holds."""

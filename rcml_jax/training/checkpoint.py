@@ -86,35 +86,26 @@ class Checkpoints:
             data=grain.checkpoint.CheckpointRestore(data),
             loop=ocp.args.JsonRestore(),
         )
-        restored = self._restore(step, args)
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:
+            raise self._damaged(step, error) from error
         return restored["state"], restored["loop"]
 
     def restore_params(self, step: int) -> Any:
         """The parameters of a step as NumPy arrays, whatever devices they were saved from."""
-        metadata = self._restore_metadata(step)
-        params = jax.tree.map(
-            lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata["params"], is_leaf=_has_shape
-        )
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                {"params": params},
-                restore_args=jax.tree.map(
-                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), {"params": params}
-                ),
-                partial_restore=True,
-            )
-        )
-        return self._restore(step, args)["state"]["params"]
-
-    def _restore(self, step: int, args: Any) -> Any:
+        directory = self.directory / str(step) / "state"
         try:
-            return self._manager.restore(step, args=args)
-        except Exception as error:
-            raise self._damaged(step, error) from error
-
-    def _restore_metadata(self, step: int) -> Any:
-        try:
-            return self._manager.item_metadata(step)["state"].tree
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                saved = reader.metadata(directory).item_metadata.tree["params"]
+                wanted = {"params": jax.tree.map(_empty, saved, is_leaf=_has_shape)}
+                as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+                args = ocp.args.PyTreeRestore(
+                    wanted,
+                    restore_args=jax.tree.map(lambda _: as_numpy, wanted),
+                    partial_restore=True,
+                )
+                return reader.restore(directory, args=args)["params"]
         except Exception as error:
             raise self._damaged(step, error) from error
 
@@ -146,6 +137,10 @@ class Checkpoints:
 
 def _has_shape(leaf: Any) -> bool:
     return hasattr(leaf, "shape")
+
+
+def _empty(leaf: Any) -> np.ndarray:
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -36,12 +36,6 @@ def test_to_array_is_clips_resize_and_crop(width, height):
     np.testing.assert_array_equal(images.to_array(picture, 32), expected)
 
 
-def test_clips_constants():
-    constants = pytest.importorskip("transformers.image_utils")
-    assert list(images.IMAGE_MEAN) == list(constants.OPENAI_CLIP_MEAN)
-    assert list(images.IMAGE_STD) == list(constants.OPENAI_CLIP_STD)
-
-
 def test_jpegs_are_decoded_small_and_stay_close():
     data = encoded(noise(1200, 900), "JPEG", quality=95)
     picture = images.open_rgb(data)

@@ -76,6 +76,12 @@ def test_equals_hugging_face(batch, hugging_face):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_image_statistics_are_clips():
+    constants = pytest.importorskip("transformers.image_utils")
+    assert list(IMAGE_MEAN) == constants.OPENAI_CLIP_MEAN
+    assert list(IMAGE_STD) == constants.OPENAI_CLIP_STD
+
+
 def test_tokens_after_the_end_change_nothing(batch, hugging_face):
     ids, _ = batch
     towers = CLIPTowers(hugging_face.config)

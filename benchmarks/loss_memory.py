@@ -1,0 +1,178 @@
+"""Does the memory of RCML's loss grow with pairs x candidates x width, and what is its time?
+
+    python -m benchmarks.loss_memory
+
+Value and gradient of `relation_contrastive` with respect to the embeddings, against the naive form,
+which gathers the candidates of every pair: (pairs, items, d). Memory is what XLA plans for
+temporaries, inputs and gradients apart, and with --rss also the peak of a process of its own.
+"""
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import inputs, timing
+from rcml_jax.losses.relation import relation_contrastive
+
+OURS, BLOCKED, NAIVE = "ours", "ours, block=1", "naive"
+TEMPERATURE, INTRA_MODAL_WEIGHT = 0.1, 0.5
+MEBIBYTE = 2**20
+
+
+def naive(text, image, anchor, positive, *, pair_valid, related, valid, intra) -> jax.Array:
+    """The loss pair by pair: every pair has a copy of all candidates under its relation."""
+    rows, width = anchor.shape
+    relation = jnp.repeat(jnp.arange(rows), width)
+    anchor, positive = anchor.reshape(-1), positive.reshape(-1)
+    live = pair_valid.reshape(-1) & valid[anchor] & valid[positive]
+    candidates = {"t": text[relation], "i": image[relation]}  # (pairs, N, d) each
+    place = jnp.arange(len(relation))
+    loss = 0.0
+    for x in "ti":
+        for y in "ti":
+            counted = live if x != y else live & ~intra[relation]
+            total = 0.0
+            for i, j in ((anchor, positive), (positive, anchor)):
+                logits = jnp.einsum("pd,pnd->pn", candidates[x][place, i], candidates[y])
+                logits /= TEMPERATURE
+                target = logits[place, j]
+                keep = valid & ~related[i] | (jnp.arange(text.shape[1]) == j[:, None])
+                log_sum = jax.nn.logsumexp(jnp.where(keep, logits, -jnp.inf), axis=1)
+                total += jnp.sum(jnp.where(counted, log_sum - target, 0))
+            weight = 0.5 if x != y else INTRA_MODAL_WEIGHT
+            loss += weight * total / jnp.maximum(2 * jnp.sum(counted), 1)
+    return loss
+
+
+def ours(*args, block=None, **kwargs) -> jax.Array:
+    """The library's loss, without its metrics."""
+    options = {"temperature": TEMPERATURE, "intra_modal_weight": INTRA_MODAL_WEIGHT}
+    return relation_contrastive(*args, **kwargs, **options, block=block)[0]
+
+
+FORMS = {OURS: ours, BLOCKED: functools.partial(ours, block=1), NAIVE: naive}
+
+
+def arguments(pairs: int, relations: int, width: int) -> tuple[tuple, dict]:
+    """Embeddings of 2 * pairs items under all relations, and about `pairs` pairs among them."""
+    rng = np.random.default_rng(0)
+    group = -(-pairs // relations)
+    batch = inputs.pair_indices(rng, 2 * pairs, relations - 1, group, group)
+    shape = (2, relations, 2 * pairs, width)
+    embeddings = rng.standard_normal(shape, np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    del batch["linked"]  # Of another loss.
+    index = batch.pop("anchor"), batch.pop("positive")
+    return (*(jnp.asarray(e) for e in embeddings), *index), batch
+
+
+def compile_form(form: str, args: tuple, kwargs: dict):
+    """Value and gradient with respect to the embeddings, compiled for these sizes."""
+    graded = jax.jit(jax.value_and_grad(FORMS[form], argnums=(0, 1)))
+    return graded.lower(*args, **kwargs).compile()
+
+
+def check(relations: int) -> float:
+    """The largest difference of the forms, in value and gradient, on a small batch.
+
+    Leaves the program where it is not tiny.
+    """
+    args, kwargs = arguments(16, relations, 32)
+    results = [jax.tree.leaves(compile_form(form, args, kwargs)(*args, **kwargs)) for form in FORMS]
+    pairs = [(a, b) for other in results[:-1] for a, b in zip(other, results[-1], strict=True)]
+    difference = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
+    if not difference < 1e-5:
+        raise SystemExit(f"the forms differ by {difference}; nothing was measured")
+    return difference
+
+
+def peak_resident(form: str, pairs: int, relations: int, width: int) -> float:
+    """MiB that the peak of a fresh process rises by when it runs the form once."""
+    sizes = (str(pairs), str(relations), str(width))
+    command = [sys.executable, "-m", "benchmarks.loss_memory", "--measure", form, *sizes]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def measure_resident(form: str, pairs: int, relations: int, width: int) -> float:
+    """What `peak_resident` runs in its process."""
+    import resource
+
+    args, kwargs = arguments(pairs, relations, width)
+    compiled = compile_form(form, args, kwargs)
+    # Kilobytes on Linux, bytes on macOS.
+    unit = MEBIBYTE if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    jax.block_until_ready(compiled(*args, **kwargs))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+
+
+def row_of(pairs: int, options: argparse.Namespace, width: int, timed: bool) -> tuple[dict, dict]:
+    """Memory of every form at one size, and times of those that fit under --limit."""
+    args, kwargs = arguments(pairs, options.relations, width)
+    compiled = {form: compile_form(form, args, kwargs) for form in FORMS}
+    bytes_of = {f: c.memory_analysis().temp_size_in_bytes for f, c in compiled.items()}
+    row = {"pairs": pairs, "items": 2 * pairs, "width": width, "temporaries": bytes_of}
+    row["pairs_x_items_x_width"] = 4 * pairs * 2 * pairs * width
+    fits = {f: c for f, c in compiled.items() if bytes_of[f] < options.limit * 2**30}
+    if options.rss:
+        row["resident_mib"] = {f: peak_resident(f, pairs, options.relations, width) for f in fits}
+    times = {}
+    if timed:
+        functions = {f: functools.partial(c, *args, **kwargs) for f, c in fits.items()}
+        times = timing.alternate(functions, repeats=options.repeats, warmup=1)
+        row["seconds"] = timing.summarise(times)
+    return row, times
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A row a size: planned temporaries, peak growth, times, and what naive needs more."""
+    print(f"\n{'pairs':>6}{'items':>7}{'width':>7}{'pairs x items x width':>23}", end="")
+    print("".join(f"{form:>16}" for form in FORMS) + f"{'naive / ours':>14}")
+    for kind, unit in (("temporaries", "MiB"), ("resident_mib", "peak MiB"), ("seconds", "ms")):
+        for row in (r for r in rows if kind in r):
+            print(f"{row['pairs']:>6}{row['items']:>7}{row['width']:>7}", end="")
+            print(f"{row['pairs_x_items_x_width'] / MEBIBYTE:>19.0f} MiB", end="")
+            values = {"temporaries": lambda x: x / MEBIBYTE, "resident_mib": lambda x: x}
+            show = values.get(kind, lambda x: 1e3 * x["median"])
+            cells = {form: show(row[kind][form]) for form in row[kind]}
+            print("".join(f"{cells.get(f, float('nan')):>16.1f}" for f in FORMS), end="")
+            print(f"{cells.get(NAIVE, float('nan')) / cells[OURS]:>14.1f}  {unit}")
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = timing.parser(__doc__.splitlines()[0], repeats=5)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--relations", type=int, default=11, help="the self pairs' among them")
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--limit", type=float, default=8.0, help="GiB beyond which nothing is run")
+    parser.add_argument("--rss", action="store_true", help="measure peaks of processes, too")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        form, *sizes = options.measure
+        print(json.dumps(measure_resident(form, *(int(size) for size in sizes))))
+        return
+    width, most = max(options.widths), max(options.pairs)
+    machine = timing.start(f"Value and gradient of the loss under {options.relations} relations")
+    print(f"largest difference of the forms on a small batch: {check(options.relations):.1e}")
+    sizes = [(p, width) for p in options.pairs] + [(most, w) for w in options.widths if w != width]
+    measured = [row_of(p, options, w, timed=w == width) for p, w in sizes]
+    rows = [row for row, _ in measured]
+    print_rows(rows)
+    ratios = []
+    for row, times in measured:
+        if NAIVE in times:
+            ratios.append({**timing.ratio(times, OURS, NAIVE), "pairs": row["pairs"]})
+    timing.write_json(options.json, {"machine": machine, "rows": rows, "ratios": ratios})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What does a training step of RCML cost beside a CLIP step on the same items?
+
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --small
+
+The steps are those of `rcml_jax.training.step` with the methods' own losses and optimizer: towers,
+loss, backward pass and AdamW, the state donated. The batch is random; loading data is left out.
+"""
+
+import tempfile
+import types
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from transformers import CLIPConfig
+
+from benchmarks import inputs, timing
+from configs.rcml import get_config
+from rcml_jax.methods.base import Method
+from rcml_jax.methods.baselines import BaselineMethod
+from rcml_jax.methods.rcml import RCMLMethod
+from rcml_jax.training import optimizer, step
+
+TARGET = 1.10
+CLASSES = {"clip": BaselineMethod, "rcml": RCMLMethod}
+CLIP, PAPER, RCML = "CLIP step", "RCML step, Eq. 1-2 alone", "RCML step, configs/rcml.py"
+
+
+def configuration(args):
+    """configs/rcml.py with the batch that was asked for, and its CLIP configuration."""
+    config = get_config()
+    if not args.small:
+        config.batch.size = args.batch or 16
+        config.batch.relations = args.relations or 4
+        config.batch.pairs_per_relation = max(1, config.batch.size // (2 * config.batch.relations))
+        config.batch.intra_pairs = config.batch.size // 2
+    return config, inputs.clip_config(args.small)
+
+
+def build_method(name: str, config, clip_config: CLIPConfig, small: bool) -> Method:
+    """A method as `train.py` builds it, but without a data set: losses ask the task for nothing."""
+    task = types.SimpleNamespace(tokenizer=inputs.TOKENIZER)
+    config = config.copy_and_resolve_references()
+    config.method = name
+    with tempfile.TemporaryDirectory() as directory:
+        if not small:
+            clip_config.save_pretrained(directory)
+            config.model.pretrained = directory  # Its configuration; the weights stay random.
+        return CLASSES[name](config, task)
+
+
+def step_function(method: Method, batch: dict) -> Callable:
+    """One training step a call; the state is kept here, and donated."""
+    # From a compiled function: op by op, Flax draws every matrix of 151 million numbers alone.
+    params = jax.jit(method.init_params)(jax.random.key(0), batch)
+    adamw, _ = optimizer.build(method.config.optimizer, 1000, method.frozen(params))
+    compiled = jax.jit(step.make_step(method, adamw, 1000), static_argnums=2, donate_argnums=0)
+    state = [step.create(params, adamw, jax.random.key(1))]
+
+    def run():
+        state[0], metrics = compiled(state[0], batch, None)
+        return state[0], metrics
+
+    return run
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = timing.parser(__doc__.splitlines()[0], repeats=12)
+    parser.add_argument("--small", action="store_true", help="towers and batch of configs/rcml.py")
+    parser.add_argument("--batch", type=int, help="items a step (16)")
+    parser.add_argument("--relations", type=int, help="relations a step beside the self pairs' (4)")
+    parser.add_argument("--text-length", type=int, default=16, help="tokens a text")
+    parser.add_argument("--sentence-length", type=int, default=16, help="tokens a relation")
+    args = parser.parse_args()
+    if args.small and (args.batch or args.relations):
+        parser.error("--small has the batch of configs/rcml.py; leave --batch and --relations out")
+    config, clip_config = configuration(args)
+    sizes = config.batch
+    towers = "small towers" if args.small else "ViT-B/32"
+    machine = timing.start(
+        f"A training step on {sizes.size} items, {sizes.relations} relations of "
+        f"{sizes.pairs_per_relation} pairs and {sizes.intra_pairs} self pairs: {towers}"
+    )
+    batch = inputs.relation_batch(clip_config, sizes, args.text_length, args.sentence_length)
+    batch = jax.tree.map(jnp.asarray, batch)
+    functions = {}
+    weights = {CLIP: 0.0, PAPER: 0.0, RCML: config.loss.identification_weight}
+    for title, config.loss.identification_weight in weights.items():
+        name = "clip" if title == CLIP else "rcml"
+        method = build_method(name, config, clip_config, args.small)
+        functions[title] = step_function(method, batch)
+
+    times = timing.alternate(functions, repeats=args.repeats)
+    ratios = [timing.ratio(times, name, CLIP, TARGET) for name in (PAPER, RCML)]
+    timing.print_times(times, unit="step")
+    timing.print_ratios(ratios)
+    figures = {"machine": machine, "towers": towers, "batch": sizes.to_dict(), "ratios": ratios}
+    timing.write_json(args.json, {**figures, "seconds": timing.summarise(times)})
+
+
+if __name__ == "__main__":
+    main()
