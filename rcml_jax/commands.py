@@ -5,6 +5,7 @@ sentence tells how to mend.
 """
 
 import importlib.util
+import logging as python_logging
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,9 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; a mistake of the user ends in one sentence on stderr and status 2."""
-    logging.set_verbosity(logging.ERROR)
+    # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     try:
         return command(argv)
     except UserError as error:

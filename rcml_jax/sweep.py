@@ -20,8 +20,6 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from rcml_jax.commands import guard, load_config_file, parse_flags
 from rcml_jax.errors import UserError
@@ -70,7 +68,7 @@ def _sweep(argv: Sequence[str]) -> int:
         rows = collect(args.workdir, list(variants), seeds)
         write_json(args.workdir / "table.json", rows)
         (args.workdir / "table.md").write_text(markdown(rows))
-    _show(collect(args.workdir, list(variants), seeds))
+    print(markdown(collect(args.workdir, list(variants), seeds)), end="")
     return 0
 
 
@@ -123,15 +121,6 @@ def markdown(rows: Sequence[dict]) -> str:
 def _cells(row: dict) -> list[str]:
     figures = [f"{100 * row[c]['mean']:.1f} ± {100 * row[c]['std']:.1f}" for c in COLUMNS]
     return [row["variant"], str(row["seeds"]), *figures]
-
-
-def _show(rows: Sequence[dict]) -> None:
-    table = Table(title="mean ± deviation over seeds, percent")
-    for name in ("variant", "seeds", *COLUMNS):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console(highlight=False).print(table)
 
 
 def _at(result: dict, path: str) -> float:

@@ -1,9 +1,26 @@
 """Eight virtual CPU devices for every test; set before jax is imported anywhere."""
 
 import os
+import pathlib
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What is compiled once is shared by all tests and the processes that they start, and kept for the
+# next run of the suite: compilation is most of what these tiny models cost.
+_CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory) -> pathlib.Path:
+    """The folder of tests/toy.py; to be copied by a test that changes it."""
+    from tests.toy import write_catalogue
+
+    return write_catalogue(tmp_path_factory.mktemp("data") / "catalogue")

@@ -165,6 +165,27 @@ def relation_contrastive(
     return loss, aux
 
 
+def relation_identification(
+    text, image, anchor, positive, *, pair_valid, linked, valid, intra, temperature=0.1
+):
+    """A pair's similarity under its relation against that under the unlinked ones, pair by pair."""
+    z = {"t": np.asarray(text, np.float64), "i": np.asarray(image, np.float64)}
+    losses, wins = [], []
+    for e in range(len(anchor)):
+        for g, (i, j) in enumerate(zip(anchor[e], positive[e], strict=True)):
+            if intra[e] or not (pair_valid[e, g] and valid[i] and valid[j]):
+                continue
+            others = [r for r in range(len(anchor)) if r != e and not linked[e, g, r]]
+            for x in "ti":
+                for y in "ti":
+                    similar = [z[x][r, i] @ z[y][r, j] / temperature for r in [e, *others]]
+                    losses.append(np.logaddexp.reduce(similar) - similar[0])
+                    wins.append(all(similar[0] > other for other in similar[1:]))
+    if not losses:
+        return 0.0, {"relation_accuracy": 0.0}
+    return np.mean(losses), {"relation_accuracy": np.mean(wins)}
+
+
 # --- Relation-guided pooling (RCML Eq. 4-6) ------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ ITEMS, KINDS, PLACES = 60, 12, 10
 
 #: Options that make a run of seconds: width 16, one layer, 16-pixel images.
 TINY = {
-    "steps": 6,
+    "steps": 12,
     "validate_every": 3,
     "log_every": 2,
     "patience": 0,
@@ -108,14 +108,13 @@ def arguments(folder: pathlib.Path, workdir: pathlib.Path, **options) -> list[st
 
 
 def start(program: str, args: list[str], **env: str) -> subprocess.Popen:
-    """Start train.py or eval.py in a process of its own, on one CPU device."""
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """Start train.py or eval.py in a process of its own, with the devices of this one."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / program), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=clean | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | env,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
     )
 
 

@@ -13,9 +13,9 @@ def print_evaluation(result: dict, stream: Any = None) -> None:
     console = Console(file=stream, highlight=False)
     queries = result["retrieval"]["queries"]
     table = Table(
-        title=f"{result['method']} on {result['dataset']}, {result['split']} split "
-        f"({queries:,} queries, ties against the model)",
-        caption=result["protocol"]["retrieval"],
+        title=f"{result['method']} on {result['dataset']}: {result['split']}, {queries:,} queries",
+        caption=f"Queries: {result['protocol']['retrieval']}. Ties count against the model.",
+        caption_justify="left",
     )
     table.add_column("measure (%)")
     for name in SCORES:

@@ -83,6 +83,7 @@ def relation_identification(
     *,
     pair_valid: jax.Array,
     linked: jax.Array,
+    valid: jax.Array,
     intra: jax.Array,
     temperature: float | jax.Array = 0.1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -94,15 +95,15 @@ def relation_identification(
     compares candidates under one relation and leaves the levels of different relations free, so
     that a pair's similarities under two relations cannot be compared.
 
-    text, image, anchor, positive, pair_valid, intra: as in `relation_contrastive`.
+    text, image, anchor, positive, pair_valid, valid, intra: as in `relation_contrastive`.
     linked: (R, G, R) bool, whether the pair is linked under each relation of the batch.
 
     Returns the loss and {"relation_accuracy"}: the share of rows whose own relation is strictly
     above all the others. Without inter-sample pairs both are 0.
     """
     text, image = as_float(text), as_float(image)
-    pair_valid, linked, intra = (jnp.asarray(x, bool) for x in (pair_valid, linked, intra))
-    live = pair_valid & ~intra[:, None]
+    linked, intra = jnp.asarray(linked, bool), jnp.asarray(intra, bool)
+    live = _live(anchor, positive, pair_valid, valid) & ~intra[:, None]
 
     def similarities(embeddings):
         items = jnp.stack(embeddings)
@@ -142,10 +143,10 @@ def relation_terms(
     """
     text, image = as_float(text), as_float(image)
     # NumPy arrays cannot be indexed by traced ones.
-    pair_valid, related, valid = (jnp.asarray(x, bool) for x in (pair_valid, related, valid))
+    related, valid = jnp.asarray(related, bool), jnp.asarray(valid, bool)
     rows = jnp.concatenate([anchor, positive])
     columns = jnp.concatenate([positive, anchor])
-    live = pair_valid & valid[anchor] & valid[positive]
+    live = _live(anchor, positive, pair_valid, valid)
     live = jnp.concatenate([live, live])
     is_positive = columns[:, None] == jnp.arange(text.shape[0])
     is_negative = valid & ~related[rows] & ~is_positive
@@ -166,6 +167,12 @@ def relation_terms(
     terms = {x + y: (sums[i, j], count) for i, x in enumerate("ti") for j, y in enumerate("ti")}
     cross_wins = jnp.sum(wins[0, :, 1]) + jnp.sum(wins[1, :, 0])
     return {**terms, "accuracy": (cross_wins.astype(losses.dtype), 2 * count)}
+
+
+def _live(anchor, positive, pair_valid, valid):
+    """Which pairs count: they are no padding, and neither of their items is."""
+    pair_valid, valid = jnp.asarray(pair_valid, bool), jnp.asarray(valid, bool)
+    return pair_valid & valid[anchor] & valid[positive]
 
 
 def _mean(sums, counts, where=None):

@@ -74,6 +74,7 @@ class RCMLMethod(RelationalMethod):
         pairs = shared["anchor"], shared["positive"]
         common = {
             "pair_valid": shared["pair_valid"],
+            "valid": shared["valid"],
             "intra": shared["intra"],
             "temperature": temperature,
         }
@@ -82,7 +83,6 @@ class RCMLMethod(RelationalMethod):
             image,
             *pairs,
             related=shared["related"],
-            valid=shared["valid"],
             intra_modal_weight=loss.intra_modal_weight,
             **common,
         )

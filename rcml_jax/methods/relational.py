@@ -216,8 +216,8 @@ class RelationalMethod(Method):
         return self.task.encode(self.task.sentences)
 
     def chunks(self, items: np.ndarray):
-        """Yield (rows, ids, images) of items, the last chunk padded to the length of the others."""
-        size = min(_CHUNK, len(items))
+        """Yield (rows, ids, images) of items, each chunk padded to one of a few lengths."""
+        size = min(_CHUNK, 1 << (len(items) - 1).bit_length())
         ids = self.task.encode([self.task.graph.texts[i] for i in items])
         for start in range(0, len(items), size):
             rows = np.arange(start, min(start + size, len(items)))

@@ -2,6 +2,7 @@
 
 import errno
 import pathlib
+import shutil
 from typing import Any
 
 import grain
@@ -54,6 +55,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         metrics = None if selection is None else {_METRIC: float(selection)}
+        # Asked first: a write that fails half-way leaves Orbax's threads complaining on stderr.
+        if shutil.disk_usage(self.directory).free < sum(x.nbytes for x in jax.tree.leaves(state)):
+            raise self._no_room()
         try:
             self._manager.save(
                 step,
@@ -121,11 +125,14 @@ class Checkpoints:
         text = str(error)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text:
-            return UserError(
-                f"no room on the disk for a checkpoint in {self.directory}; free some and start "
-                "again: the run goes on from the last whole checkpoint"
-            )
+            return self._no_room()
         return error
+
+    def _no_room(self) -> UserError:
+        return UserError(
+            f"no room on the disk for a checkpoint in {self.directory}; free some and start "
+            "again: the run goes on from the last whole checkpoint"
+        )
 
     def close(self) -> None:
         """Wait for what is being written and release the threads."""

@@ -52,7 +52,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """
     devices = parallel.pick_devices(config.platform, config.devices)
     _check(config)
-    workdir = workdirs.prepare(pathlib.Path(workdir), config)
+    workdir = _prepare(pathlib.Path(workdir), config)
     with jax.default_device(devices[0]):
         method = build_method(config, workdir)
         with Interrupt() as interrupt:
@@ -71,8 +71,17 @@ def evaluate(
     method = method or build_method(config, workdir)
     params = jax.tree.map(jax.numpy.asarray, read_params(workdir))
     result = method.evaluate(params, split)
-    workdirs.write_json(workdir / "eval.json", result)
+    if parallel.is_primary():
+        workdirs.write_json(workdir / "eval.json", result)
     return result
+
+
+def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:
+    """The primary process makes the work directory; then all check it."""
+    if parallel.is_primary():
+        workdirs.prepare(workdir, config)
+    parallel.wait_for_all("work directory")
+    return workdirs.prepare(workdir, config)
 
 
 def _check(config: Any) -> None:
@@ -90,12 +99,15 @@ class Run:
         self.checkpoints = Checkpoints(workdir)
         # The counters of early stopping travel in the checkpoint.
         self.best, self.bad, self.stopped = -math.inf, 0, False
+        # Metrics of the steps since the last line of metrics.jsonl: they travel in it, too.
+        self.pending: list = []
         latest = self.checkpoints.latest()
         self.state, step = self._first_state(workdir)
         if latest is not None:
             self.state, loop = self.checkpoints.restore(latest, self._saved(), self.data)
             self.state = self.devices.put_state(self.state)
             self.best, self.bad, self.stopped = loop["best"], loop["bad"], loop["stopped"]
+            self.pending = loop["pending"]
         self.first = latest or 0
         self.writer = MetricsWriter(workdir, step=self.first, tensorboard=config.tensorboard)
         self.step = devices.compile(step)
@@ -147,43 +159,41 @@ class Run:
 
     def _steps(self, step: int, interrupt: Interrupt) -> None:
         config = self.config
-        pending: list = []
         while not self._over(step) and not interrupt.asked:
             batch = self.devices.put_batch(next(self.data))
             self.state, metrics = self.step(self.state, batch)
             step += 1
-            pending.append(metrics)
-            if step % config.log_every == 0 or step == self.first + 1:
-                pending = self._log(step, pending)
-            if step % config.validate_every == 0 or step == config.steps:
-                pending = self._log(step, pending)
+            self.pending.append(metrics)
+            validate = step % config.validate_every == 0 or step == config.steps
+            if step % config.log_every == 0 or step == self.first + 1 or validate:
+                self._log(step)
+            if validate:
                 self._validate(step)
         if interrupt.asked and not self._over(step):
-            self._log(step, pending)
+            self._log(step)
             self._save(step)
             self.progress.note(f"stopped after step {step}; start again to go on")
 
-    def _log(self, step: int, pending: list) -> list:
+    def _log(self, step: int) -> None:
         """Write the mean of the pending metrics; stop the run where a loss is not finite."""
-        if not pending:
-            return pending
-        host = [jax.tree.map(_scalar, metrics) for metrics in jax.device_get(pending)]
-        mean = {name: float(np.mean([m[name] for m in host])) for name in host[0]}
+        if not self.pending:
+            return
+        self.pending = [jax.tree.map(_scalar, m) for m in jax.device_get(self.pending)]
+        mean = {name: float(np.mean([m[name] for m in self.pending])) for name in self.pending[0]}
         if not math.isfinite(mean["loss"]):
-            bad = next(i for i, m in enumerate(host) if not math.isfinite(m["loss"]))
+            bad = next(i for i, m in enumerate(self.pending) if not math.isfinite(m["loss"]))
             raise UserError(
-                f"the loss is not finite at step {step - len(host) + bad + 1}; the last good "
-                "checkpoint is kept: lower config.optimizer.learning_rate, or set "
+                f"the loss is not finite at step {step - len(self.pending) + bad + 1}; the last "
+                "good checkpoint is kept: lower config.optimizer.learning_rate, or set "
                 "config.optimizer.clip_norm, in a new --workdir"
             )
         self.progress.update(step, mean["loss"])
         if step % self.config.log_every == 0:
             self.writer.write(step, "train", mean | {"learning_rate": float(self.rate(step - 1))})
-            return []
-        return pending
+            self.pending = []
 
     def _validate(self, step: int) -> None:
-        metrics = self.method.validate(self._saved().params)
+        metrics = self.method.validate(self.devices.local(self.state.params))
         value = metrics
         for name in self.method.selection.split("/"):
             value = value[name]
@@ -197,7 +207,8 @@ class Run:
         self._save(step, value)
 
     def _save(self, step: int, selection: float | None = None) -> None:
-        loop = {"best": self.best, "bad": self.bad, "stopped": self.stopped}
+        counters = {"best": self.best, "bad": self.bad, "stopped": self.stopped}
+        loop = counters | {"pending": self.pending}
         self.checkpoints.save(step, self._saved(), self.data, loop, selection)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcml_jax.errors import UserError
@@ -34,6 +35,17 @@ def initialize_distributed() -> None:
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
     elif tasks > 1 or several_hosts:
         jax.distributed.initialize()
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes what all processes share."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Where there are several processes, wait until each has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
@@ -91,6 +103,10 @@ class ShardedJit:
         """The state as one logical copy, fit for a checkpoint and for evaluation."""
         return state
 
+    def local(self, tree: Any) -> Any:
+        """The first of this process's devices' copy, for what one device does, as evaluation."""
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
     def put_batch(self, batch: dict) -> dict:
         """A host batch → arrays on the devices; every process passes the whole batch."""
         items = jax.tree.map(lambda x: _put(x, self._split), batch["items"])
@@ -121,7 +137,11 @@ class Pmap:
 
     def get_state(self, state: Any) -> Any:
         """The first device's copy."""
-        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
+        return self.local(state)
+
+    def local(self, tree: Any) -> Any:
+        """The first of this process's devices' copy."""
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict) -> dict:
         """A host batch → leaves with a leading device axis, this process's part of the items."""

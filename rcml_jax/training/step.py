@@ -53,7 +53,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, steps: in
             grads = lax.pmean(grads, axis)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"loss": value, "gradient_norm": optax.global_norm(grads)}
+        metrics = metrics | {"loss": value, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from rcml_jax.errors import UserError
+from rcml_jax.training.parallel import is_primary
 
 
 def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
@@ -23,12 +24,18 @@ def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
 class MetricsWriter:
     """Appends one JSON object a line to `<workdir>/metrics.jsonl`, and TensorBoard files if asked.
 
+    Of several processes the first one writes.
+
     Lines past `step`, left by a run that was killed after its last checkpoint, are dropped, so that
     a resumed run writes the file that an uninterrupted one would.
     """
 
     def __init__(self, workdir: pathlib.Path, *, step: int = 0, tensorboard: bool = False):
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._board = None
+        self._primary = is_primary()
+        if not self._primary:
+            return
         self._board = _tensorboard(workdir, step) if tensorboard else None
         if self._path.is_file():
             whole = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
@@ -36,6 +43,8 @@ class MetricsWriter:
 
     def write(self, step: int, kind: str, metrics: dict) -> None:
         """Write the metrics of a step; kind is "train" or "validation"."""
+        if not self._primary:
+            return
         flat = flatten(metrics)
         line = json.dumps({"step": step, "kind": kind} | flat)
         try:
@@ -85,7 +94,7 @@ class Progress:
     def update(self, step: int, loss: float) -> None:
         """Show a step. The first step's compilation is left out of the rate."""
         now = time.perf_counter()
-        if self._counted == self._first:
+        if self._counted in (self._first, step):
             self._counted, self._start = step, now
             rate = "compiled"
         else:

@@ -22,6 +22,21 @@ def test_related_is_symmetric_with_a_true_diagonal_under_any_relation(toy):
     assert toy.related_block(rows, cols[:0]).shape == (4, 0)
 
 
+def test_linked_is_whether_the_triple_is_a_pair(toy):
+    triples = {tuple(row) for row in toy.pairs.tolist()}
+    a, b, e = np.meshgrid(np.arange(12), np.arange(12), np.arange(len(toy.relations)))
+    expected = np.array(
+        [
+            (min(x, y), max(x, y), r) in triples
+            for x, y, r in zip(a.flat, b.flat, e.flat, strict=True)
+        ]
+    ).reshape(a.shape)
+    np.testing.assert_array_equal(toy.linked(a, b, e), expected)
+    assert expected.any()
+    none = dataclasses.replace(toy, pairs=toy.pairs[:0], pair_split=toy.pair_split[:0])
+    assert not none.linked(a, b, e).any()
+
+
 def test_pairs_within_lists_every_two_members_once():
     groups = [np.array([4, 1, 2]), np.array([1, 4]), np.array([0])]
     expected = sorted(

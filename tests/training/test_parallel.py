@@ -1,0 +1,223 @@
+"""One device, eight sharded by jit and eight under pmap: the same loss, gradients and updates."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rcml_jax.errors import UserError
+from rcml_jax.losses.contrastive import clip, info_nce, label_supervised, sigmoid
+from rcml_jax.losses.relation import relation_contrastive
+from rcml_jax.methods import build as build_method
+from rcml_jax.training import loop, parallel, workdir
+from rcml_jax.training.parallel import across_devices, pick_devices
+from rcml_jax.training.step import create, make_step
+from tests.toy import tiny_config
+
+N, D = 16, 6
+
+
+def normals(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def relation(embedded, temperature):
+    """Eq. 1–2 over (N, R, D) embeddings with padded pairs, as RCML's objective calls it."""
+    rng = np.random.default_rng(5)
+    related = np.eye(N, dtype=bool)
+    anchor, positive = rng.integers(N, size=(2, 3, 4))
+    related[anchor, positive] = related[positive, anchor] = True
+    valid = np.ones(N, bool)
+    valid[3] = False
+    return relation_contrastive(
+        jnp.swapaxes(embedded["text"], 0, 1),
+        jnp.swapaxes(embedded["image"], 0, 1),
+        anchor,
+        positive,
+        pair_valid=rng.random((3, 4)) < 0.8,
+        related=related,
+        valid=valid,
+        intra=np.array([True, False, False]),
+        temperature=temperature,
+    )[0]
+
+
+def pair_loss(loss, **options):
+    return lambda x, temperature: loss(x["text"], x["image"], temperature=temperature, **options)
+
+
+LABELS = np.arange(N) % 5
+LOSSES = {
+    "info_nce": pair_loss(info_nce),
+    "clip": pair_loss(clip, where=np.arange(N) != 7),
+    "sigmoid": pair_loss(sigmoid, bias=-3.0),
+    "label_supervised": pair_loss(label_supervised, labels=LABELS),
+    "relation": relation,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_across_devices_makes_any_loss_right_under_pmap(name):
+    shape = (N, 3, D) if name == "relation" else (N, D)
+    inputs = {"text": normals(1, *shape), "image": normals(2, *shape)}
+    params = {"w": normals(3, D, D), "temperature": np.float32(0.5)}
+    objective = LOSSES[name]
+
+    def value(params, inputs, objective):
+        embedded = jax.tree.map(lambda x: jnp.tanh(x @ params["w"]), inputs)
+        return objective(embedded, params["temperature"])
+
+    plain = jax.jit(jax.value_and_grad(functools.partial(value, objective=objective)))
+    loss, gradient = plain(params, inputs)
+
+    @functools.partial(jax.pmap, axis_name="data", in_axes=(None, 0))
+    def parts(params, inputs):
+        gathered = functools.partial(value, objective=across_devices(objective))
+        loss, gradient = jax.value_and_grad(gathered)(params, inputs)
+        return loss, jax.lax.pmean(gradient, "data")
+
+    split = jax.tree.map(lambda x: x.reshape(8, N // 8, *x.shape[1:]), inputs)
+    losses, gradients = parts(params, split)
+    np.testing.assert_allclose(losses, np.full(8, loss), rtol=1e-5)
+    assert np.abs(gradient["w"]).max() > 1e-4
+    for mine, whole in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradient), strict=True):
+        scale = np.abs(whole).max()
+        np.testing.assert_allclose(mine, np.stack([whole] * 8), rtol=1e-5, atol=1e-5 * scale)
+
+
+@functools.cache
+def step_of(folder, directory, method, mode, devices):
+    """The update of one SGD step (the gradient, with the sign turned) and the metrics."""
+    config = tiny_config(folder, method=method, loss__learn_temperature=True, data__threads=0)
+    built = build_method(config, directory)
+    batch = next(built.batches())
+    params = built.init(jax.random.key(0), batch)
+    # The towers start so small that the embeddings hardly differ: move them apart.
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+    params["log_temperature"] = jnp.log(0.5)
+    sgd = optax.sgd(1.0)
+    place = parallel.build(mode, pick_devices("cpu", devices))
+    state = place.put_state(create(params, sgd, jax.random.key(2)))
+    before = jax.device_get(params)
+    state, metrics = place.compile(make_step(built, sgd, steps=10))(state, place.put_batch(batch))
+    after = jax.device_get(place.get_state(state).params)
+    shift = jax.tree.map(lambda a, b: a - b, after, before)
+    # All copies of the state are the same after the step.
+    for leaf in jax.tree.leaves(state.params):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == devices
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0])
+    return shift, jax.tree.map(lambda x: float(np.ravel(x)[0]), jax.device_get(metrics))
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("method", ["rcml", "clip", "siglip", "unicl"])
+def test_eight_devices_give_the_loss_and_gradients_of_one(
+    catalogue, tmp_path_factory, method, mode
+):
+    directory = tmp_path_factory.getbasetemp() / f"tokenizer_{method}"
+    directory.mkdir(exist_ok=True)
+    one, metrics = step_of(catalogue, directory, method, "jit", 1)
+    many, others = step_of(catalogue, directory, method, mode, 8)
+    assert metrics.keys() == others.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(others[name], value, rtol=2e-5, err_msg=name)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(one))
+    assert largest > 1e-3
+    for whole, mine in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        # The update is a difference of parameters of size 1: its own rounding is about 1e-7.
+        np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=2e-6 + 1e-5 * largest)
+
+
+def test_a_batch_must_be_a_multiple_of_the_devices(catalogue, tmp_path):
+    config = tiny_config(catalogue, devices=3)
+    with pytest.raises(UserError, match=r"batch of 16 examples cannot be split over 3 devices"):
+        loop.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_batches_keep_their_values_on_any_devices(mode):
+    batch = {
+        "items": {"ids": np.arange(48).reshape(16, 3), "images": np.ones((16, 2, 2, 3), np.uint8)},
+        "shared": {"intra": np.array([True, False]), "labels": np.arange(16)},
+    }
+    place = parallel.build(mode, pick_devices("cpu", 8))
+    put = place.put_batch(batch)
+    for name, leaf in batch["items"].items():
+        assert len(put["items"][name].addressable_shards) == 8
+        np.testing.assert_array_equal(np.reshape(put["items"][name], leaf.shape), leaf)
+    for name, leaf in batch["shared"].items():
+        for shard in put["shared"][name].addressable_shards:
+            np.testing.assert_array_equal(np.reshape(shard.data, leaf.shape), leaf)
+
+
+def test_a_state_goes_to_the_devices_and_back():
+    state = {"w": normals(0, 3, 4), "key": jax.random.key(7), "step": jnp.int32(3)}
+    for mode in parallel.PARALLEL:
+        place = parallel.build(mode, pick_devices("cpu", 8))
+        back = place.get_state(place.put_state(state))
+        np.testing.assert_array_equal(back["w"], state["w"])
+        assert jnp.issubdtype(back["key"].dtype, jax.dtypes.prng_key)
+        np.testing.assert_array_equal(*map(jax.random.key_data, (back["key"], state["key"])))
+        assert int(back["step"]) == 3
+
+
+def test_pick_devices():
+    assert pick_devices("cpu") == jax.devices("cpu")
+    assert pick_devices() == jax.devices()
+    assert pick_devices("cpu", 3) == jax.devices("cpu")[:3]
+
+
+@pytest.mark.parametrize(
+    ("platform", "count", "message"),
+    [
+        ("tpu", 0, "no device of the kind 'tpu'; JAX sees 'cpu' here: leave config.platform empty"),
+        ("quantum", 0, "no device of the kind 'quantum'"),
+        ("cpu", 9, "config.devices=9, but there are 8 devices of the kind 'cpu'; lower it"),
+        ("cpu", -1, "config.devices=-1 is negative; 0 takes all devices"),
+    ],
+)
+def test_pick_devices_says_what_is_missing(platform, count, message):
+    with pytest.raises(UserError) as error:
+        pick_devices(platform, count)
+    assert str(error.value).startswith(message)
+
+
+def test_an_unknown_parallel_mode_is_named():
+    with pytest.raises(UserError, match=r"config.parallel='ddp' is unknown; choose jit or pmap"):
+        parallel.build("ddp", jax.devices())
+
+
+def test_a_coordinator_without_counts_is_named(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole"):
+        parallel.initialize_distributed()
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_training_on_eight_devices_gives_the_metrics_of_one(catalogue, tmp_path, mode):
+    """Two steps through the loop itself, with AdamW."""
+    runs = {}
+    for name, options in {"one": {}, "eight": {"devices": 8, "parallel": mode}}.items():
+        config = tiny_config(catalogue, steps=2, log_every=1, **options)
+        directory = workdir.prepare(tmp_path / name, config)
+        method = build_method(config, directory)
+        devices = parallel.build(config.parallel, pick_devices(config.platform, config.devices))
+        with loop.Interrupt() as interrupt:
+            run = loop.Run(config, directory, method, devices)
+            run._validate = lambda step: None
+            assert run.train(interrupt)
+        runs[name] = (directory / "metrics.jsonl").read_text().splitlines()
+    assert len(runs["one"]) == len(runs["eight"]) == 2
+    for mine, theirs in zip(runs["one"], runs["eight"], strict=True):
+        mine, theirs = (
+            {k: v for k, v in __import__("json").loads(x).items() if k != "kind"}
+            for x in (mine, theirs)
+        )
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
