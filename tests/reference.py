@@ -250,3 +250,46 @@ def gradient(function, *arrays, step=1e-5):
             slope[index] = (above - below) / (2 * step)
         gradients.append(slope)
     return tuple(gradients)
+
+
+# --- M3CoL (Eq. 2-3, 6-13) ------------------------------------------------------------------------
+
+
+def mix(x, coefficient, partner):
+    x = np.asarray(x, np.float64)
+    return np.stack([c * x[i] + (1 - c) * x[partner[i]] for i, c in enumerate(coefficient)])
+
+
+def l_sim(x, keys, m, temperature):
+    """-log softmax_j(x . y_j / tau)[m] of normalised vectors (Eq. 5)."""
+    similar = np.array([cosine(x, y) for y in keys]) / temperature
+    return np.logaddexp.reduce(similar) - similar[m]
+
+
+def m3co(clean, mixed, coefficient, partner, temperature=0.1):
+    n, total = len(coefficient), 0.0
+    for a in range(len(clean)):
+        for b in range(a + 1, len(clean)):
+            for x, y in ((a, b), (b, a)):
+                for i in range(n):
+                    share, j = coefficient[i], partner[x][i]
+                    forward = share * l_sim(mixed[x][i], clean[y], i, temperature)
+                    forward += (1 - share) * l_sim(mixed[x][i], clean[y], j, temperature)
+                    backward = share * l_sim(clean[y][i], mixed[x], i, temperature)
+                    backward += (1 - share) * l_sim(clean[y][j], mixed[x], i, temperature)
+                    total += (forward + backward) / (2 * n)
+    return total
+
+
+def multi_soft_clip(embeddings, temperature=0.1):
+    n, total = len(embeddings[0]), 0.0
+    for a in range(len(embeddings)):
+        for b in range(a + 1, len(embeddings)):
+            for p, q in ((embeddings[a], embeddings[b]), (embeddings[b], embeddings[a])):
+                for i in range(n):
+                    similar = np.array([cosine(p[i], other) for other in p]) / temperature
+                    weights = np.exp(similar - np.logaddexp.reduce(similar))
+                    for k in range(n):
+                        both = l_sim(q[i], p, k, temperature) + l_sim(p[k], q, i, temperature)
+                        total += weights[k] * both / (2 * n)
+    return total

@@ -1,0 +1,39 @@
+"""Beta mixing of any pytree of arrays with partners from the batch (M3CoL Eq. 2–3)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def coefficients(
+    key: jax.Array, size: int, *, alpha: float = 0.15, fraction: float | jax.Array = 1.0
+) -> jax.Array:
+    """λ (size,) ~ Beta(α, α), one a sample, shared by its modalities.
+
+    fraction: the share of samples that are mixed, drawn sample by sample; the others keep λ = 1.
+    """
+    draw, choose = jax.random.split(key)
+    mixed = jax.random.uniform(choose, (size,)) < fraction
+    return jnp.where(mixed, jax.random.beta(draw, alpha, alpha, (size,)), 1.0)
+
+
+def partners(key: jax.Array, size: int) -> jax.Array:
+    """A random permutation (size,) int: each sample's partner, which may be the sample itself."""
+    return jax.random.permutation(key, size)
+
+
+def mix(tree: Any, coefficient: jax.Array, partner: jax.Array) -> Any:
+    """x̃_i = λ_i x_i + (1 − λ_i) x_partner(i) for every leaf (n, ...) of a tree (Eq. 2–3).
+
+    coefficient: (n,); partner: (n,) int. Partners come from the whole batch: mix before it is split
+    over devices. Integer leaves (token ids) cannot be mixed and raise TypeError.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"an array of {x.dtype} cannot be mixed; mix its embedding")
+        share = coefficient.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        return share * x + (1 - share) * x[partner]
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,186 @@
+"""M3Co and MultiSClip against their twins, and the identities that they must keep."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.mixup import m3co, multi_soft_clip
+from rcml_jax.mixup import coefficients, mix, partners
+from rcml_jax.training.parallel import across_devices
+from tests import reference
+
+N, D = 5, 4
+
+
+def make(modalities=2, n=N, seed=0):
+    rng = np.random.default_rng(seed)
+    clean, mixed = rng.normal(size=(2, modalities, n, D)).astype(np.float32)
+    coefficient = rng.beta(0.5, 0.5, n).astype(np.float32)
+    partner = np.stack([rng.permutation(n) for _ in range(modalities)])
+    return clean, mixed, coefficient, partner
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_m3co_equals_its_twin(modalities):
+    clean, mixed, coefficient, partner = make(modalities)
+    value, slopes = jax.value_and_grad(
+        lambda c, m: m3co(c, m, coefficient, partner, temperature=0.3), (0, 1)
+    )(clean, mixed)
+
+    def twin(c, m):
+        return reference.m3co(c, m, coefficient, partner, temperature=0.3)
+
+    np.testing.assert_allclose(value, twin(clean, mixed), rtol=1e-5)
+    for ours, theirs in zip(slopes, reference.gradient(twin, clean, mixed), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+        assert np.abs(theirs).max() > 1e-2
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_multi_soft_clip_equals_its_twin(modalities):
+    clean = make(modalities)[0]
+    value, slope = jax.value_and_grad(lambda c: multi_soft_clip(c, temperature=0.3))(clean)
+    np.testing.assert_allclose(value, reference.multi_soft_clip(clean, 0.3), rtol=1e-5)
+    (expected,) = reference.gradient(lambda c: reference.multi_soft_clip(c, 0.3), clean)
+    np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_without_mixing_m3co_is_twice_clip():
+    clean, _, _, partner = make()
+    value = m3co(clean, clean, np.ones(N), partner, temperature=0.2)
+    np.testing.assert_allclose(value, 2 * clip(*clean, temperature=0.2), rtol=1e-6)
+
+
+def test_a_permutation_of_modalities_changes_nothing():
+    clean, mixed, coefficient, partner = make(3)
+    first = m3co(clean, mixed, coefficient, partner), multi_soft_clip(clean)
+    for order in itertools.permutations(range(3)):
+        order = list(order)
+        found = m3co(clean[order], mixed[order], coefficient, partner[order])
+        np.testing.assert_allclose(found, first[0], rtol=1e-5)
+        np.testing.assert_allclose(multi_soft_clip(clean[order]), first[1], rtol=1e-5)
+
+
+def test_stopped_targets_change_the_gradient_and_not_the_value():
+    clean = make()[0]
+    free, stopped = (
+        jax.value_and_grad(lambda c, s=s: multi_soft_clip(c, stop_gradient_targets=s))(clean)
+        for s in (False, True)
+    )
+    np.testing.assert_allclose(free[0], stopped[0])
+    assert np.abs(free[1] - stopped[1]).max() > 1e-3
+
+
+def test_padding_is_neither_row_nor_candidate():
+    clean, mixed, coefficient, partner = make()
+    where = np.arange(N + 3) < N
+
+    def pad(x):
+        extra = np.random.default_rng(1).normal(size=(x.shape[0], 3, D))
+        return np.concatenate([x, extra], axis=1).astype(np.float32)
+
+    tail = np.broadcast_to(np.arange(N, N + 3), (2, 3))
+    padded = np.concatenate([coefficient, [0.3] * 3]), np.concatenate([partner, tail], axis=1)
+    np.testing.assert_allclose(
+        m3co(pad(clean), pad(mixed), *padded, where=where),
+        m3co(clean, mixed, coefficient, partner),
+        rtol=1e-6,
+    )
+    value, slope = jax.value_and_grad(lambda c: multi_soft_clip(c, where=where))(pad(clean))
+    np.testing.assert_allclose(value, multi_soft_clip(clean), rtol=1e-6)
+    assert np.all(np.isfinite(slope))
+    assert np.all(slope[:, N:] == 0)
+
+
+def test_extreme_temperatures_stay_finite():
+    clean, mixed, coefficient, partner = make()
+    for temperature in (1e-3, 1e3):
+        value, slope = jax.value_and_grad(
+            lambda c, t=temperature: (
+                m3co(c, mixed, coefficient, partner, temperature=t)
+                + multi_soft_clip(c, temperature=t)
+            )
+        )(clean)
+        assert np.isfinite(value)
+        assert np.all(np.isfinite(slope))
+
+
+def test_vmap_is_one_batch_at_a_time():
+    batches = [make(seed=s) for s in range(3)]
+    stacked = [np.stack(parts) for parts in zip(*batches, strict=True)]
+    np.testing.assert_allclose(
+        jax.vmap(m3co)(*stacked), [m3co(*batch) for batch in batches], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        jax.vmap(multi_soft_clip)(stacked[0]), [multi_soft_clip(b[0]) for b in batches], rtol=1e-5
+    )
+
+
+def test_eight_devices_equal_one():
+    clean, mixed, coefficient, partner = make(n=16)
+    both = lambda e: m3co(e[0], e[1], coefficient, partner) + multi_soft_clip(e[0])  # noqa: E731
+    value, slope = jax.value_and_grad(both)((clean, mixed))
+
+    split = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec(None, "data"))
+    sharded = jax.device_put((clean, mixed), split)
+    found, slopes = jax.jit(jax.value_and_grad(both))(sharded)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    for ours, theirs in zip(slopes, slope, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+    def loss(scale, rows):
+        # Rows lead, so that the gather of a sharded leaf puts the batch together again.
+        arrange = lambda rows: both(tuple(jnp.swapaxes(x, 0, 1) for x in rows))  # noqa: E731
+        return across_devices(arrange)(tuple(scale * x for x in rows))
+
+    def device(scale, rows):
+        value, slope = jax.value_and_grad(loss)(scale, rows)
+        return value, jax.lax.pmean(slope, "data")
+
+    rows = tuple(np.swapaxes(x, 0, 1).reshape(8, 2, 2, D) for x in (clean, mixed))
+    scale = jnp.ones((2, D))
+    values, slopes = jax.pmap(device, axis_name="data", in_axes=(None, 0))(scale, rows)
+    expected = jax.grad(lambda s: both((clean * s[:, None], mixed * s[:, None])))(scale)
+    np.testing.assert_allclose(values, np.full(8, value), rtol=1e-6)
+    np.testing.assert_allclose(slopes[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["one modality", "partners missing", "widths differ"])
+def test_wrong_shapes_are_named(wrong):
+    clean, mixed, coefficient, partner = make()
+    if wrong == "one modality":
+        clean, mixed, partner = clean[:1], mixed[:1], partner[:1]
+    elif wrong == "partners missing":
+        partner = partner[:1]
+    else:
+        mixed = [mixed[0], mixed[1][:, :2]]
+    with pytest.raises(ValueError, match=r"arrays|shapes"):
+        m3co(clean, mixed, coefficient, partner)
+
+
+def test_mix_equals_its_twin_for_every_leaf():
+    rng = np.random.default_rng(0)
+    tree = {"a": jnp.asarray(rng.normal(size=(N, 2, 3))), "b": jnp.asarray(rng.normal(size=N))}
+    coefficient, partner = jnp.asarray(rng.random(N)), rng.permutation(N)
+    mixed = mix(tree, coefficient, jnp.asarray(partner))
+    for name, value in tree.items():
+        np.testing.assert_allclose(
+            mixed[name], reference.mix(value, coefficient, partner), rtol=1e-5, atol=1e-6
+        )
+    with pytest.raises(TypeError, match="mix its embedding"):
+        mix(jnp.arange(N), coefficient, partner)
+
+
+def test_coefficients_are_beta_and_partners_a_permutation():
+    drawn = coefficients(jax.random.key(0), 20_000, alpha=0.15)
+    assert abs(float(drawn.mean()) - 0.5) < 0.02
+    # The variance of Beta(α, α) is 1 / (4 (2α + 1)).
+    assert abs(float(drawn.var()) - 1 / (4 * 1.3)) < 0.01
+    some = coefficients(jax.random.key(0), 20_000, fraction=0.25)
+    assert abs(float((some < 1).mean()) - 0.25) < 0.02
+    np.testing.assert_array_equal(np.sort(partners(jax.random.key(1), 50)), np.arange(50))
