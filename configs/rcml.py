@@ -41,6 +41,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.disjoint = "item"  # item: test items are never seen; pair: test pairs are not
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
     config.data.queries = 10_000  # at most, for each task of the evaluation
+    # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.
+    config.data.pairs_per_relation = 100 if source == "openmoji" else 0
     config.data.threads = 1  # that read batches ahead
 
     config.batch = ml_collections.ConfigDict()
@@ -48,6 +50,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.batch.pairs_per_relation = 8
     config.batch.intra_pairs = 32
     config.batch.size = 256  # distinct items; what the pairs leave free are more negatives
+    config.batch.image_shift = 3  # augmentation: moved by up to so many pixels
+    config.batch.image_flip = False  # augmentation: half of the images mirrored
     config.batch.inter_pairs = True  # False: self pairs only (ablation)
 
     config.model = ml_collections.ConfigDict()

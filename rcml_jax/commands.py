@@ -9,6 +9,7 @@ import logging as python_logging
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags, logging
@@ -32,6 +33,7 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    sys.unraisablehook = _quiet_about_orbax(sys.unraisablehook)
     try:
         return command(argv)
     except UserError as error:
@@ -40,6 +42,19 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted before the step was saved", file=sys.stderr)
         return 130
+
+
+def _quiet_about_orbax(hook: Callable) -> Callable:
+    """The hook without what Orbax's threads throw at an event loop that a failed read closed."""
+    if getattr(hook, "quiet", False):
+        return hook
+
+    def quiet(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed" and not sys.is_finalizing():
+            hook(unraisable)
+
+    quiet.quiet = True
+    return quiet
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -116,11 +131,18 @@ def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is no Python file; give one with a function get_config")
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} has no function get_config; see the folder configs")
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no function get_config; see the folder configs")
-    return module.get_config(argument) if argument else module.get_config()
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"get_config of {path} must return an ml_collections.ConfigDict")
+    return config
 
 
 def parse_flags(

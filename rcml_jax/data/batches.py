@@ -56,7 +56,7 @@ class RelationSampler:
 
     A plan names items (N,), the relation of each row (R,), and anchor and positive (R, G) as places
     in the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is padded, with
-    `pair_valid` false there.
+    `pair_valid` false there. `noise` seeds the batch's augmentation.
     """
 
     def __init__(self, graph: RelationGraph, splits: Splits, sizes: BatchSizes, seed: int):
@@ -108,6 +108,7 @@ class RelationSampler:
             "anchor": anchor,
             "positive": positive,
             "pair_valid": pair_valid,
+            "noise": rng.integers(2**63, size=2),
         }
 
     def _draw_pairs(self, rng: np.random.Generator, relation: int) -> np.ndarray:
@@ -123,8 +124,9 @@ def collator(
     images: Callable[[np.ndarray], np.ndarray],
     sentence: Callable[[int], str],
     max_length: int,
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
 ) -> Callable[[dict], dict]:
-    """A function from a plan to a relation batch.
+    """A function from a plan to a relation batch; `augment` changes its images.
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8;
     `shared` what every device needs whole: relation_ids (R, T'), intra (R,), anchor, positive and
@@ -137,10 +139,13 @@ def collator(
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked(anchor[..., None], positive[..., None], relations.clip(min=0))
         linked &= relations >= 0
+        pictures = images(items)
+        if augment is not None:
+            pictures = augment(pictures, np.random.default_rng(plan["noise"]))
         ids, _ = tokenizer.encode([graph.texts[i] for i in items], max_length)
         relation_ids, _ = tokenizer.encode([sentence(int(r)) for r in relations], max_length)
         return {
-            "items": {"ids": ids, "images": images(items)},
+            "items": {"ids": ids, "images": pictures},
             "shared": {
                 "relation_ids": relation_ids,
                 "intra": relations < 0,

@@ -204,3 +204,20 @@ class ImageBank:
             self._store[self._used] = array
             self._slot[index] = self._used  # published last: readers take no lock
             self._used += 1
+
+
+def augment(
+    images: np.ndarray, rng: np.random.Generator, *, shift: int = 0, flip: bool = False
+) -> np.ndarray:
+    """Randomly moved and mirrored copies of images (n, H, W, 3), the edge colour filling in.
+
+    shift: at most so many pixels in each direction; flip: mirror half of them left to right.
+    """
+    n, height, width, _ = images.shape
+    margin = ((0, 0), (shift, shift), (shift, shift), (0, 0))
+    padded = np.pad(images, margin, mode="edge")
+    top, left = rng.integers(0, 2 * shift + 1, (2, n))
+    rows, columns = np.arange(height) + top[:, None], np.arange(width) + left[:, None]
+    if flip:
+        columns = np.where(rng.random((n, 1)) < 0.5, columns[:, ::-1], columns)
+    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]

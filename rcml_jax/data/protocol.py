@@ -57,18 +57,20 @@ def retrieval_queries(
     *,
     negatives: int = 20,
     limit: int = 10_000,
+    per_relation: int = 0,
     seed: int,
 ) -> RetrievalQueries:
     """The pairs of a split, each in both directions, with candidates drawn from its items.
 
-    At most `limit` queries are drawn; the candidates of each are its positive and `negatives`
+    At most `limit` queries are drawn, and at most `per_relation` pairs of each relation (0: any
+    number), so that no relation dominates. The candidates of each are its positive and `negatives`
     items of the split, drawn uniformly without replacement among those that are unrelated to the
     query under any relation.
 
     Raises:
       UserError: the split has no pair, or no query has enough unrelated items.
     """
-    pairs = _pairs_of(splits, split)
+    pairs = _pairs_of(splits, split, per_relation, seed)
     rng = np.random.default_rng([seed, split_index(split), 1])
     both = np.concatenate([pairs, pairs[:, [1, 0, 2]]])
     both = both[_some(rng, len(both), limit)]
@@ -95,6 +97,7 @@ def relation_candidates(
     *,
     candidates: int = 10,
     limit: int = 10_000,
+    per_relation: int = 0,
     seed: int,
 ) -> RelationQueries:
     """The pairs of a split, each with its relation and others under which it is not linked.
@@ -107,7 +110,7 @@ def relation_candidates(
     Raises:
       UserError: the split has no pair.
     """
-    pairs = _pairs_of(splits, split)
+    pairs = _pairs_of(splits, split, per_relation, seed)
     rng = np.random.default_rng([seed, split_index(split), 2])
     pairs = pairs[_some(rng, len(pairs), limit)]
     free = len(graph.relations) - _relation_counts(graph, pairs)
@@ -125,7 +128,13 @@ def relation_candidates(
 
 
 def validity_examples(
-    graph: RelationGraph, splits: Splits, split: str, *, limit: int = 10_000, seed: int
+    graph: RelationGraph,
+    splits: Splits,
+    split: str,
+    *,
+    limit: int = 10_000,
+    per_relation: int = 0,
+    seed: int,
 ) -> ValidityExamples:
     """True and false (a, b, relation) of a split, half and half, M <= `limit` in random order.
 
@@ -136,7 +145,7 @@ def validity_examples(
     Raises:
       UserError: the split has fewer than two pairs, or no false ones can be drawn.
     """
-    pairs = _pairs_of(splits, split)
+    pairs = _pairs_of(splits, split, per_relation, seed)
     rng = np.random.default_rng([seed, split_index(split), 3])
     # Some pairs allow no false one: draw from twice as many as are needed.
     pairs = pairs[rng.permutation(len(pairs))[: max(limit, 2)]]
@@ -162,13 +171,20 @@ def validity_examples(
     return ValidityExamples(a=rows[:, 0], b=rows[:, 1], relation=rows[:, 2], label=label)
 
 
-def _pairs_of(splits: Splits, split: str) -> np.ndarray:
+def _pairs_of(splits: Splits, split: str, per_relation: int, seed: int) -> np.ndarray:
+    """A split's pairs, at most `per_relation` of each relation (0: all), drawn by the seed."""
     pairs = splits.pairs(split)
     if not len(pairs):
         raise UserError(
             f"The {split} split holds no pair; use another split seed, other fractions or "
             "data.disjoint=pair, or declare a split for more pairs."
         )
+    if per_relation:
+        order = np.random.default_rng([seed, split_index(split), 0]).permutation(len(pairs))
+        order = order[np.argsort(pairs[order, 2], kind="stable")]
+        relations = pairs[order, 2]
+        place = np.arange(len(order)) - np.searchsorted(relations, relations)
+        pairs = pairs[np.sort(order[place < per_relation])]
     return pairs
 
 

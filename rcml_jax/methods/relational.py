@@ -194,7 +194,8 @@ class RelationalMethod(Method):
             "split_seed": data.split_seed,
             "disjoint": self.task.splits.disjoint,
             "items": len(self.task.splits.items(split)),
-            "retrieval": "each pair of the split in both directions; the positive and "
+            "pairs_per_relation": data.pairs_per_relation or "all",
+            "retrieval": "pairs of the split in both directions; the positive and "
             f"{queries.candidates.shape[1] - 1} items of the split unrelated to the query under "
             f"any relation, drawn uniformly by a fixed seed; chance of Hit@5 {chance:.3f}",
             "queries_left_out": int(queries.skipped),

@@ -11,7 +11,7 @@ import numpy as np
 from rcml_jax.data import folder, openmoji, protocol
 from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.graph import RelationGraph, Splits, split_graph
-from rcml_jax.data.images import ImageBank
+from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 
@@ -91,32 +91,40 @@ class RelationTask:
         )
         sizes.check(len(self.splits.items("train")))
         sampler = RelationSampler(self.graph, self.splits, sizes, seed)
-        collate = collator(self.graph, self.tokenizer, self.images, self.sentence, self.max_length)
+        moved = functools.partial(augment, shift=batch.image_shift, flip=batch.image_flip)
+        collate = collator(
+            self.graph,
+            self.tokenizer,
+            self.images,
+            self.sentence,
+            self.max_length,
+            moved if batch.image_shift or batch.image_flip else None,
+        )
         return batch_iterator(sampler, collate, self.config.data.threads)
+
+    def _draw(self) -> dict:
+        """How the evaluation draws: the same for every method and training seed."""
+        data = self.config.data
+        return {
+            "limit": data.queries,
+            "per_relation": data.pairs_per_relation,
+            "seed": data.split_seed,
+        }
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def retrieval_queries(self, split: str) -> protocol.RetrievalQueries:
         """The split's retrieval queries and candidates, the same for every method and seed."""
-        data = self.config.data
-        return protocol.retrieval_queries(
-            self.graph, self.splits, split, limit=data.queries, seed=data.split_seed
-        )
+        return protocol.retrieval_queries(self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def relation_queries(self, split: str) -> protocol.RelationQueries:
         """The split's pairs with the relations to choose among."""
-        data = self.config.data
-        return protocol.relation_candidates(
-            self.graph, self.splits, split, limit=data.queries, seed=data.split_seed
-        )
+        return protocol.relation_candidates(self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def validity_examples(self, split: str) -> protocol.ValidityExamples:
         """The split's true and false triples (A, B, relation)."""
-        data = self.config.data
-        return protocol.validity_examples(
-            self.graph, self.splits, split, limit=data.queries, seed=data.split_seed
-        )
+        return protocol.validity_examples(self.graph, self.splits, split, **self._draw())
 
 
 def _cache_directory() -> pathlib.Path:

@@ -91,6 +91,9 @@ class Checkpoints:
             loop=ocp.args.JsonRestore(),
         )
         try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                saved = _saved_params(reader, self.directory / str(step) / "state")
+            _check_shapes(saved, state.params)
             restored = self._manager.restore(step, args=args)
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -101,7 +104,7 @@ class Checkpoints:
         directory = self.directory / str(step) / "state"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                saved = reader.metadata(directory).item_metadata.tree["params"]
+                saved = _saved_params(reader, directory)
                 wanted = {"params": jax.tree.map(_empty, saved, is_leaf=_has_shape)}
                 as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
                 args = ocp.args.PyTreeRestore(
@@ -140,6 +143,23 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             raise self._explain(error) from error
+
+
+def _saved_params(reader: ocp.Checkpointer, directory: pathlib.Path) -> Any:
+    """The tree of the saved parameters: their shapes and types, not their values."""
+    return reader.metadata(directory).item_metadata.tree["params"]
+
+
+def _check_shapes(saved: Any, params: Any) -> None:
+    """Raise ValueError where saved parameters are not those of the model."""
+    saved = dict(jax.tree_util.tree_leaves_with_path(saved, is_leaf=_has_shape))
+    ours = dict(jax.tree_util.tree_leaves_with_path(params))
+    for path in saved.keys() ^ ours.keys():
+        raise ValueError(f"{jax.tree_util.keystr(path)} is only in one of the two")
+    for path, leaf in ours.items():
+        if tuple(saved[path].shape) != leaf.shape:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} has the shape {tuple(saved[path].shape)}, not {leaf.shape}")
 
 
 def _has_shape(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
@@ -70,7 +71,13 @@ def evaluate(
     workdir = pathlib.Path(workdir)
     method = method or build_method(config, workdir)
     params = jax.tree.map(jax.numpy.asarray, read_params(workdir))
-    result = method.evaluate(params, split)
+    try:
+        result = method.evaluate(params, split)
+    except FlaxError as error:
+        raise UserError(
+            f"{workdir} holds the checkpoint of another model than its config.json describes; "
+            "restore that file, or train anew in another --workdir"
+        ) from error
     if parallel.is_primary():
         workdirs.write_json(workdir / "eval.json", result)
     return result
@@ -88,6 +95,9 @@ def _check(config: Any) -> None:
     for name in ("steps", "validate_every", "log_every"):
         if config[name] < 1:
             raise UserError(f"config.{name}={config[name]} must be at least 1")
+    for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
+        if seed < 0:
+            raise UserError(f"config.{name}={seed} must not be negative")
 
 
 class Run:

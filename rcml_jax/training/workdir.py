@@ -39,7 +39,8 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
     """Make a work directory of a configuration, or check that it is one already.
 
-    Raises UserError where it was made by another configuration or is no directory of ours.
+    One that holds no checkpoint, because its start failed, takes the new configuration. Raises
+    UserError where it was trained with another configuration or is no directory of ours.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
@@ -66,12 +67,22 @@ def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         for name in sorted(old.keys() | new.keys())
         if old.get(name, ...) != new.get(name, ...) and not _free(name)
     ]
-    if changed:
+    if not changed:
+        return
+    if not _has_checkpoint(path.parent):
+        # The tokenizer may be one of other texts or another size.
+        (path.parent / "tokenizer.json").unlink(missing_ok=True)
+        write_json(path, config.to_dict())
+    else:
         shown = "; ".join(changed[:3]) + (" and more" if len(changed) > 3 else "")
         raise UserError(
             f"{path.parent} was trained with another configuration: {shown}; "
             "give another --workdir, or the old values"
         )
+
+
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
 def _free(name: str) -> bool:

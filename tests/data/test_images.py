@@ -139,3 +139,22 @@ def test_a_damaged_picture_is_a_user_error():
         bank([2])
     with pytest.raises(UserError, match="item 0"):
         bank([0])
+
+
+def test_augmentation_moves_and_mirrors():
+    pictures = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 3), np.uint8)
+    same = images.augment(pictures, np.random.default_rng(1))
+    np.testing.assert_array_equal(same, pictures)
+    mirrored = images.augment(pictures, np.random.default_rng(1), flip=True)
+    kinds = {
+        (bool(np.all(new == old)) and "kept") or (bool(np.all(new == old[:, ::-1])) and "mirrored")
+        for new, old in zip(mirrored, pictures, strict=True)
+    }
+    assert kinds == {"kept", "mirrored"}
+    moved = images.augment(pictures, np.random.default_rng(1), shift=2)
+    places = set()
+    for new, old in zip(moved, pictures, strict=True):
+        padded = np.pad(old, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        windows = {(y, x): padded[y : y + 6, x : x + 6] for y in range(5) for x in range(5)}
+        places.update(place for place, window in windows.items() if np.array_equal(window, new))
+    assert len(places) > 15

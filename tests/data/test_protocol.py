@@ -161,3 +161,26 @@ def test_ten_thousand_queries_of_a_large_graph_are_quick():
     protocol.validity_examples(graph, splits, "train", seed=0)
     assert len(q.query) == 10_000
     assert time.perf_counter() - start < 15  # about 1 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [protocol.retrieval_queries, protocol.relation_candidates, protocol.validity_examples],
+)
+def test_no_relation_has_more_pairs_than_allowed(draw):
+    graph = make_graph(items=200, relations=6, group=40)
+    splits = split_graph(graph, seed=0, disjoint="pair")
+    share = 2 if draw is protocol.retrieval_queries else 1
+    drawn = draw(graph, splits, "test", per_relation=7, seed=0)
+    again = draw(graph, splits, "test", per_relation=7, seed=0)
+    for field in dataclasses.fields(drawn):
+        np.testing.assert_array_equal(getattr(drawn, field.name), getattr(again, field.name))
+    if draw is protocol.relation_candidates:
+        counts = np.bincount(drawn.relations[:, 0])
+    elif draw is protocol.retrieval_queries:
+        counts = np.bincount(drawn.relation)
+    else:
+        counts = np.bincount(drawn.relation[drawn.label == 1])
+    assert counts.max() <= 7 * share
+    if draw is not protocol.validity_examples:
+        assert counts.max() > 5 * share  # some relation has more pairs than it may show
