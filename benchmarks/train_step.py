@@ -12,7 +12,6 @@ import types
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from transformers import CLIPConfig
 
 from benchmarks import inputs, timing
@@ -21,6 +20,7 @@ from rcml_jax.methods.base import Method
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.rcml import RCMLMethod
 from rcml_jax.training import optimizer, step
+from rcml_jax.training.parallel import ShardedJit
 
 TARGET = 1.10
 CLASSES = {"clip": BaselineMethod, "rcml": RCMLMethod}
@@ -50,24 +50,38 @@ def build_method(name: str, config, clip_config: CLIPConfig, small: bool) -> Met
         return CLASSES[name](config, task)
 
 
-def step_function(method: Method, batch: dict) -> Callable:
-    """One training step a call; the state is kept here, and donated."""
-    # From a compiled function: op by op, Flax draws every matrix of 151 million numbers alone.
-    params = jax.jit(method.init_params)(jax.random.key(0), batch)
+def step_function(method: Method, params: dict, batch: dict) -> Callable:
+    """One training step a call, compiled as the loop does; the state is kept here, and donated."""
+    devices = ShardedJit(jax.devices()[:1])
     adamw, _ = optimizer.build(method.config.optimizer, 1000, method.frozen(params))
-    compiled = jax.jit(step.make_step(method, adamw, 1000), static_argnums=2, donate_argnums=0)
-    state = [step.create(params, adamw, jax.random.key(1))]
+    compiled = devices.compile(step.make_step(method, adamw, 1000))
+    state = [devices.put_state(step.create(params, adamw, jax.random.key(1)))]
+    batch = devices.put_batch(batch)
 
     def run():
-        state[0], metrics = compiled(state[0], batch, None)
+        state[0], metrics = compiled(state[0], batch)
         return state[0], metrics
 
     return run
 
 
+def step_functions(config, clip_config: CLIPConfig, batch: dict, small: bool) -> dict:
+    """The steps that are compared, from the same random towers."""
+    weights = {RCML: config.loss.identification_weight, PAPER: 0.0, CLIP: 0.0}
+    functions, params = {}, None
+    for title, config.loss.identification_weight in weights.items():
+        name = "clip" if title == CLIP else "rcml"
+        method = build_method(name, config, clip_config, small)
+        if params is None:
+            params = jax.device_get(jax.jit(method.init_params)(jax.random.key(0), batch))
+        parts = ("towers",) if title == CLIP else ("towers", "head")
+        functions[title] = step_function(method, {part: params[part] for part in parts}, batch)
+    return functions
+
+
 def main() -> None:
     """Measure, print and write."""
-    parser = timing.parser(__doc__.splitlines()[0], repeats=12)
+    parser = timing.parser(__doc__.splitlines()[0], repeats=10)
     parser.add_argument("--small", action="store_true", help="towers and batch of configs/rcml.py")
     parser.add_argument("--batch", type=int, help="items a step (16)")
     parser.add_argument("--relations", type=int, help="relations a step beside the self pairs' (4)")
@@ -84,13 +98,7 @@ def main() -> None:
         f"{sizes.pairs_per_relation} pairs and {sizes.intra_pairs} self pairs: {towers}"
     )
     batch = inputs.relation_batch(clip_config, sizes, args.text_length, args.sentence_length)
-    batch = jax.tree.map(jnp.asarray, batch)
-    functions = {}
-    weights = {CLIP: 0.0, PAPER: 0.0, RCML: config.loss.identification_weight}
-    for title, config.loss.identification_weight in weights.items():
-        name = "clip" if title == CLIP else "rcml"
-        method = build_method(name, config, clip_config, args.small)
-        functions[title] = step_function(method, batch)
+    functions = step_functions(config, clip_config, batch, args.small)
 
     times = timing.alternate(functions, repeats=args.repeats)
     ratios = [timing.ratio(times, name, CLIP, TARGET) for name in (PAPER, RCML)]

@@ -293,3 +293,59 @@ def multi_soft_clip(embeddings, temperature=0.1):
                         both = l_sim(q[i], p, k, temperature) + l_sim(p[k], q, i, temperature)
                         total += weights[k] * both / (2 * n)
     return total
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def unit(x):
+    norm = np.sqrt(np.sum(x**2))
+    return x / norm if norm > 0 else x
+
+
+def pair_score(text, image, h, a, b, e, similarity):
+    """The five scores of one pair (a, b) under relation e; text, image (R, n, d) or (1, n, d)."""
+    zt, zi = text[e if len(text) > 1 else 0], image[e if len(image) > 1 else 0]
+    both_a, both_b = unit(zt[a] + zi[a]), unit(zt[b] + zi[b])
+    sides = {
+        "tt": (zt[a], zt[b]), "ii": (zi[a], zi[b]), "ti": (zt[a], zi[b]), "it": (zi[a], zt[b]),
+        "avg": (both_a, both_b),
+    }  # fmt: skip
+    if similarity == "product":
+        return {name: cosine(x, h[e]) * cosine(y, h[e]) for name, (x, y) in sides.items()}
+    score = globals()[similarity]
+    return {name: score(x, y) for name, (x, y) in sides.items()}
+
+
+def rank(scores):
+    """Of the first among all: how many of the others are not below it."""
+    return sum(not other < scores[0] for other in scores[1:])
+
+
+def retrieval(text, image, h, query, candidates, relation, similarity):
+    """Hit@1, Hit@5 and MRR by the five scores, one query at a time."""
+    names = ("tt", "ii", "ti", "it", "avg")
+    ranks = {name: [] for name in names}
+    for q, row, e in zip(query, candidates, relation, strict=True):
+        scores = [pair_score(text, image, h, q, c, e, similarity) for c in row]
+        for name in names:
+            ranks[name].append(rank([s[name] for s in scores]))
+    return {
+        "hit@1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
+        "hit@5": {name: np.mean([r < 5 for r in ranks[name]]) for name in names},
+        "mrr": {name: np.mean([1 / (r + 1) for r in ranks[name]]) for name in names},
+    }
+
+
+def relation_type(text, image, h, a, b, relations, similarity):
+    """Top-1 and Top-3 of the first relation among the candidates of each pair."""
+    names = ("tt", "ii", "ti", "it", "avg")
+    ranks = {name: [] for name in names}
+    for i, j, row in zip(a, b, relations, strict=True):
+        scores = [pair_score(text, image, h, i, j, e, similarity) for e in row]
+        for name in names:
+            ranks[name].append(rank([s[name] for s in scores]))
+    return {
+        "top1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
+        "top3": {name: np.mean([r < 3 for r in ranks[name]]) for name in names},
+    }

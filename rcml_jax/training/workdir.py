@@ -9,6 +9,7 @@ import ml_collections
 
 from rcml_jax.errors import UserError
 
+_ALWAYS = ("seed", "steps", "method", "parallel", "data")
 # What may change between two starts of one run: nothing here touches the figures.
 _FREE = {
     "data.dir",
@@ -31,9 +32,13 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
             f"python train.py --config configs/rcml.py --workdir {workdir}"
         )
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or train anew") from error
+    missing = [name for name in _ALWAYS if name not in config]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; restore it or train anew")
+    return config
 
 
 def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -51,7 +56,8 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the work directory {workdir}: {error.strerror}") from error
-    if any(workdir.iterdir()):
+    # A kill may have left the beginning of a configuration.
+    if any(entry.name != "config.json.part" for entry in workdir.iterdir()):
         raise UserError(
             f"{workdir} is not empty and holds no config.json; give an empty or a new --workdir"
         )

@@ -1,0 +1,222 @@
+"""Relation batches: what the sampler draws, and the arrays that the collator makes of it."""
+
+import numpy as np
+import pytest
+
+from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.graph import split_graph
+from rcml_jax.data.images import ImageBank
+from rcml_jax.data.text import train_tokenizer
+from rcml_jax.errors import UserError
+from tests.data.conftest import make_graph
+
+SIZES = BatchSizes(relations=4, pairs=3, intra_pairs=5, items=30)
+
+
+@pytest.fixture(params=["item", "pair"])
+def splits(toy, request):
+    return split_graph(toy, seed=0, disjoint=request.param)
+
+
+def sample(graph, splits, sizes=SIZES, seed=1):
+    return RelationSampler(graph, splits, sizes, seed)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_plan_is_a_function_of_the_seed_and_its_number(toy, splits):
+    sampler = sample(toy, splits)
+    plans = [sampler[k] for k in (0, 1, 2, 10**9)]
+    others = [sample(toy, splits)[k] for k in (10**9, 2, 1, 0)][::-1]
+    assert all(same(a, b) for a, b in zip(plans, others, strict=True))
+    assert not any(same(plans[0], plan) for plan in plans[1:])
+    assert not same(plans[0], sample(toy, splits, seed=2)[0])
+
+
+def test_pairs_are_of_their_relation_and_of_the_train_split(toy, splits):
+    sampler = sample(toy, splits)
+    train = {tuple(pair) for pair in splits.pairs("train").tolist()}
+    for k in range(30):
+        plan = sampler[k]
+        assert plan["relations"][0] == -1
+        assert len(set(plan["relations"].tolist())) == SIZES.relations + 1
+        for row in range(1, SIZES.relations + 1):
+            count = plan["pair_valid"][row].sum()
+            assert 1 <= count <= SIZES.pairs
+            assert plan["pair_valid"][row, :count].all()
+            pairs = [
+                (plan["items"][a], plan["items"][b], plan["relations"][row])
+                for a, b in zip(plan["anchor"][row], plan["positive"][row], strict=True)
+            ][:count]
+            assert set(pairs) <= train
+            assert len(set(pairs)) == count
+
+
+def test_items_are_distinct_and_of_the_train_split(toy, splits):
+    sampler = sample(toy, splits)
+    train = set(splits.items("train").tolist())
+    seen = set()
+    for k in range(30):
+        items = sampler[k]["items"].tolist()
+        assert len(items) == len(set(items)) == SIZES.items
+        assert set(items) <= train
+        seen |= set(items)
+    assert seen == train
+
+
+def test_self_pairs_are_drawn_from_all_items(toy, splits):
+    sampler = sample(toy, splits)
+    places = set()
+    for k in range(30):
+        plan = sampler[k]
+        count = SIZES.intra_pairs
+        np.testing.assert_array_equal(plan["anchor"][0], plan["positive"][0])
+        np.testing.assert_array_equal(plan["pair_valid"][0], np.arange(5) < count)
+        assert len(set(plan["anchor"][0, :count].tolist())) == count
+        places |= set(plan["anchor"][0].tolist())
+    assert len(places) > 25
+
+
+def test_every_training_pair_comes_up(toy, splits):
+    sampler = sample(toy, splits)
+    found = set()
+    for k in range(300):
+        plan = sampler[k]
+        rows, columns = np.nonzero(plan["pair_valid"][1:])
+        a, b = (plan["items"][plan[name][1:][rows, columns]] for name in ("anchor", "positive"))
+        relation = plan["relations"][1:][rows]
+        found |= set(zip(a.tolist(), b.tolist(), relation.tolist(), strict=True))
+    assert found == {tuple(pair) for pair in splits.pairs("train").tolist()}
+
+
+def test_rows_short_of_pairs_are_padded():
+    graph = make_graph(relations=3, group=3)  # at most three pairs a relation
+    splits = split_graph(graph, seed=0, disjoint="pair", fractions=(1.0, 0.0, 0.0))
+    sizes = BatchSizes(relations=3, pairs=5, intra_pairs=0, items=30)
+    with pytest.raises(UserError, match="larger than the training split"):
+        sizes.check(len(splits.items("train")))
+    splits = split_graph(make_graph(relations=3, group=3), seed=3, fractions=(1.0, 0.0, 0.0))
+    plan = sample(graph, splits, sizes)[0]
+    assert plan["pair_valid"].shape == (4, 5)
+    np.testing.assert_array_equal(plan["pair_valid"].sum(axis=1), [0, 3, 3, 3])
+    assert len(set(plan["items"].tolist())) == 30
+
+
+def test_self_pairs_only(toy, splits):
+    plan = sample(toy, splits, BatchSizes(relations=0, pairs=3, intra_pairs=30, items=30))[0]
+    np.testing.assert_array_equal(plan["relations"], [-1])
+    assert plan["pair_valid"].shape == (1, 30)
+    assert plan["pair_valid"].all()
+    assert sorted(plan["anchor"][0].tolist()) == list(range(30))
+
+
+@pytest.fixture
+def collated(toy):
+    splits = split_graph(toy, seed=0)
+    plan = sample(toy, splits)[0]
+    tokenizer = train_tokenizer(toy.texts + toy.relations, 300)
+    sentence = lambda r: toy.intra_relation if r < 0 else toy.relations[r]  # noqa: E731
+    collate = collator(toy, tokenizer, ImageBank(toy.images, 8), sentence, 24)
+    return plan, tokenizer, collate
+
+
+def test_the_arrays_of_a_batch(toy, collated):
+    plan, tokenizer, collate = collated
+    batch = collate(plan)
+    items, shared = batch["items"], batch["shared"]
+    assert {name: x.dtype for name, x in items.items()} == {"ids": np.int32, "images": np.uint8}
+    assert items["images"].shape == (30, 8, 8, 3)
+    np.testing.assert_array_equal(items["images"][:, 0, 0, 0], plan["items"])  # see `png`
+    for row, item in enumerate(plan["items"]):
+        text = tokenizer.decode(items["ids"][row])
+        assert text == toy.texts[item]
+    assert tokenizer.decode(shared["relation_ids"][1]) == toy.relations[plan["relations"][1]]
+    np.testing.assert_array_equal(shared["intra"], [True, False, False, False, False])
+    np.testing.assert_array_equal(shared["labels"], toy.labels[plan["items"]])
+    assert shared["valid"].all()
+    for name in ("anchor", "positive", "pair_valid"):
+        np.testing.assert_array_equal(shared[name], plan[name])
+
+
+def test_related_is_symmetric_with_a_true_diagonal_and_of_the_whole_graph(toy, collated):
+    plan, _, collate = collated
+    related = collate(plan)["shared"]["related"]
+    assert related.dtype == bool
+    np.testing.assert_array_equal(related, related.T)
+    assert related.diagonal().all()
+    linked = {frozenset(pair) for pair in toy.pairs[:, :2].tolist()}
+    for i, a in enumerate(plan["items"].tolist()):
+        for j, b in enumerate(plan["items"].tolist()):
+            assert related[i, j] == (i == j or frozenset((a, b)) in linked)
+    assert not related.all()
+
+
+def test_linked_is_by_relation_of_the_whole_graph(toy, collated):
+    plan, _, collate = collated
+    linked = collate(plan)["shared"]["linked"]
+    pairs = {tuple(pair) for pair in toy.pairs.tolist()}
+    rows, width = plan["anchor"].shape
+    assert linked.shape == (rows, width, rows)
+    for r in range(1, rows):
+        for g in np.flatnonzero(plan["pair_valid"][r]):
+            a, b = sorted(plan["items"][[plan["anchor"][r, g], plan["positive"][r, g]]].tolist())
+            for other in range(rows):
+                expected = (a, b, plan["relations"][other]) in pairs
+                assert linked[r, g, other] == expected
+            assert linked[r, g, r]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_restored_iterator_goes_on_with_the_same_batches(toy, collated, threads):
+    _, _, collate = collated
+    splits = split_graph(toy, seed=0)
+
+    def fresh():
+        return batch_iterator(sample(toy, splits), collate, threads)
+
+    iterator = fresh()
+    for _ in range(3):
+        next(iterator)
+    state = iterator.get_state()
+    rest = [next(iterator) for _ in range(4)]
+    for other in (fresh(), iterator):
+        other.set_state(state)
+        for batch in rest:
+            again = next(other)
+            assert same(batch["items"], again["items"])
+            assert same(batch["shared"], again["shared"])
+    plan = sample(toy, splits)[3]
+    np.testing.assert_array_equal(rest[0]["shared"]["anchor"], plan["anchor"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((-1, 2, 2, 10), "the sizes in config.batch must not be negative"),
+        ((2, 2, 2, -10), "the sizes in config.batch must not be negative"),
+        ((0, 2, 0, 10), "a batch without pairs: raise config.batch.pairs_per_relation or intra"),
+        ((2, 0, 0, 10), "a batch without pairs"),
+        ((1, 2, 2, 43), "a batch of 43 items is larger than the training split, which has 42;"),
+        (
+            (3, 4, 2, 23),
+            "3 relations of 4 pairs need room for 24 items; raise config.batch.size (23",
+        ),
+        ((0, 2, 11, 10), "config.batch.intra_pairs=11 exceeds config.batch.size=10; lower it"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(UserError) as error:
+        BatchSizes(*sizes).check(42)
+    assert str(error.value).startswith(message)
+
+
+def test_sizes_that_just_fit():
+    BatchSizes(3, 4, 24, 24).check(24)
+    BatchSizes(0, 0, 1, 1).check(1)
+
+
+def test_more_relations_than_have_pairs(toy, splits):
+    with pytest.raises(UserError, match=r"config.batch.relations=13, but only 12 relations have"):
+        sample(toy, splits, BatchSizes(relations=13, pairs=1, intra_pairs=0, items=30))
