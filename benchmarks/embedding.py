@@ -81,6 +81,19 @@ def rcml_functions(model, variables, ids, pixels, relation_ids) -> dict:
     return functions
 
 
+def build_functions(args, batch: int) -> dict:
+    """Everything that is compared, on the same random towers and items."""
+    config, rng = inputs.clip_config(args.small), np.random.default_rng(0)
+    ids = jnp.asarray(inputs.token_ids(rng, batch, args.text_length, config))
+    pixels = jnp.asarray(inputs.images(rng, batch, config))
+    sentences = jnp.asarray(inputs.token_ids(rng, max(TARGETS), args.sentence_length, config))
+    head = get_config().model
+    model = RCML(config, FrozenDict(beta=head.beta, summary_prior=head.summary_prior))
+    variables = jax.jit(model.init)(jax.random.key(0), sentences[:1], ids[:1], pixels[:1])
+    functions = clip_functions(config, variables["params"]["towers"], ids, pixels)
+    return functions | rcml_functions(model, variables, ids, pixels, sentences)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = timing.parser(__doc__.splitlines()[0], repeats=20)
@@ -93,17 +106,7 @@ def main() -> None:
     towers = "small towers" if args.small else "ViT-B/32"
     machine = timing.start(f"Embedding {batch} items, texts of {args.text_length} tokens: {towers}")
 
-    config, rng = inputs.clip_config(args.small), np.random.default_rng(0)
-    ids = jnp.asarray(inputs.token_ids(rng, batch, args.text_length, config))
-    pixels = jnp.asarray(inputs.images(rng, batch, config))
-    sentences = jnp.asarray(inputs.token_ids(rng, max(TARGETS), args.sentence_length, config))
-    head = get_config().model
-    model = RCML(config, FrozenDict(beta=head.beta, summary_prior=head.summary_prior))
-    variables = jax.jit(model.init)(jax.random.key(0), sentences[:1], ids[:1], pixels[:1])
-    towers_params = variables["params"]["towers"]
-    functions = clip_functions(config, towers_params, ids, pixels)
-    functions |= rcml_functions(model, variables, ids, pixels, sentences)
-
+    functions = build_functions(args, batch)
     times = timing.alternate(functions, repeats=args.repeats)
     ratios = [timing.ratio(times, rcml(n, True), CLIP, TARGETS[n]) for n in TARGETS]
     ratios += [timing.ratio(times, rcml(n, True), HUGGING_FACE, TARGETS[n]) for n in TARGETS]

@@ -10,6 +10,7 @@ temporaries, inputs and gradients apart, and with --rss also the peak of a proce
 import argparse
 import functools
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -94,23 +95,26 @@ def check(relations: int) -> float:
 
 
 def peak_resident(form: str, pairs: int, relations: int, width: int) -> float:
-    """MiB that the peak of a fresh process rises by when it runs the form once."""
+    """MiB that a fresh process grows by, at the peak, when it runs the form once."""
     sizes = (str(pairs), str(relations), str(width))
     command = [sys.executable, "-m", "benchmarks.loss_memory", "--measure", form, *sizes]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def measure_resident(form: str, pairs: int, relations: int, width: int) -> float:
-    """What `peak_resident` runs in its process."""
-    import resource
-
+    """What `peak_resident` runs in its process; it needs Linux's /proc."""
     args, kwargs = arguments(pairs, relations, width)
     compiled = compile_form(form, args, kwargs)
-    # Kilobytes on Linux, bytes on macOS.
-    unit = MEBIBYTE if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Compilation has a peak of its own: forget it.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     jax.block_until_ready(compiled(*args, **kwargs))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def row_of(pairs: int, options: argparse.Namespace, width: int, timed: bool) -> tuple[dict, dict]:
@@ -132,18 +136,24 @@ def row_of(pairs: int, options: argparse.Namespace, width: int, timed: bool) -> 
 
 
 def print_rows(rows: list[dict]) -> None:
-    """A row a size: planned temporaries, peak growth, times, and what naive needs more."""
-    print(f"\n{'pairs':>6}{'items':>7}{'width':>7}{'pairs x items x width':>23}", end="")
-    print("".join(f"{form:>16}" for form in FORMS) + f"{'naive / ours':>14}")
-    for kind, unit in (("temporaries", "MiB"), ("resident_mib", "peak MiB"), ("seconds", "ms")):
-        for row in (r for r in rows if kind in r):
-            print(f"{row['pairs']:>6}{row['items']:>7}{row['width']:>7}", end="")
-            print(f"{row['pairs_x_items_x_width'] / MEBIBYTE:>19.0f} MiB", end="")
-            values = {"temporaries": lambda x: x / MEBIBYTE, "resident_mib": lambda x: x}
-            show = values.get(kind, lambda x: 1e3 * x["median"])
-            cells = {form: show(row[kind][form]) for form in row[kind]}
-            print("".join(f"{cells.get(f, float('nan')):>16.1f}" for f in FORMS), end="")
-            print(f"{cells.get(NAIVE, float('nan')) / cells[OURS]:>14.1f}  {unit}")
+    """Three tables: planned temporaries, growth at the peak, and times; each with the ratio."""
+    tables = {
+        "temporaries": ("temporaries, MiB", lambda x: x / MEBIBYTE),
+        "resident_mib": ("growth of the process at its peak, MiB", lambda x: x),
+        "seconds": ("median time, ms", lambda x: 1e3 * x["median"]),
+    }
+    sizes = ("pairs", "items", "width")
+    for key, (title, show) in tables.items():
+        if not any(key in row for row in rows):
+            continue
+        print(f"\n{title}\n" + "".join(f"{name:>7}" for name in sizes), end="")
+        print(f"{'p x i x w, MiB':>16}" + "".join(f"{f:>14}" for f in FORMS) + "  naive / ours")
+        for row in (row for row in rows if key in row):
+            cells = {form: show(value) for form, value in row[key].items()}
+            print("".join(f"{row[name]:>7}" for name in sizes), end="")
+            print(f"{row['pairs_x_items_x_width'] / MEBIBYTE:>16.0f}", end="")
+            print("".join(f"{cells.get(form, float('nan')):>14.1f}" for form in FORMS), end="")
+            print(f"{cells.get(NAIVE, float('nan')) / cells[OURS]:>14.1f}")
 
 
 def main() -> None:
@@ -153,7 +163,7 @@ def main() -> None:
     parser.add_argument("--relations", type=int, default=11, help="the self pairs' among them")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--limit", type=float, default=8.0, help="GiB beyond which nothing is run")
-    parser.add_argument("--rss", action="store_true", help="measure peaks of processes, too")
+    parser.add_argument("--rss", action="store_true", help="peaks of processes, too (Linux)")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

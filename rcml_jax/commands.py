@@ -66,11 +66,11 @@ def _train(argv: Sequence[str]) -> int:
         raise UserError("train.py needs --workdir, a directory of its own for the run")
     from rcml_jax.evaluation.table import print_evaluation
     from rcml_jax.training.loop import train_and_evaluate
-    from rcml_jax.training.parallel import initialize_distributed
+    from rcml_jax.training.parallel import initialize_distributed, is_primary
 
     initialize_distributed()
     result = train_and_evaluate(values.config, values.workdir)
-    if result is not None:
+    if result is not None and is_primary():
         print_evaluation(result)
     return 0
 

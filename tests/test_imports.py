@@ -123,8 +123,9 @@ def test_the_commands_are_short(name):
     assert len((ROOT / name).read_text().splitlines()) < 60
 
 
-def loaded_by(imports: str, packages: str) -> str:
-    code = f"import sys; import {imports}; print(*[p for p in {packages!r}.split() if p in sys.modules])"
+def loaded_by(imports: str, packages: str) -> list[str]:
+    found = f"[p for p in {packages!r}.split() if p in sys.modules]"
+    code = f"import sys; import {imports}; print(*{found})"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -71,8 +71,8 @@ class CLIPTowers(nn.Module):
         )
         self.text_projection = project()
         self.visual_projection = project()
-        scale = self.config.logit_scale_init_value
-        self.logit_scale = self.param("logit_scale", lambda _, shape: jnp.full(shape, scale), ())
+        scale = jnp.float32(self.config.logit_scale_init_value)
+        self.logit_scale = self.param("logit_scale", lambda _: scale)
 
     def text_states(self, ids: jax.Array) -> TokenStates:
         """Token ids (n, T) → states of every token up to EOT (spec: H_T).

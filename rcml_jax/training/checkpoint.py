@@ -44,7 +44,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step with the highest selection measure, the newest of equals or of unmeasured ones."""
+        """The step with the highest selection measure; the newest of equal or unmeasured ones."""
         best = self._manager.best_step()
         return self.latest() if best is None else best
 

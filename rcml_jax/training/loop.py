@@ -54,7 +54,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     devices = parallel.pick_devices(config.platform, config.devices)
     _check(config)
     workdir = _prepare(pathlib.Path(workdir), config)
-    with jax.default_device(devices[0]):
+    with jax.default_device(parallel.first_local(devices)):
         method = build_method(config, workdir)
         with Interrupt() as interrupt:
             run = Run(config, workdir, method, parallel.build(config.parallel, devices))

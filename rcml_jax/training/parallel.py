@@ -70,6 +70,11 @@ def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
     return devices[: count or None]
 
 
+def first_local(devices: list[jax.Device]) -> jax.Device:
+    """The first of the devices that is this process's own."""
+    return next(d for d in devices if d.process_index == jax.process_index())
+
+
 def across_devices(objective: Callable, axis_name: str = AXIS) -> Callable:
     """Make a whole-batch loss right under `jax.pmap`.
 
@@ -129,6 +134,7 @@ class Pmap:
         self.devices = devices
         self._local = [d for d in devices if d.process_index == jax.process_index()]
         self._split = NamedSharding(Mesh(np.asarray(self._local), (AXIS,)), PartitionSpec(AXIS))
+        self._everywhere = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec())
 
     def put_state(self, state: Any) -> Any:
         """One copy of a state → a leading axis of this process's devices."""
@@ -136,8 +142,11 @@ class Pmap:
         return jax.tree.map(lambda x: _put(x, self._split, copies), state)
 
     def get_state(self, state: Any) -> Any:
-        """The first device's copy."""
-        return self.local(state)
+        """One logical copy: this process's first, or one that all processes hold together."""
+        copy = self.local(state)
+        if jax.process_count() == 1:
+            return copy
+        return jax.tree.map(lambda x: _put(x, self._everywhere), copy)
 
     def local(self, tree: Any) -> Any:
         """The first of this process's devices' copy."""

@@ -86,7 +86,8 @@ class Progress:
 
     def __init__(self, first: int, total: int, examples: int, stream: Any = None):
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        self._primary = is_primary()
+        self._live = self._primary and self._stream.isatty()
         self._first, self._total, self._examples = first, total, examples
         self._start = time.perf_counter()
         self._counted = first
@@ -108,10 +109,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
+        if not self._primary:
+            return
         self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
         self._stream.flush()
 
     def _show(self, text: str) -> None:
+        if not self._primary:
+            return
         self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         self._stream.flush()
 

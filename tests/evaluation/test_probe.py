@@ -68,7 +68,7 @@ def test_the_mlp_learns_what_no_line_can_tell():
 
 def test_the_seed_of_the_mlp_makes_its_predictions():
     x, y = problem()
-    runs = [fit_classifier(x, y, kind="mlp", width=8, seed=s, steps=20)(x) for s in (1, 1, 2)]
+    runs = [fit_classifier(x, y, kind="mlp", width=8, seed=s, steps=20)(x) for s in (1, 1)]
     np.testing.assert_array_equal(runs[0], runs[1])
 
 

@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_model_is_named(checkpoints, change):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     (tmp_path / "checkpoints" / "7" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is damaged or the checkpoint of another model|no whole"):
+    with pytest.raises(UserError, match=r"is damaged or the checkpoint of another model|no whole"):
         read_params(tmp_path)
     assert (tmp_path / "checkpoints" / "7" / "notes.txt").read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""The optimizer and one step of it: schedule, clipping, weight decay, frozen towers, random keys."""
+"""The optimizer and one step: schedule, clipping, weight decay, frozen towers, random keys."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_a_rate_must_be_positive(rate):
 
 
 def test_warm_up_must_leave_a_step():
-    with pytest.raises(UserError, match="warmup_steps=10 leaves no step of config.steps=10"):
+    with pytest.raises(UserError, match=r"warmup_steps=10 leaves no step of config\.steps=10"):
         optimizer.schedule(0.1, 10, 10)
 
 

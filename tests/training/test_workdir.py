@@ -93,11 +93,11 @@ def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
 
 def test_other_folders_are_not_taken(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is not empty and holds no config.json; give an empty"):
+    with pytest.raises(UserError, match=r"is not empty and holds no config.json; give an empty"):
         prepare(tmp_path, tiny_config(tmp_path))
-    with pytest.raises(UserError, match="cannot make the work directory .*file"):
+    with pytest.raises(UserError, match=r"cannot make the work directory .*file"):
         prepare(tmp_path / "file", tiny_config(tmp_path))
-    with pytest.raises(UserError, match="cannot make the work directory .*Not a directory"):
+    with pytest.raises(UserError, match=r"cannot make the work directory .*Not a directory"):
         prepare(tmp_path / "file" / "below", tiny_config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -1,0 +1,239 @@
+"""RCML and its baselines from data to eval.json, on a graph with planted relations."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from transformers import FlaxCLIPModel
+
+from rcml_jax.data.folder import load as load_folder
+from rcml_jax.data.text import train_tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.methods import build
+from rcml_jax.models.encoders import small_config
+from rcml_jax.training import loop
+from rcml_jax.training.checkpoint import read_params
+from tests.toy import cache_of, read_metrics, tiny_config
+
+METHODS = ("rcml", "clip", "siglip", "unicl")
+SCORES = ("tt", "ii", "ti", "it", "avg")
+
+
+@pytest.fixture(scope="module")
+def runs(catalogue, tmp_path_factory):
+    """A trained work directory of each method, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("methods"), {}
+
+    def run(method):
+        if method not in made:
+            options = {"steps": 150, "log_every": 25, "validate_every": 150}
+            options |= {"loss.learn_temperature": method == "unicl"}
+            config = tiny_config(catalogue, method=method, **options)
+            config.optimizer.learning_rate = 1e-2
+            made[method] = folder / method, loop.train_and_evaluate(config, folder / method)
+        return made[method]
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls(runs, method):
+    losses = [x["loss"] for x in read_metrics(runs(method)[0]) if x["kind"] == "train"]
+    assert len(losses) == 6
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_a_learned_temperature_is_learned(runs):
+    assert "log_temperature" not in read_params(runs("clip")[0])
+    learned = read_params(runs("unicl")[0])["log_temperature"]
+    assert learned.shape == ()
+    assert learned != np.float32(np.log(0.1))
+
+
+def check_rates(scores):
+    assert tuple(scores) == SCORES
+    assert all(isinstance(rate, float) and 0 <= rate <= 1 for rate in scores.values())
+
+
+def check_tasks(retrieval, relation_type):
+    assert retrieval.keys() == {"queries", "hit@1", "hit@5", "mrr"}
+    assert retrieval["queries"] == 40
+    for measure in ("hit@1", "hit@5", "mrr"):
+        check_rates(retrieval[measure])
+    for name in SCORES:
+        hits = [retrieval[measure][name] for measure in ("hit@1", "mrr", "hit@5")]
+        assert hits[0] <= hits[1]
+        assert hits[0] <= hits[2]
+    assert relation_type.keys() == {"pairs", "candidates", "top1", "top3"}
+    assert relation_type["pairs"] == 40
+    assert relation_type["candidates"] == 10
+    for measure in ("top1", "top3"):
+        check_rates(relation_type[measure])
+        assert all(relation_type["top1"][s] <= relation_type["top3"][s] for s in SCORES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_json_has_the_prescribed_structure(runs, method):
+    workdir, result = runs(method)
+    assert json.loads((workdir / "eval.json").read_text()) == result
+    prescribed = ["method", "dataset", "split", "protocol", "retrieval", "relation_type"]
+    assert list(result)[:7] == [*prescribed, "relation_validity"]
+    extra = {"training_free_product"} | ({"variants"} if method != "rcml" else set())
+    assert set(list(result)[7:]) == extra
+    assert (result["method"], result["dataset"], result["split"]) == (method, "catalogue", "test")
+    check_tasks(result["retrieval"], result["relation_type"])
+    check_tasks(**result["training_free_product"])
+    validity = result["relation_validity"]
+    assert validity["pairs"] % 4 == 0
+    assert 0 <= validity["accuracy"] <= 1
+    protocol = result["protocol"]
+    assert "chance of Hit@5 0.238" in protocol["retrieval"]
+    assert protocol["ties"] == "count against the model"
+    assert (protocol["split_seed"], protocol["disjoint"], protocol["seed"]) == (0, "pair", 42)
+
+
+@pytest.mark.parametrize("method", ["clip", "siglip", "unicl"])
+def test_baselines_report_the_better_way_to_score(runs, method):
+    _, result = runs(method)
+    variants = result["variants"]
+    assert set(variants) == {"plain", "sentence"}
+    for variant in variants.values():
+        check_tasks(**variant)
+    assert variants["plain"] != variants["sentence"]
+    for task, measure in (("retrieval", "hit@5"), ("relation_type", "top3")):
+        best = max(variant[task][measure]["avg"] for variant in variants.values())
+        assert result[task][measure]["avg"] == best
+        assert result[task] in [variant[task] for variant in variants.values()]
+    # Without the sentence nothing depends on the relation: ties, which count against the model.
+    assert variants["plain"]["relation_type"]["top3"] == dict.fromkeys(SCORES, 0.0)
+    # Images do not see the sentence, either.
+    assert variants["sentence"]["relation_type"]["top3"]["ii"] == 0.0
+
+
+def test_planted_relations_are_learned(runs):
+    """Texts share a word under a relation: far above the chance of 5 in 21."""
+    _, result = runs("rcml")
+    assert result["retrieval"]["hit@5"]["tt"] > 0.5
+
+
+def test_all_methods_answer_the_same_queries(catalogue, tmp_path):
+    tasks = []
+    for method, seed in (("rcml", 1), ("clip", 2)):
+        config = tiny_config(catalogue, method=method, seed=seed)
+        (tmp_path / method).mkdir()
+        task = build(config, tmp_path / method).task
+        queries, types = task.retrieval_queries("test"), task.relation_queries("test")
+        tasks.append([queries.query, queries.candidates, queries.relation, types.relations])
+    for ours, theirs in zip(*tasks, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_frozen_towers_of_another_run_under_every_similarity_and_an_mlp(runs, catalogue, tmp_path):
+    source, _ = runs("clip")
+    options = {
+        "steps": 2,
+        "validate_every": 2,
+        "model.freeze": "both",
+        "model.init_from": str(source),
+        "evaluation.similarity": "all",
+        "evaluation.validity_probe": "mlp",
+    }
+    result = loop.train_and_evaluate(tiny_config(catalogue, **options), tmp_path / "run")
+    ours, theirs = read_params(tmp_path / "run"), read_params(source)
+    # CLIP's own logit scale belongs to no tower and has no gradient.
+    jax.tree.map(np.testing.assert_array_equal, ours["towers"], theirs["towers"])
+    assert not np.array_equal(ours["head"]["output"], np.eye(16))
+    similarities = result["similarities"]
+    assert list(similarities) == ["cosine", "dot", "euclidean", "manhattan", "chi_square"]
+    for scores in similarities.values():
+        check_tasks(**scores)
+    assert similarities["cosine"]["retrieval"] == result["retrieval"]
+    # Of vectors of length one these rank alike, but for rounding.
+    for name in ("dot", "euclidean"):
+        for score in SCORES:
+            mine = similarities[name]["retrieval"]["mrr"][score]
+            assert mine == pytest.approx(result["retrieval"]["mrr"][score], abs=0.03)
+    assert result["relation_validity"]["probe"] == "mlp"
+
+
+def test_towers_of_other_sizes_are_not_taken(runs, catalogue, tmp_path):
+    options = {"model.init_from": str(runs("clip")[0]), "model.width": 8}
+    with pytest.raises(UserError, match=r"its towers have other sizes than config.model asks for"):
+        loop.train_and_evaluate(tiny_config(catalogue, **options), tmp_path / "run")
+
+
+def test_ablations_of_the_data_and_the_loss(catalogue, tmp_path):
+    options = {
+        "steps": 2,
+        "validate_every": 2,
+        "batch.inter_pairs": False,
+        "loss.intra_modal_weight": 0.0,
+        "data.relation_text": False,
+    }
+    config = tiny_config(catalogue, **options)
+    result = loop.train_and_evaluate(config, tmp_path / "run")
+    # One sentence for all: nothing tells the relations apart, and ties count against the model.
+    assert result["relation_type"]["top3"] == dict.fromkeys(SCORES, 0.0)
+    assert result["retrieval"]["hit@5"]["avg"] > 0
+    method = build(config, tmp_path / "run")
+    assert len(set(method.task.sentences)) == 1
+    shared = next(method.batches())["shared"]
+    np.testing.assert_array_equal(shared["intra"], [True])
+    assert shared["pair_valid"].sum() == config.batch.size
+    (line,) = [x for x in read_metrics(tmp_path / "run") if x["kind"] == "train"]
+    assert line["tt"] == line["ii"] == 0.0
+
+
+def test_no_intra_modal_loss_is_the_cross_modal_one(catalogue, tmp_path):
+    values = {}
+    for weight in (0.0, 0.5):
+        config = tiny_config(catalogue, loss__intra_modal_weight=weight, data__threads=0)
+        config.loss.identification_weight = 0.0
+        method = build(config, tmp_path)
+        batch = next(method.batches())
+        params = method.init(jax.random.key(0), batch)
+        loss, terms = jax.jit(method.loss)(params, batch, jax.random.key(1), 0.0)
+        cross = (terms["ti"] + terms["it"]) / 2
+        np.testing.assert_allclose(loss, cross + weight * (terms["tt"] + terms["ii"]), rtol=1e-5)
+        values[weight] = float(loss)
+    assert values[0.5] > values[0.0]
+
+
+@pytest.fixture(scope="module")
+def pretrained(catalogue, tmp_path_factory):
+    """A checkpoint directory of Hugging Face's own class, with a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    graph = load_folder(catalogue, cache_of(catalogue), log=lambda line: None)
+    tokenizer = train_tokenizer(graph.texts + graph.relations, 300)
+    sizes = {"width": 16, "layers": 1, "heads": 2, "embed_dim": 12, "image_size": 24}
+    config = small_config(
+        vocab_size=300, eos_token_id=tokenizer.end_id, patch_size=8, max_length=12, **sizes
+    )
+    FlaxCLIPModel(config, seed=3).save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+def test_a_pretrained_directory_is_trained_on(catalogue, pretrained, tmp_path):
+    options = {"steps": 2, "validate_every": 2, "model.pretrained": str(pretrained)}
+    options |= {"optimizer.learning_rate": 1e-12, "model.dtype": "bfloat16"}
+    result = loop.train_and_evaluate(tiny_config(catalogue, **options), tmp_path / "run")
+    check_tasks(result["retrieval"], result["relation_type"])
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == (
+        pretrained / "tokenizer.json"
+    ).read_text()
+    # At so small a rate the towers are still those of the checkpoint, in their own sizes.
+    towers = read_params(tmp_path / "run")["towers"]
+    theirs = FlaxCLIPModel.from_pretrained(pretrained).params
+    assert towers["visual_projection"]["kernel"].shape == (16, 12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), towers, theirs)
+    # float32 parameters under bfloat16 computation.
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(towers))
+
+
+def test_a_pretrained_directory_sets_image_size_and_text_length(catalogue, pretrained, tmp_path):
+    config = tiny_config(catalogue, model__pretrained=str(pretrained))
+    batch = next(build(config, tmp_path).batches())
+    assert batch["items"]["images"].shape == (16, 24, 24, 3)
+    assert batch["items"]["ids"].shape[1] <= 12
