@@ -40,7 +40,7 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted before the step was saved", file=sys.stderr)
+        print("error: interrupted; start the same command again to go on", file=sys.stderr)
         return 130
 
 

@@ -25,7 +25,7 @@ class RelationPooling(nn.Module):
     β = 1 with a large `summary_logit` (1e4) selects the summary token: CLIP's own pooling.
     `summary_prior` is no part of the paper: with it the summary token leads under every relation,
     so that a pretrained tower starts from the embedding it was trained for. 0 is the paper's form.
-    `init` is "identity" (W_V and W_o the identity, W_Q and W_K small and random) or "plain"
+    `head_init` is "identity" (W_V and W_o the identity, W_Q and W_K small and random) or "plain"
     (all four Xavier uniform).
     """
 
@@ -34,16 +34,16 @@ class RelationPooling(nn.Module):
     summary_logit: float = 1.0
     summary_prior: float = 0.0
     learn_summary_prior: bool = False
-    init: str = "identity"
+    head_init: str = "identity"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         """Create W_Q, W_K, W_V, W_o and, if it is learned, the prior."""
-        if self.init not in ("identity", "plain"):
-            raise ValueError(f"init is {self.init!r}; it must be 'identity' or 'plain'")
+        if self.head_init not in ("identity", "plain"):
+            raise ValueError(f"head_init is {self.head_init!r}; it must be 'identity' or 'plain'")
         plain = nn.initializers.xavier_uniform()
-        attend = nn.initializers.normal(0.02) if self.init == "identity" else plain
-        carry = _identity if self.init == "identity" else plain
+        attend = nn.initializers.normal(0.02) if self.head_init == "identity" else plain
+        carry = _identity if self.head_init == "identity" else plain
         shape = (self.dim, self.dim)
         self.query = self.param("query", attend, shape)
         self.key = self.param("key", attend, shape)

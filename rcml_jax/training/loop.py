@@ -69,10 +69,12 @@ def evaluate(
 ) -> dict:
     """Evaluate the best checkpoint of a work directory and write `eval.json`."""
     workdir = pathlib.Path(workdir)
-    method = method or build_method(config, workdir)
-    params = jax.tree.map(jax.numpy.asarray, read_params(workdir))
+    device = parallel.first_local(parallel.pick_devices(config.platform))
     try:
-        result = method.evaluate(params, split)
+        with jax.default_device(device):
+            method = method or build_method(config, workdir)
+            params = jax.tree.map(jax.numpy.asarray, read_params(workdir))
+            result = method.evaluate(params, split)
     except FlaxError as error:
         raise UserError(
             f"{workdir} holds the checkpoint of another model than its config.json describes; "

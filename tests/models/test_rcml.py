@@ -87,7 +87,7 @@ def test_reduces_to_clip_in_model_loss_and_gradient(batch):
     for ours, theirs in zip(
         jax.tree.leaves(grads["towers"]), jax.tree.leaves(expected_grads), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
 def test_summary_prior_starts_from_clips_own_embedding(batch):
@@ -108,7 +108,7 @@ def test_summary_prior_starts_from_clips_own_embedding(batch):
 
 def test_the_relation_changes_the_embedding(batch):
     ids, images = batch
-    model, variables = build(batch, init="plain")
+    model, variables = build(batch, head_init="plain")
     out = model.apply(variables, ids[:2], ids, images)
     for name in ("text", "image"):
         assert np.abs(out[name][:, 0] - out[name][:, 1]).max() > 1e-6

@@ -109,10 +109,10 @@ def test_initialisations(inputs):
     np.testing.assert_array_equal(identity["value"], np.eye(D))
     np.testing.assert_array_equal(identity["output"], np.eye(D))
     assert 0 < np.abs(identity["query"]).max() < 0.2
-    plain = RelationPooling(D, init="plain").init(jax.random.key(0), *inputs)["params"]
+    plain = RelationPooling(D, head_init="plain").init(jax.random.key(0), *inputs)["params"]
     assert np.abs(plain["value"] - np.eye(D)).max() > 0.1
     with pytest.raises(ValueError, match="identity"):
-        RelationPooling(D, init="zeros").init(jax.random.key(0), *inputs)
+        RelationPooling(D, head_init="zeros").init(jax.random.key(0), *inputs)
 
 
 def test_learned_prior_is_a_parameter(inputs):
