@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import FlaxCLIPModel
@@ -15,6 +16,7 @@ from rcml_jax.models.encoders import small_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from tests.toy import cache_of, read_metrics, tiny_config
+from tests.training.test_loop import train
 
 METHODS = ("rcml", "clip", "siglip", "unicl")
 SCORES = ("tt", "ii", "ti", "it", "avg")
@@ -185,19 +187,21 @@ def test_ablations_of_the_data_and_the_loss(catalogue, tmp_path):
     assert line["tt"] == line["ii"] == 0.0
 
 
-def test_no_intra_modal_loss_is_the_cross_modal_one(catalogue, tmp_path):
-    values = {}
-    for weight in (0.0, 0.5):
-        config = tiny_config(catalogue, loss__intra_modal_weight=weight, data__threads=0)
-        config.loss.identification_weight = 0.0
-        method = build(config, tmp_path)
+def test_the_weights_of_the_loss(catalogue, tmp_path):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2, 16, 4, 6))
+    z = jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.float32)
+    embedded = {"text": z[0], "image": z[1]}
+    for intra, identification in ((0.0, 0.0), (0.5, 0.0), (0.25, 2.0)):
+        options = {"loss.intra_modal_weight": intra, "loss.identification_weight": identification}
+        method = build(tiny_config(catalogue, **options), tmp_path)
         batch = next(method.batches())
-        params = method.init(jax.random.key(0), batch)
-        loss, terms = jax.jit(method.loss)(params, batch, jax.random.key(1), 0.0)
-        cross = (terms["ti"] + terms["it"]) / 2
-        np.testing.assert_allclose(loss, cross + weight * (terms["tt"] + terms["ii"]), rtol=1e-5)
-        values[weight] = float(loss)
-    assert values[0.5] > values[0.0]
+        loss, terms = method.objective({}, embedded, batch, 0.0)
+        expected = (terms["ti"] + terms["it"]) / 2 + intra * (terms["tt"] + terms["ii"])
+        assert terms["tt"] > 0
+        if identification:
+            expected += identification * terms["identification"]
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +222,10 @@ def pretrained(catalogue, tmp_path_factory):
 def test_a_pretrained_directory_is_trained_on(catalogue, pretrained, tmp_path):
     options = {"steps": 2, "validate_every": 2, "model.pretrained": str(pretrained)}
     options |= {"optimizer.learning_rate": 1e-12, "model.dtype": "bfloat16"}
-    result = loop.train_and_evaluate(tiny_config(catalogue, **options), tmp_path / "run")
-    check_tasks(result["retrieval"], result["relation_type"])
+    assert train(tiny_config(catalogue, **options), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert np.isfinite(lines[0]["loss"])
+    assert 0 <= lines[1]["hit@5/avg"] <= 1
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (
         pretrained / "tokenizer.json"
     ).read_text()

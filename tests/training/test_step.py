@@ -153,7 +153,6 @@ def test_random_keys_and_progress_are_functions_of_the_step():
 @pytest.mark.parametrize(
     ("freeze", "still"),
     [
-        ("text", {"text_model", "text_projection"}),
         ("image", {"vision_model", "visual_projection"}),
         ("both", {"text_model", "text_projection", "vision_model", "visual_projection"}),
     ],
