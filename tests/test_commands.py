@@ -98,8 +98,9 @@ def test_evaluation_options(trained, tmp_path, capsys):
     assert "catalogue: validation," in out
     for name in ("cosine", "dot", "euclidean", "manhattan", "chi_square"):
         assert f"Hit@5, {name}" in out
-    result = json.loads((workdir / "eval.json").read_text())
+    result = json.loads((workdir / "eval_validation.json").read_text())
     assert result["split"] == "validation"
+    assert json.loads((workdir / "eval.json").read_text())["split"] == "test"
     assert next(iter(result["similarities"])) == "cosine"
 
 

@@ -147,5 +147,7 @@ def _tokenizer(
         texts = [graph.texts[i] for i in splits.items("train")]
         sentences = [*graph.relations, graph.intra_relation]
         tokenizer = train_tokenizer(texts + sentences, model.vocab_size)
-    tokenizer.save(path)
+    part = path.with_name("tokenizer.json.part")
+    tokenizer.save(part)
+    os.replace(part, path)
     return tokenizer

@@ -67,7 +67,11 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
 def evaluate(
     config: Any, workdir: pathlib.Path | str, split: str = "test", method: Method | None = None
 ) -> dict:
-    """Evaluate the best checkpoint of a work directory and write `eval.json`."""
+    """Evaluate the best checkpoint of a work directory.
+
+    Writes `eval.json`, or `eval_<split>.json` for a split other than test. Raises UserError where
+    there is no checkpoint, or one of another model.
+    """
     workdir = pathlib.Path(workdir)
     device = parallel.first_local(parallel.pick_devices(config.platform))
     try:
@@ -81,7 +85,8 @@ def evaluate(
             "restore that file, or train anew in another --workdir"
         ) from error
     if parallel.is_primary():
-        workdirs.write_json(workdir / "eval.json", result)
+        name = "eval.json" if split == "test" else f"eval_{split}.json"
+        workdirs.write_json(workdir / name, result)
     return result
 
 
@@ -192,15 +197,17 @@ class Run:
             return
         self.pending = [jax.tree.map(_scalar, m) for m in jax.device_get(self.pending)]
         mean = {name: float(np.mean([m[name] for m in self.pending])) for name in self.pending[0]}
-        if not math.isfinite(mean["loss"]):
-            bad = next(i for i, m in enumerate(self.pending) if not math.isfinite(m["loss"]))
+        # A finite loss with such a gradient has ruined the parameters all the same.
+        if not math.isfinite(mean["loss"] + mean["gradient_norm"]):
+            norms = [m["loss"] + m["gradient_norm"] for m in self.pending]
+            bad = next(i for i, norm in enumerate(norms) if not math.isfinite(norm))
             raise UserError(
-                f"the loss is not finite at step {step - len(self.pending) + bad + 1}; the last "
-                "good checkpoint is kept: lower config.optimizer.learning_rate, or set "
+                "the loss or its gradient is not finite at step "
+                f"{step - len(self.pending) + bad + 1}; the last good checkpoint is kept: lower config.optimizer.learning_rate, or set "
                 "config.optimizer.clip_norm, in a new --workdir"
             )
         self.progress.update(step, mean["loss"])
-        if step % self.config.log_every == 0:
+        if step % self.config.log_every == 0 or step == self.config.steps:
             self.writer.write(step, "train", mean | {"learning_rate": float(self.rate(step - 1))})
             self.pending = []
 
