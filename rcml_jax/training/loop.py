@@ -203,8 +203,9 @@ class Run:
             bad = next(i for i, norm in enumerate(norms) if not math.isfinite(norm))
             raise UserError(
                 "the loss or its gradient is not finite at step "
-                f"{step - len(self.pending) + bad + 1}; the last good checkpoint is kept: lower config.optimizer.learning_rate, or set "
-                "config.optimizer.clip_norm, in a new --workdir"
+                f"{step - len(self.pending) + bad + 1}; the last good checkpoint is kept: lower "
+                "config.optimizer.learning_rate, or set config.optimizer.clip_norm, in a new "
+                "--workdir"
             )
         self.progress.update(step, mean["loss"])
         if step % self.config.log_every == 0 or step == self.config.steps:
