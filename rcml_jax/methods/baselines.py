@@ -29,14 +29,11 @@ class BaselineMethod(RelationalMethod):
         )
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
-        """Random towers; SigLIP's bias, and the temperature if it is learned."""
+        """Random towers, and SigLIP's bias."""
         items = batch["items"]
         params = {"towers": self.model.init(key, items["ids"][:1], items["images"][:1])["params"]}
         if self.config.method == "siglip":
             params["bias"] = jnp.asarray(_BIAS, jnp.float32)
-        if self.config.loss.learn_temperature:
-            log = jnp.log(jnp.asarray(self.config.loss.temperature, jnp.float32))
-            params["log_temperature"] = log
         return params
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
@@ -51,10 +48,7 @@ class BaselineMethod(RelationalMethod):
         """The baseline's loss over all items of the batch; relations and pairs are not used."""
         del progress
         shared, config = batch["shared"], self.config
-        temperature = config.loss.temperature
-        if config.loss.learn_temperature:
-            temperature = jnp.exp(params["log_temperature"])
-        options = {"temperature": temperature, "where": shared["valid"]}
+        options = {"temperature": self.temperature(params), "where": shared["valid"]}
         text, image = embedded["text"], embedded["image"]
         if config.method == "siglip":
             return sigmoid(text, image, bias=params["bias"], **options), {}

@@ -37,15 +37,11 @@ class RCMLMethod(RelationalMethod):
         self._pool = jax.jit(self._pool_items)
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
-        """Random towers and head, and the temperature if it is learned."""
+        """Random towers and head."""
         items, shared = batch["items"], batch["shared"]
-        params = self.model.init(
+        return self.model.init(
             key, shared["relation_ids"][:1], items["ids"][:1], items["images"][:1]
         )["params"]
-        if self.config.loss.learn_temperature:
-            log = jnp.log(jnp.asarray(self.config.loss.temperature, jnp.float32))
-            params = {**params, "log_temperature": log}
-        return params
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """z_T and z_I, (N, R, d) each, of the items under the batch's relations."""
@@ -67,16 +63,13 @@ class RCMLMethod(RelationalMethod):
         """Eq. 1–2 over the whole batch, and the identification of relations if it has a weight."""
         del progress
         shared, loss = batch["shared"], self.config.loss
-        temperature = loss.temperature
-        if loss.learn_temperature:
-            temperature = jnp.exp(params["log_temperature"])
         text, image = (jnp.swapaxes(embedded[name], 0, 1) for name in ("text", "image"))
         pairs = shared["anchor"], shared["positive"]
         common = {
             "pair_valid": shared["pair_valid"],
             "valid": shared["valid"],
             "intra": shared["intra"],
-            "temperature": temperature,
+            "temperature": self.temperature(params),
         }
         value, metrics = relation_contrastive(
             text,

@@ -69,12 +69,24 @@ class RelationalMethod(Method):
         """Random parameters, the towers under "towers"."""
 
     def init(self, key: jax.Array, batch: Batch) -> Params:
-        """Random parameters; the towers' from the pretrained checkpoint where one is named."""
+        """Random parameters, the towers' from the pretrained checkpoint where one is named.
+
+        Where the temperature is learned its logarithm is one of them.
+        """
         model = self.config.model
         params = self.init_params(key, batch)
+        if self.config.loss.learn_temperature:
+            log = jnp.log(jnp.asarray(self.config.loss.temperature, jnp.float32))
+            params = {**params, "log_temperature": log}
         if model.pretrained:
             params = {**params, "towers": load_pretrained(model.pretrained)[1]}
         return jax.tree.map(jnp.asarray, params)
+
+    def temperature(self, params: Params) -> float | jax.Array:
+        """The loss's temperature: fixed by the configuration, or learned."""
+        if self.config.loss.learn_temperature:
+            return jnp.exp(params["log_temperature"])
+        return self.config.loss.temperature
 
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the towers of another run. Raises UserError where their sizes differ."""
@@ -122,37 +134,25 @@ class RelationalMethod(Method):
 
     def validate(self, params: Params) -> Metrics:
         """Retrieval and relation type on validation, in the method's first way of scoring."""
-        task = self.task
-        queries, types = task.retrieval_queries("validation"), task.relation_queries("validation")
-        items = np.union1d(_items_of(queries), np.union1d(types.a, types.b))
+        queries, types, items = self._asked("validation")
         table = next(iter(self.tables(params, items).values()))
-        return retrieval(table, queries.query, queries.candidates, queries.relation) | {
-            "relation_type": relation_type(table, types.a, types.b, types.relations)
-        }
+        scores = _score(table, queries, types)
+        return scores["retrieval"] | {"relation_type": scores["relation_type"]}
+
+    def _asked(self, split: str) -> tuple[Any, Any, np.ndarray]:
+        """The split's retrieval queries, its relation type queries, and the items of both."""
+        queries, types = self.task.retrieval_queries(split), self.task.relation_queries(split)
+        parts = (queries.query, queries.candidates.ravel(), types.a, types.b)
+        return queries, types, np.unique(np.concatenate(parts))
 
     def evaluate(self, params: Params, split: str = "test") -> Metrics:
         """The protocol of the README on a split; what `eval.json` holds."""
         task, config = self.task, self.config
-        queries, types = task.retrieval_queries(split), task.relation_queries(split)
-        items = np.union1d(_items_of(queries), np.union1d(types.a, types.b))
+        queries, types, items = self._asked(split)
         needed = _needed(len(task.graph.relations), items, queries, types)
         tables = self.tables(params, items, needed)
-
-        def score(table: EmbeddingTable, similarity: str) -> dict:
-            return {
-                "retrieval": retrieval(
-                    table,
-                    queries.query,
-                    queries.candidates,
-                    queries.relation,
-                    similarity=similarity,
-                ),
-                "relation_type": relation_type(
-                    table, types.a, types.b, types.relations, similarity=similarity
-                ),
-            }
-
-        variants = {name: score(table, "cosine") for name, table in tables.items()}
+        score = functools.partial(_score, queries=queries, types=types)
+        variants = {name: score(table) for name, table in tables.items()}
         result = {
             "method": config.method,
             "dataset": task.graph.name,
@@ -165,13 +165,15 @@ class RelationalMethod(Method):
                 (v["relation_type"] for v in variants.values()), key=lambda m: m["top3"]["avg"]
             ),
             "relation_validity": self._validity(params, split),
-            "training_free_product": score(next(iter(tables.values())), "product"),
+            "training_free_product": score(next(iter(tables.values())), similarity="product"),
         }
         if len(variants) > 1:
             result["variants"] = variants
         if self.similarities != ("cosine",):
             best = max(variants, key=lambda name: variants[name]["retrieval"]["hit@5"]["avg"])
-            result["similarities"] = {name: score(tables[best], name) for name in self.similarities}
+            result["similarities"] = {
+                name: score(tables[best], similarity=name) for name in self.similarities
+            }
         return result
 
     def _validity(self, params: Params, split: str) -> dict:
@@ -250,8 +252,16 @@ def _frozen_towers(name: str) -> tuple[str, ...]:
     return choices[name]
 
 
-def _items_of(queries: Any) -> np.ndarray:
-    return np.union1d(queries.query, queries.candidates)
+def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "cosine") -> dict:
+    """Both ranking tasks on one table under one similarity."""
+    return {
+        "retrieval": retrieval(
+            table, queries.query, queries.candidates, queries.relation, similarity=similarity
+        ),
+        "relation_type": relation_type(
+            table, types.a, types.b, types.relations, similarity=similarity
+        ),
+    }
 
 
 def _needed(relations: int, items: np.ndarray, queries: Any, types: Any) -> np.ndarray:
