@@ -17,7 +17,7 @@ from transformers.models.clip.modeling_flax_clip import FlaxCLIPModule
 
 from benchmarks import inputs, timing
 from configs.rcml import get_config
-from rcml_jax.models.encoders import IMAGE_MEAN, IMAGE_STD, CLIPTowers
+from rcml_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPTowers
 from rcml_jax.models.rcml import RCML
 
 TARGETS = {1: 1.05, 10: 1.15}

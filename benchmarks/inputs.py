@@ -7,7 +7,7 @@ import numpy as np
 from transformers import CLIPConfig
 
 from configs.rcml import get_config
-from rcml_jax.models.encoders import small_config
+from rcml_jax.models.encoders.clip import small_config
 
 # The ids of the largest tokenizer that configs/rcml.py allows.
 TOKENIZER = types.SimpleNamespace(

@@ -1,6 +1,8 @@
-"""Reading the argument of a configuration file."""
+"""Reading configurations: the argument of a file, and names that stand for other things."""
 
 from collections.abc import Sequence
+
+import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
 
@@ -30,3 +32,10 @@ def parse_argument(
             )
         found[name] = value
     return source, found
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The type that `config.model.dtype` names. Raises UserError for another than two."""
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"config.model.dtype={name!r} is unknown; choose float32 or bfloat16")
+    return jnp.dtype(name)

@@ -18,9 +18,18 @@ def coefficients(
     return jnp.where(mixed, jax.random.beta(draw, alpha, alpha, (size,)), 1.0)
 
 
-def partners(key: jax.Array, size: int) -> jax.Array:
-    """A random permutation (size,) int: each sample's partner, which may be the sample itself."""
-    return jax.random.permutation(key, size)
+def partners(key: jax.Array, size: int, *, where: jax.Array | None = None) -> jax.Array:
+    """A random permutation (size,) int: each sample's partner, which may be the sample itself.
+
+    where: (size,) bool, false for padding, which is its own partner and nobody else's.
+    """
+    if where is None:
+        return jax.random.permutation(key, size)
+    where = jnp.asarray(where, bool)
+    # Both orders have the valid samples first and the padding after them, in its own order.
+    places = jnp.argsort(~where, stable=True)
+    shuffled = jnp.argsort(jnp.where(where, jax.random.uniform(key, (size,)), 2.0), stable=True)
+    return jnp.zeros(size, shuffled.dtype).at[places].set(shuffled)
 
 
 def mix(tree: Any, coefficient: jax.Array, partner: jax.Array) -> Any:

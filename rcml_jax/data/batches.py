@@ -118,6 +118,43 @@ class RelationSampler:
         return self._pairs[rows, :2]
 
 
+class EpochSampler:
+    """Random-access source of batches that go through the rows once an epoch, in a new order each.
+
+    Plan k is a function of the seed and k alone: `rows` (size,), `valid` (size,) bool, false where
+    the last batch of an epoch is padded, and `noise`, the seed of the batch's augmentation.
+    """
+
+    def __init__(self, rows: np.ndarray, size: int, seed: int):
+        """size: rows of a batch; 0 for all of them, which then keep their order."""
+        if not 0 <= size <= len(rows):
+            raise UserError(
+                f"a batch of {size} samples does not fit the training split, which has "
+                f"{len(rows)}; set config.batch.size between 1 and that, or 0 for all of them"
+            )
+        self._rows, self._seed = rows, seed
+        self.size = size or len(rows)
+        self.per_epoch = -(-len(rows) // self.size)
+
+    def __len__(self) -> int:
+        """As good as endless."""
+        return 2**31 - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(index), self.per_epoch)
+        rows = self._rows
+        if self.per_epoch > 1:
+            rows = np.random.default_rng((self._seed, epoch)).permutation(rows)
+        rows = rows[place * self.size : (place + 1) * self.size]
+        padding = self.size - len(rows)
+        rng = np.random.default_rng((self._seed, int(index), 1))
+        return {
+            "rows": np.concatenate([rows, np.repeat(rows[:1], padding)]),
+            "valid": np.arange(self.size) < self.size - padding,
+            "noise": rng.integers(2**63, size=2),
+        }
+
+
 def collator(
     graph: RelationGraph,
     tokenizer: Tokenizer,

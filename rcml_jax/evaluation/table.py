@@ -7,10 +7,56 @@ from rich.table import Table
 
 from rcml_jax.evaluation.scores import SCORES
 
+#: Measures of classification in the order of the table's columns.
+MEASURES = ("accuracy", "f1", "weighted_f1", "macro_f1", "auc")
+
 
 def print_evaluation(result: dict, stream: Any = None) -> None:
-    """Print the figures of an `eval.json` of a relational method, rates in percent."""
+    """Print the figures of an `eval.json`, rates in percent."""
     console = Console(file=stream, highlight=False)
+    if "checkpoint" in result:
+        _print_classification(result, console)
+    else:
+        _print_relational(result, console)
+
+
+def _print_classification(result: dict, console: Console) -> None:
+    protocol = result["protocol"]
+    rows = dict(result.get("classification", {}))
+    rows[f"checkpoint ({result['checkpoint']['which']})"] = result["checkpoint"]
+    if "ensemble" in result:
+        rows["mean of the models' probabilities"] = result["ensemble"]
+    rows |= {f"{name} alone (its classifier)": x for name, x in result.get("unimodal", {}).items()}
+    rows |= {f"{name} replaced by noise": x for name, x in result.get("corrupted", {}).items()}
+    measures = [name for name in MEASURES if all(name in row for row in rows.values())]
+    count, split = protocol["samples"][result["split"]], result["split"]
+    table = Table(
+        title=f"{result['method']} on {result['dataset']}: {split}, {count:,} samples, "
+        f"{protocol['seeds']} seed{'s' * (protocol['seeds'] > 1)}",
+        caption="\n".join(f"{name}: {protocol[name]}" for name in result.get("classification", {})),
+        caption_justify="left",
+    )
+    table.add_column("measure (%)")
+    for name in measures:
+        table.add_column(name.replace("_", " "), justify="right")
+    for label, row in rows.items():
+        table.add_row(label.replace("_", " "), *(_spread(row[name]) for name in measures))
+    console.print(table)
+    if "random_inputs" in result:
+        mean = _spread(result["random_inputs"]["mean"])
+        chance = 100 / len(protocol["classes"])
+        console.print(
+            f"Confidence on random inputs (mean top softmax score, lowest possible {chance:.0f}): "
+            f"{mean} %"
+        )
+
+
+def _spread(measure: dict) -> str:
+    mean = f"{100 * measure['mean']:.1f}"
+    return f"{mean} ± {100 * measure['std']:.1f}" if len(measure["values"]) > 1 else mean
+
+
+def _print_relational(result: dict, console: Console) -> None:
     queries = result["retrieval"]["queries"]
     table = Table(
         title=f"{result['method']} on {result['dataset']}: {result['split']}, {queries:,} queries",

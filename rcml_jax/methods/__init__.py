@@ -14,9 +14,12 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
 
     Raises UserError for an unknown method and whatever the data and the model find wrong.
     """
+    if config.method == "m3col":
+        return _classifier(config, workdir)
     if config.method not in RELATIONAL:
         raise UserError(
-            f"config.method={config.method!r} is unknown; choose one of {', '.join(RELATIONAL)}"
+            f"config.method={config.method!r} is unknown; choose one of {', '.join(RELATIONAL)}, "
+            "m3col"
         )
     from rcml_jax.methods.baselines import BaselineMethod
     from rcml_jax.methods.rcml import RCMLMethod
@@ -24,3 +27,18 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
 
     task = RelationTask.load(config, workdir)
     return (RCMLMethod if config.method == "rcml" else BaselineMethod)(config, task)
+
+
+def _classifier(config: Any, workdir: pathlib.Path) -> Method:
+    """M3CoL: one model, or one for each seed (and fold, where there is no validation split)."""
+    from rcml_jax.methods.m3col import M3CoLMethod
+    from rcml_jax.methods.members import Members
+    from rcml_jax.methods.samples import ClassificationTask
+
+    if config.seeds < 1:
+        raise UserError(f"config.seeds={config.seeds} must be at least 1")
+    task = ClassificationTask.load(config, workdir)
+    single = M3CoLMethod(config, task)
+    declared = len(task.data.rows("validation")) > 0
+    alone = config.seeds == 1 and (declared or config.data.folds < 2)
+    return single if alone else Members(single)

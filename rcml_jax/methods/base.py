@@ -1,6 +1,7 @@
 """What the loop needs of a method; a new method is one new file and one new configuration."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,27 @@ class Method(abc.ABC):
     A batch has two parts: `items`, whose leaves have the examples on their leading axis and are
     split over devices, and `shared`, which every device holds whole. The loss has two steps, so
     that it is right on any number of devices: `embed` looks at each example alone, `objective` at
-    the embeddings of the whole batch.
+    the embeddings of the whole batch. What must see all raw examples goes before both: `prepare`.
     """
+
+    config: Any
 
     #: The measure that early stopping maximises, a dotted path into what `validate` returns.
     selection: str
+    #: Which checkpoint is evaluated in the end: "best" by the selection measure, or "latest".
+    evaluated = "best"
+    #: Whether `prepare` does anything.
+    prepares = False
+
+    @property
+    def steps(self) -> int:
+        """The number of steps to train."""
+        return self.config.steps
+
+    @property
+    def validate_every(self) -> int:
+        """The number of steps between two validations."""
+        return self.config.validate_every
 
     @abc.abstractmethod
     def batches(self) -> Any:
@@ -35,8 +52,13 @@ class Method(abc.ABC):
         del found
         return params
 
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """The batch after what needs all of its raw examples, such as mixing them in pairs."""
+        del key
+        return batch
+
     @abc.abstractmethod
-    def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
+    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> Any:
         """Embeddings of `batch["items"]`, examples on the leading axis of every leaf."""
 
     @abc.abstractmethod
@@ -52,16 +74,27 @@ class Method(abc.ABC):
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The objective of the embedded batch: what one device, or sharded `jit`, computes."""
-        return self.objective(params, self.embed(params, batch, key), batch, progress)
+        batch = self.prepare(batch, key)
+        return self.objective(params, self.embed(params, batch, key, progress), batch, progress)
 
     def frozen(self, params: Params) -> Any:
         """A tree of booleans like `params`: true where a parameter is not trained."""
         return jax.tree.map(lambda _: False, params)
+
+    def decayed(self, params: Params) -> Any:
+        """A tree of booleans like `params`: true where AdamW decays, on matrices and larger."""
+        return jax.tree.map(lambda p: p.ndim > 1, params)
 
     @abc.abstractmethod
     def validate(self, params: Params) -> Metrics:
         """The measures of the validation split that the loop writes and selects by."""
 
     @abc.abstractmethod
-    def evaluate(self, params: Params, split: str = "test") -> Metrics:
-        """Everything that goes into `eval.json`, the protocol beside the figures."""
+    def evaluate(
+        self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
+    ) -> Metrics:
+        """Everything that goes into `eval.json`, the protocol beside the figures.
+
+        history: what `validate` returned in training, as flat names with slashes, in order. Arrays
+        under the key "predictions" go into `predictions.npz` instead.
+        """

@@ -11,7 +11,7 @@ from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.encoders import CLIPTowers
+from rcml_jax.models.encoders.clip import CLIPTowers
 
 _BIAS = -10.0  # SigLIP's initial bias: most pairs are negative.
 _SENTENCE_CHUNK = 2048
@@ -36,9 +36,9 @@ class BaselineMethod(RelationalMethod):
             params["bias"] = jnp.asarray(_BIAS, jnp.float32)
         return params
 
-    def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
+    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> dict:
         """CLIP's embeddings of the items, (N, d) each."""
-        del key  # CLIP's towers have no dropout.
+        del key, progress  # CLIP's towers have no dropout.
         towers = self.stop_frozen(params)["towers"]
         return self.model.apply({"params": towers}, batch["items"]["ids"], batch["items"]["images"])
 

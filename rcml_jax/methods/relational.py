@@ -2,6 +2,7 @@
 
 import abc
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from rcml_jax.config import compute_dtype
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
@@ -16,7 +18,7 @@ from rcml_jax.evaluation.retrieval import retrieval
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.encoders import load_pretrained, pretrained_config, small_config
+from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config, small_config
 from rcml_jax.similarity import SIMILARITIES
 
 _CHUNK = 256
@@ -34,7 +36,7 @@ class RelationalMethod(Method):
     def __init__(self, config: Any, task: RelationTask):
         self.config = config
         self.task = task
-        self.dtype = _dtype(config.model.dtype)
+        self.dtype = compute_dtype(config.model.dtype)
         self.similarities = _similarities(config.evaluation.similarity)
         if config.evaluation.validity_probe not in PROBES:
             raise UserError(
@@ -145,8 +147,11 @@ class RelationalMethod(Method):
         parts = (queries.query, queries.candidates.ravel(), types.a, types.b)
         return queries, types, np.unique(np.concatenate(parts))
 
-    def evaluate(self, params: Params, split: str = "test") -> Metrics:
+    def evaluate(
+        self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
+    ) -> Metrics:
         """The protocol of the README on a split; what `eval.json` holds."""
+        del history
         task, config = self.task, self.config
         queries, types, items = self._asked(split)
         needed = _needed(len(task.graph.relations), items, queries, types)
@@ -226,12 +231,6 @@ class RelationalMethod(Method):
             rows = np.arange(start, min(start + size, len(items)))
             padded = np.minimum(np.arange(start, start + size), len(items) - 1)
             yield rows, ids[padded], self.task.images(items[padded])
-
-
-def _dtype(name: str) -> Any:
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"config.model.dtype={name!r} is unknown; choose float32 or bfloat16")
-    return jnp.dtype(name)
 
 
 def _similarities(name: str) -> tuple[str, ...]:

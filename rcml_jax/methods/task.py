@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ SOURCES = ("openmoji", "folder")
 
 def load_graph(data: Any) -> RelationGraph:
     """The relation graph that `config.data` names. Raises UserError for an unknown source."""
-    directory = pathlib.Path(data.dir) if data.dir else _cache_directory()
+    directory = cache_directory(data.dir)
     if data.name == "openmoji":
         return openmoji.load(directory)
     if data.name == "folder":
@@ -51,11 +52,16 @@ class RelationTask:
         data, model = config.data, config.model
         graph = load_graph(data)
         splits = split_graph(graph, seed=data.split_seed, disjoint=data.disjoint)
-        tokenizer = _tokenizer(pathlib.Path(workdir), graph, splits, model)
+        tokenizer = work_tokenizer(
+            pathlib.Path(workdir),
+            lambda: _texts(graph, splits),
+            model.pretrained,
+            model.vocab_size,
+        )
         image_size, max_length = model.image_size, model.max_length
         if model.pretrained:
             # Imported here: only a pretrained model's own configuration knows its sizes.
-            from rcml_jax.models.encoders import pretrained_config
+            from rcml_jax.models.encoders.clip import pretrained_config
 
             sizes = pretrained_config(model.pretrained)
             image_size = sizes.vision_config.image_size
@@ -127,27 +133,37 @@ class RelationTask:
         return protocol.validity_examples(self.graph, self.splits, split, **self._draw())
 
 
-def _cache_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`."""
+def cache_directory(given: str = "") -> pathlib.Path:
+    """Where data sets are cached: the directory given, or the user's own.
+
+    That is `$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`.
+    """
+    if given:
+        return pathlib.Path(given)
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache) / "rcml_jax"
 
 
-def _tokenizer(
-    workdir: pathlib.Path, graph: RelationGraph, splits: Splits, model: Any
+def work_tokenizer(
+    workdir: pathlib.Path, texts: Callable[[], list[str]], pretrained: str, vocab_size: int
 ) -> Tokenizer:
+    """The tokenizer of a work directory; the first time a checkpoint's, or one fitted on texts."""
     path = workdir / "tokenizer.json"
     if path.is_file():
         return Tokenizer.load(path)
-    if model.pretrained:
-        from rcml_jax.models.encoders import pretrained_directory
+    if pretrained:
+        from rcml_jax.models.encoders.checkpoints import pretrained_directory
 
-        tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(model.pretrained))
+        tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained))
     else:
-        texts = [graph.texts[i] for i in splits.items("train")]
-        sentences = [*graph.relations, graph.intra_relation]
-        tokenizer = train_tokenizer(texts + sentences, model.vocab_size)
+        tokenizer = train_tokenizer(texts(), vocab_size)
     part = path.with_name("tokenizer.json.part")
     tokenizer.save(part)
     os.replace(part, path)
     return tokenizer
+
+
+def _texts(graph: RelationGraph, splits: Splits) -> list[str]:
+    """What a tokenizer is fitted on: the training items' texts and the relation sentences."""
+    texts = [graph.texts[i] for i in splits.items("train")]
+    return [*texts, *graph.relations, graph.intra_relation]

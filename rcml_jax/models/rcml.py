@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from rcml_jax.models.encoders import CLIPTowers
+from rcml_jax.models.encoders.clip import CLIPTowers
 from rcml_jax.models.relation_pooling import RelationPooling
 from rcml_jax.similarity import l2_normalize
 

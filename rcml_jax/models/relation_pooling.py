@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.models.encoders import TokenStates
+from rcml_jax.models.encoders.clip import TokenStates
 from rcml_jax.similarity import l2_normalize
 
 

@@ -174,8 +174,8 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def read_params(workdir: pathlib.Path | str, step: int | None = None) -> Any:
-    """The best parameters of a work directory (or those of a step), as NumPy arrays.
+def read_params(workdir: pathlib.Path | str, step: int | str = "best") -> Any:
+    """The parameters of a work directory as NumPy arrays: "best", "latest" or those of a step.
 
     Raises UserError where there is no checkpoint.
     """
@@ -187,7 +187,8 @@ def read_params(workdir: pathlib.Path | str, step: int | None = None) -> Any:
         )
     checkpoints = Checkpoints(pathlib.Path(workdir))
     try:
-        step = checkpoints.best() if step is None else step
+        if isinstance(step, str):
+            step = checkpoints.latest() if step == "latest" else checkpoints.best()
         if step is None:
             raise UserError(f"{directory} holds no whole checkpoint; train first, or let it finish")
         return checkpoints.restore_params(step)

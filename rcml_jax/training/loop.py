@@ -16,9 +16,10 @@ from rcml_jax.methods.base import Method
 from rcml_jax.training import optimizer as optimizers
 from rcml_jax.training import parallel
 from rcml_jax.training import workdir as workdirs
+from rcml_jax.training.accumulation import ACCUMULATIONS
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.step import create, make_step
-from rcml_jax.training.writer import MetricsWriter, Progress
+from rcml_jax.training.writer import MetricsWriter, Progress, read_history
 
 
 class Interrupt:
@@ -77,16 +78,19 @@ def evaluate(
     try:
         with jax.default_device(device):
             method = method or build_method(config, workdir)
-            params = jax.tree.map(jax.numpy.asarray, read_params(workdir))
-            result = method.evaluate(params, split)
+            params = jax.tree.map(jax.numpy.asarray, read_params(workdir, method.evaluated))
+            result = method.evaluate(params, split, read_history(workdir))
     except FlaxError as error:
         raise UserError(
             f"{workdir} holds the checkpoint of another model than its config.json describes; "
             "restore that file, or train anew in another --workdir"
         ) from error
+    predictions = result.pop("predictions", None)
     if parallel.is_primary():
-        name = "eval.json" if split == "test" else f"eval_{split}.json"
-        workdirs.write_json(workdir / name, result)
+        suffix = "" if split == "test" else f"_{split}"
+        workdirs.write_json(workdir / f"eval{suffix}.json", result)
+        if predictions is not None:
+            workdirs.write_arrays(workdir / f"predictions{suffix}.npz", predictions)
     return result
 
 
@@ -100,8 +104,15 @@ def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:
 
 def _check(config: Any) -> None:
     for name in ("steps", "validate_every", "log_every"):
-        if config[name] < 1:
-            raise UserError(f"config.{name}={config[name]} must be at least 1")
+        # Without a number of steps, the number of epochs says it.
+        least = 0 if config.get("epochs", 0) > 0 and name != "log_every" else 1
+        if config[name] < least:
+            raise UserError(f"config.{name}={config[name]} must be at least {least}")
+    if config.get("accumulation", "exact") not in ACCUMULATIONS:
+        raise UserError(
+            f"config.accumulation={config.accumulation!r} is unknown; choose "
+            f"{' or '.join(ACCUMULATIONS)}"
+        )
     for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
         if seed < 0:
             raise UserError(f"config.{name}={seed} must not be negative")
@@ -112,6 +123,7 @@ class Run:
 
     def __init__(self, config: Any, workdir: pathlib.Path, method: Method, devices: Any):
         self.config, self.method, self.devices = config, method, devices
+        self.steps, self.validate_every = method.steps, method.validate_every
         self.data = method.batches()
         self.checkpoints = Checkpoints(workdir)
         # The counters of early stopping travel in the checkpoint.
@@ -128,7 +140,7 @@ class Run:
         self.first = latest or 0
         self.writer = MetricsWriter(workdir, step=self.first, tensorboard=config.tensorboard)
         self.step = devices.compile(step)
-        self.progress = Progress(self.first, config.steps, self.examples)
+        self.progress = Progress(self.first, self.steps, self.examples)
         if latest is not None and not self._over(self.first):
             self.progress.note(f"resuming from step {latest}")
 
@@ -143,6 +155,14 @@ class Run:
                 f"a batch of {size} examples cannot be split over {count} devices; make "
                 "config.batch.size a multiple of their number, or lower config.devices"
             )
+        parts = config.batch.get("parts", 1)
+        if parts < 1 or size % parts:
+            raise UserError(
+                f"a batch of {size} examples cannot be accumulated in {parts} parts; make "
+                "config.batch.size a multiple of config.batch.parts"
+            )
+        if parts > 1 and config.parallel == "pmap":
+            raise UserError("config.batch.parts above 1 needs config.parallel=jit")
         self.examples = size
         self.data.set_state(place)
         params = self.method.init(init_key, batch)
@@ -150,15 +170,18 @@ class Run:
         if source and self.checkpoints.latest() is None:
             params = self.method.adopt(params, read_params(source))
         frozen = self.method.frozen(params)
-        transform, self.rate = optimizers.build(config.optimizer, config.steps, frozen)
-        step = make_step(self.method, transform, config.steps)
+        transform, self.rate = optimizers.build(
+            config.optimizer, self.steps, frozen, self.method.decayed(params)
+        )
+        accumulation = config.get("accumulation", "exact")
+        step = make_step(self.method, transform, self.steps, accumulation, parts)
         return self.devices.put_state(create(params, transform, run_key)), step
 
     def _saved(self) -> Any:
         return self.devices.get_state(self.state)
 
     def _over(self, step: int) -> bool:
-        return self.stopped or step >= self.config.steps
+        return self.stopped or step >= self.steps
 
     def train(self, interrupt: Interrupt) -> bool:
         """Step to the end, or to the step in which a signal came. True if the run is over."""
@@ -181,7 +204,7 @@ class Run:
             self.state, metrics = self.step(self.state, batch)
             step += 1
             self.pending.append(metrics)
-            validate = step % config.validate_every == 0 or step == config.steps
+            validate = step % self.validate_every == 0 or step == self.steps
             if step % config.log_every == 0 or step == self.first + 1 or validate:
                 self._log(step)
             if validate:
@@ -208,8 +231,10 @@ class Run:
                 "--workdir"
             )
         self.progress.update(step, mean["loss"])
-        if step % self.config.log_every == 0 or step == self.config.steps:
-            self.writer.write(step, "train", mean | {"learning_rate": float(self.rate(step - 1))})
+        if step % self.config.log_every == 0 or step == self.steps:
+            scale = jax.device_get(optimizers.reduction(self.state.opt_state))
+            rate = float(self.rate(step - 1)) * _scalar(scale)
+            self.writer.write(step, "train", mean | {"learning_rate": rate})
             self.pending = []
 
     def _validate(self, step: int) -> None:
@@ -222,9 +247,15 @@ class Run:
         self.best, self.bad = (value, 0) if value > self.best else (self.best, self.bad + 1)
         patience = self.config.patience
         self.stopped = 0 < patience <= self.bad
-        if self.stopped and step < self.config.steps:
+        if self.stopped and step < self.steps:
             self.progress.note(f"no better for {patience} validations: stopping early")
-        self._save(step, value)
+        if self.config.optimizer.get("schedule") == "plateau":
+            state = self._saved()
+            opt_state = optimizers.observe(self.config.optimizer, state.opt_state, value)
+            self.state = self.devices.put_state(state._replace(opt_state=opt_state))
+        every = self.config.get("checkpoint_every", 0)
+        if self.stopped or step == self.steps or not every or step % every == 0:
+            self._save(step, value)
 
     def _save(self, step: int, selection: float | None = None) -> None:
         counters = {"best": self.best, "bad": self.bad, "stopped": self.stopped}

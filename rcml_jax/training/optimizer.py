@@ -1,43 +1,127 @@
-"""AdamW with warm-up and cosine decay, clipping and frozen parameters, from optax."""
+"""Adam and AdamW, schedules, clipping, rates of parts and frozen parameters, from optax."""
 
 from typing import Any
 
 import jax
 import optax
+from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
 from rcml_jax.errors import UserError
 
+SCHEDULES = ("cosine", "step", "plateau", "constant")
 
-def schedule(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine decay to 0 at the last step."""
-    if warmup_steps >= steps:
+
+def schedule(config: Any, steps: int) -> optax.Schedule:
+    """The learning rate at a step, as `config.optimizer` says.
+
+    cosine: linear warm-up from 0 over `warmup_steps`, then decay to 0 at the last step. step: times
+    `factor` after every `step_size` steps (StepLR). constant, and plateau, whose reductions follow
+    the validation measure: see `observe`. Raises UserError for values that cannot be.
+    """
+    kind, rate = config.get("schedule", "cosine"), config.learning_rate
+    if kind not in SCHEDULES:
         raise UserError(
-            f"config.optimizer.warmup_steps={warmup_steps} leaves no step of config.steps={steps} "
-            "for the decay; lower it"
+            f"config.optimizer.schedule={kind!r} is unknown; choose one of {', '.join(SCHEDULES)}"
         )
-    if not learning_rate > 0:
-        raise UserError(f"config.optimizer.learning_rate={learning_rate} must be above 0")
-    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
+    if not rate > 0:
+        raise UserError(f"config.optimizer.learning_rate={rate} must be above 0")
+    if kind == "cosine":
+        if config.warmup_steps >= steps:
+            raise UserError(
+                f"config.optimizer.warmup_steps={config.warmup_steps} leaves no step of "
+                f"config.steps={steps} for the decay; lower it"
+            )
+        return optax.warmup_cosine_decay_schedule(0.0, rate, config.warmup_steps, steps)
+    if kind == "step":
+        if config.step_size < 1:
+            raise UserError(f"config.optimizer.step_size={config.step_size} must be at least 1")
+        return optax.exponential_decay(rate, config.step_size, config.factor, staircase=True)
+    return optax.constant_schedule(rate)
 
 
-def build(config: Any, steps: int, frozen: Any) -> tuple[optax.GradientTransformation, Any]:
+def build(
+    config: Any, steps: int, frozen: Any, decayed: Any
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The transformation and its schedule.
 
-    config: learning_rate, warmup_steps, weight_decay, b1, b2 and clip_norm (0 for none); frozen: a
-    tree of booleans like the parameters. Weight decay leaves vectors and scalars (biases, norms,
-    temperatures) alone.
+    config: `config.optimizer`. name "adamw" decays the weights that `decayed`, a tree of booleans
+    like the parameters, says; "adam" adds weight_decay times every parameter to its gradient, as
+    PyTorch's Adam does. clip_norm: 0 for none. rates: part of the model (the beginning of a name at
+    the top of the parameters) → its learning rate at the start, for those that differ. frozen: a
+    tree of booleans, true where nothing is trained.
     """
-    rate = schedule(config.learning_rate, config.warmup_steps, steps)
-    adamw = optax.adamw(
-        rate,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-    )
+    rate = schedule(config, steps)
+    name = config.get("name", "adamw")
+    if name not in ("adam", "adamw"):
+        raise UserError(f"config.optimizer.name={name!r} is unknown; choose adam or adamw")
+    moments = {"b1": config.b1, "b2": config.b2}
+    parts = []
     if config.clip_norm > 0:
-        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if name == "adam":
+        parts += [optax.add_decayed_weights(config.weight_decay), optax.adam(rate, **moments)]
+    else:
+        decay = config.weight_decay
+        parts.append(optax.adamw(rate, **moments, weight_decay=decay, mask=decayed))
+    rates = dict(config.get("rates", {}))
+    if rates:
+        parts.append(_scale_parts({k: v / config.learning_rate for k, v in rates.items()}))
+    if config.get("schedule", "cosine") == "plateau":
+        parts.append(_plateau(config))
+    transform = optax.chain(*parts) if len(parts) > 1 else parts[0]
     if not any(jax.tree.leaves(frozen)):
-        return adamw, rate
+        return transform, rate
     labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
-    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels), rate
+    return optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels), rate
+
+
+def _scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiply the updates of the parts that begin with a name by its factor."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        part = path[0].key
+        return next((f * update for name, f in factors.items() if part.startswith(name)), update)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
+
+
+def _reducer(config: Any) -> optax.GradientTransformationExtraArgs:
+    # PyTorch reduces after `patience` bad epochs are exceeded, optax when they are reached.
+    return reduce_on_plateau(factor=config.factor, patience=config.plateau_patience + 1, rtol=1e-4)
+
+
+def _plateau(config: Any) -> optax.GradientTransformation:
+    """Scale the updates by the reductions so far; they change in `observe` only."""
+
+    def update(updates: Any, state: ReduceLROnPlateauState, params: Any = None) -> tuple:
+        del params
+        return jax.tree.map(lambda u: state.scale * u, updates), state
+
+    return optax.GradientTransformation(_reducer(config).init, update)
+
+
+def observe(config: Any, opt_state: Any, measure: float) -> Any:
+    """The optimizer's state after a look at the validation measure, which is to grow.
+
+    Under the plateau schedule the learning rate is multiplied by `factor` once `plateau_patience`
+    looks in a row are exceeded without a better one (ReduceLROnPlateau of PyTorch, mode max); under
+    any other the state stays as it is.
+    """
+    reducer = _reducer(config) if config.get("schedule", "cosine") == "plateau" else None
+
+    def one(state: Any) -> Any:
+        if not _is_plateau(state):
+            return state
+        return reducer.update({}, state, value=jax.numpy.float32(1 - measure))[1]
+
+    return jax.tree.map(one, opt_state, is_leaf=_is_plateau)
+
+
+def reduction(opt_state: Any) -> float | jax.Array:
+    """What the plateau schedule has multiplied the learning rate by; 1 under any other."""
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(x)]
+    return states[0].scale if states else 1.0
+
+
+def _is_plateau(state: Any) -> bool:
+    return isinstance(state, ReduceLROnPlateauState)

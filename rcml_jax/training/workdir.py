@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from rcml_jax.errors import UserError
 
@@ -15,6 +16,7 @@ _FREE = {
     "data.dir",
     "data.threads",
     "log_every",
+    "checkpoint_every",
     "tensorboard",
     "evaluation",
     "platform",
@@ -103,6 +105,17 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Write an `.npz` file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Where the figures of a run go: `metrics.jsonl`, TensorBoard, and the terminal."""
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -62,6 +63,16 @@ class MetricsWriter:
         """Flush what TensorBoard has in hand."""
         if self._board is not None:
             self._board.close()
+
+
+def read_history(workdir: pathlib.Path | str) -> list[dict[str, float]]:
+    """The validation lines of `metrics.jsonl`, in order: flat names → numbers, and the step."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines if math.isfinite(_step(line))]
+    return [row for row in rows if row["kind"] == "validation"]
 
 
 def _step(line: str) -> float:

@@ -12,7 +12,7 @@ from rcml_jax.data.folder import load as load_folder
 from rcml_jax.data.text import train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.models.encoders import small_config
+from rcml_jax.models.encoders.clip import small_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from tests.toy import cache_of, read_metrics, tiny_config

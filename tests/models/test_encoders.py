@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from transformers import FlaxCLIPModel
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders import (
+from rcml_jax.models.encoders.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
     CLIPTowers,
@@ -46,19 +46,15 @@ def pixels(images):
     return (images / 255.0 - np.asarray(IMAGE_MEAN)) / np.asarray(IMAGE_STD)
 
 
-def save_as_torch_would(model, directory):
+def save_as_torch_would(model, directory, prefix=()):
     """PyTorch names and layouts in one safetensors file, written without torch."""
     tensors = {}
     for path, value in flatten_dict(model.params).items():
         value = np.asarray(value)
-        name = ".".join(path)
-        if name.endswith("kernel"):
+        if path[-1] == "kernel":
             value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        name = name.replace("kernel", "weight").replace("scale", "weight")
-        name = name.replace("logit_weight", "logit_scale")
-        if "embedding.embedding" in name:
-            name = name.replace("embedding.embedding", "embedding.weight")
-        tensors[name] = value.copy(order="C")
+        last = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+        tensors[".".join((*prefix, *path[:-1], last))] = value.copy(order="C")
     directory.mkdir(exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(model.config.to_json_string())

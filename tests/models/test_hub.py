@@ -22,7 +22,8 @@ SCRIPT = """
 import sys
 import jax
 from rcml_jax.data.text import Tokenizer
-from rcml_jax.models.encoders import load_pretrained, pretrained_config, pretrained_directory
+from rcml_jax.models.encoders.checkpoints import pretrained_directory
+from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config
 name = sys.argv[1]
 config, params = load_pretrained(name)
 assert pretrained_config(name).projection_dim == config.projection_dim

@@ -9,7 +9,7 @@ from transformers import CLIPConfig
 
 from rcml_jax.losses.contrastive import clip
 from rcml_jax.losses.relation import relation_contrastive
-from rcml_jax.models.encoders import CLIPTowers
+from rcml_jax.models.encoders.clip import CLIPTowers
 from rcml_jax.models.rcml import RCML
 from tests.models.test_encoders import batch, tiny
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.models.encoders import TokenStates
+from rcml_jax.models.encoders.clip import TokenStates
 from rcml_jax.models.relation_pooling import RelationPooling
 from tests import reference
 

@@ -1,4 +1,4 @@
-"""CLIP's towers as token-level Flax modules; the only file that knows Hugging Face's classes."""
+"""CLIP's towers as token-level Flax modules, with every token in the joint space."""
 
 import pathlib
 from typing import NamedTuple
@@ -6,16 +6,16 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from safetensors import SafetensorError
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_flax_clip import (
+    FlaxCLIPModel,
     FlaxCLIPTextTransformer,
     FlaxCLIPVisionTransformer,
 )
-from transformers.utils import logging as transformers_logging
 
 from rcml_jax.errors import UserError
+from rcml_jax.models.encoders.checkpoints import check_directory, read, unreachable
+from rcml_jax.models.encoders.sizes import check_sizes, transformer_sizes
 from rcml_jax.similarity import l2_normalize
 
 # The statistics that CLIP's own image processor uses.
@@ -125,25 +125,14 @@ def small_config(
 
     Raises UserError where the sizes do not fit each other.
     """
-    if width % heads:
-        raise UserError(f"model.width={width} is not a multiple of model.heads={heads}; change one")
-    if image_size % patch_size:
-        raise UserError(
-            f"model.image_size={image_size} is not a multiple of model.patch_size={patch_size}"
-        )
+    check_sizes(width, heads, image_size, patch_size)
     if eos_token_id == _LEGACY_EOS:
         raise UserError(
             "the tokenizer's end token has the id 2, which CLIP's text tower reads as "
             "'the largest id ends the text'; give the end token another id"
         )
-    shared = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_act": activation,
-        "projection_dim": embed_dim,
-    }
+    shared = transformer_sizes(width, layers, heads)
+    shared |= {"hidden_act": activation, "projection_dim": embed_dim}
     text = shared | {
         "vocab_size": vocab_size,
         "max_position_embeddings": max_length,
@@ -156,25 +145,11 @@ def small_config(
 
 
 def pretrained_config(name: str) -> CLIPConfig:
-    """The configuration of a checkpoint directory or hub name, without its weights."""
+    """The configuration of a CLIP checkpoint, a directory or hub name, without its weights."""
     try:
         return CLIPConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise _unreachable(name, error) from error
-
-
-def pretrained_directory(name: str) -> pathlib.Path:
-    """The directory with the tokenizer of a checkpoint: its own, or a copy from the hub."""
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        files = ["tokenizer*.json", "vocab.json", "merges.txt"]
-        return pathlib.Path(snapshot_download(name, allow_patterns=files))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise _unreachable(name, error) from error
+        raise unreachable(name, error, "CLIP") from error
 
 
 def load_pretrained(name: str) -> tuple[CLIPConfig, dict]:
@@ -184,45 +159,5 @@ def load_pretrained(name: str) -> tuple[CLIPConfig, dict]:
     read, the latter without torch. Returns the configuration and the parameters as float32 NumPy
     arrays in the layout of `CLIPTowers`. Raises UserError where the checkpoint cannot be read.
     """
-    from transformers import FlaxCLIPModel
-
-    directory = pathlib.Path(name)
-    if directory.exists():
-        _check_directory(directory)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        model = FlaxCLIPModel.from_pretrained(name)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _unreachable(name, error) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    return model.config, jax.tree.map(lambda x: np.asarray(x, np.float32), model.params)
-
-
-def _unreachable(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"cannot load a CLIP checkpoint from {name!r} ({reason}); give a directory written by "
-        "save_pretrained, or a name on the Hugging Face hub that this machine can reach"
-    )
-
-
-def _check_directory(directory: pathlib.Path) -> None:
-    """Say what is missing before transformers says it in a page of its own."""
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} holds no config.json, so it is no CLIP checkpoint")
-    names = {path.name for path in directory.iterdir()}
-    if names & {"model.safetensors", "flax_model.msgpack"}:
-        return
-    if "model.safetensors.index.json" in names:
-        raise UserError(
-            f"{directory} holds sharded safetensors, which the Flax classes cannot read; "
-            "save it again with max_shard_size='100GB'"
-        )
-    if "pytorch_model.bin" in names:
-        raise UserError(
-            f"{directory} holds pickled weights only (pytorch_model.bin), which are never "
-            "unpickled here; save it again with safe_serialization=True"
-        )
-    raise UserError(f"{directory} holds no model.safetensors and no flax_model.msgpack")
+    check_directory(pathlib.Path(name), "CLIP")
+    return read(FlaxCLIPModel, name, "CLIP")

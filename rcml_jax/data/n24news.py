@@ -1,0 +1,101 @@
+"""N24News: news pictures with a headline, a caption, an abstract and an article, 24 sections.
+
+From github.com/billywzh717/N24News (Wang et al., LREC 2022). Layout of the directory:
+
+- `news/nytimes_train.json`, `nytimes_dev.json`, `nytimes_test.json`: a list of records with
+  `headline`, `caption`, `abstract`, `article`, `section` and `image_id`;
+- `imgs/<image_id>.jpg`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rcml_jax.data import imagetext
+from rcml_jax.data.classification import ClassificationData
+from rcml_jax.errors import UserError
+
+NAME = "n24news"
+TEXTS = ("headline", "caption", "abstract", "article")
+_FILES = tuple(f"news/nytimes_{part}.json" for part in ("train", "dev", "test"))  # as SPLITS
+_REMEDY = (
+    "get N24News from github.com/billywzh717/N24News, so that DIRECTORY/news has "
+    "nytimes_train.json, nytimes_dev.json and nytimes_test.json and DIRECTORY/imgs the pictures "
+    "<image_id>.jpg, and name it with --config configs/m3col.py:n24news,path=DIRECTORY"
+)
+
+
+def load(
+    directory: str | Path,
+    *,
+    text: str = "headline",
+    strict: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> ClassificationData:
+    """The pictures, one of the texts of TEXTS, and the section as the class.
+
+    Modalities: "image" (files, opened when they are asked for) and "text". The classes are the
+    sections of the train file, sorted; dev is the validation split. Records without a picture
+    file, or with an empty text, are skipped and counted in one line to `log` (default: standard
+    error); with `strict` they are an error.
+
+    Raises:
+      UserError: another `text`, a missing or malformed file, a record that lacks a field, a
+        section that train lacks, or a split with more than half of its pictures missing.
+    """
+    if text not in TEXTS:
+        raise UserError(f"N24News has no text {text!r}; choose one of {', '.join(TEXTS)}.")
+    folder = imagetext.require_files(directory, _FILES, title="N24News", remedy=_REMEDY)
+    records = []
+    for split, name in enumerate(_FILES):
+        for number, entry in enumerate(_read(folder / name), 1):
+            where = f"{name}, record {number}"
+            section = _value(entry, "section", where)
+            if not section:
+                raise UserError(f"{where}: 'section' is empty; fill it in or remove the record.")
+            picture = folder / "imgs" / f"{_value(entry, 'image_id', where)}.jpg"
+            records.append(
+                imagetext.Record(
+                    where=where,
+                    split=split,
+                    label=section,
+                    image=str(picture),
+                    text=_value(entry, text, where),
+                    text_from=repr(text),
+                )
+            )
+    return imagetext.assemble(
+        NAME,
+        records,
+        label_field="section",
+        pictures=str(folder / "imgs" / "<image_id>.jpg"),
+        texts=f"in the field {text!r} (or choose another of {', '.join(TEXTS)})",
+        strict=strict,
+        log=log,
+    )
+
+
+def _read(path: Path) -> list:
+    with imagetext.reading(path):
+        content = path.read_text("utf-8-sig")
+    try:
+        entries = json.loads(content)
+    except (ValueError, RecursionError) as error:  # ValueError's text has line and column
+        raise UserError(f"{path} is malformed JSON ({error}); get the file anew.") from error
+    if not isinstance(entries, list):
+        raise UserError(f"{path} is no list of records ([{{...}}, ...]); get the file anew.")
+    return entries
+
+
+def _value(entry: Any, field: str, where: str) -> str:
+    """A field as text, empty for null."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is no JSON object; write {{...}} for every record.")
+    if field not in entry:
+        raise UserError(f"{where} has no {field!r}; add the field or remove the record.")
+    value = "" if entry[field] is None else entry[field]
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{where}: {field!r} is neither text nor a number; correct it.")
+    # Half a surrogate pair, which JSON can spell, would stop a tokenizer.
+    return str(value).encode("utf-8", "replace").decode().strip()

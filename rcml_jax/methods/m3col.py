@@ -1,0 +1,309 @@
+"""M3CoL (arXiv 2409.17777): classification with a mixup-contrastive, then a soft-target loss."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rcml_jax import mixup
+from rcml_jax.errors import UserError
+from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.mixup import m3co, multi_soft_clip
+from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.m3col_model import build_model, load_pretrained_parts
+from rcml_jax.methods.report import Models, look, report
+from rcml_jax.methods.samples import ClassificationTask
+from rcml_jax.models.encoders.classification import normalize_pixels
+from rcml_jax.models.m3col import column_range
+from rcml_jax.similarity import l2_normalize
+
+CONTRASTIVE = ("scheduled", "m3co", "multi_soft_clip", "clip", "none")
+_CHUNK = 256
+
+
+class M3CoLMethod(Method):
+    """`config.method="m3col"`: one model on data with a validation split.
+
+    L = β · contrastive + Σ_m CE(y, ŷ^(m)) + CE(y, ŷ) (Eq. 16).
+    """
+
+    selection = "accuracy"
+    prepares = True
+
+    def __init__(self, config: Any, task: ClassificationTask):
+        self.config, self.task = config, task
+        self.names = tuple(modality.name for modality in task.data.modalities)
+        self.kinds = {modality.name: modality.kind for modality in task.data.modalities}
+        _check(config)
+        several = len(self.names) > 1
+        self.contrastive = config.loss.contrastive if several else "none"
+        if not config.loss.contrastive_weight:
+            self.contrastive = "none"
+        #: Which modalities are mixed before the encoder; the others' embeddings are mixed.
+        self.mixed_inputs = tuple(
+            name
+            for name, kind in self.kinds.items()
+            if kind != "text" and config.mixup.place == "input"
+        )
+        self.model = build_model(config, task)
+        self.embed_all = jax.jit(self._embed_all)
+        self.classify_all = jax.jit(self._classify_all)
+
+    @property
+    def steps(self) -> int:
+        """`config.steps`, or those of `config.epochs`."""
+        return self.config.steps or self.config.epochs * self.task.sampler.per_epoch
+
+    @property
+    def validate_every(self) -> int:
+        """`config.validate_every`, or those of `config.validate_epochs`."""
+        config = self.config
+        return config.validate_every or config.validate_epochs * self.task.sampler.per_epoch
+
+    @functools.cached_property
+    def m3co_steps(self) -> int:
+        """The number of first steps with M3Co, int(steps/3) by default."""
+        return int(self.steps * self.config.loss.m3co_share + 1e-9)
+
+    def batches(self) -> Any:
+        """The grain iterator over training batches."""
+        return self.task.batches()
+
+    def init(self, key: jax.Array, batch: Batch, keep: jax.Array | None = None) -> Params:
+        """Random parameters, pretrained encoders where they are named, and the tables' scaling.
+
+        keep: (samples,) bool, the rows of the data that the scaling may see; all of train if None.
+        """
+        first = jax.tree.map(lambda x: x[:1], batch["items"])
+        params = self.model.init(key, first)["params"]
+        params = load_pretrained_parts(self.config, self.kinds, params)
+        data = self.task.data
+        rows = data.rows("train")
+        keep = jnp.ones(len(data), bool) if keep is None else keep
+        for modality in data.modalities:
+            if modality.kind == "table":
+                low, span = column_range(jnp.asarray(modality.values[rows]), keep[rows])
+                part = f"encoders_{modality.name}"
+                params = {**params, part: {**params[part], "low": low, "range": span}}
+        return jax.tree.map(jnp.asarray, params)
+
+    def frozen(self, params: Params) -> Any:
+        """True for the scaling of tables."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[0].key.startswith("encoders_") and path[1].key in ("low", "range"),
+            params,
+        )
+
+    # One training step
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Draw λ and the partners, and mix what is mixed at the input (Eq. 2–3)."""
+        # The classifiers' dropout is drawn in the objective, which is given no key.
+        shared = batch["shared"] | {"dropout": jax.random.fold_in(key, 2)}
+        if not self._mixes:
+            return {**batch, "shared": shared}
+        options, items = self.config.mixup, dict(batch["items"])
+        valid = shared["valid"]
+        key = jax.random.fold_in(key, 1)
+        draw, *keys = jax.random.split(key, 1 + len(self.names))
+        if options.labels:
+            keys = keys[:1] * len(self.names)  # A label has one partner.
+        coefficient = mixup.coefficients(
+            draw, len(valid), alpha=options.alpha, fraction=options.fraction
+        )
+        partner = [mixup.partners(k, len(valid), where=valid) for k in keys]
+        for place, name in enumerate(self.names):
+            if name in self.mixed_inputs:
+                inputs = self._floats(name, items[name])
+                items[f"{name} mixed"] = mixup.mix(inputs, coefficient, partner[place])
+        return {
+            "items": items,
+            "shared": shared | {"coefficient": coefficient, "partner": jnp.stack(partner, axis=1)},
+        }
+
+    @property
+    def _mixes(self) -> bool:
+        return self.config.mixup.labels or self.contrastive in ("scheduled", "m3co")
+
+    def _floats(self, name: str, inputs: tuple) -> tuple:
+        return (normalize_pixels(inputs[0]),) if self.kinds[name] == "image" else inputs
+
+    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> dict:
+        """Embeddings by modality, (n, d) each, not normalised: "clean", and "mixed" at the input.
+
+        The mixed ones are made only while the loss needs them, and are 0 after that.
+        """
+        items = batch["items"]
+        encode = functools.partial(self._encode, params, key=key)
+        # Vanilla mixup classifies mixed samples alone.
+        skipped = self.mixed_inputs if self.config.mixup.labels else ()
+        clean = {n: encode(n, items[n]) for n in self.names if n not in skipped}
+        if not self._mixes or not self.mixed_inputs:
+            return {"clean": clean, "mixed": {}}
+
+        def mixed() -> dict:
+            return {n: encode(n, items[f"{n} mixed"]) for n in self.mixed_inputs}
+
+        if self.contrastive != "scheduled" or self.config.mixup.labels:
+            return {"clean": clean, "mixed": mixed()}
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mixed))
+        needed = jax.lax.cond(self._first(progress), mixed, lambda: nothing)
+        return {"clean": clean, "mixed": needed}
+
+    def _first(self, progress: jax.Array) -> jax.Array:
+        """Whether this is one of the first steps, those with M3Co; half a step of tolerance."""
+        return progress * self.steps < self.m3co_steps - 0.5
+
+    def _encode(self, params: Params, name: str, inputs: tuple, *, key: jax.Array) -> jax.Array:
+        return self.model.apply(
+            {"params": params}, name, inputs, deterministic=False, rngs={"dropout": key},
+            method="encode",
+        )  # fmt: skip
+
+    def objective(
+        self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Eq. 16 over the whole batch."""
+        config, shared = self.config, batch["shared"]
+        valid, labels = shared["valid"], shared["labels"]
+        clean, mixed = embedded["clean"], dict(embedded["mixed"])
+        if self._mixes:
+            for place, name in enumerate(self.names):
+                if name not in mixed:
+                    mixed[name] = mixup.mix(
+                        clean[name], shared["coefficient"], shared["partner"][:, place]
+                    )
+        targets = jax.nn.one_hot(labels, self.task.data.classes)
+        if config.mixup.labels:
+            targets = mixup.mix(targets, shared["coefficient"], shared["partner"][:, 0])
+        seen = mixed if config.mixup.labels else clean
+        logits = self.model.apply(
+            {"params": params}, seen, deterministic=False,
+            rngs={"dropout": shared["dropout"]}, method="classify",
+        )  # fmt: skip
+        losses = {
+            name: _mean(optax.losses.softmax_cross_entropy(x, targets), valid)
+            for name, x in logits.items()
+        }
+        fused = losses.pop("fused")
+        value = fused + config.loss.unimodal_weight * sum(losses.values(), start=jnp.float32(0))
+        metrics = {"fused": fused} | losses
+        if self.contrastive != "none":
+            term = self._contrastive(clean, mixed, shared, progress)
+            value += config.loss.contrastive_weight * term
+            metrics["contrastive"] = term
+        hit = jnp.argmax(logits["fused"], axis=1) == labels
+        return value, metrics | {"accuracy": _mean(hit.astype(jnp.float32), valid)}
+
+    def _contrastive(
+        self, clean: dict, mixed: dict, shared: dict, progress: jax.Array
+    ) -> jax.Array:
+        """The contrastive term of this step, and only that one."""
+        z = [clean[name] for name in self.names]
+        loss, where = self.config.loss, shared["valid"]
+
+        def first() -> jax.Array:
+            return m3co(
+                z,
+                [mixed[name] for name in self.names],
+                shared["coefficient"],
+                list(shared["partner"].T),
+                temperature=loss.temperature,
+                where=where,
+            )
+
+        def second() -> jax.Array:
+            return multi_soft_clip(
+                z,
+                temperature=loss.soft_temperature,
+                where=where,
+                stop_gradient_targets=loss.stop_gradient_targets,
+            )
+
+        if self.contrastive == "clip":
+            # Twice the average of both directions, which is M3Co at λ = 1.
+            unit = [l2_normalize(x) for x in z]
+            pairs = itertools.combinations(unit, 2)
+            one = functools.partial(clip, temperature=loss.temperature, where=where)
+            return 2 * sum((one(a, b) for a, b in pairs), start=jnp.float32(0))
+        if self.contrastive == "scheduled":
+            return jax.lax.cond(self._first(progress), first, second)
+        return first() if self.contrastive == "m3co" else second()
+
+    # Evaluation
+
+    def encode(self, params: Params, name: str, inputs: tuple) -> jax.Array:
+        """Embeddings (n, d) of one modality's inputs, without dropout."""
+        return self.model.apply({"params": params}, name, inputs, method="encode")
+
+    def probabilities(self, params: Params, embeddings: dict) -> dict[str, jax.Array]:
+        """Class probabilities (n, classes) by head, "fused" and the modalities'."""
+        logits = self.model.apply({"params": params}, embeddings, method="classify")
+        return jax.tree.map(jax.nn.softmax, logits)
+
+    def _embed_all(self, params: Params, inputs: dict) -> dict:
+        """Embeddings by modality with a leading axis of models, of which there is one."""
+        return {n: self.encode(params, n, inputs[n])[None] for n in self.names}
+
+    def _classify_all(self, params: Params, embeddings: dict) -> dict:
+        one = self.probabilities(params, {name: x[0] for name, x in embeddings.items()})
+        return {name: x[None] for name, x in one.items()}
+
+    def models(self) -> Models:
+        """One model, trained on the train split, with the declared validation split."""
+        return Models((f"seed{self.config.seed}",), (0,), {0: self.task.data.rows("validation")})
+
+    def embeddings(
+        self, params: Params, rows: np.ndarray, embed: Callable | None = None
+    ) -> dict[str, np.ndarray]:
+        """Embeddings (models, n, d) of rows by modality, by `embed_all` or another like it."""
+        embed = embed or self.embed_all
+        parts = []
+        size = min(_CHUNK, len(rows)) if "table" not in self.kinds.values() else len(rows)
+        for start in range(0, len(rows), size):
+            places = np.arange(start, start + size).clip(max=len(rows) - 1)
+            inputs = self.task.inputs(rows[places])
+            found = jax.device_get(embed(params, inputs))
+            parts.append({n: x[:, : len(rows) - start] for n, x in found.items()})
+        return {name: np.concatenate([p[name] for p in parts], axis=1) for name in self.names}
+
+    def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
+        """Embeddings (models, n, d) of other inputs of one modality."""
+        return np.asarray(self.encode(params, name, inputs))[None]
+
+    def validate(self, params: Params) -> Metrics:
+        """Measures of every model on validation and test, and the mean validation accuracy."""
+        return look(self, params)
+
+    def evaluate(
+        self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
+    ) -> Metrics:
+        """The three protocols and the analyses; what `eval.json` holds."""
+        return report(self, params, split, history)
+
+
+def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
+
+
+def _check(config: Any) -> None:
+    """Raise UserError for options that cannot be."""
+    if config.loss.contrastive not in CONTRASTIVE:
+        raise UserError(
+            f"config.loss.contrastive={config.loss.contrastive!r} is unknown; choose one of "
+            f"{', '.join(CONTRASTIVE)}"
+        )
+    if config.mixup.place not in ("input", "embedding"):
+        raise UserError(f"config.mixup.place={config.mixup.place!r}: choose input or embedding")
+    if not 0 <= config.mixup.fraction <= 1 or config.mixup.alpha <= 0:
+        raise UserError("config.mixup.fraction must be from 0 to 1 and config.mixup.alpha above 0")
+    if config.mixup.labels and config.loss.contrastive != "none":
+        raise UserError(
+            "config.mixup.labels=True is vanilla mixup, which has no contrastive term; set "
+            "config.loss.contrastive=none"
+        )

@@ -1,0 +1,255 @@
+"""What a classification method says of its models: looks in training, `eval.json` at the end."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rcml_jax.errors import UserError
+from rcml_jax.evaluation import classification
+from rcml_jax.methods.base import Metrics, Params
+from rcml_jax.methods.samples import ClassificationTask
+
+_NOISE_ROWS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models that are trained together.
+
+    names: of each; reported: the places of those trained on all there is to train on; validation:
+    place → rows (of the data) that it was not trained on and selects by.
+    """
+
+    names: tuple[str, ...]
+    reported: tuple[int, ...]
+    validation: Mapping[int, np.ndarray]
+
+
+class Classifier(Protocol):
+    """What the report needs of a method; leading axes are the models'."""
+
+    config: Any
+    task: ClassificationTask
+    kinds: Mapping[str, str]
+    evaluated: str
+
+    def models(self) -> Models:
+        """The models trained together."""
+        ...
+
+    def embeddings(self, params: Params, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Embeddings (models, n, d) of rows by modality."""
+        ...
+
+    def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
+        """Embeddings (models, n, d) of given inputs of one modality."""
+        ...
+
+    def classify_all(self, params: Params, embeddings: dict) -> dict:
+        """Probabilities (models, n, classes) by head, "fused" and the modalities'."""
+        ...
+
+
+def look(method: Classifier, params: Params) -> Metrics:
+    """Measures of every model on the test split and, where it has one, its validation split.
+
+    "accuracy" is the mean on validation; 0 where no model has a validation split.
+    """
+    models, data = method.models(), method.task.data
+    probabilities = _Predictions(method, params, _asked(method)).fused
+    found: dict[str, dict] = {}
+    for place, name in enumerate(models.names):
+        splits = {"test": data.rows("test")}
+        if place in models.validation:
+            splits["validation"] = models.validation[place]
+        found[name] = {
+            split: classification.measures(probabilities(place, rows), data.labels[rows])
+            for split, rows in splits.items()
+        }
+    accuracies = [look["validation"]["accuracy"] for look in found.values() if "validation" in look]
+    return {"accuracy": float(np.mean(accuracies)) if accuracies else 0.0, "look": found}
+
+
+class _Predictions:
+    """Embeddings and probabilities of some rows, looked up by row."""
+
+    def __init__(self, method: Classifier, params: Params, rows: np.ndarray):
+        self._place = np.full(len(method.task.data), -1)
+        self._place[rows] = np.arange(len(rows))
+        self.embeddings = method.embeddings(params, rows)
+        found = method.classify_all(params, self.embeddings)
+        self.heads = {name: np.asarray(x) for name, x in found.items()}
+
+    def fused(self, model: int, rows: np.ndarray) -> np.ndarray:
+        return self.heads["fused"][model, self._place[rows]]
+
+    def head(self, name: str, model: int, rows: np.ndarray) -> np.ndarray:
+        return self.heads[name][model, self._place[rows]]
+
+
+def _asked(method: Classifier) -> np.ndarray:
+    parts = [method.task.data.rows("test"), *method.models().validation.values()]
+    return np.unique(np.concatenate(parts))
+
+
+def report(
+    method: Classifier, params: Params, split: str, history: Sequence[Mapping[str, float]]
+) -> Metrics:
+    """Everything in `eval.json`: the protocols from the looks, the analyses from the checkpoint."""
+    models, data, config = method.models(), method.task.data, method.config
+    result: Metrics = {
+        "method": config.method,
+        "dataset": data.name,
+        "split": split,
+        "protocol": _protocol(method),
+    }
+    if split == "test":
+        looks = _looks(history, models)
+        held_out = [models.names[place] for place in models.validation]
+        reported = [models.names[place] for place in models.reported]
+        result["classification"] = classification.protocols(
+            looks, trained_on_all=reported, held_out=held_out
+        )
+        if held_out:
+            result["validation"] = classification.validation(looks, held_out)
+    rows, places = _rows_of(models, data, split)
+    predictions = _Predictions(method, params, np.unique(np.concatenate(list(rows.values()))))
+
+    def over_models(head: str) -> dict:
+        return classification.summarize(
+            [
+                classification.measures(predictions.head(head, p, rows[p]), data.labels[rows[p]])
+                for p in places
+            ]
+        )
+
+    result["checkpoint"] = {"which": method.evaluated} | over_models("fused")
+    heads = [name for name in predictions.heads if name != "fused"]
+    if heads:
+        result["unimodal"] = {name: over_models(name) for name in heads}
+    if len(places) > 1 and split != "validation":
+        mean = np.mean([predictions.fused(p, rows[p]) for p in places], axis=0)
+        result["ensemble"] = classification.summarize(
+            [classification.measures(mean, data.labels[rows[places[0]]])]
+        )
+    if split == "test":
+        result |= _analyses(method, params, predictions, places)
+    result["predictions"] = _arrays(models, predictions, rows, data)
+    return result
+
+
+def _rows_of(models: Models, data: Any, split: str) -> tuple[dict[int, np.ndarray], list[int]]:
+    """The rows that each model is asked for on a split, and the models that are asked."""
+    if split != "validation":
+        return {p: data.rows(split) for p in models.reported}, list(models.reported)
+    if not models.validation:
+        raise UserError("there is no validation split; evaluate --split=test")
+    return dict(models.validation), list(models.validation)
+
+
+def _protocol(method: Classifier) -> dict:
+    data, config, models = method.task.data, method.config, method.models()
+    counts = {split: len(data.rows(split)) for split in ("train", "validation", "test")}
+    chosen = "the declared validation split"
+    if not counts["validation"]:
+        chosen = f"one of {config.data.folds} stratified folds of train, held out from a second run"
+    return {
+        "samples": counts,
+        "classes": list(data.label_names),
+        "modalities": dict(method.kinds),
+        "seeds": config.seeds,
+        "models": list(models.names),
+        "validation": chosen if models.validation else "none",
+        "looks": f"one every {method.validate_every} steps of {method.steps}",
+        **classification.PROTOCOLS,
+    }
+
+
+def _looks(history: Sequence[Mapping[str, float]], models: Models) -> list[dict]:
+    """Flat validation lines → model → split → measure."""
+    looks = []
+    for line in history:
+        look: dict = {}
+        for name, value in line.items():
+            parts = name.split("/")
+            if parts[0] == "look":
+                _, model, split, measure = parts
+                look.setdefault(model, {}).setdefault(split, {})[measure] = value
+        looks.append(look)
+    if not looks or set(looks[-1]) != set(models.names):
+        raise UserError(
+            "metrics.jsonl, which holds the looks at validation and test, is missing or of another "
+            "run; restore it, or train anew in another --workdir"
+        )
+    return looks
+
+
+def _arrays(
+    models: Models, predictions: _Predictions, rows: dict[int, np.ndarray], data: Any
+) -> dict[str, np.ndarray]:
+    """rows/, labels/ and the predicted class by head, for each model."""
+    found = {}
+    for place, asked in rows.items():
+        name = models.names[place]
+        found[f"{name}/rows"], found[f"{name}/labels"] = asked, data.labels[asked]
+        for head in predictions.heads:
+            probabilities = predictions.head(head, place, asked)
+            found[f"{name}/{head}"] = np.argmax(probabilities, axis=1).astype(np.int32)
+    return found
+
+
+def _analyses(
+    method: Classifier, params: Params, predictions: _Predictions, places: Sequence[int]
+) -> dict:
+    """Confidence on noise, and accuracy with one modality replaced by it.
+
+    Noise is Gaussian with the mean and variance of the training split: of each column of a table,
+    each channel of the pixels, each dimension of a text encoder's output.
+    """
+    data = method.task.data
+    test = data.rows("test")
+    noise = _noise(method, params, len(test))
+    clean = {n: x[:, predictions._place[test]] for n, x in predictions.embeddings.items()}
+
+    def classified(embeddings: dict) -> np.ndarray:
+        return np.asarray(method.classify_all(params, embeddings)["fused"])
+
+    top = classified(noise)
+    confidences = [classification.confidence(top[p]) for p in places]
+    result = {"random_inputs": classification.summarize(confidences)}
+    if len(noise) > 1:
+        corrupted = {name: classified({**clean, name: noise[name]}) for name in noise}
+        result["corrupted"] = {
+            name: classification.summarize(
+                [classification.measures(x[p], data.labels[test]) for p in places]
+            )
+            for name, x in corrupted.items()
+        }
+    return result
+
+
+def _noise(method: Classifier, params: Params, count: int) -> dict[str, np.ndarray]:
+    """Embeddings (models, count, d) of Gaussian noise in place of each modality."""
+    task = method.task
+    rng = np.random.default_rng(task.config.data.split_seed)
+    train = task.data.rows("train")
+    rows = rng.choice(train, min(len(train), _NOISE_ROWS), replace=False)
+    noise = {}
+    if "text" in method.kinds.values():
+        encoded = method.embeddings(params, rows)
+    inputs = task.inputs(rows)
+    for name, kind in method.kinds.items():
+        if kind == "text":
+            mean, spread = encoded[name].mean(1, keepdims=True), encoded[name].std(1, keepdims=True)
+            shape = (len(mean), count, mean.shape[-1])
+            noise[name] = (mean + spread * rng.standard_normal(shape)).astype(np.float32)
+            continue
+        x = inputs[name][0]
+        axes = tuple(range(x.ndim - 1))
+        drawn = rng.normal(x.mean(axes), x.std(axes), (count, *x.shape[1:]))
+        if kind == "image":
+            drawn = drawn.round().clip(0, 255)
+        noise[name] = method.encode_inputs(params, name, (drawn.astype(x.dtype),))
+    return noise

@@ -1,0 +1,1 @@
+"""Towers and encoders as Flax modules; the only place that knows Hugging Face's classes."""

@@ -1,0 +1,108 @@
+"""M3CoL's model: an encoder for each modality, uni-modal classifiers and a fusion classifier."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_GLOROT = nn.initializers.glorot_normal()
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU and dropout between them: (n, f) → (n, widths[-1]).
+
+    Glorot normal weights and zero biases, as in the authors' omics models.
+    """
+
+    widths: tuple[int, ...]
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Apply the layers; dropout draws from the random stream "dropout"."""
+        for place, width in enumerate(self.widths):
+            x = nn.Dense(width, kernel_init=_GLOROT, dtype=self.dtype)(x)
+            if place + 1 < len(self.widths):
+                x = nn.Dropout(self.dropout)(nn.relu(x), deterministic=deterministic)
+        return x
+
+
+class TableEncoder(nn.Module):
+    """Columns scaled to [0, 1] by the training minimum and maximum, then an MLP.
+
+    The parameters `low` and `range` (f,) start as 0 and 1; `column_range` gives the true ones,
+    which are not to be trained.
+    """
+
+    widths: tuple[int, ...]
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Features (n, f) → embeddings (n, widths[-1])."""
+        low = self.param("low", nn.initializers.zeros, x.shape[-1:])
+        span = self.param("range", nn.initializers.ones, x.shape[-1:])
+        mlp = MLP(self.widths, self.dropout, self.dtype, name="mlp")
+        return mlp((x - low) / span, deterministic=deterministic)
+
+
+def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Minimum and span (f,) of the columns of x (n, f) over the rows `where` (n,).
+
+    A constant column has the span 1, so that it becomes 0.
+    """
+    rows = where[:, None]
+    low = jnp.min(jnp.where(rows, x, jnp.inf), axis=0)
+    span = jnp.max(jnp.where(rows, x, -jnp.inf), axis=0) - low
+    return low, jnp.where(span > 0, span, 1.0)
+
+
+class M3CoL(nn.Module):
+    """Encoders by the name of their modality, and the classifiers on their embeddings.
+
+    encoders: name → module from an input to (n, d); the order of the names is that of the
+    concatenation. hidden: the widths of the classifiers' hidden layers. unimodal: whether there is
+    a classifier for each modality, too.
+    """
+
+    encoders: Mapping[str, nn.Module]
+    classes: int
+    hidden: tuple[int, ...]
+    unimodal: bool = True
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Create the classifiers."""
+        widths = (*self.hidden, self.classes)
+        self.fusion = MLP(widths, self.dropout, self.dtype)
+        if self.unimodal:
+            self.heads = {name: MLP(widths, self.dropout, self.dtype) for name in self.encoders}
+
+    def encode(self, name: str, inputs: tuple, *, deterministic: bool = True) -> jax.Array:
+        """The embeddings (n, d) of one modality, not normalised; `inputs`: its arrays."""
+        return self.encoders[name](*inputs, deterministic=deterministic)
+
+    def classify(
+        self, embeddings: Mapping[str, jax.Array], *, deterministic: bool = True
+    ) -> dict[str, jax.Array]:
+        """Logits (n, classes) in float32: "fused", and by the name of each modality."""
+        joint = jnp.concatenate([embeddings[name] for name in self.encoders], axis=-1)
+        logits = {"fused": self.fusion(joint, deterministic=deterministic)}
+        if self.unimodal:
+            for name, head in self.heads.items():
+                logits[name] = head(embeddings[name], deterministic=deterministic)
+        return {name: x.astype(jnp.float32) for name, x in logits.items()}
+
+    def __call__(
+        self, inputs: Mapping[str, tuple], *, deterministic: bool = True
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Inputs by modality → embeddings and logits."""
+        embeddings = {
+            name: self.encode(name, inputs[name], deterministic=deterministic)
+            for name in self.encoders
+        }
+        return embeddings, self.classify(embeddings, deterministic=deterministic)

@@ -1,0 +1,383 @@
+"""The encoders for classification: Hugging Face's numbers, checkpoints on disk, and errors."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertTokenizerFast,
+    CLIPConfig,
+    FlaxBertForSequenceClassification,
+    FlaxBertModel,
+    FlaxRobertaModel,
+    FlaxViTModel,
+    RobertaConfig,
+    RobertaTokenizerFast,
+    ViTConfig,
+)
+
+from rcml_jax.data.text import Tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.models.encoders.checkpoints import pretrained_directory
+from rcml_jax.models.encoders.classification import (
+    ImageEncoder,
+    TextEncoder,
+    encoder_config,
+    load_encoder,
+    max_text_length,
+    normalize_pixels,
+    small_bert_config,
+    small_vit_config,
+)
+from tests.models.test_encoders import save_as_torch_would
+
+WIDTH, VOCABULARY, LENGTH = 16, 30, 9
+FAMILIES = ("vit", "bert", "roberta")
+
+
+def tiny(family, **options):
+    if family == "vit":
+        sizes = {"image_size": 8, "patch_size": 4}
+        return small_vit_config(**{"width": WIDTH, "layers": 2, "heads": 2} | sizes | options)
+    sizes = {"vocab_size": VOCABULARY, "pad_token_id": 1, "max_length": 12}
+    config = small_bert_config(**{"width": WIDTH, "layers": 2, "heads": 2} | sizes | options)
+    if family == "bert":
+        return config
+    return RobertaConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+
+
+@pytest.fixture(scope="module")
+def hugging_face():
+    """Hugging Face's model of each family, every parameter away from its usual start."""
+    made = {}
+    classes = dict(zip(FAMILIES, (FlaxViTModel, FlaxBertModel, FlaxRobertaModel), strict=True))
+    for family, model_class in classes.items():
+        model = model_class(tiny(family), seed=1, add_pooling_layer=False)
+        rng = np.random.default_rng(2)
+        model.params = jax.tree.map(
+            lambda x, rng=rng: np.float32(x + 0.2 * rng.normal(size=x.shape)), model.params
+        )
+        made[family] = model
+    return made
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Images, and ids with mask of three texts, padded with the id 1."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, VOCABULARY, (3, LENGTH))
+    mask = np.arange(LENGTH) < np.array([[4], [9], [6]])
+    text = (jnp.asarray(np.where(mask, ids, 1)), jnp.asarray(mask, jnp.int32))
+    image = (jnp.asarray(rng.integers(0, 256, (3, 8, 8, 3)), jnp.uint8),)
+    return {"vit": image, "bert": text, "roberta": text}
+
+
+def encoder(family, config, dtype=jnp.float32):
+    return (ImageEncoder if family == "vit" else TextEncoder)(config, dtype)
+
+
+def theirs(model, family, inputs):
+    if family == "vit":
+        inputs = (jnp.moveaxis(inputs[0] / 255.0 * 2 - 1, 3, 1),)
+    return model(*inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_hugging_face(family, hugging_face, inputs):
+    model, given = hugging_face[family], inputs[family]
+    ours, variables = encoder(family, model.config), {"params": model.params}
+    expected = theirs(model, family, given)
+    tokens = ours.apply(variables, *given, method="tokens")
+    assert tokens.shape == (3, 5 if family == "vit" else LENGTH, WIDTH)
+    np.testing.assert_allclose(tokens, expected, atol=2e-5)
+    np.testing.assert_array_equal(ours.apply(variables, *given), tokens[:, 0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_have_hugging_faces_names_and_shapes(family, hugging_face, inputs):
+    model = hugging_face[family]
+    made = encoder(family, model.config).init(jax.random.key(0), *inputs[family])["params"]
+    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, model.params)
+
+
+def test_encoders_inside_a_model_keep_their_layout(hugging_face, inputs):
+    class Both(nn.Module):
+        parts: dict
+
+        def __call__(self, inputs):
+            return {name: part(*inputs[name]) for name, part in self.parts.items()}
+
+    parts = {name: encoder(name, hugging_face[name].config) for name in ("vit", "bert")}
+    given = {name: inputs[name] for name in parts}
+    params = {f"parts_{name}": hugging_face[name].params for name in parts}
+    out = Both(parts).apply({"params": params}, given)
+    for name in parts:
+        expected = theirs(hugging_face[name], name, inputs[name])[:, 0]
+        np.testing.assert_allclose(out[name], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "count"),
+    [
+        ("vit", ViTConfig(), 85_798_656),
+        ("bert", BertConfig(), 108_891_648),
+        (
+            "roberta",
+            RobertaConfig(50265, max_position_embeddings=514, type_vocab_size=1),
+            124055040,
+        ),
+    ],
+)
+def test_published_sizes(family, config, count):
+    """ViT-B/16, bert-base-uncased and roberta-base, each without pooling layer."""
+    text = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)
+    given = (image,) if family == "vit" else (text, text)
+    shapes = jax.eval_shape(encoder(family, config).init, jax.random.key(0), *given)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+def test_pixels_are_normalised_as_vits_processor_does(hugging_face, inputs):
+    model, (images,) = hugging_face["vit"], inputs["vit"]
+    pixels = normalize_pixels(images)
+    assert pixels.dtype == jnp.float32
+    np.testing.assert_allclose(pixels, (np.asarray(images) / 255 - 0.5) / 0.5, atol=1e-6)
+    encode = ImageEncoder(model.config).apply
+    variables = {"params": model.params}
+    np.testing.assert_allclose(encode(variables, pixels), encode(variables, images), atol=1e-6)
+
+
+def test_image_statistics_are_vits():
+    constants = pytest.importorskip("transformers.image_utils")
+    assert constants.IMAGENET_STANDARD_MEAN == constants.IMAGENET_STANDARD_STD == [0.5] * 3
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_padding_changes_nothing(family, hugging_face, inputs):
+    model, (ids, mask) = hugging_face[family], inputs[family]
+    encode, variables = TextEncoder(model.config).apply, {"params": model.params}
+    out = encode(variables, ids, mask)
+    np.testing.assert_allclose(encode(variables, ids[:1, :4], mask[:1, :4]), out[:1], atol=2e-5)
+    longer = jnp.pad(ids, ((0, 0), (0, 1)), constant_values=1), jnp.pad(mask, ((0, 0), (0, 1)))
+    np.testing.assert_allclose(encode(variables, *longer), out, atol=2e-5)
+    np.testing.assert_array_equal(encode(variables, ids, mask.astype(bool)), out)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_longest_text_has_positions_and_no_longer_one(family, hugging_face):
+    model = hugging_face[family]
+    longest = max_text_length(model.config)
+    assert longest == {"bert": 12, "roberta": 12 - 2}[family]
+    encode, variables = TextEncoder(model.config).apply, {"params": model.params}
+    ids = jnp.full((1, longest + 1), 5)
+    assert np.isfinite(encode(variables, ids[:, 1:], ids[:, 1:] > 0)).all()
+    with pytest.raises(UserError, match=f"{longest + 1} tokens is too long"):
+        encode(variables, ids, ids > 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout(family, inputs):
+    module = encoder(family, tiny(family, dropout=0.3))
+    given = inputs[family]
+    variables = module.init(jax.random.key(0), *given)
+    still = module.apply(variables, *given)
+
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return module.apply(variables, *given, deterministic=False, rngs=rngs)
+
+    np.testing.assert_array_equal(train(1), train(1))
+    for other in (still, train(2)):
+        assert np.abs(train(1) - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_computes_near_float32(family, hugging_face, inputs):
+    model, given = hugging_face[family], inputs[family]
+    full, half = (
+        encoder(family, model.config, dtype).apply({"params": model.params}, *given)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert half.dtype == jnp.bfloat16
+    half = half.astype(jnp.float32)
+    norms = jnp.linalg.norm(full, axis=1) * jnp.linalg.norm(half, axis=1)
+    assert (jnp.sum(full * half, axis=1) / norms).min() > 0.99
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_every_parameter(family, hugging_face, inputs):
+    model, given = hugging_face[family], inputs[family]
+
+    def loss(params):
+        return jnp.sum(encoder(family, model.config).apply({"params": params}, *given)[:, 0])
+
+    flat = flatten_dict(jax.grad(loss)(model.params), sep="/")
+    dead = [name for name, g in flat.items() if not np.abs(g).max() > 0]
+    # Keys' biases shift every logit of a softmax alike.
+    assert all(name.endswith("key/bias") for name in dead)
+
+
+def test_small_vit_starts_with_matrices_of_the_usual_size(inputs):
+    config = tiny("vit", width=64)
+    params = ImageEncoder(config).init(jax.random.key(0), *inputs["vit"])["params"]
+    query = params["encoder"]["layer"]["0"]["attention"]["attention"]["query"]["kernel"]
+    np.testing.assert_allclose(np.std(query), 0.02, rtol=0.1)
+
+
+@pytest.mark.parametrize("layout", ["flax", "safetensors", "torch", "torch_with_prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_load_in_every_layout(tmp_path, family, layout, hugging_face):
+    model = hugging_face[family]
+    if layout.startswith("torch"):
+        prefix = (family,) if layout.endswith("prefix") else ()
+        save_as_torch_would(model, tmp_path, prefix)
+    else:
+        model.save_pretrained(tmp_path, safe_serialization=layout == "safetensors")
+    config, params = load_encoder(str(tmp_path))
+    assert type(config) is type(model.config)
+    assert encoder_config(str(tmp_path)).to_dict() == config.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, params, model.params)
+    assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in jax.tree.leaves(params))
+
+
+def test_old_pytorch_names_of_the_layer_norm_load(tmp_path, hugging_face):
+    """bert-base-uncased's own file says gamma and beta, and has a head."""
+    model = hugging_face["bert"]
+    save_as_torch_would(model, tmp_path, ("bert",))
+    file = tmp_path / "model.safetensors"
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in load_file(file).items()
+    }
+    renamed |= {"cls.predictions.bias": np.zeros(VOCABULARY, np.float32)}
+    save_file(renamed, file, metadata={"format": "pt"})
+    jax.tree.map(np.testing.assert_array_equal, load_encoder(str(tmp_path))[1], model.params)
+
+
+def test_pooling_layer_and_head_are_left_out(tmp_path):
+    model = FlaxBertForSequenceClassification(tiny("bert"), seed=1)
+    model.save_pretrained(tmp_path)
+    expected = {k: v for k, v in model.params["bert"].items() if k != "pooler"}
+    jax.tree.map(np.testing.assert_array_equal, load_encoder(str(tmp_path))[1], expected)
+
+
+def test_a_checkpoint_that_lacks_a_layer_is_refused(tmp_path, hugging_face):
+    model = FlaxBertModel(tiny("bert"), seed=1)
+    config = tiny("bert", layers=3)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    with pytest.raises(UserError, match=r"lacks 16 arrays .*encoder\.layer\.2"):
+        load_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": "{}"}, "no model.safetensors"),
+        ({"config.json": "{}", "pytorch_model.bin": "x"}, "never unpickled"),
+        ({"config.json": "{}", "model.safetensors.index.json": "{}"}, "sharded"),
+        ({"config.json": "{", "model.safetensors": "x"}, "cannot load"),
+        ({"config.json": '{"model_type": "new"}', "model.safetensors": "x"}, "cannot load.*new"),
+        (
+            {"config.json": json.dumps(CLIPConfig().to_dict()), "model.safetensors": "x"},
+            "type 'clip', which is no known encoder; use vit",
+        ),
+        ({"config.json": tiny("vit").to_json_string(), "model.safetensors": "x"}, "cannot load"),
+        ({"config.json": tiny("vit").to_json_string(), "flax_model.msgpack": "x"}, "cannot load"),
+    ],
+)
+def test_unusable_checkpoints_are_named(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [load_encoder, encoder_config])
+@pytest.mark.parametrize("name", ["nobody/nothing", "/no/such/folder"])
+def test_a_name_that_is_nowhere_is_one_sentence(read, name):
+    with pytest.raises(UserError, match=f"cannot load a ViT, BERT or RoBERTa .* '{name}'") as error:
+        read(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "modality"), [("vit", "text"), ("bert", "image")])
+def test_an_encoder_of_the_other_modality(tmp_path, family, modality):
+    (tmp_path / "config.json").write_text(tiny(family).to_json_string())
+    with pytest.raises(UserError, match=f"type '{family}', which is no {modality} encoder"):
+        encoder_config(str(tmp_path), modality=modality)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("vit", {"width": 15}, "model.width=15 is not a multiple of model.heads=2"),
+        ("vit", {"image_size": 15}, "model.image_size=15"),
+        ("bert", {"width": 15}, "model.width=15 is not a multiple of model.heads=2"),
+    ],
+)
+def test_sizes_that_do_not_fit(family, sizes, message):
+    with pytest.raises(UserError, match=message):
+        tiny(family, **sizes)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16, 3), (1, 3, 8, 8), (1, 8, 8, 1)])
+def test_images_of_another_size(shape, hugging_face):
+    model = hugging_face["vit"]
+    with pytest.raises(UserError, match="takes 8×8 images, not"):
+        ImageEncoder(model.config).apply({"params": model.params}, jnp.zeros(shape))
+
+
+TEXTS = ["A man is eating food.", "someone [SEP] eats </s> it", ""]
+
+
+def bert_tokenizer(folder):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "man", "is", "eat", "##ing", "food", "."]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Fast(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return BertTokenizerFast.from_pretrained(folder)
+
+
+def roberta_tokenizer(folder):
+    tokenizer = Fast(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    RobertaTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return RobertaTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [bert_tokenizer, roberta_tokenizer])
+def test_tokenizer_of_a_checkpoint_is_read_as_transformers_does(tmp_path, make):
+    theirs = make(tmp_path)
+    ours = Tokenizer.from_pretrained_dir(pretrained_directory(str(tmp_path)))
+    ids, mask = ours.encode(TEXTS[:1] + TEXTS[2:], 32)
+    expected = theirs(TEXTS[:1] + TEXTS[2:], padding="max_length", max_length=ids.shape[1])
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    np.testing.assert_array_equal(mask, expected["attention_mask"])
+    assert set(ids[:, 0]) == {theirs.cls_token_id}
+    assert ours.pad_id == theirs.pad_token_id
+    # A special token that a text spells does not become one.
+    assert list(ours.encode(TEXTS[1:2], 64)[0][0]).count(ours.end_id) == 1
