@@ -97,6 +97,18 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     return config
 
 
+def get_ablations(arg: str = "openmoji") -> dict[str, str]:
+    """Variants by name, as options of `--variant`: what the method is without one of its parts."""
+    del arg
+    return {
+        "full": "",
+        "no inter-sample pairs": "batch.inter_pairs=False",
+        "no intra-modal loss": "loss.intra_modal_weight=0.0",
+        "no relation text": "data.relation_text=False",
+        "no identification term": "loss.identification_weight=0.0",
+    }
+
+
 def _paper_optimisation(config: ml_collections.ConfigDict) -> None:
     """512 pairs at a learning rate of 5e-5, about three epochs under early stopping."""
     config.steps = 3000

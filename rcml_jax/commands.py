@@ -122,27 +122,34 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
     """Call `get_config` of "file.py" or "file.py:argument". Raises UserError where it cannot."""
+    config = call_config_file(path_and_argument, "get_config")
+    if not isinstance(config, ml_collections.ConfigDict):
+        path = path_and_argument.partition(":")[0]
+        raise UserError(f"get_config of {path} must return an ml_collections.ConfigDict")
+    return config
+
+
+def call_config_file(path_and_argument: str, function: str) -> Any:
+    """What a function of "file.py" or "file.py:argument" returns; UserError where it fails."""
     path, _, argument = path_and_argument.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"there is no configuration file {path}; see the folder configs")
     spec = importlib.util.spec_from_file_location("rcml_jax_config_file", path)
     module = importlib.util.module_from_spec(spec) if spec else None
     if module is None:
-        raise UserError(f"{path} is no Python file; give one with a function get_config")
+        raise UserError(f"{path} is no Python file; give one with a function {function}")
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path} has no function get_config; see the folder configs")
-        config = module.get_config(argument) if argument else module.get_config()
+        if not hasattr(module, function):
+            raise UserError(f"{path} has no function {function}; see the folder configs")
+        call = getattr(module, function)
+        return call(argument) if argument else call()
     except UserError:
         raise
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
     except Exception as error:  # whatever the user's own code raises
         raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"get_config of {path} must return an ml_collections.ConfigDict")
-    return config
 
 
 def parse_flags(

@@ -2,13 +2,15 @@
 
     python -m rcml_jax.sweep --config configs/rcml.py --workdir runs/beta \
         --vary model.beta=0,0.2,0.4,0.6,0.8,1 --seeds 42,43,44
-    python -m rcml_jax.sweep --config configs/rcml.py --workdir runs/ablations \
+    python -m rcml_jax.sweep --config configs/m3col.py:rosmap --workdir runs/rosmap --ablations
+    python -m rcml_jax.sweep --config configs/rcml.py --workdir runs/weights \
         --variant full --variant no_intra_modal_loss:loss.intra_modal_weight=0
 
 `--vary NAME=a,b,c` makes a variant of each value; `--variant LABEL:NAME=VALUE,NAME=VALUE` one of
-its own. Each run has the work directory <workdir>/<variant>/seed<k>; what is finished is not run
-again, what was interrupted goes on. `table.md` and `table.json` hold means and deviations over the
-seeds of all that is finished.
+its own; `--ablations` those that `get_ablations` of the configuration file lists. Each run has the
+work directory <workdir>/<variant>/seed<k>; what is finished is not run again, what was interrupted
+goes on. `table.md` and `table.json` hold means and deviations over the seeds of all that is
+finished; for classifiers also the error analysis, where each modality was trained alone.
 """
 
 import argparse
@@ -16,26 +18,14 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import ml_collections
-import numpy as np
 
-from rcml_jax.commands import guard, load_config_file, parse_flags
+from rcml_jax.commands import call_config_file, guard, load_config_file, parse_flags
 from rcml_jax.errors import UserError
+from rcml_jax.sweep_table import collect, markdown
 from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.workdir import load_config, write_json
-
-#: Label and path into `eval.json` of the table's columns.
-COLUMNS = {
-    "Hit@5 TT": "retrieval/hit@5/tt",
-    "II": "retrieval/hit@5/ii",
-    "TI": "retrieval/hit@5/ti",
-    "IT": "retrieval/hit@5/it",
-    "AVG": "retrieval/hit@5/avg",
-    "Top-3": "relation_type/top3/avg",
-    "validity": "relation_validity/accuracy",
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,9 +39,12 @@ def _sweep(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--vary", default="")
     parser.add_argument("--variant", action="append", default=[])
+    parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--seeds", default="42")
     args, overrides = parser.parse_known_args(argv[1:])
-    variants = read_variants(args.vary, args.variant)
+    listed = call_config_file(args.config, "get_ablations") if args.ablations else {}
+    named = [f"{label}:{options}" for label, options in listed.items()]
+    variants = read_variants(args.vary, [*named, *args.variant])
     seeds = _seeds(args.seeds)
     # Every configuration is read before the first run, so that a mistyped one costs nothing.
     runs = [
@@ -60,16 +53,21 @@ def _sweep(argv: Sequence[str]) -> int:
         for seed in seeds
     ]
     for label, seed, config in runs:
-        directory = args.workdir / label / f"seed{seed}"
+        directory = args.workdir / folder(label) / f"seed{seed}"
         if not _finished(directory, config):
             print(f"{label}, seed {seed}", file=sys.stderr, flush=True)
             if train_and_evaluate(config, directory) is None:
                 return 0
-        rows = collect(args.workdir, list(variants), seeds)
-        write_json(args.workdir / "table.json", rows)
-        (args.workdir / "table.md").write_text(markdown(rows))
-    print(markdown(collect(args.workdir, list(variants), seeds)), end="")
+        table = collect(args.workdir, {label: folder(label) for label in variants}, seeds)
+        write_json(args.workdir / "table.json", table)
+        (args.workdir / "table.md").write_text(markdown(table))
+    print((args.workdir / "table.md").read_text(), end="")
     return 0
+
+
+def folder(label: str) -> str:
+    """The directory of a variant's runs."""
+    return label.replace(" ", "_")
 
 
 def read_variants(vary: str, variants: Sequence[str]) -> dict[str, list[str]]:
@@ -87,46 +85,10 @@ def read_variants(vary: str, variants: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--variant {variant!r} needs a label of its own, without a slash")
         found[label] = [f"--config.{option}" for option in options.split(",") if option]
     if not found:
-        raise UserError("nothing to run: give --vary NAME=VALUE,... or --variant LABEL:NAME=VALUE")
+        raise UserError(
+            "nothing to run: give --vary NAME=VALUE,..., --variant LABEL:NAME=VALUE or --ablations"
+        )
     return found
-
-
-def collect(workdir: pathlib.Path, labels: Sequence[str], seeds: Sequence[int]) -> list[dict]:
-    """Mean, standard deviation over seeds (n − 1) and count of each column for each variant."""
-    rows = []
-    for label in labels:
-        paths = [workdir / label / f"seed{seed}" / "eval.json" for seed in seeds]
-        results = [json.loads(path.read_text()) for path in paths if path.is_file()]
-        if not results:
-            continue
-        row: dict[str, Any] = {"variant": label, "seeds": len(results)}
-        for column, path in COLUMNS.items():
-            values = np.array([_at(result, path) for result in results])
-            deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-            row[column] = {"mean": float(values.mean()), "std": deviation}
-        rows.append(row)
-    return rows
-
-
-def markdown(rows: Sequence[dict]) -> str:
-    """The table as Markdown, rates in percent."""
-    lines = [
-        "| variant | seeds | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---|" * len(COLUMNS),
-    ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(row: dict) -> list[str]:
-    figures = [f"{100 * row[c]['mean']:.1f} ± {100 * row[c]['std']:.1f}" for c in COLUMNS]
-    return [row["variant"], str(row["seeds"]), *figures]
-
-
-def _at(result: dict, path: str) -> float:
-    for name in path.split("/"):
-        result = result[name]
-    return float(result)
 
 
 def _seeds(text: str) -> list[int]:

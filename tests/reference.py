@@ -295,6 +295,39 @@ def multi_soft_clip(embeddings, temperature=0.1):
     return total
 
 
+def mlp(x, layers):
+    """Layers (weight, bias) with ReLU between them, one row at a time."""
+    rows = []
+    for row in np.asarray(x, np.float64):
+        for place, (weight, bias) in enumerate(layers):
+            if place > 0:
+                row = np.maximum(row, 0.0)
+            row = np.array([row @ weight[:, k] + bias[k] for k in range(len(bias))])
+        rows.append(row)
+    return np.stack(rows)
+
+
+def column_range(x, where):
+    low, span = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    for column in range(x.shape[1]):
+        values = [x[i, column] for i in range(len(x)) if where[i]]
+        low[column] = min(values)
+        if max(values) > min(values):
+            span[column] = max(values) - min(values)
+    return low, span
+
+
+def m3col(tables, ranges, encoders, heads, fusion):
+    """Embeddings and logits by name (Eq. 14-15); fusion sees the embeddings side by side."""
+    z = {}
+    for name, x in tables.items():
+        low, span = ranges[name]
+        z[name] = mlp([(row - low) / span for row in x], encoders[name])
+    joint = [np.concatenate([z[name][i] for name in tables]) for i in range(len(x))]
+    logits = {name: mlp(z[name], head) for name, head in heads.items()}
+    return z, logits | {"fused": mlp(joint, fusion)}
+
+
 # --- Evaluation -----------------------------------------------------------------------------------
 
 

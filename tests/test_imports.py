@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluation",),
     ("methods",),
     ("training",),
-    ("commands", "sweep", "export", "report"),
+    ("commands", "sweep_table", "sweep", "export", "report"),
 )
 JAX_ALONE = ("similarity", "mixup", "losses", "evaluation.ranking")
 

@@ -7,7 +7,8 @@ import pytest
 
 from rcml_jax import sweep
 from rcml_jax.errors import UserError
-from rcml_jax.sweep import COLUMNS, collect, markdown, read_variants
+from rcml_jax.sweep import read_variants
+from rcml_jax.sweep_table import RELATIONAL, collect, markdown
 from tests.toy import CONFIG, TINY, cache_of
 
 
@@ -46,7 +47,7 @@ def test_wrong_variants(vary, variants, message):
 def write_result(folder, value):
     """An eval.json whose columns hold value, value + 0.01, ..."""
     result = {}
-    for place, path in enumerate(COLUMNS.values()):
+    for place, path in enumerate(RELATIONAL.values()):
         *parents, last = path.split("/")
         inner = result
         for name in parents:
@@ -61,19 +62,27 @@ def test_the_table_holds_means_and_deviations_over_seeds(tmp_path):
     for seed, value in enumerate(values):
         write_result(tmp_path / "full" / f"seed{seed}", value)
     write_result(tmp_path / "one" / "seed2", 0.3)
-    full, one = collect(tmp_path, ["full", "missing", "one"], [0, 1, 2])
-    assert (full["variant"], full["seeds"], one["variant"], one["seeds"]) == ("full", 3, "one", 1)
-    for place, column in enumerate(COLUMNS):
+    folders = {"the full": "full", "missing": "missing", "one": "one"}
+    table = collect(tmp_path, folders, [0, 1, 2])
+    assert table.keys() == {"rows"}
+    full, one = table["rows"]
+    assert (full["variant"], full["seeds"], one["variant"], one["seeds"]) == (
+        "the full",
+        3,
+        "one",
+        1,
+    )
+    for place, column in enumerate(RELATIONAL):
         shifted = np.array(values) + place / 100
         assert full[column]["mean"] == pytest.approx(np.mean(shifted))
         expected = np.sqrt(np.sum((shifted - shifted.mean()) ** 2) / 2)
         assert full[column]["std"] == pytest.approx(expected)
         assert one[column] == {"mean": pytest.approx(0.3 + place / 100), "std": 0.0}
-    header, rule, first, second = markdown([full, one]).splitlines()
+    header, rule, first, second = markdown(table).splitlines()
     assert header.startswith("| variant | seeds | Hit@5 TT |")
     assert header.count("|") == rule.count("|") == first.count("|") == second.count("|")
-    assert first.startswith("| full | 3 | 40.0 ± 26.5 |")
-    assert second.startswith("| one | 1 | 30.0 ± 0.0 |")
+    assert first.startswith("| the full | 3 | 40.0 ± 26.5 |")
+    assert second.startswith("| one | 1 | 30.0 |")
 
 
 def arguments(catalogue, workdir, *more):
@@ -95,13 +104,14 @@ def test_a_sweep_runs_each_variant_once(catalogue, tmp_path, capsys):
             directory = tmp_path / f"patience={patience}" / f"seed{seed}"
             config = json.loads((directory / "config.json").read_text())
             assert (config["patience"], config["seed"]) == (patience, seed)
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert rows == collect(tmp_path, ["patience=0", "patience=3"], [1, 2])
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table == collect(tmp_path, {x: x for x in ("patience=0", "patience=3")}, [1, 2])
+    rows = table["rows"]
     assert [row["seeds"] for row in rows] == [2, 2]
     assert {k: v for k, v in rows[0].items() if k != "variant"} == {
         k: v for k, v in rows[1].items() if k != "variant"
     }
-    assert (tmp_path / "table.md").read_text() == markdown(rows)
+    assert (tmp_path / "table.md").read_text() == markdown(table)
     assert "patience=3" in out
 
     # What is finished is not run again; what is not, goes on.
@@ -114,7 +124,7 @@ def test_a_sweep_runs_each_variant_once(catalogue, tmp_path, capsys):
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("eval.json")}
     assert after.keys() == times.keys()
     assert [path for path in times if after[path] != times[path]] == [gone]
-    assert json.loads((tmp_path / "table.json").read_text()) == rows
+    assert json.loads((tmp_path / "table.json").read_text()) == table
 
 
 @pytest.mark.parametrize(

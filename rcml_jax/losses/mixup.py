@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.similarity import cosine
+from rcml_jax.similarity import l2_normalize
 
 
 def m3co(
@@ -33,12 +33,12 @@ def m3co(
     (n,), each a permutation. where: (n,) bool, false for padding, which must partner itself only.
     """
     _check(clean, mixed, partner)
+    clean, mixed = [l2_normalize(x) for x in clean], [l2_normalize(x) for x in mixed]
+    targets = [_valid_rows(_mixed_targets(coefficient, p), where) for p in partner]
     total = jnp.float32(0)
-    for a, b in itertools.combinations(range(len(clean)), 2):
-        for x, y in ((a, b), (b, a)):
-            targets = _mixed_targets(coefficient, partner[x])
-            logits = _logits(mixed[x], clean[y], temperature)
-            total += _both_ways(logits, targets, where) / 2
+    for x, y in itertools.permutations(range(len(clean)), 2):
+        logits = _logits(mixed[x], clean[y], temperature)
+        total += _both_ways(logits, targets[x], where) / 2
     return total
 
 
@@ -59,21 +59,35 @@ def multi_soft_clip(
     stop_gradient_targets: no gradient through w; the paper's has it.
     """
     _check(embeddings)
+    units = [l2_normalize(x) for x in embeddings]
+    targets = [_valid_rows(_soft_targets(x, temperature, where), where) for x in units]
+    if stop_gradient_targets:
+        targets = jax.lax.stop_gradient(targets)
     total = jnp.float32(0)
-    for a, b in itertools.combinations(range(len(embeddings)), 2):
-        for x, y in ((a, b), (b, a)):
-            soft = _log_softmax(_logits(embeddings[x], embeddings[x], temperature), where)
-            targets = jnp.exp(soft)
-            if stop_gradient_targets:
-                targets = jax.lax.stop_gradient(targets)
-            logits = _logits(embeddings[y], embeddings[x], temperature)
-            total += _both_ways(logits, targets, where) / 2
+    for a, b in itertools.combinations(range(len(units)), 2):
+        # With x_a as rows, L² has its targets w^b on these logits, L¹ w^a on the transposed ones.
+        logits = _logits(units[a], units[b], temperature)
+        both = targets[a].T + targets[b]
+        total += _both_ways(logits, both, where) / 2
     return total
 
 
+def _both_ways(logits: jax.Array, targets: jax.Array, where: jax.Array | None) -> jax.Array:
+    """1/N Σ_il t_il [L_sim(row i; l) + L_sim(column l; i)]; targets are 0 on padding.
+
+    With r and c the logarithms of the sums of exponentials of rows and columns, the bracket is
+    r_i + c_l − 2 logit_il: no (n, n) array of log-probabilities is made.
+    """
+    valid = jnp.ones(len(logits), bool) if where is None else jnp.asarray(where, bool)
+    rows = jax.nn.logsumexp(logits, axis=1, where=valid)
+    columns = jax.nn.logsumexp(logits, axis=0, where=valid[:, None])
+    sums = jnp.where(valid, rows * targets.sum(axis=1) + columns * targets.sum(axis=0), 0)
+    return (jnp.sum(sums) - 2 * jnp.sum(targets * logits)) / jnp.maximum(jnp.sum(valid), 1)
+
+
 def _logits(x: jax.Array, y: jax.Array, temperature: float | jax.Array) -> jax.Array:
-    scores = cosine(x, y)
-    return scores / jnp.asarray(temperature, scores.dtype)
+    """Cosine similarities of unit vectors over τ, (n, n)."""
+    return x @ y.T / temperature
 
 
 def _mixed_targets(coefficient: jax.Array, partner: jax.Array) -> jax.Array:
@@ -84,22 +98,19 @@ def _mixed_targets(coefficient: jax.Array, partner: jax.Array) -> jax.Array:
     return share * own + (1 - share) * other
 
 
-def _both_ways(logits: jax.Array, targets: jax.Array, where: jax.Array | None) -> jax.Array:
-    """1/N Σ_il t_il [L_sim(row i; l) + L_sim(column l; i)]."""
-    rows = _log_softmax(logits, where)
-    columns = _log_softmax(logits.T, where).T
+def _soft_targets(
+    x: jax.Array, temperature: float | jax.Array, where: jax.Array | None
+) -> jax.Array:
+    """w_il = softmax_l(x_i·x_l/τ) over valid l, (n, n)."""
+    logits = _logits(x, x, temperature)
     if where is None:
-        return -jnp.sum(targets * (rows + columns)) / len(logits)
-    both = jnp.asarray(where, bool)[:, None] & jnp.asarray(where, bool)
-    terms = jnp.where(both, targets * (rows + columns), 0)
-    return -jnp.sum(terms) / jnp.maximum(jnp.sum(where), 1)
+        return jax.nn.softmax(logits, axis=1)
+    return jax.nn.softmax(logits, axis=1, where=jnp.asarray(where, bool))
 
 
-def _log_softmax(logits: jax.Array, where: jax.Array | None) -> jax.Array:
-    """Row-wise, over valid columns; padding gets a large negative number, not −inf: 0 · −inf."""
-    if where is not None:
-        logits = jnp.where(jnp.asarray(where, bool), logits, jnp.finfo(logits.dtype).min / 2)
-    return jax.nn.log_softmax(logits, axis=1)
+def _valid_rows(targets: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Targets with the rows of padding at 0."""
+    return targets if where is None else jnp.where(jnp.asarray(where, bool)[:, None], targets, 0)
 
 
 def _check(*groups: Sequence[jax.Array]) -> None:

@@ -52,13 +52,21 @@ class Method(abc.ABC):
         del found
         return params
 
+    def phases(self) -> "list[tuple[int, Method]]":
+        """(first step, method) of each part of the training whose loss is another, in order.
+
+        Each is compiled by itself, so that no step computes the loss of another phase. All have the
+        same parameters.
+        """
+        return [(0, self)]
+
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """The batch after what needs all of its raw examples, such as mixing them in pairs."""
         del key
         return batch
 
     @abc.abstractmethod
-    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> Any:
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
         """Embeddings of `batch["items"]`, examples on the leading axis of every leaf."""
 
     @abc.abstractmethod
@@ -75,7 +83,7 @@ class Method(abc.ABC):
     ) -> tuple[jax.Array, Metrics]:
         """The objective of the embedded batch: what one device, or sharded `jit`, computes."""
         batch = self.prepare(batch, key)
-        return self.objective(params, self.embed(params, batch, key, progress), batch, progress)
+        return self.objective(params, self.embed(params, batch, key), batch, progress)
 
     def frozen(self, params: Params) -> Any:
         """A tree of booleans like `params`: true where a parameter is not trained."""

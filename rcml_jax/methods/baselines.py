@@ -36,9 +36,9 @@ class BaselineMethod(RelationalMethod):
             params["bias"] = jnp.asarray(_BIAS, jnp.float32)
         return params
 
-    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> dict:
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """CLIP's embeddings of the items, (N, d) each."""
-        del key, progress  # CLIP's towers have no dropout.
+        del key  # CLIP's towers have no dropout.
         towers = self.stop_frozen(params)["towers"]
         return self.model.apply({"params": towers}, batch["items"]["ids"], batch["items"]["images"])
 

@@ -1,5 +1,6 @@
 """M3CoL (arXiv 2409.17777): classification with a mixup-contrastive, then a soft-target loss."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -65,10 +66,14 @@ class M3CoLMethod(Method):
         config = self.config
         return config.validate_every or config.validate_epochs * self.task.sampler.per_epoch
 
-    @functools.cached_property
-    def m3co_steps(self) -> int:
-        """The number of first steps with M3Co, int(steps/3) by default."""
-        return int(self.steps * self.config.loss.m3co_share + 1e-9)
+    def phases(self) -> list[tuple[int, Method]]:
+        """M3Co for the first int(steps/3) steps, by default, and MultiSClip after them."""
+        if self.contrastive != "scheduled":
+            return [(0, self)]
+        first, second = copy.copy(self), copy.copy(self)
+        first.contrastive, second.contrastive = "m3co", "multi_soft_clip"
+        switch = int(self.steps * self.config.loss.m3co_share + 1e-9)
+        return [(0, first), (switch, second)] if switch else [(0, second)]
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
@@ -128,36 +133,22 @@ class M3CoLMethod(Method):
 
     @property
     def _mixes(self) -> bool:
-        return self.config.mixup.labels or self.contrastive in ("scheduled", "m3co")
+        return self.config.mixup.labels or self.contrastive == "m3co"
 
     def _floats(self, name: str, inputs: tuple) -> tuple:
         return (normalize_pixels(inputs[0]),) if self.kinds[name] == "image" else inputs
 
-    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> dict:
-        """Embeddings by modality, (n, d) each, not normalised: "clean", and "mixed" at the input.
-
-        The mixed ones are made only while the loss needs them, and are 0 after that.
-        """
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
+        """Embeddings by modality, (n, d) each, not normalised: "clean", and "mixed" at the input."""
         items = batch["items"]
         encode = functools.partial(self._encode, params, key=key)
+        mixed = self.mixed_inputs if self._mixes else ()
         # Vanilla mixup classifies mixed samples alone.
-        skipped = self.mixed_inputs if self.config.mixup.labels else ()
-        clean = {n: encode(n, items[n]) for n in self.names if n not in skipped}
-        if not self._mixes or not self.mixed_inputs:
-            return {"clean": clean, "mixed": {}}
-
-        def mixed() -> dict:
-            return {n: encode(n, items[f"{n} mixed"]) for n in self.mixed_inputs}
-
-        if self.contrastive != "scheduled" or self.config.mixup.labels:
-            return {"clean": clean, "mixed": mixed()}
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mixed))
-        needed = jax.lax.cond(self._first(progress), mixed, lambda: nothing)
-        return {"clean": clean, "mixed": needed}
-
-    def _first(self, progress: jax.Array) -> jax.Array:
-        """Whether this is one of the first steps, those with M3Co; half a step of tolerance."""
-        return progress * self.steps < self.m3co_steps - 0.5
+        clean = [n for n in self.names if not (self.config.mixup.labels and n in mixed)]
+        return {
+            "clean": {n: encode(n, items[n]) for n in clean},
+            "mixed": {n: encode(n, items[f"{n} mixed"]) for n in mixed},
+        }
 
     def _encode(self, params: Params, name: str, inputs: tuple, *, key: jax.Array) -> jax.Array:
         return self.model.apply(
@@ -168,7 +159,8 @@ class M3CoLMethod(Method):
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Eq. 16 over the whole batch."""
+        """Eq. 16 over the whole batch, in one of the phases."""
+        del progress  # The loss changes with the phase alone.
         config, shared = self.config, batch["shared"]
         valid, labels = shared["valid"], shared["labels"]
         clean, mixed = embedded["clean"], dict(embedded["mixed"])
@@ -194,20 +186,17 @@ class M3CoLMethod(Method):
         value = fused + config.loss.unimodal_weight * sum(losses.values(), start=jnp.float32(0))
         metrics = {"fused": fused} | losses
         if self.contrastive != "none":
-            term = self._contrastive(clean, mixed, shared, progress)
+            term = self._contrastive(clean, mixed, shared)
             value += config.loss.contrastive_weight * term
             metrics["contrastive"] = term
         hit = jnp.argmax(logits["fused"], axis=1) == labels
         return value, metrics | {"accuracy": _mean(hit.astype(jnp.float32), valid)}
 
-    def _contrastive(
-        self, clean: dict, mixed: dict, shared: dict, progress: jax.Array
-    ) -> jax.Array:
-        """The contrastive term of this step, and only that one."""
+    def _contrastive(self, clean: dict, mixed: dict, shared: dict) -> jax.Array:
+        """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss, where = self.config.loss, shared["valid"]
-
-        def first() -> jax.Array:
+        if self.contrastive == "m3co":
             return m3co(
                 z,
                 [mixed[name] for name in self.names],
@@ -216,24 +205,17 @@ class M3CoLMethod(Method):
                 temperature=loss.temperature,
                 where=where,
             )
-
-        def second() -> jax.Array:
+        if self.contrastive == "multi_soft_clip":
             return multi_soft_clip(
                 z,
                 temperature=loss.soft_temperature,
                 where=where,
                 stop_gradient_targets=loss.stop_gradient_targets,
             )
-
-        if self.contrastive == "clip":
-            # Twice the average of both directions, which is M3Co at λ = 1.
-            unit = [l2_normalize(x) for x in z]
-            pairs = itertools.combinations(unit, 2)
-            one = functools.partial(clip, temperature=loss.temperature, where=where)
-            return 2 * sum((one(a, b) for a, b in pairs), start=jnp.float32(0))
-        if self.contrastive == "scheduled":
-            return jax.lax.cond(self._first(progress), first, second)
-        return first() if self.contrastive == "m3co" else second()
+        # Twice the average of both directions, which is M3Co at λ = 1.
+        pairs = itertools.combinations([l2_normalize(x) for x in z], 2)
+        one = functools.partial(clip, temperature=loss.temperature, where=where)
+        return 2 * sum((one(a, b) for a, b in pairs), start=jnp.float32(0))
 
     # Evaluation
 

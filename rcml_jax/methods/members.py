@@ -1,5 +1,6 @@
 """Several M3CoL models in one compiled step: one for each seed, and one for each seed and fold."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,15 @@ class Members(Method):
         """The batches, which all models share."""
         return self.single.batches()
 
+    def phases(self) -> list[tuple[int, Method]]:
+        """As one model alone."""
+        found = []
+        for first, single in self.single.phases():
+            phase = copy.copy(self)
+            phase.single = single
+            found.append((first, phase))
+        return found
+
     def init(self, key: jax.Array, batch: Batch) -> Params:
         """Each model's parameters from its own seed."""
         del key
@@ -88,10 +98,7 @@ class Members(Method):
     def loss(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The sum of the models' losses, whose gradient is each one's own; the mean is logged.
-
-        `progress` stays outside the vmap, so that the switch of losses stays one, not a select.
-        """
+        """The sum of the models' losses, whose gradient is each one's own; the mean is logged."""
 
         def one(params: Params, keep: jax.Array, seed: jax.Array) -> tuple:
             shared = batch["shared"]
@@ -102,7 +109,7 @@ class Members(Method):
         values, metrics = jax.vmap(one)(params, self._keep, self._seeds)
         return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
-    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> Any:
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
         """Not split in two: `loss` is the whole."""
         raise NotImplementedError("several models have one loss, not an embedding and an objective")
 

@@ -43,9 +43,9 @@ class RCMLMethod(RelationalMethod):
             key, shared["relation_ids"][:1], items["ids"][:1], items["images"][:1]
         )["params"]
 
-    def embed(self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array) -> dict:
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """z_T and z_I, (N, R, d) each, of the items under the batch's relations."""
-        del key, progress  # CLIP's towers have no dropout.
+        del key  # CLIP's towers have no dropout.
         items, shared = batch["items"], batch["shared"]
         params = self.stop_frozen(params)
         out = self.model.apply(

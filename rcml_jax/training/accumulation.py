@@ -49,7 +49,7 @@ def exact(
     pieces = _split(batch["items"], parts)
 
     def embed(params: Any, piece: Any, key: jax.Array) -> Any:
-        return method.embed(params, batch | {"items": piece}, key, progress)
+        return method.embed(params, batch | {"items": piece}, key)
 
     embedded = lax.map(lambda part: embed(params, *part), (pieces, keys))
     objective = jax.value_and_grad(
@@ -69,11 +69,15 @@ def exact(
 
 
 def _split(tree: Any, parts: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+    """Part p has the rows p, p + parts, ...: where rows are split over devices, so is each part.
+
+    Parts of neighbouring rows would lie on a few devices each, and all would compute all of them.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def _join(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 ACCUMULATIONS = {"exact": exact, "micro": micro}

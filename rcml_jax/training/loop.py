@@ -131,7 +131,7 @@ class Run:
         # Metrics of the steps since the last line of metrics.jsonl: they travel in it, too.
         self.pending: list = []
         latest = self.checkpoints.latest()
-        self.state, step = self._first_state(workdir)
+        self.state, phases = self._first_state(workdir)
         if latest is not None:
             self.state, loop = self.checkpoints.restore(latest, self._saved(), self.data)
             self.state = self.devices.put_state(self.state)
@@ -139,7 +139,7 @@ class Run:
             self.pending = loop["pending"]
         self.first = latest or 0
         self.writer = MetricsWriter(workdir, step=self.first, tensorboard=config.tensorboard)
-        self.step = devices.compile(step)
+        self.phases = [(first, devices.compile(step)) for first, step in phases]
         self.progress = Progress(self.first, self.steps, self.examples)
         if latest is not None and not self._over(self.first):
             self.progress.note(f"resuming from step {latest}")
@@ -174,8 +174,11 @@ class Run:
             config.optimizer, self.steps, frozen, self.method.decayed(params)
         )
         accumulation = config.get("accumulation", "exact")
-        step = make_step(self.method, transform, self.steps, accumulation, parts)
-        return self.devices.put_state(create(params, transform, run_key)), step
+        phases = [
+            (first, make_step(method, transform, self.steps, accumulation, parts))
+            for first, method in self.method.phases()
+        ]
+        return self.devices.put_state(create(params, transform, run_key)), phases
 
     def _saved(self) -> Any:
         return self.devices.get_state(self.state)
@@ -201,7 +204,8 @@ class Run:
         config = self.config
         while not self._over(step) and not interrupt.asked:
             batch = self.devices.put_batch(next(self.data))
-            self.state, metrics = self.step(self.state, batch)
+            run = next(run for first, run in reversed(self.phases) if step >= first)
+            self.state, metrics = run(self.state, batch)
             step += 1
             self.pending.append(metrics)
             validate = step % self.validate_every == 0 or step == self.steps

@@ -76,11 +76,15 @@ def build(
 
 
 def _scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
-    """Multiply the updates of the parts that begin with a name by its factor."""
+    """Multiply the updates of the parts that begin with a name by its factor.
+
+    Of several names the longest counts.
+    """
+    longest_first = sorted(factors, key=len, reverse=True)
 
     def one(path: Any, update: jax.Array) -> jax.Array:
         part = path[0].key
-        return next((f * update for name, f in factors.items() if part.startswith(name)), update)
+        return next((factors[n] * update for n in longest_first if part.startswith(n)), update)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
 

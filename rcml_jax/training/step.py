@@ -54,7 +54,7 @@ def make_step(
         key = jax.random.fold_in(key, lax.axis_index(axis))
 
         def loss(params):
-            embedded = method.embed(params, batch, key, progress)
+            embedded = method.embed(params, batch, key)
             whole = across_devices(
                 lambda everyone: method.objective(params, everyone, batch, progress), axis
             )

@@ -1,9 +1,15 @@
-"""Relation batches: what the sampler draws, and the arrays that the collator makes of it."""
+"""What the samplers draw, and the arrays that the collator makes of a relation batch."""
 
 import numpy as np
 import pytest
 
-from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.batches import (
+    BatchSizes,
+    EpochSampler,
+    RelationSampler,
+    batch_iterator,
+    collator,
+)
 from rcml_jax.data.graph import split_graph
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.text import train_tokenizer
@@ -220,3 +226,77 @@ def test_sizes_that_just_fit():
 def test_more_relations_than_have_pairs(toy, splits):
     with pytest.raises(UserError, match=r"config.batch.relations=13, but only 12 relations have"):
         sample(toy, splits, BatchSizes(relations=13, pairs=1, intra_pairs=0, items=30))
+
+
+# Ten rows of a data set in batches of four: three batches an epoch, two places of padding.
+ROWS = np.array([3, 4, 7, 8, 11, 15, 16, 20, 21, 30])
+
+
+def epoch_of(sampler, epoch):
+    """The rows of an epoch in order, without the padding."""
+    plans = [sampler[epoch * sampler.per_epoch + place] for place in range(sampler.per_epoch)]
+    return np.concatenate([plan["rows"][plan["valid"]] for plan in plans])
+
+
+@pytest.mark.parametrize(("size", "per_epoch"), [(1, 10), (3, 4), (4, 3), (5, 2), (9, 2), (10, 1)])
+def test_an_epoch_has_every_row_once(size, per_epoch):
+    sampler = EpochSampler(ROWS, size, seed=0)
+    assert (sampler.size, sampler.per_epoch) == (size, per_epoch)
+    for epoch in (0, 1, 10**8):
+        np.testing.assert_array_equal(np.sort(epoch_of(sampler, epoch)), ROWS)
+
+
+def test_epochs_differ_in_their_order():
+    sampler = EpochSampler(ROWS, 4, seed=0)
+    orders = {tuple(epoch_of(sampler, epoch).tolist()) for epoch in range(20)}
+    assert len(orders) == 20
+    assert len({order[0] for order in orders}) > 5
+
+
+def test_only_the_last_batch_of_an_epoch_is_padded():
+    sampler = EpochSampler(ROWS, 4, seed=0)
+    for k in range(9):
+        plan = sampler[k]
+        padding = 2 if k % 3 == 2 else 0
+        np.testing.assert_array_equal(plan["valid"], np.arange(4) < 4 - padding)
+        assert plan["rows"].shape == (4,)
+        assert set(plan["rows"].tolist()) <= set(ROWS.tolist())  # what pads is a row as well
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_batch_of_all_rows_keeps_their_order(size):
+    sampler = EpochSampler(ROWS, size, seed=0)
+    assert (sampler.size, sampler.per_epoch) == (10, 1)
+    for k in (0, 1, 7):
+        np.testing.assert_array_equal(sampler[k]["rows"], ROWS)
+        assert sampler[k]["valid"].all()
+    assert np.any(sampler[0]["noise"] != sampler[1]["noise"])
+
+
+def test_a_batch_is_a_function_of_the_seed_and_its_place():
+    sampler = EpochSampler(ROWS, 4, seed=1)
+    plans = [sampler[k] for k in (0, 1, 5, 10**9)]
+    others = [EpochSampler(ROWS, 4, seed=1)[np.int64(k)] for k in (10**9, 5, 1, 0)][::-1]
+    assert all(same(a, b) for a, b in zip(plans, others, strict=True))
+    assert len({tuple(plan["noise"].tolist()) for plan in plans}) == 4
+    other = EpochSampler(ROWS, 4, seed=2)
+    assert np.any(epoch_of(other, 0) != epoch_of(sampler, 0))
+    assert np.any(other[0]["noise"] != plans[0]["noise"])
+    np.testing.assert_array_equal(ROWS, np.sort(ROWS))  # not shuffled in place
+
+
+@pytest.mark.parametrize("size", [11, -1])
+def test_a_batch_must_fit_the_training_split(size):
+    with pytest.raises(UserError, match=rf"batch of {size} samples does not fit .* which has 10;"):
+        EpochSampler(ROWS, size, seed=0)
+
+
+def test_epochs_go_through_the_iterator_and_its_state():
+    sampler = EpochSampler(ROWS, 4, seed=0)
+    iterator = batch_iterator(sampler, lambda plan: plan)
+    for k in range(4):
+        assert same(next(iterator), sampler[k])
+    state = iterator.get_state()
+    other = batch_iterator(EpochSampler(ROWS, 4, seed=0), lambda plan: plan)
+    other.set_state(state)
+    assert same(next(other), sampler[4])

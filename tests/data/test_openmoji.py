@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from rcml_jax.data import openmoji, protocol
+from rcml_jax.data import openmoji, openmoji_groups, protocol
 from rcml_jax.data.graph import SPLITS, split_graph
 from rcml_jax.data.images import ImageBank
 from rcml_jax.errors import UserError
@@ -68,6 +68,41 @@ def test_every_split_gives_every_task(emoji):
         assert len(protocol.retrieval_queries(emoji, splits, split, seed=0).query) > 500
         assert protocol.relation_candidates(emoji, splits, split, seed=0).relations.shape[1] == 10
         assert len(protocol.validity_examples(emoji, splits, split, seed=0).a) > 500
+
+
+def test_every_label_has_a_group(emoji):
+    groups = openmoji.groups()
+    assert set(emoji.label_names) <= set(groups)
+    assert groups["food-fruit"] == "Food & Drink"
+    assert groups["face-smiling"] == "Smileys & Emotion"
+    assert groups["subdivision-flag"] == "Flags"
+
+
+@pytest.fixture(scope="module")
+def grouped(emoji, openmoji_dir):
+    return openmoji_groups.load(openmoji_dir)
+
+
+def test_the_groups_are_nine_classes(emoji, grouped):
+    assert grouped.validate() is grouped
+    assert (len(grouped), grouped.classes) == (1914, 9)
+    assert "Component" not in grouped.label_names
+    assert [(m.name, m.kind) for m in grouped.modalities] == [("image", "image"), ("text", "text")]
+    assert tuple(grouped.modalities[1].values) == emoji.texts
+    assert grouped.modalities[0].values.encoded(5) == emoji.images.encoded(5)
+    groups = openmoji.groups()
+    for label, kind in zip(grouped.labels, emoji.labels, strict=True):
+        assert grouped.label_names[label] == groups[emoji.label_names[kind]]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_groups_are_split_as_the_graph(emoji, openmoji_dir, seed):
+    data = openmoji_groups.load(openmoji_dir, split_seed=seed)
+    splits = split_graph(emoji, seed=seed, disjoint="item")
+    for split in SPLITS:
+        np.testing.assert_array_equal(data.rows(split), np.sort(splits.items(split)))
+    rows = np.concatenate([data.rows(split) for split in SPLITS])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(len(data)))
 
 
 def test_missing_packages_are_user_errors(monkeypatch):

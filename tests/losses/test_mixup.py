@@ -184,3 +184,28 @@ def test_coefficients_are_beta_and_partners_a_permutation():
     some = coefficients(jax.random.key(0), 20_000, fraction=0.25)
     assert abs(float((some < 1).mean()) - 0.25) < 0.02
     np.testing.assert_array_equal(np.sort(partners(jax.random.key(1), 50)), np.arange(50))
+
+
+def test_padding_is_its_own_partner_and_nobody_elses():
+    wheres = np.array([[1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], bool)
+    wheres = np.concatenate([wheres, [np.zeros(6, bool), np.ones(6, bool), np.arange(6) == 2]])
+    keys = jax.random.split(jax.random.key(2), 500)
+    draw = jax.jit(jax.vmap(jax.vmap(lambda k, w: partners(k, 6, where=w), (0, None)), (None, 0)))
+    found = draw(keys, wheres)
+    assert jnp.issubdtype(found.dtype, jnp.integer)
+    for where, rows in zip(wheres, np.asarray(found), strict=True):
+        # A permutation that keeps the padding where it is maps valid samples to valid ones.
+        np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(6), (500, 1)))
+        assert np.all(rows[:, ~where] == np.flatnonzero(~where))
+        for sample in np.flatnonzero(where):
+            chance = np.bincount(rows[:, sample], minlength=6) / 500
+            np.testing.assert_allclose(chance, where / where.sum(), atol=0.1)
+
+
+def test_partners_under_vmap_are_those_of_one_key():
+    where = np.arange(9) < 7
+    keys = jax.random.split(jax.random.key(3), 4)
+    one = jax.jit(lambda k, w: partners(k, 9, where=w))
+    many = jax.vmap(one, (0, None))(keys, where)
+    np.testing.assert_array_equal(many, [one(key, where) for key in keys])
+    assert len(np.unique(many, axis=0)) == 4

@@ -82,7 +82,7 @@ def test_a_run_leaves_its_files(whole):
 
 def test_the_learning_rate_in_the_metrics_is_that_of_the_step(whole, catalogue):
     config = tiny_config(catalogue)
-    rate = schedule(config.optimizer.learning_rate, config.optimizer.warmup_steps, config.steps)
+    rate = schedule(config.optimizer, config.steps)
     lines = [x for x in read_metrics(whole[0]) if x["kind"] == "train"]
     # The line of step k is about the update that took the run from step k − 1 to k.
     expected = [float(rate(x["step"] - 1)) for x in lines]

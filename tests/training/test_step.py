@@ -1,116 +1,19 @@
-"""The optimizer and one step: schedule, clipping, weight decay, frozen towers, random keys."""
+"""One step: random keys, progress, what is decayed, frozen towers."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 
-from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods.base import Method
 from rcml_jax.training import optimizer
 from rcml_jax.training.step import create, make_step
 from tests.toy import tiny_config
-
-
-def settings(**options):
-    values = {
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "weight_decay": 0.0,
-        "b1": 0.9,
-        "b2": 0.98,
-        "clip_norm": 0.0,
-    }
-    return ml_collections.ConfigDict(values | options)
-
-
-PARAMS = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "temperature": jnp.float32(1.0)}
-TRAINED = jax.tree.map(lambda _: False, PARAMS)
-
-
-def updates(config, gradients, frozen=TRAINED, steps=10, count=2):
-    """The parameters after `count` steps under constant gradients."""
-    transform, _ = optimizer.build(config, steps, frozen)
-    params, state = PARAMS, transform.init(PARAMS)
-    for _ in range(count):
-        update, state = transform.update(gradients, state, params)
-        params = optax.apply_updates(params, update)
-    return params
-
-
-def test_the_schedule_is_a_linear_warm_up_and_a_cosine():
-    rate = optimizer.schedule(0.5, warmup_steps=4, steps=20)
-    for step in range(21):
-        if step < 4:
-            expected = 0.5 * step / 4
-        else:
-            expected = 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)) / 2
-        assert float(rate(step)) == pytest.approx(expected, abs=1e-7)
-
-
-def test_the_schedule_without_warm_up_starts_at_the_top():
-    assert float(optimizer.schedule(0.5, warmup_steps=0, steps=20)(0)) == 0.5
-
-
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
-def test_a_rate_must_be_positive(rate):
-    with pytest.raises(UserError, match=r"learning_rate=.* must be above 0"):
-        optimizer.schedule(rate, 1, 10)
-
-
-def test_warm_up_must_leave_a_step():
-    with pytest.raises(UserError, match=r"warmup_steps=10 leaves no step of config\.steps=10"):
-        optimizer.schedule(0.1, 10, 10)
-
-
-def test_the_first_updates_are_those_of_adamw():
-    gradients = jax.tree.map(lambda p: 0.3 * jnp.ones_like(p), PARAMS)
-    moved = updates(settings(weight_decay=0.1), gradients, count=3)
-    expected = {"kernel": 1.0, "bias": 1.0, "temperature": 1.0}
-    for step in range(3):
-        rate = 1e-2 * min(step / 2, 1)
-        for name in expected:
-            # Under a constant gradient g the corrected moments are g and g².
-            decay = 0.1 * expected[name] if name == "kernel" else 0.0
-            expected[name] -= rate * (0.3 / (0.3 + 1e-8) + decay)
-    for name, value in expected.items():
-        np.testing.assert_allclose(moved[name], np.full(PARAMS[name].shape, value), rtol=1e-6)
-
-
-def test_weight_decay_leaves_vectors_and_scalars_alone():
-    nothing = jax.tree.map(jnp.zeros_like, PARAMS)
-    moved = updates(settings(weight_decay=0.1), nothing)
-    assert np.all(moved["kernel"] < 1)
-    np.testing.assert_array_equal(moved["bias"], PARAMS["bias"])
-    np.testing.assert_array_equal(moved["temperature"], PARAMS["temperature"])
-
-
-def test_clipping_bounds_the_norm_of_all_gradients_together():
-    # Adam's first moments show what came through: m = (1 − b1) g after one step.
-    gradients = jax.tree.map(lambda p: jnp.full_like(p, 10.0), PARAMS)
-    norm = 10.0 * math.sqrt(10)
-    for clip_norm, scale in ((0.0, 1.0), (2.0, 2.0 / norm), (1000.0, 1.0)):
-        transform, _ = optimizer.build(settings(clip_norm=clip_norm), 10, TRAINED)
-        _, state = transform.update(gradients, transform.init(PARAMS), PARAMS)
-        moments = optax.tree.get(state, "mu")
-        for name, gradient in gradients.items():
-            np.testing.assert_allclose(moments[name], 0.1 * scale * gradient, rtol=1e-6)
-
-
-def test_frozen_parameters_do_not_move_and_hold_no_moments():
-    gradients = jax.tree.map(jnp.ones_like, PARAMS)
-    frozen = TRAINED | {"kernel": True}
-    moved = updates(settings(weight_decay=0.1), gradients, frozen)
-    np.testing.assert_array_equal(moved["kernel"], PARAMS["kernel"])
-    assert np.all(moved["bias"] < 1)
-    assert float(moved["temperature"]) < 1
-    transform, _ = optimizer.build(settings(), 10, frozen)
-    assert all(leaf.shape != (2, 3) for leaf in jax.tree.leaves(transform.init(PARAMS)))
+from tests.training.test_optimizer import settings
 
 
 class Echo(Method):
@@ -123,7 +26,7 @@ class Echo(Method):
 
     init = validate = evaluate = batches
 
-    def embed(self, params, batch, key):
+    def embed(self, params, batch, key, progress):
         return params * jax.random.normal(key, batch["items"].shape)
 
     def objective(self, params, embedded, batch, progress):
@@ -150,6 +53,12 @@ def test_random_keys_and_progress_are_functions_of_the_step():
     assert float(later["gradient_norm"]) != pytest.approx(abs(gradient))
 
 
+def test_matrices_are_decayed_and_vectors_are_not():
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "temperature": jnp.float32(1.0)}
+    assert Echo().decayed(params) == {"kernel": True, "bias": False, "temperature": False}
+    assert not any(jax.tree.leaves(Echo().frozen(params)))
+
+
 @pytest.mark.parametrize(
     ("freeze", "still"),
     [
@@ -162,7 +71,8 @@ def test_frozen_towers_do_not_move_while_the_rest_does(catalogue, tmp_path, free
     method = build_method(config, tmp_path)
     batch = next(method.batches())
     params = method.init(jax.random.key(0), batch)
-    transform, _ = optimizer.build(settings(weight_decay=0.1), 10, method.frozen(params))
+    config = settings(schedule="cosine", weight_decay=0.1)
+    transform, _ = optimizer.build(config, 10, method.frozen(params), method.decayed(params))
     step = jax.jit(make_step(method, transform, 10), static_argnums=2)
     state = create(params, transform, jax.random.key(1))
     for _ in range(2):  # the rate of the first step is 0

@@ -1,0 +1,77 @@
+"""Hidden patches and lost words: how much, where, and that nothing else changes."""
+
+import numpy as np
+import pytest
+
+from rcml_jax.data.degrade import drop_words, hide_patches
+
+GREY = 128
+
+
+def pictures(n=6, height=8, width=4):
+    """Pictures without the grey that hides."""
+    return np.random.default_rng(0).integers(0, 100, (n, height, width, 3), np.uint8)
+
+
+def hidden_patches(before, after, patch):
+    """(n, rows, columns) bool: a patch is hidden as a whole, or not at all."""
+    n, height, width, _ = before.shape
+    hidden = np.zeros((n, height // patch, width // patch), bool)
+    for i, r, c in np.ndindex(hidden.shape):
+        place = i, slice(r * patch, (r + 1) * patch), slice(c * patch, (c + 1) * patch)
+        hidden[i, r, c] = np.all(after[place] == GREY)
+        if not hidden[i, r, c]:
+            np.testing.assert_array_equal(after[place], before[place])
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("share", "patch", "count"),
+    [(0.5, 2, 4), (1 / 3, 2, 3), (0.05, 2, 0), (0.25, 4, 0), (0.75, 4, 2), (0.0, 2, 0), (1, 2, 8)],
+)
+def test_each_picture_loses_the_same_number_of_whole_patches(share, patch, count):
+    before = pictures()
+    untouched = before.copy()
+    after = hide_patches(before, np.random.default_rng(1), share=share, patch=patch)
+    assert after.shape == before.shape
+    assert after.dtype == np.uint8
+    assert np.all(hidden_patches(before, after, patch).sum(axis=(1, 2)) == count)
+    np.testing.assert_array_equal(before, untouched)
+
+
+def test_patches_are_drawn_for_each_picture_and_each_place():
+    before = pictures(n=400)
+    after = hide_patches(before, np.random.default_rng(1), share=0.25, patch=2)
+    hidden = hidden_patches(before, after, 2)
+    assert len(np.unique(hidden, axis=0)) == 8 * 7 / 2  # every choice of two of the eight
+    assert np.abs(hidden.mean(axis=0) - 0.25).max() < 0.1
+
+
+def test_the_generator_alone_decides():
+    options = {"share": 0.5, "patch": 2}
+    one, same, other = (
+        hide_patches(pictures(), np.random.default_rng(seed), **options) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert np.any(one != other)
+
+
+def test_words_are_lost_one_by_one():
+    words = [f"word{i}" for i in range(4000)]
+    kept = drop_words(" ".join(words), np.random.default_rng(0), share=0.3).split()
+    assert abs(len(kept) / 4000 - 0.7) < 0.03
+    assert kept == [word for word in words if word in set(kept)]  # in order, each once
+    lost = np.array([word not in set(kept) for word in words])
+    assert abs(np.mean(lost[1:] & lost[:-1]) - 0.3**2) < 0.03  # each by itself
+
+
+def test_none_and_all_of_the_words():
+    text = "a  red\tapple\n"
+    assert drop_words(text, np.random.default_rng(0), share=0.0) == "a red apple"
+    assert drop_words(text, np.random.default_rng(0), share=1.0) == ""
+    assert drop_words("", np.random.default_rng(0), share=0.5) == ""
+
+
+def test_a_text_may_turn_empty_and_depends_on_the_generator():
+    found = {drop_words("one two", np.random.default_rng(seed), share=0.5) for seed in range(40)}
+    assert found == {"", "one", "two", "one two"}
