@@ -25,6 +25,7 @@ from benchmarks import timing
 from rcml_jax.commands import load_config_file
 from rcml_jax.methods import build
 from rcml_jax.training import optimizer as optimizers
+from rcml_jax.training import parallel
 from rcml_jax.training.step import create, make_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -55,8 +56,8 @@ class Ours:
             config.optimizer, method.steps, method.frozen(params), method.decayed(params)
         )
         steps = [make_step(phase, transform, method.steps) for _, phase in method.phases()]
-        steps = [jax.jit(functools.partial(step, axis=None), donate_argnums=0) for step in steps]
-        self._steps = dict(zip(PHASES, steps, strict=True))
+        compiled = parallel.build("jit", jax.devices()).compile
+        self._steps = dict(zip(PHASES, map(compiled, steps), strict=True))
         self._state = create(params, transform, jax.random.key(1))
         self._batch = jax.device_put(batch)
         self.config = config
@@ -168,7 +169,7 @@ def main() -> None:
             for name, side in ((PLAIN, plain), (OURS, ours))
             for phase in PHASES
         }
-        times = timing.alternate(functions, repeats=args.repeats, warmup=3)
+        times = timing.alternate(functions, repeats=args.repeats, warmup=3, pause=0.3)
     share = ours.config.loss.m3co_share
     per_seed = {
         PLAIN: run_times(times, PLAIN, share, 1),

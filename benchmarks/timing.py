@@ -28,12 +28,16 @@ def machine() -> dict:
     }
 
 
-def alternate(functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2) -> Times:
+def alternate(
+    functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2, pause: float = 0.0
+) -> Times:
     """Seconds of every function in each of `repeats` rounds, in an order drawn anew each round.
 
     The functions return arrays, which are waited for. `warmup` calls of each, compilation among
-    them, are not timed. Returns (repeats, 2) for each: wall-clock and processor seconds, the latter
-    summed over threads, which other programs on the machine hardly change.
+    them, are not timed. `pause` seconds go before each timed call: the threads of some libraries
+    spin for a while after their work, and would be counted against the next one. Returns
+    (repeats, 2) for each: wall-clock and processor seconds, the latter summed over threads, which
+    other programs on the machine hardly change.
     """
     for function in functions.values():
         for _ in range(warmup):
@@ -42,6 +46,7 @@ def alternate(functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: 
     rng = np.random.default_rng(0)
     for turn in range(repeats):
         for name in rng.permutation(list(functions)):
+            time.sleep(pause)
             start = time.perf_counter(), time.process_time()
             jax.block_until_ready(functions[name]())
             times[name][turn] = time.perf_counter() - start[0], time.process_time() - start[1]

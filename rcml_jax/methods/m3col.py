@@ -139,7 +139,7 @@ class M3CoLMethod(Method):
         return (normalize_pixels(inputs[0]),) if self.kinds[name] == "image" else inputs
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """Embeddings by modality, (n, d) each, not normalised: "clean", and "mixed" at the input."""
+        """Raw embeddings by modality, (n, d) each: "clean" and, of mixed inputs, "mixed"."""
         items = batch["items"]
         encode = functools.partial(self._encode, params, key=key)
         mixed = self.mixed_inputs if self._mixes else ()
