@@ -40,6 +40,7 @@ def mix(tree: Any, coefficient: jax.Array, partner: jax.Array) -> Any:
     """
 
     def one(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"an array of {x.dtype} cannot be mixed; mix its embedding")
         share = coefficient.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)

@@ -160,6 +160,11 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         validation = dict.fromkeys(places, declared) if len(declared) else {}
         return jnp.asarray(np.stack([everything] * len(seeds))), Models(names, places, validation)
     train = data.rows("train")
+    if config.data.folds > len(train):
+        raise UserError(
+            f"config.data.folds={config.data.folds} is more than the {len(train)} training "
+            "samples; lower it"
+        )
     fold = np.full(len(data), -1)
     fold[train] = stratified_folds(data.labels[train], config.data.folds, config.data.split_seed)
     keep, validation = [everything] * len(seeds), {}

@@ -204,8 +204,7 @@ class Run:
         config = self.config
         while not self._over(step) and not interrupt.asked:
             batch = self.devices.put_batch(next(self.data))
-            run = next(run for first, run in reversed(self.phases) if step >= first)
-            self.state, metrics = run(self.state, batch)
+            self.state, metrics = self.step_at(step)(self.state, batch)
             step += 1
             self.pending.append(metrics)
             validate = step % self.validate_every == 0 or step == self.steps
@@ -217,6 +216,10 @@ class Run:
             self._log(step)
             self._save(step)
             self.progress.note(f"stopped after step {step}; start again to go on")
+
+    def step_at(self, step: int) -> Any:
+        """The compiled step of the phase that a step is in."""
+        return next(compiled for first, compiled in reversed(self.phases) if step >= first)
 
     def _log(self, step: int) -> None:
         """Write the mean of the pending metrics; stop the run where a loss is not finite."""

@@ -31,16 +31,17 @@ def train(config, workdir, after=lambda step: None) -> bool:
     with loop.Interrupt() as interrupt:
         method = build_method(config, workdir)
         run = loop.Run(config, workdir, method, parallel.build(config.parallel, devices))
-        step, done = run.step, run.first
+        step_at = run.step_at
 
-        def stepping(state, batch):
-            nonlocal done
-            out = step(state, batch)
-            done += 1
-            after(done)
-            return out
+        def stepping(step):
+            def one(state, batch):
+                out = step_at(step)(state, batch)
+                after(step + 1)
+                return out
 
-        run.step = stepping
+            return one
+
+        run.step_at = stepping
         return run.train(interrupt)
 
 

@@ -1,0 +1,570 @@
+"""M3CoL from data to eval.json: tables with seeds and folds, news pictures with headlines."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcml_jax.errors import UserError
+from rcml_jax.methods import build
+from rcml_jax.training import loop, parallel
+from rcml_jax.training.checkpoint import read_params
+from rcml_jax.training.optimizer import build as build_optimizer
+from rcml_jax.training.step import create, make_step
+from rcml_jax.training.writer import read_history
+from tests import reference
+from tests.data.imagetext import write_news
+from tests.toy import ROOT, read_metrics
+from tests.training.test_loop import assert_same_end, train
+
+CONFIG = ROOT / "configs" / "m3col.py"
+VIEWS, ROWS = (6, 5, 4), {"tr": 40, "te": 20}
+TABLES = {
+    "epochs": 12,
+    "validate_epochs": 3,
+    "checkpoint_every": 6,
+    "log_every": 3,
+    "seeds": 2,
+    "devices": 1,
+    "model.width": 16,
+    "model.dropout": 0.0,
+    "optimizer.learning_rate": 3e-2,
+    "optimizer.step_size": 6,
+}
+NEWS = {
+    "epochs": 4,
+    "devices": 1,
+    "batch.size": 4,
+    "batch.parts": 1,
+    "model.image_pretrained": "",
+    "model.text_pretrained": "",
+    "model.width": 16,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.image_size": 16,
+    "model.patch_size": 8,
+    "model.vocab_size": 300,
+    "model.max_length": 16,
+}
+
+
+def configuration(source, options):
+    spec = importlib.util.spec_from_file_location("m3col_config", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(source)
+    config.update_from_flattened_dict(options)
+    return config
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Two classes, seen a little in each of three views."""
+    folder = tmp_path_factory.mktemp("omics")
+    rng = np.random.default_rng(0)
+    for part, rows in ROWS.items():
+        labels = np.arange(rows) % 2
+        np.savetxt(folder / f"labels_{part}.csv", labels)
+        for view, columns in enumerate(VIEWS, 1):
+            table = rng.normal(size=(rows, columns)) + labels[:, None]
+            np.savetxt(folder / f"{view}_{part}.csv", table, delimiter=",")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory):
+    return write_news(tmp_path_factory.mktemp("n24news") / "data")
+
+
+def omics_config(tables, **options):
+    values = {"data.path": str(tables)} | TABLES
+    values |= {name.replace("__", "."): value for name, value in options.items()}
+    return configuration("rosmap", values)
+
+
+def news_config(news, **options):
+    values = {"data.path": str(news)} | NEWS
+    values |= {name.replace("__", "."): value for name, value in options.items()}
+    return configuration("n24news", values)
+
+
+@pytest.fixture(scope="module")
+def omics_run(tables, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "omics"
+    return workdir, loop.train_and_evaluate(omics_config(tables), workdir)
+
+
+@pytest.fixture(scope="module")
+def news_run(news, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "news"
+    return workdir, loop.train_and_evaluate(news_config(news), workdir)
+
+
+def twin(params, inputs):
+    """Embeddings and logits of the NumPy twin with the parameters of a model of tables."""
+    layers = lambda mlp: [(x["kernel"], x["bias"]) for _, x in sorted(mlp.items())]  # noqa: E731
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    parts = {name: params[f"encoders_{name}"] for name in inputs}
+    return reference.m3col(
+        inputs,
+        {name: (part["low"], part["range"]) for name, part in parts.items()},
+        {name: layers(part["mlp"]) for name, part in parts.items()},
+        {name: layers(params[f"heads_{name}"]) for name in inputs},
+        layers(params["fusion"]),
+    )
+
+
+def cross_entropy(logits, targets):
+    """The mean over rows; targets (n, classes)."""
+    rows = zip(logits, targets, strict=True)
+    return np.mean([reference.cross_entropy(x, t, np.ones(len(t), bool)) for x, t in rows])
+
+
+def check_summary(summary, count):
+    assert "accuracy" in summary
+    for name, measure in summary.items():
+        if name == "which":
+            continue
+        assert set(measure) == {"mean", "std", "values"}, name
+        assert len(measure["values"]) == count
+        assert measure["mean"] == pytest.approx(np.mean(measure["values"]))
+        assert 0 <= measure["mean"] <= 1
+
+
+def test_the_evaluation_of_tables_has_its_form(omics_run):
+    workdir, result = omics_run
+    assert json.loads((workdir / "eval.json").read_text()) == result
+    assert (result["method"], result["dataset"], result["split"]) == ("m3col", "rosmap", "test")
+    assert set(result["classification"]) == {"last", "validation_selected", "best_test_epoch"}
+    for summary in result["classification"].values():
+        check_summary(summary, 2)
+        assert {"f1", "weighted_f1", "macro_f1", "auc"} < set(summary)
+    assert (
+        result["classification"]["best_test_epoch"]["accuracy"]["mean"]
+        >= (result["classification"]["last"]["accuracy"]["mean"])
+    )
+    protocol = result["protocol"]
+    assert protocol["samples"] == {"train": 40, "validation": 0, "test": 20}
+    assert protocol["models"] == [
+        "all-seed42", "all-seed43", "held-out-seed42", "held-out-seed43",
+    ]  # fmt: skip
+    assert protocol["looks"] == "one every 3 steps of 12"
+    assert set(protocol) > set(result["classification"])
+    # Three views with a shift of one deviation in each column are no secret.
+    assert result["classification"]["last"]["accuracy"]["mean"] > 0.7
+
+
+def test_the_checkpoint_gives_the_last_look(omics_run):
+    # "last" comes from the looks of training, "checkpoint" from the parameters read back.
+    _, result = omics_run
+    last = dict(result["classification"]["last"])
+    assert result["checkpoint"].pop("which") == "latest"
+    assert result["checkpoint"] == last
+    result["checkpoint"]["which"] = "latest"
+
+
+def test_predictions_give_the_accuracy(omics_run):
+    workdir, result = omics_run
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as arrays:
+        for place, seed in enumerate((42, 43)):
+            name = f"all-seed{seed}"
+            np.testing.assert_array_equal(arrays[f"{name}/labels"], np.arange(20) % 2)
+            right = arrays[f"{name}/fused"] == arrays[f"{name}/labels"]
+            expected = result["classification"]["last"]["accuracy"]["values"][place]
+            assert right.mean() == pytest.approx(expected)
+            for head in ("mrna", "methylation", "mirna"):
+                right = arrays[f"{name}/{head}"] == arrays[f"{name}/labels"]
+                value = result["unimodal"][head]["accuracy"]["values"][place]
+                assert right.mean() == pytest.approx(value)
+
+
+def test_analyses_are_of_the_same_models(omics_run):
+    _, result = omics_run
+    check_summary(result["ensemble"], 1)
+    assert set(result["corrupted"]) == {"mrna", "methylation", "mirna"}
+    for summary in result["corrupted"].values():
+        check_summary(summary, 2)
+    noise = result["random_inputs"]
+    assert 0.5 <= noise["q05"]["mean"] <= noise["q50"]["mean"] <= noise["q95"]["mean"] <= 1
+
+
+def test_evaluating_again_gives_the_same(omics_run, tables):
+    workdir, result = omics_run
+    again = loop.evaluate(omics_config(tables), workdir)
+    assert again == result
+    held_out = loop.evaluate(omics_config(tables), workdir, "validation")
+    check_summary(held_out["checkpoint"], 2)
+    assert (workdir / "eval_validation.json").is_file()
+    last = result["validation"]["last"]["accuracy"]["values"]
+    assert held_out["checkpoint"]["accuracy"]["values"] == last
+
+
+def test_without_its_looks_a_run_cannot_be_evaluated(omics_run, tables, tmp_path):
+    workdir, _ = omics_run
+    lines = (workdir / "metrics.jsonl").read_text()
+    try:
+        (workdir / "metrics.jsonl").unlink()
+        with pytest.raises(UserError, match=r"metrics\.jsonl, which holds the looks"):
+            loop.evaluate(omics_config(tables), workdir)
+    finally:
+        (workdir / "metrics.jsonl").write_text(lines)
+
+
+def test_each_look_has_every_model_and_held_out_folds(omics_run):
+    workdir, _ = omics_run
+    history = read_history(workdir)
+    assert [line["step"] for line in history] == [3, 6, 9, 12]
+    for line in history:
+        names = {tuple(name.split("/")[1:3]) for name in line if name.startswith("look/")}
+        assert ("all-seed42", "test") in names
+        assert ("all-seed42", "validation") not in names
+        assert ("held-out-seed43", "validation") in names
+        values = [line[f"look/held-out-seed{s}/validation/accuracy"] for s in (42, 43)]
+        assert line["accuracy"] == pytest.approx(np.mean(values))
+
+
+def test_a_killed_run_goes_on_to_the_bit(omics_run, tables, tmp_path):
+    config = omics_config(tables)
+
+    class Killed(Exception):
+        pass
+
+    def stop(step):
+        if step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", after=stop)
+    assert loop.train_and_evaluate(config, tmp_path / "run") == omics_run[1]
+    ours, theirs = read_params(tmp_path / "run", "latest"), read_params(omics_run[0], "latest")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    for name in ("metrics.jsonl", "config.json"):
+        assert (tmp_path / "run" / name).read_text() == (omics_run[0] / name).read_text()
+
+
+def test_held_out_rows_touch_nothing(tables, tmp_path):
+    # The same model, once with other numbers in the rows of its validation fold.
+    method = build(omics_config(tables, seeds=1), tmp_path)
+    batch = next(method.batches())
+    params = method.init(jax.random.key(0), batch)
+    held_out = method.models().validation[1]
+    changed = jax.tree.map(np.array, batch)
+    places = np.isin(batch["shared"]["rows"], held_out)
+    assert 0 < places.sum() < len(places)
+    for name in method.single.names:
+        changed["items"][name][0][places] += 100.0
+
+    def gradient(batch):
+        loss = lambda p: method.loss(p, batch, jax.random.key(1), 0.0)[0]  # noqa: E731
+        return jax.grad(loss)(params)
+
+    first, second = gradient(batch), gradient(changed)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), first, second)
+    kernel = first["fusion"]["Dense_0"]["kernel"] - second["fusion"]["Dense_0"]["kernel"]
+    assert np.abs(kernel[0]).max() > 0
+
+
+def test_the_scaling_is_each_models_own(omics_run, tables):
+    params = read_params(omics_run[0], "latest")["encoders_mrna"]
+    table = np.loadtxt(tables / "1_tr.csv", delimiter=",")
+    np.testing.assert_allclose(params["low"][0], table.min(0), rtol=1e-6)
+    np.testing.assert_allclose(params["range"][1], np.ptp(table, 0), rtol=1e-6)
+    assert np.all(params["low"][2:] >= params["low"][0] - 1e-6)
+    assert np.any(params["range"][2:] < params["range"][0] - 1e-3)
+
+
+def test_models_trained_together_are_those_trained_alone(tables, tmp_path):
+    together = build(omics_config(tables, seeds=2), tmp_path)
+    batch = next(together.batches())
+    params = together.init(jax.random.key(0), batch)
+    key = jax.random.key(7)
+    for _, phase in together.phases():
+        grads = jax.grad(lambda p, phase=phase: phase.loss(p, batch, key, 0.0)[0])(params)
+        for place, seed in enumerate((42, 43)):
+            mine = jax.tree.map(lambda x, place=place: x[place], params)
+            own = jax.random.fold_in(key, seed)
+            alone = jax.grad(
+                lambda p, phase=phase, own=own: phase.single.loss(p, batch, own, 0.0)[0]
+            )(mine)
+            jax.tree.map(
+                lambda a, b, place=place: np.testing.assert_allclose(
+                    a[place], b, rtol=1e-4, atol=1e-6
+                ),
+                grads,
+                alone,
+            )
+
+
+@pytest.mark.parametrize("place", ["input", "embedding"])
+def test_the_loss_is_equation_16(tables, tmp_path, place):
+    """Against the NumPy twins of the model, M3Co, MultiSClip and cross-entropy."""
+    config = omics_config(tables, seeds=1, data__folds=0, mixup__place=place)
+    method = build(config, tmp_path)
+    batch = next(method.batches())
+    params = method.init(jax.random.key(0), batch)
+    key = jax.random.key(3)
+    phases = method.phases()
+    assert [first for first, _ in phases] == [0, 4]
+    for number, (_, phase) in enumerate(phases):
+        value, metrics = phase.loss(params, batch, key, 0.0)
+        prepared = phase.prepare(batch, key)
+        inputs = {n: np.asarray(batch["items"][n][0], np.float64) for n in method.names}
+        z, logits = twin(params, inputs)
+        targets = np.eye(2)[batch["shared"]["labels"]]
+        expected = sum(cross_entropy(x, targets) for x in logits.values())
+        if number == 0:
+            share = np.asarray(prepared["shared"]["coefficient"], np.float64)
+            partner = np.asarray(prepared["shared"]["partner"])
+            lam = share[:, None]
+            rows = {n: partner[:, i] for i, n in enumerate(method.names)}
+            if place == "input":
+                mixed = {n: lam * x + (1 - lam) * x[rows[n]] for n, x in inputs.items()}
+                mixed, _ = twin(params, mixed)
+            else:
+                mixed = {n: lam * x + (1 - lam) * x[rows[n]] for n, x in z.items()}
+            term = reference.m3co(
+                [z[n] for n in method.names],
+                [mixed[n] for n in method.names],
+                share,
+                [rows[n] for n in method.names],
+                0.1,
+            )
+        else:
+            term = reference.multi_soft_clip([z[n] for n in method.names], 0.1)
+        assert metrics["contrastive"] == pytest.approx(term, rel=1e-4)
+        assert value == pytest.approx(expected + 0.1 * term, rel=1e-4)
+
+
+VARIANTS = {
+    "only M3Co": {"loss.contrastive": "m3co"},
+    "plain": {"loss.contrastive": "clip"},
+    "none": {"loss.contrastive": "none"},
+    "weightless": {"loss.contrastive_weight": 0.0},
+    "no unimodal": {"loss.unimodal_weight": 0.0},
+    "vanilla": {"mixup.labels": True, "loss.contrastive": "none"},
+    "one": {"data.modalities": "mirna"},
+    "two": {"data.modalities": "mirna,mrna"},
+    "half": {"mixup.fraction": 0.5, "model.dropout": 0.5},
+    "bfloat16": {"model.dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_learns(tables, tmp_path, variant):
+    config = omics_config(tables, epochs=6, validate_epochs=6)
+    config.update_from_flattened_dict(VARIANTS[variant])
+    result = loop.train_and_evaluate(config, tmp_path / "run")
+    least = 0.5 if variant == "half" else 0.6
+    assert result["classification"]["last"]["accuracy"]["mean"] >= least
+    first = next(line for line in read_metrics(tmp_path / "run") if line["kind"] == "train")
+    assert ("contrastive" in first) == (variant in ("only M3Co", "plain", "no unimodal", "two", "half", "bfloat16"))  # fmt: skip # noqa: E501
+    heads = {"one": [], "no unimodal": [], "two": ["mirna", "mrna"]}
+    expected = heads.get(variant, ["methylation", "mirna", "mrna"])
+    assert sorted(result.get("unimodal", {})) == expected
+    assert ("corrupted" in result) == (variant != "one")
+
+
+def test_plain_contrastive_is_m3co_without_mixing(tables, tmp_path):
+    options = {"seeds": 1, "data.folds": 0}
+    plain = build(omics_config(tables, **options, loss__contrastive="clip"), tmp_path)
+    mixed = build(
+        omics_config(tables, **options, loss__contrastive="m3co", mixup__fraction=0.0), tmp_path
+    )
+    batch = next(plain.batches())
+    params = plain.init(jax.random.key(0), batch)
+    values = [m.loss(params, batch, jax.random.key(1), 0.0)[0] for m in (plain, mixed)]
+    assert values[0] == pytest.approx(float(values[1]), rel=1e-5)
+
+
+def test_vanilla_mixup_mixes_labels_with_their_inputs(tables, tmp_path):
+    config = omics_config(
+        tables, seeds=1, data__folds=0, mixup__labels=True, loss__contrastive="none"
+    )
+    method = build(config, tmp_path)
+    batch = next(method.batches())
+    params = method.init(jax.random.key(0), batch)
+    key = jax.random.key(5)
+    prepared = method.prepare(batch, key)
+    partner = np.asarray(prepared["shared"]["partner"])
+    assert (partner == partner[:, :1]).all()
+    share = np.asarray(prepared["shared"]["coefficient"], np.float64)[:, None]
+    inputs = {n: np.asarray(batch["items"][n][0], np.float64) for n in method.names}
+    mixed = {n: share * x + (1 - share) * x[partner[:, 0]] for n, x in inputs.items()}
+    _, logits = twin(params, mixed)
+    targets = np.eye(2)[batch["shared"]["labels"]]
+    targets = share * targets + (1 - share) * targets[partner[:, 0]]
+    expected = sum(cross_entropy(x, targets) for x in logits.values())
+    assert method.loss(params, batch, key, 0.0)[0] == pytest.approx(expected, rel=1e-4)
+
+
+# Pictures and texts
+
+
+def test_the_evaluation_of_news_has_its_form(news_run):
+    workdir, result = news_run
+    assert result["dataset"] == "n24news"
+    assert result["protocol"]["validation"] == "the declared validation split"
+    assert result["protocol"]["models"] == ["seed42"]
+    for summary in result["classification"].values():
+        check_summary(summary, 1)
+        assert "f1" not in summary
+        assert "auc" not in summary
+    assert result["checkpoint"]["which"] == "best"
+    selected = result["classification"]["validation_selected"]["accuracy"]
+    assert result["checkpoint"]["accuracy"] == selected
+    assert "ensemble" not in result
+    assert set(result["corrupted"]) == {"image", "text"}
+    assert (workdir / "tokenizer.json").is_file()
+
+
+def test_a_news_run_is_repeatable(news_run, news, tmp_path):
+    assert loop.train_and_evaluate(news_config(news), tmp_path / "run") == news_run[1]
+    history = read_history(tmp_path / "run")
+    assert_same_end(tmp_path / "run", news_run[0], step=history[-1]["step"])
+
+
+def test_several_seeds_of_news(news, tmp_path):
+    config = news_config(news, seeds=2, epochs=1, optimizer__schedule="constant")
+    result = loop.train_and_evaluate(config, tmp_path / "run")
+    assert result["protocol"]["models"] == ["seed42", "seed43"]
+    check_summary(result["classification"]["validation_selected"], 2)
+
+
+def one_step(method, config, batch, devices, name):
+    """Loss, gradient norm and parameters after a step under a parallel mode."""
+    mode = parallel.build(name, devices)
+    params = method.init(jax.random.key(0), batch)
+    transform, _ = build_optimizer(
+        config.optimizer, 10, method.frozen(params), method.decayed(params)
+    )
+    parts = config.batch.parts
+    step = mode.compile(make_step(method, transform, 10, config.accumulation, parts))
+    state = mode.put_state(create(params, transform, jax.random.key(1)))
+    state, metrics = step(state, mode.put_batch(batch))
+    first = lambda x: float(np.ravel(x)[0])  # noqa: E731
+    return first(metrics["loss"]), first(metrics["gradient_norm"]), mode.local(state.params)
+
+
+@pytest.mark.parametrize("place", ["input", "embedding"])
+def test_eight_devices_take_the_step_of_one(news, tmp_path, place):
+    config = news_config(
+        news, mixup__place=place, loss__contrastive="m3co", optimizer__schedule="constant"
+    )
+    method = build(config, tmp_path)
+    batches = method.batches()
+    parts = [next(batches) for _ in range(2)]
+    batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    one = one_step(method, config, batch, jax.devices()[:1], "jit")
+    for name in ("jit", "pmap"):
+        loss, norm, params = one_step(method, config, batch, jax.devices(), name)
+        assert loss == pytest.approx(one[0], rel=1e-5)
+        assert norm == pytest.approx(one[1], rel=1e-3)
+        del params
+
+
+def test_exact_accumulation_is_the_whole_batch(news, tmp_path):
+    losses = {}
+    for kind, parts in (("exact", 1), ("exact", 2), ("micro", 2)):
+        config = news_config(
+            news, accumulation=kind, batch__parts=parts, optimizer__schedule="constant"
+        )
+        method = build(config, tmp_path)
+        batch = next(method.batches())
+        phase = method.phases()[-1][1]
+        losses[kind, parts] = one_step(phase, config, batch, jax.devices()[:1], "jit")[:2]
+    assert losses["exact", 2] == pytest.approx(losses["exact", 1], rel=1e-4)
+    assert abs(losses["micro", 2][0] - losses["exact", 1][0]) > 1e-3
+
+
+def test_the_plateau_is_observed_once_a_validation(news, tmp_path):
+    config = news_config(news, epochs=5, optimizer__plateau_patience=0, optimizer__factor=0.5)
+    loop.train_and_evaluate(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    accuracies = [x["accuracy"] for x in lines if x["kind"] == "validation"]
+    best, scale = -1.0, 1.0
+    for accuracy in accuracies[:-1]:
+        scale = scale if accuracy > best else scale / 2
+        best = max(best, accuracy)
+    last = [x for x in lines if x["kind"] == "train"][-1]
+    assert last["learning_rate"] == pytest.approx(1e-4 * scale)
+
+
+def test_pretrained_encoders_are_taken(news, tmp_path):
+    from transformers import FlaxBertModel, FlaxViTModel
+
+    from rcml_jax.data.text import train_tokenizer
+    from rcml_jax.models.encoders.classification import small_bert_config, small_vit_config
+
+    texts = [f"headline train{n}" for n in range(6)]
+    tokenizer = train_tokenizer(texts, 300)
+    sizes = {"width": 16, "layers": 1, "heads": 2}
+    vit = FlaxViTModel(small_vit_config(**sizes, image_size=16, patch_size=8), seed=3)
+    bert = FlaxBertModel(
+        small_bert_config(
+            **sizes, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, max_length=12
+        ),
+        seed=4,
+    )
+    vit.save_pretrained(tmp_path / "vit")
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save(tmp_path / "bert" / "tokenizer.json")
+    options = {"model.image_pretrained": str(tmp_path / "vit")}
+    config = news_config(
+        news, **options, model__text_pretrained=str(tmp_path / "bert"), model__image_size=64
+    )
+    work = tmp_path / "run"
+    work.mkdir()
+    method = build(config, work)
+    batch = next(method.batches())
+    assert batch["items"]["image"][0].shape == (4, 16, 16, 3)
+    params = method.init(jax.random.key(0), batch)
+    embeddings = vit.params["embeddings"]["position_embeddings"]
+    ours = params["encoders_image"]["embeddings"]["position_embeddings"]
+    np.testing.assert_array_equal(ours, embeddings)
+    words = bert.params["embeddings"]["word_embeddings"]["embedding"]
+    ours = params["encoders_text"]["embeddings"]["word_embeddings"]["embedding"]
+    np.testing.assert_array_equal(ours, words)
+    with pytest.raises(UserError, match="no image encoder"):
+        build(news_config(news, model__image_pretrained=str(tmp_path / "bert")), work)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"loss.contrastive": "simclr"}, "config.loss.contrastive='simclr' is unknown"),
+        ({"mixup.place": "logits"}, "choose input or embedding"),
+        ({"mixup.labels": True}, "vanilla mixup, which has no contrastive term"),
+        ({"data.modalities": "mrna,proteins"}, "has the modalities mrna, methylation, mirna"),
+        ({"data.name": "tcga"}, "config.data.name='tcga' is unknown"),
+        ({"parallel": "pmap"}, "set config.parallel=jit"),
+        ({"seeds": 0}, "config.seeds=0 must be at least 1"),
+        ({"batch.size": 100}, "does not fit the training split, which has 40"),
+        ({"batch.parts": 3, "accumulation": "micro"}, "cannot be accumulated in 3 parts"),
+        ({"batch.parts": 2}, "exact accumulation trains one model"),
+        ({"accumulation": "half"}, "config.accumulation='half' is unknown"),
+        ({"optimizer.schedule": "plateau"}, "look at one model"),
+        ({"optimizer.name": "sgd"}, "choose adam or adamw"),
+        ({"epochs": 0}, "config.steps=0 must be at least 1"),
+        ({"data.folds": 50}, "more than the 40 training samples"),
+    ],
+)
+def test_wrong_options_are_said(tables, tmp_path, options, text):
+    config = omics_config(tables)
+    config.update_from_flattened_dict(options)
+    with pytest.raises(UserError) as error:
+        loop.train_and_evaluate(config, tmp_path / "run")
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_float_image_is_not_needed_to_mix(news, tmp_path):
+    # Pictures stay uint8 until they are mixed on the device.
+    method = build(news_config(news), tmp_path)
+    batch = next(method.batches())
+    assert batch["items"]["image"][0].dtype == np.uint8
+    prepared = method.phases()[0][1].prepare(batch, jax.random.key(0))
+    assert prepared["items"]["image mixed"][0].dtype == jnp.float32
+    assert "text mixed" not in prepared["items"]
