@@ -192,10 +192,16 @@ class ImageBank:
         try:
             return to_array(self.images[int(index)], self.size)
         except DECODE_ERRORS as error:
-            raise UserError(
-                f"The image of item {int(index)} cannot be decoded ({error}); remove the prepared "
-                "data set, so that it is made anew, or mend the source image."
-            ) from error
+            raise UserError(self._undecodable(int(index), error)) from error
+
+    def _undecodable(self, index: int, error: Exception) -> str:
+        paths = getattr(self.images, "paths", None)
+        if paths is not None:
+            return f"The image {paths[index]} cannot be decoded ({error}); mend or remove it."
+        return (
+            f"The image of item {index} cannot be decoded ({error}); remove the prepared data set, "
+            "so that it is made anew, or mend the source image."
+        )
 
     def _keep(self, index: int, array: np.ndarray) -> None:
         with self._lock:

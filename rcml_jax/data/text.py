@@ -213,6 +213,11 @@ def _clip_tokenizer(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer
         )
     except Exception as error:  # the Rust library raises plain Exception
         raise _damaged(vocab_path.parent, error) from error
+    if "<|startoftext|>" not in vocab:
+        raise UserError(
+            f"{vocab_path} is not CLIP's vocabulary, and only CLIP's is read without a "
+            "tokenizer.json; save the tokenizer again with save_pretrained."
+        )
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFC(),

@@ -71,7 +71,11 @@ class ClassificationTask:
         tokenizer, max_length, image_size = None, model.max_length, model.image_size
         if "text" in kinds:
             tokenizer = work_tokenizer(
-                pathlib.Path(workdir), lambda: _texts(data), model.text_pretrained, model.vocab_size
+                pathlib.Path(workdir),
+                lambda: _texts(data),
+                model.text_pretrained,
+                model.vocab_size,
+                kind="BERT or RoBERTa",
             )
             if model.text_pretrained:
                 sizes = encoder_config(model.text_pretrained, modality="text")

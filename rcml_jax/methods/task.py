@@ -145,16 +145,24 @@ def cache_directory(given: str = "") -> pathlib.Path:
 
 
 def work_tokenizer(
-    workdir: pathlib.Path, texts: Callable[[], list[str]], pretrained: str, vocab_size: int
+    workdir: pathlib.Path,
+    texts: Callable[[], list[str]],
+    pretrained: str,
+    vocab_size: int,
+    *,
+    kind: str = "CLIP",
 ) -> Tokenizer:
-    """The tokenizer of a work directory; the first time a checkpoint's, or one fitted on texts."""
+    """The tokenizer of a work directory; the first time a checkpoint's, or one fitted on texts.
+
+    `kind` is what an error calls the checkpoint.
+    """
     path = workdir / "tokenizer.json"
     if path.is_file():
         return Tokenizer.load(path)
     if pretrained:
         from rcml_jax.models.encoders.checkpoints import pretrained_directory
 
-        tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained))
+        tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained, kind=kind))
     else:
         tokenizer = train_tokenizer(texts(), vocab_size)
     part = path.with_name("tokenizer.json.part")

@@ -65,6 +65,7 @@ def build(
         parts.append(optax.adamw(rate, **moments, weight_decay=decay, mask=decayed))
     rates = dict(config.get("rates", {}))
     if rates:
+        _check_rates(rates, frozen)
         parts.append(_scale_parts({k: v / config.learning_rate for k, v in rates.items()}))
     if config.get("schedule", "cosine") == "plateau":
         parts.append(_plateau(config))
@@ -73,6 +74,15 @@ def build(
         return transform, rate
     labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
     return optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels), rate
+
+
+def _check_rates(rates: dict[str, float], params: dict[str, Any]) -> None:
+    unknown = [name for name in rates if not any(part.startswith(name) for part in params)]
+    if unknown:
+        raise UserError(
+            f"config.optimizer.rates.{unknown[0]} names no part of the model, which has "
+            f"{', '.join(sorted(params))}; correct it"
+        )
 
 
 def _scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:

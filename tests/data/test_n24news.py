@@ -73,7 +73,7 @@ def test_pictures_are_not_read_by_load(news):
     with pytest.raises(UserError, match=re.escape(str(path))):
         bank(np.arange(12))
     path.write_bytes(jpeg(0, 400)[:-400])
-    with pytest.raises(UserError, match="item 7 cannot be decoded"):
+    with pytest.raises(UserError, match="jpg cannot be decoded"):
         bank(np.arange(12))
 
 
