@@ -1,106 +1,33 @@
-"""M3CoL from data to eval.json: tables with seeds and folds, news pictures with headlines."""
+"""M3CoL on tables, from data to eval.json: seeds, folds, protocols, variants."""
 
-import importlib.util
 import json
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rcml_jax import commands
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
-from rcml_jax.training.optimizer import build as build_optimizer
-from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
 from tests import reference
-from tests.data.imagetext import write_news
-from tests.toy import ROOT, read_metrics
-from tests.training.test_loop import assert_same_end, train
-
-CONFIG = ROOT / "configs" / "m3col.py"
-VIEWS, ROWS = (6, 5, 4), {"tr": 40, "te": 20}
-TABLES = {
-    "epochs": 12,
-    "validate_epochs": 3,
-    "checkpoint_every": 6,
-    "log_every": 3,
-    "seeds": 2,
-    "devices": 1,
-    "model.width": 16,
-    "model.dropout": 0.0,
-    "optimizer.learning_rate": 3e-2,
-    "optimizer.step_size": 6,
-}
-NEWS = {
-    "epochs": 4,
-    "devices": 1,
-    "batch.size": 4,
-    "batch.parts": 1,
-    "model.image_pretrained": "",
-    "model.text_pretrained": "",
-    "model.width": 16,
-    "model.layers": 1,
-    "model.heads": 2,
-    "model.image_size": 16,
-    "model.patch_size": 8,
-    "model.vocab_size": 300,
-    "model.max_length": 16,
-}
-
-
-def configuration(source, options):
-    spec = importlib.util.spec_from_file_location("m3col_config", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(source)
-    config.update_from_flattened_dict(options)
-    return config
+from tests.methods.m3col_data import CONFIG, TABLES, check_summary, omics_config, write_tables
+from tests.toy import read_metrics
+from tests.training.test_loop import train
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Two classes, seen a little in each of three views."""
-    folder = tmp_path_factory.mktemp("omics")
-    rng = np.random.default_rng(0)
-    for part, rows in ROWS.items():
-        labels = np.arange(rows) % 2
-        np.savetxt(folder / f"labels_{part}.csv", labels)
-        for view, columns in enumerate(VIEWS, 1):
-            table = rng.normal(size=(rows, columns)) + labels[:, None]
-            np.savetxt(folder / f"{view}_{part}.csv", table, delimiter=",")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def news(tmp_path_factory):
-    return write_news(tmp_path_factory.mktemp("n24news") / "data")
-
-
-def omics_config(tables, **options):
-    values = {"data.path": str(tables)} | TABLES
-    values |= {name.replace("__", "."): value for name, value in options.items()}
-    return configuration("rosmap", values)
-
-
-def news_config(news, **options):
-    values = {"data.path": str(news)} | NEWS
-    values |= {name.replace("__", "."): value for name, value in options.items()}
-    return configuration("n24news", values)
+    return write_tables(tmp_path_factory.mktemp("omics"))
 
 
 @pytest.fixture(scope="module")
 def omics_run(tables, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "omics"
     return workdir, loop.train_and_evaluate(omics_config(tables), workdir)
-
-
-@pytest.fixture(scope="module")
-def news_run(news, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "news"
-    return workdir, loop.train_and_evaluate(news_config(news), workdir)
 
 
 def twin(params, inputs):
@@ -121,17 +48,6 @@ def cross_entropy(logits, targets):
     """The mean over rows; targets (n, classes)."""
     rows = zip(logits, targets, strict=True)
     return np.mean([reference.cross_entropy(x, t, np.ones(len(t), bool)) for x, t in rows])
-
-
-def check_summary(summary, count):
-    assert "accuracy" in summary
-    for name, measure in summary.items():
-        if name == "which":
-            continue
-        assert set(measure) == {"mean", "std", "values"}, name
-        assert len(measure["values"]) == count
-        assert measure["mean"] == pytest.approx(np.mean(measure["values"]))
-        assert 0 <= measure["mean"] <= 1
 
 
 def test_the_evaluation_of_tables_has_its_form(omics_run):
@@ -400,137 +316,6 @@ def test_vanilla_mixup_mixes_labels_with_their_inputs(tables, tmp_path):
     assert method.loss(params, batch, key, 0.0)[0] == pytest.approx(expected, rel=1e-4)
 
 
-# Pictures and texts
-
-
-def test_the_evaluation_of_news_has_its_form(news_run):
-    workdir, result = news_run
-    assert result["dataset"] == "n24news"
-    assert result["protocol"]["validation"] == "the declared validation split"
-    assert result["protocol"]["models"] == ["seed42"]
-    for summary in result["classification"].values():
-        check_summary(summary, 1)
-        assert "f1" not in summary
-        assert "auc" not in summary
-    assert result["checkpoint"]["which"] == "best"
-    selected = result["classification"]["validation_selected"]["accuracy"]
-    assert result["checkpoint"]["accuracy"] == selected
-    assert "ensemble" not in result
-    assert set(result["corrupted"]) == {"image", "text"}
-    assert (workdir / "tokenizer.json").is_file()
-
-
-def test_a_news_run_is_repeatable(news_run, news, tmp_path):
-    assert loop.train_and_evaluate(news_config(news), tmp_path / "run") == news_run[1]
-    history = read_history(tmp_path / "run")
-    assert_same_end(tmp_path / "run", news_run[0], step=history[-1]["step"])
-
-
-def test_several_seeds_of_news(news, tmp_path):
-    config = news_config(news, seeds=2, epochs=1, optimizer__schedule="constant")
-    result = loop.train_and_evaluate(config, tmp_path / "run")
-    assert result["protocol"]["models"] == ["seed42", "seed43"]
-    check_summary(result["classification"]["validation_selected"], 2)
-
-
-def one_step(method, config, batch, devices, name):
-    """Loss, gradient norm and parameters after a step under a parallel mode."""
-    mode = parallel.build(name, devices)
-    params = method.init(jax.random.key(0), batch)
-    transform, _ = build_optimizer(
-        config.optimizer, 10, method.frozen(params), method.decayed(params)
-    )
-    parts = config.batch.parts
-    step = mode.compile(make_step(method, transform, 10, config.accumulation, parts))
-    state = mode.put_state(create(params, transform, jax.random.key(1)))
-    state, metrics = step(state, mode.put_batch(batch))
-    first = lambda x: float(np.ravel(x)[0])  # noqa: E731
-    return first(metrics["loss"]), first(metrics["gradient_norm"]), mode.local(state.params)
-
-
-@pytest.mark.parametrize("place", ["input", "embedding"])
-def test_eight_devices_take_the_step_of_one(news, tmp_path, place):
-    config = news_config(
-        news, mixup__place=place, loss__contrastive="m3co", optimizer__schedule="constant"
-    )
-    method = build(config, tmp_path)
-    batches = method.batches()
-    parts = [next(batches) for _ in range(2)]
-    batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    one = one_step(method, config, batch, jax.devices()[:1], "jit")
-    for name in ("jit", "pmap"):
-        loss, norm, params = one_step(method, config, batch, jax.devices(), name)
-        assert loss == pytest.approx(one[0], rel=1e-5)
-        assert norm == pytest.approx(one[1], rel=1e-3)
-        del params
-
-
-def test_exact_accumulation_is_the_whole_batch(news, tmp_path):
-    losses = {}
-    for kind, parts in (("exact", 1), ("exact", 2), ("micro", 2)):
-        config = news_config(
-            news, accumulation=kind, batch__parts=parts, optimizer__schedule="constant"
-        )
-        method = build(config, tmp_path)
-        batch = next(method.batches())
-        phase = method.phases()[-1][1]
-        losses[kind, parts] = one_step(phase, config, batch, jax.devices()[:1], "jit")[:2]
-    assert losses["exact", 2] == pytest.approx(losses["exact", 1], rel=1e-4)
-    assert abs(losses["micro", 2][0] - losses["exact", 1][0]) > 1e-3
-
-
-def test_the_plateau_is_observed_once_a_validation(news, tmp_path):
-    config = news_config(news, epochs=5, optimizer__plateau_patience=0, optimizer__factor=0.5)
-    loop.train_and_evaluate(config, tmp_path / "run")
-    lines = read_metrics(tmp_path / "run")
-    accuracies = [x["accuracy"] for x in lines if x["kind"] == "validation"]
-    best, scale = -1.0, 1.0
-    for accuracy in accuracies[:-1]:
-        scale = scale if accuracy > best else scale / 2
-        best = max(best, accuracy)
-    last = [x for x in lines if x["kind"] == "train"][-1]
-    assert last["learning_rate"] == pytest.approx(1e-4 * scale)
-
-
-def test_pretrained_encoders_are_taken(news, tmp_path):
-    from transformers import FlaxBertModel, FlaxViTModel
-
-    from rcml_jax.data.text import train_tokenizer
-    from rcml_jax.models.encoders.classification import small_bert_config, small_vit_config
-
-    texts = [f"headline train{n}" for n in range(6)]
-    tokenizer = train_tokenizer(texts, 300)
-    sizes = {"width": 16, "layers": 1, "heads": 2}
-    vit = FlaxViTModel(small_vit_config(**sizes, image_size=16, patch_size=8), seed=3)
-    bert = FlaxBertModel(
-        small_bert_config(
-            **sizes, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, max_length=12
-        ),
-        seed=4,
-    )
-    vit.save_pretrained(tmp_path / "vit")
-    bert.save_pretrained(tmp_path / "bert")
-    tokenizer.save(tmp_path / "bert" / "tokenizer.json")
-    options = {"model.image_pretrained": str(tmp_path / "vit")}
-    config = news_config(
-        news, **options, model__text_pretrained=str(tmp_path / "bert"), model__image_size=64
-    )
-    work = tmp_path / "run"
-    work.mkdir()
-    method = build(config, work)
-    batch = next(method.batches())
-    assert batch["items"]["image"][0].shape == (4, 16, 16, 3)
-    params = method.init(jax.random.key(0), batch)
-    embeddings = vit.params["embeddings"]["position_embeddings"]
-    ours = params["encoders_image"]["embeddings"]["position_embeddings"]
-    np.testing.assert_array_equal(ours, embeddings)
-    words = bert.params["embeddings"]["word_embeddings"]["embedding"]
-    ours = params["encoders_text"]["embeddings"]["word_embeddings"]["embedding"]
-    np.testing.assert_array_equal(ours, words)
-    with pytest.raises(UserError, match="no image encoder"):
-        build(news_config(news, model__image_pretrained=str(tmp_path / "bert")), work)
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -560,11 +345,29 @@ def test_wrong_options_are_said(tables, tmp_path, options, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_float_image_is_not_needed_to_mix(news, tmp_path):
-    # Pictures stay uint8 until they are mixed on the device.
-    method = build(news_config(news), tmp_path)
-    batch = next(method.batches())
-    assert batch["items"]["image"][0].dtype == np.uint8
-    prepared = method.phases()[0][1].prepare(batch, jax.random.key(0))
-    assert prepared["items"]["image mixed"][0].dtype == jnp.float32
-    assert "text mixed" not in prepared["items"]
+def test_the_commands_train_and_show_a_table(tables, tmp_path, capsys):
+    options = TABLES | {"seeds": 1, "epochs": 2, "validate_epochs": 1}
+    overrides = [f"--config.{name}={value}" for name, value in options.items()]
+    config = f"--config={CONFIG}:rosmap,path={tables}"
+    args = ["train", config, f"--workdir={tmp_path / 'run'}", *overrides]
+    assert commands.train(args) == 0
+    out = capsys.readouterr().out
+    for text in ("m3col on rosmap: test, 20 samples", "validation selected", "replaced by noise"):
+        assert text in out
+    assert commands.evaluate(["eval", f"--workdir={tmp_path / 'run'}", "--split=validation"]) == 0
+    assert "m3col on rosmap: validation" in capsys.readouterr().out
+
+
+def test_a_mistake_of_the_data_is_one_sentence(tables, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(tables, broken)
+    lines = (broken / "2_tr.csv").read_text().splitlines()
+    lines[4] = lines[4].replace(lines[4].split(",")[2], "high", 1)
+    (broken / "2_tr.csv").write_text("\n".join(lines))
+    args = ["train", f"--config={CONFIG}:rosmap,path={broken}", f"--workdir={tmp_path / 'run'}"]
+    assert commands.train(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(text in err for text in ("2_tr.csv", "line 5", "column 3", "high"))

@@ -1,0 +1,52 @@
+"""The configurations: every data set's, and every ablation applies to it."""
+
+import pytest
+
+from rcml_jax.commands import call_config_file, load_config_file, parse_flags
+from rcml_jax.errors import UserError
+from rcml_jax.sweep import read_variants
+from tests.toy import ROOT
+
+RCML, M3COL = (str(ROOT / "configs" / name) for name in ("rcml.py", "m3col.py"))
+SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
+CASES = [RCML, f"{RCML}:folder,path=x", *(f"{M3COL}:{source}" for source in SOURCES)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_ablation_changes_the_configuration(case):
+    whole = load_config_file(case)
+    listed = call_config_file(case, "get_ablations")
+    assert next(iter(listed.items())) == ("full", "")
+    variants = read_variants("", [f"{label}:{options}" for label, options in listed.items()])
+    seen = []
+    for label, options in variants.items():
+        config = parse_flags(options, load_config_file(case)).config.to_dict()
+        assert (config == whole.to_dict()) == (label == "full")
+        assert config not in seen
+        seen.append(config)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_m3col_knows_its_sources(source):
+    config = load_config_file(f"{M3COL}:{source},path=copy")
+    assert config.method == "m3col"
+    assert (config.data.name, config.data.path) == (source, "copy")
+    names = {"seed", "steps", "method", "parallel", "data"}
+    assert names < set(config)
+
+
+def test_the_papers_rosmap():
+    config = load_config_file(f"{M3COL}:rosmap,paper=True")
+    assert (config.epochs, config.batch.size, config.model.width) == (500, 0, 1000)
+    assert (config.optimizer.learning_rate, config.optimizer.step_size) == (2e-3, 250)
+    assert (config.optimizer.name, config.optimizer.weight_decay) == ("adam", 1e-4)
+    assert (config.mixup.alpha, config.loss.contrastive_weight) == (0.15, 0.1)
+    brca = load_config_file(f"{M3COL}:brca")
+    assert (brca.model.width, brca.optimizer.learning_rate) == (768, 5e-3)
+
+
+def test_an_unknown_source_or_option_is_said():
+    with pytest.raises(UserError, match="no data source 'mnist'; choose one of openmoji, rosmap"):
+        load_config_file(f"{M3COL}:mnist")
+    with pytest.raises(UserError, match="no option 'paht=x'"):
+        load_config_file(f"{M3COL}:rosmap,paht=x")
