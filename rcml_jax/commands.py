@@ -24,7 +24,10 @@ def train(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """`python eval.py --workdir DIRECTORY [--split=test] [--config.evaluation.name=value ...]`."""
+    """`python eval.py --workdir DIRECTORY [--split=test] [--config.evaluation.name=value ...]`.
+
+    With `--config configs/alignment.py` the alignment study, whose work directory it makes.
+    """
     return guard(_evaluate, argv)
 
 
@@ -81,6 +84,15 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise UserError("eval.py needs --workdir, the directory that train.py wrote")
     from rcml_jax.training.workdir import load_config
 
+    path, rest = take_option(["", *rest], "config")
+    config = load_config_file(path) if path else load_config(pathlib.Path(workdir))
+    if config.get("method") == "alignment":
+        return _study(config, workdir, rest)
+    if path:
+        raise UserError(
+            "eval.py takes --config for the alignment study only (configs/alignment.py); for "
+            "anything else it takes the configuration of the work directory: leave --config out"
+        )
     values = parse_flags(rest, load_config(pathlib.Path(workdir)), split="test")
     _check_overrides(rest)
     from rcml_jax.data.graph import SPLITS
@@ -90,6 +102,17 @@ def _evaluate(argv: Sequence[str]) -> int:
     if values.split not in SPLITS:
         raise UserError(f"--split={values.split} is unknown; choose one of {', '.join(SPLITS)}")
     print_evaluation(evaluate_workdir(values.config, workdir, values.split))
+    return 0
+
+
+def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
+    values = parse_flags(rest, config)
+    from rcml_jax.alignment import study
+    from rcml_jax.evaluation.table import print_evaluation
+
+    result = study(values.config, workdir)
+    if result is not None:
+        print_evaluation(result)
     return 0
 
 

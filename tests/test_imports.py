@@ -19,6 +19,7 @@ LAYERS = (
     ("evaluation",),
     ("methods",),
     ("training",),
+    ("alignment",),
     ("commands", "sweep_table", "sweep", "export", "report"),
 )
 JAX_ALONE = ("similarity", "mixup", "losses", "evaluation.ranking")

@@ -7,6 +7,9 @@ from rich.table import Table
 
 from rcml_jax.evaluation.scores import SCORES
 
+#: Measures of the alignment study in the order of its tables' columns, and of its gap.
+ALIGNMENT = ("p@1", "p@5", "p@10", "r@5", "r@10", "mrr", "map@10", "median_rank")
+GAP = ("centroid", "wasserstein2", "matched_cosine", "random_cosine")
 #: Measures of classification in the order of the table's columns.
 MEASURES = ("accuracy", "f1", "weighted_f1", "macro_f1", "auc")
 
@@ -14,10 +17,46 @@ MEASURES = ("accuracy", "f1", "weighted_f1", "macro_f1", "auc")
 def print_evaluation(result: dict, stream: Any = None) -> None:
     """Print the figures of an `eval.json`, rates in percent."""
     console = Console(file=stream, highlight=False)
-    if "checkpoint" in result:
+    if result["method"] == "alignment":
+        _print_alignment(result, console)
+    elif "checkpoint" in result:
         _print_classification(result, console)
     else:
         _print_relational(result, console)
+
+
+def _print_alignment(result: dict, console: Console) -> None:
+    """A table for each direction, sources and similarities as rows; then the gap of each source."""
+    for direction in ("image_to_text", "text_to_image"):
+        table = Table(title=f"{direction.replace('_', ' ')} on {result['dataset']}")
+        table.add_column("source, similarity")
+        for name in ALIGNMENT:
+            table.add_column(name, justify="right")
+        for source, found in result["sources"].items():
+            rows = dict(found["precision"][direction])
+            names = {"centred": "cosine, centred", "whitened": "cosine, whitened"}
+            rows |= {names[k]: v[direction] for k, v in found["calibration"].items() if k in names}
+            rows |= {f"{k} (learned)": v[direction] for k, v in found["learned"].items()}
+            for label, row in rows.items():
+                cells = (
+                    f"{row[n]:.0f}" if n == "median_rank" else _percent(row[n]) for n in ALIGNMENT
+                )
+                table.add_row(f"{source}, {label.replace('_', '-')}", *cells)
+            table.add_section()
+        console.print(table)
+    table = Table(title="modality gap")
+    for name in ("source", *GAP, "effective rank (image, text)", "collapsed"):
+        table.add_column(name.replace("_", " "), justify="right" if name in GAP else "left")
+    for source, found in result["sources"].items():
+        gap = found["modality_gap"]
+        ranks = ", ".join(f"{gap['effective_rank'][m]:.1f}" for m in ("image", "text"))
+        cells = (f"{gap[name]:.3f}" for name in GAP)
+        table.add_row(source, *cells, ranks, ", ".join(gap["collapsed"]) or "no")
+    console.print(table)
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}"
 
 
 def _print_classification(result: dict, console: Console) -> None:

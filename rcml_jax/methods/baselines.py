@@ -95,6 +95,11 @@ class BaselineMethod(RelationalMethod):
             out[relations[part], rows[part]] = embedded[: len(rows[part])]
         return out
 
+    def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """CLIP's own."""
+        table = self.tables(params, items)["plain"]
+        return table.image[0], table.text[0]
+
     def describe(self) -> dict:
         """Two ways to score; each task reports the better of them."""
         return {

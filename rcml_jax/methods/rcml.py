@@ -103,6 +103,17 @@ class RCMLMethod(RelationalMethod):
         table = EmbeddingTable(items, text, image, np.asarray(l2_normalize(relation)))
         return {"relation": table}
 
+    def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pooled under the intra-sample relation."""
+        variables = {"params": {name: params[name] for name in ("towers", "head")}}
+        relation = self._relations(variables, self.task.encode([self.task.sentence(-1)]))
+        parts = []
+        for _, ids, images in self.chunks(items):
+            text, image = self._pool(variables, ids, images, relation, True)
+            parts.append((image[0], text[0]))
+        images, texts = (np.concatenate(side)[: len(items)] for side in zip(*parts, strict=True))
+        return images, texts
+
     def describe(self) -> dict:
         """Both items pooled under the relation in force."""
         return {"relation": "items pooled under the relation sentence (RCML Eq. 4-6)"}
@@ -110,9 +121,16 @@ class RCMLMethod(RelationalMethod):
     def _embed_relations(self, variables: dict, ids: jax.Array) -> jax.Array:
         return self.model.apply(variables, ids, method="relation").astype(jnp.float32)
 
-    def _pool_items(self, variables: dict, ids: jax.Array, images: jax.Array, relation: jax.Array):
-        """z_T and z_I with the relations first, (R, n, d)."""
-        intra = jnp.zeros(relation.shape[0], bool)
+    def _pool_items(
+        self,
+        variables: dict,
+        ids: jax.Array,
+        images: jax.Array,
+        relation: jax.Array,
+        is_intra: bool = False,
+    ):
+        """z_T and z_I with the relations first, (R, n, d), all of them intra-sample or none."""
+        intra = jnp.full(relation.shape[0], is_intra)
         text = self.model.apply(variables, ids, relation, intra, method="pool_text")
         image = self.model.apply(variables, images, relation, intra, method="pool_image")
         return jnp.swapaxes(text, 0, 1), jnp.swapaxes(image, 0, 1)

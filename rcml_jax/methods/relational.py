@@ -131,6 +131,10 @@ class RelationalMethod(Method):
         """
 
     @abc.abstractmethod
+    def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images and texts of items, (n, d) each, as what they are and under no other relation."""
+
+    @abc.abstractmethod
     def describe(self) -> dict:
         """What the protocol says of this method's scoring."""
 

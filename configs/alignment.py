@@ -1,0 +1,62 @@
+"""The alignment study: which similarity retrieves best, and how wide the modality gap is.
+
+    python eval.py --config configs/alignment.py --workdir runs/alignment
+    python eval.py --config configs/alignment.py:npz,path=embeddings.npz --workdir runs/mine
+
+`openmoji` (the default) compares towers trained by configs/rcml.py, by its CLIP baseline, and apart
+from each other on the groups of configs/m3col.py; runs that the work directory lacks are trained
+first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,).
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+from rcml_jax.config import parse_argument
+
+
+def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
+    """The configuration of a source, "openmoji" or "npz,path=FILE"."""
+    source, options = parse_argument(arg, sources=("openmoji", "npz"), options=("path",))
+    config = ml_collections.ConfigDict()
+    config.method = "alignment"
+    config.seed = 42
+    config.steps = 0  # nothing is trained but the runs below
+    config.parallel = "jit"
+    config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = source
+    config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
+    config.data.path = options.get("path", "")  # of the npz file
+    config.data.split_seed = 0  # of the npz file's split: 60 % train, 20 % validation, 20 % test
+
+    config.evaluation = ml_collections.ConfigDict()
+    config.evaluation.similarity = "all"  # or one of cosine, dot, euclidean, manhattan, chi_square
+    config.evaluation.memory_mb = 512  # that a block of scores may take
+    config.evaluation.wasserstein = "gaussian"  # sinkhorn or sliced, with the extra `alignment`
+    config.evaluation.learned = "all"  # names with commas between; empty: none
+    config.evaluation.search_trials = 0  # of Optuna for each learner, with the extra `search`
+
+    config.runs = ml_collections.ConfigDict()
+    if source == "openmoji":
+        relational, classifier = _config_of("rcml"), _config_of("m3col")
+        config.runs.rcml = relational.get_config()
+        config.runs.clip = relational.get_config()
+        config.runs.clip.method = "clip"
+        for modality in ("image", "text"):
+            run = classifier.get_config()
+            run.data.modalities = modality
+            run.data.patches_hidden = run.data.words_dropped = 0.0
+            config.runs[f"apart_{modality}"] = run
+    return config
+
+
+def _config_of(name: str):
+    """The configuration file beside this one."""
+    path = pathlib.Path(__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"rcml_jax_{name}_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
