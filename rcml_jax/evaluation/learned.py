@@ -131,7 +131,10 @@ def fit(
     settings = read_options(name, options)
     image, text, rows = check_pairs(image, text, image_of_text, same_width=name == "mlp_cosine")
     if validation is not None:
-        validation = check_pairs(*validation)
+        try:
+            validation = check_pairs(*validation)
+        except UserError as error:
+            raise UserError(f"validation: {error}") from error
         for modality, x, y in zip(("image", "text"), (image, text), validation[:2], strict=True):
             if x.shape[1] != y.shape[1]:
                 raise UserError(

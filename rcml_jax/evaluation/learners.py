@@ -256,7 +256,7 @@ def loss(
         size = len(x)
         shifts = jnp.append(0, jax.random.randint(mixing, (negatives,), 1, size))
         image, text = jnp.arange(size), (jnp.arange(size) + shifts[:, None]) % size
-        targets = same
+        targets = jnp.asarray(same, x.dtype)
         if name == "mlp_cosine":
             targets = unit(prepare["image"], x) @ unit(prepare["text"], y).T
         a, b = _pair_features(name, params, drop(x), drop(y))

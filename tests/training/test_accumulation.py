@@ -52,11 +52,11 @@ class Toy(Method):
         items = mixup.mix(batch["items"], share, partner)
         return {"items": items, "shared": batch["shared"] | {"share": share}}
 
-    def embed(self, params, batch, key, progress):
+    def embed(self, params, batch, key):
         z = {name: jnp.tanh(x @ params["w"]) for name, x in batch["items"].items()}
         # Like dropout, so that gradients go through the noise.
         noise = jax.random.uniform(key, z["b"].shape, minval=-1) if self.noise else 0.0
-        return {"a": z["a"], "b": (1 + self.noise * noise) * (1 + progress) * z["b"]}
+        return {"a": z["a"], "b": (1 + self.noise * noise) * z["b"]}
 
     def objective(self, params, embedded, batch, progress):
         shared = batch["shared"]
@@ -129,7 +129,7 @@ def test_both_passes_of_exact_draw_the_same_noise():
 
     def loss(params):
         parts = zip(halves(BATCH), keys, strict=True)
-        pieces = [NOISY.embed(params, half, key, PROGRESS) for half, key in parts]
+        pieces = [NOISY.embed(params, half, key) for half, key in parts]
         joined = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(N, -1), *pieces)
         return NOISY.objective(params, joined, BATCH, PROGRESS)
 
@@ -171,8 +171,8 @@ def test_parts_are_split_over_devices(scheme):
     seen = []
 
     class Seen(Toy):
-        def embed(self, params, batch, key, progress):
-            embedded = super().embed(params, batch, key, progress)
+        def embed(self, params, batch, key):
+            embedded = super().embed(params, batch, key)
             jax.debug.inspect_array_sharding(embedded["a"], callback=seen.append)
             return embedded
 

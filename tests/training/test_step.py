@@ -26,7 +26,7 @@ class Echo(Method):
 
     init = validate = evaluate = batches
 
-    def embed(self, params, batch, key, progress):
+    def embed(self, params, batch, key):
         return params * jax.random.normal(key, batch["items"].shape)
 
     def objective(self, params, embedded, batch, progress):
