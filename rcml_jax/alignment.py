@@ -13,6 +13,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.evaluation.alignment import retrieval
 from rcml_jax.evaluation.gap import calibrate, modality_gap, negative_share
 from rcml_jax.evaluation.learned import LEARNERS, SPACES, fit, search
+from rcml_jax.evaluation.pair_search import pair_retrieval
 from rcml_jax.methods import build
 from rcml_jax.similarity import SIMILARITIES
 from rcml_jax.training import loop, parallel
@@ -195,8 +196,8 @@ def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> di
         found = score((*moved, test[2]), ("dot",))
         found = {direction: measures["dot"] for direction, measures in found.items()}
     else:
-        found = retrieval(*test, similarities={name: learned.score}, memory=None)
-        found = {direction: measures[name] for direction, measures in found.items()}
+        memory = config.evaluation.memory_mb * 2**20
+        found = pair_retrieval(learned.score, *test, memory=memory)
     return {"validation": learned.best, **found}
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns, and of its gap.
-ALIGNMENT = ("p@1", "p@5", "p@10", "r@5", "r@10", "mrr", "map@10", "median_rank")
+ALIGNMENT = ("p@1", "p@5", "r@5", "r@10", "mrr", "median_rank")
 GAP = ("centroid", "wasserstein2", "matched_cosine", "random_cosine")
 #: Measures of classification in the order of the table's columns.
 MEASURES = ("accuracy", "f1", "weighted_f1", "macro_f1", "auc")
@@ -29,9 +29,9 @@ def _print_alignment(result: dict, console: Console) -> None:
     """A table for each direction, sources and similarities as rows; then the gap of each source."""
     for direction in ("image_to_text", "text_to_image"):
         table = Table(title=f"{direction.replace('_', ' ')} on {result['dataset']}")
-        table.add_column("source, similarity")
+        table.add_column("source, similarity", no_wrap=True)
         for name in ALIGNMENT:
-            table.add_column(name, justify="right")
+            table.add_column(name.replace("_", " "), justify="right")
         for source, found in result["sources"].items():
             rows = dict(found["precision"][direction])
             names = {"centred": "cosine, centred", "whitened": "cosine, whitened"}

@@ -1,0 +1,268 @@
+"""Exact search of a gallery in blocks: top-K lists and ranks; queries × gallery is never held.
+
+Ties count against the model. The scores of the right answers come from the same compiled product,
+in blocks of the same shape, as the scores they are compared with, so that equal rows tie to the
+last bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rcml_jax.errors import UserError
+from rcml_jax.evaluation import blocks
+from rcml_jax.evaluation.answers import Positives, pairs_of_positives, pairs_of_texts
+from rcml_jax.evaluation.rows import Rows, Source, check_rows, check_widths, open_rows
+from rcml_jax.evaluation.toplists import Direction, Found
+from rcml_jax.similarity import get
+
+#: Bytes that a search plans with unless told.
+MEMORY = 2**30
+_LARGEST, _SMALLEST = (1024, 4096), 64
+#: Bytes a score needs while two blocks are in work: itself, its mark, copies, partial counts.
+_SCORE_BYTES = 24
+#: One in so many scores of a block may enter the lists one by one; more are sorted as a whole.
+_SPARSE = 64
+_SLICES = _GROUP = 16
+
+
+def search(
+    queries: Source,
+    gallery: Source,
+    *,
+    similarity: str,
+    positives: Positives,
+    k: int = 10,
+    memory: int = MEMORY,
+    signed: str = "absolute",
+) -> Found:
+    """The best k of the gallery for each query, and the rank of the best of its right answers.
+
+    queries (q, d), gallery (n, d): arrays, memory-mapped files or `rows.Blocks`, computed in
+    float32. positives: the places in the gallery of each query's right answers, (q,) for one each,
+    (q, p), or q sequences. memory: bytes to plan with; they set the size of the blocks. The lists
+    themselves, 12 bytes an entry, come on top. signed: an option of "chi_square". Raises UserError
+    for rows that have no score, a query without a right answer, an index out of range.
+    """
+    x, y = _open(("queries", queries), ("gallery", gallery), similarity, memory)
+    pairs = pairs_of_positives(positives, len(x), len(y))
+    (found,) = _run(x, y, pairs, k, memory, False, similarity=similarity, signed=signed)
+    return found
+
+
+def search_both(
+    image: Source,
+    text: Source,
+    image_of_text: np.ndarray,
+    *,
+    similarity: str,
+    k: int = 10,
+    memory: int = MEMORY,
+    signed: str = "absolute",
+) -> tuple[Found, Found]:
+    """Texts searched for each image and images for each text, from one pass over the scores.
+
+    image (n, d), text (m, d); image_of_text: (m,) index of each text's image. Returns what was
+    found for the images, among the texts, and for the texts, among the images. Options and errors
+    as in `search`; an image without a text is a query without a right answer.
+    """
+    x, y = _open(("image", image), ("text", text), similarity, memory)
+    pairs = pairs_of_texts(image_of_text, len(x), len(y))
+    images, texts = _run(x, y, pairs, k, memory, True, similarity=similarity, signed=signed)
+    return images, texts
+
+
+def block_shape(queries: int, gallery: int, width: int, memory: int) -> tuple[int, int]:
+    """Rows and columns of the blocks: powers of two, at least 64, for which memory has room.
+
+    Raises UserError if it has none for the smallest.
+    """
+    rows, columns = (
+        min(largest, max(_SMALLEST, 1 << (length - 1).bit_length()))
+        for length, largest in zip((queries, gallery), _LARGEST, strict=True)
+    )
+    needed = functools.partial(_bytes_needed, width)
+    while needed(rows, columns) > memory and max(rows, columns) > _SMALLEST:
+        rows, columns = (rows, columns // 2) if columns >= rows else (rows // 2, columns)
+    if needed(rows, columns) > memory:
+        raise UserError(
+            f"memory is {memory} bytes; a search in {width} dimensions needs at least "
+            f"{needed(_SMALLEST, _SMALLEST)}"
+        )
+    return rows, columns
+
+
+def _bytes_needed(width, rows, columns):
+    # The other half is for the rows that are held.
+    return 2 * (_SCORE_BYTES * rows * columns + 12 * width * (rows + columns))
+
+
+def _open(first, second, similarity, memory) -> tuple[Rows, Rows]:
+    x, y = (open_rows(name, source, memory=memory // 4) for name, source in (first, second))
+    get(similarity)  # refuses a name that is not known
+    check_widths(x, y)
+    for rows in (x, y):
+        check_rows(rows, similarity)
+    return x, y
+
+
+def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> list[Found]:
+    """Search one direction, or both, in one pass; pairs (p, 2) are sorted, with every query."""
+    if k < 1:
+        raise UserError(f"k is {k}; it must be at least 1")
+    lengths = len(queries), len(gallery)
+    shape = block_shape(*lengths, queries.width, memory)
+    prepare = functools.partial(_prepare, similarity=options["similarity"])
+    block = functools.partial(_block, **options)
+    right = _RightPairs(pairs, shape, lengths)
+
+    scores = _pair_scores(queries, gallery, pairs, shape, prepare, block, right.none, both)
+    directions = [Direction(pairs, scores, *lengths, k, shape[0])]
+    if both:
+        directions.append(Direction(pairs[:, ::-1], scores, *lengths[::-1], k, shape[1]))
+
+    # As many queries as there is room for are held, prepared, while the gallery goes by.
+    held = max(1, memory // 4 // (4 * queries.width * shape[0])) * shape[0]
+    waiting = None
+    for group in range(0, lengths[0], held):
+        starts = range(group, min(group + held, lengths[0]), shape[0])
+        x = [prepare(queries.take(slice(i, i + shape[0]), shape[0])) for i in starts]
+        for j in range(0, lengths[1], shape[1]):
+            y = prepare(gallery.take(slice(j, j + shape[1]), shape[1]))
+            for i, rows in zip(starts, x, strict=True):
+                at = i // shape[0], j // shape[1]
+                state = tuple(
+                    (d.bar[b], d.best[b].floor) for d, b in zip(directions, at, strict=False)
+                )
+                result = block(rows, y, state, right.of(*at), (lengths[0] - i, lengths[1] - j))
+                # The device works on this block while the lists take up the one before.
+                if waiting is not None:
+                    _take_up(directions, *waiting)
+                waiting = at, result
+    _take_up(directions, *waiting)
+    return [direction.found() for direction in directions]
+
+
+class _RightPairs:
+    """Where in each block the right pairs stand: rows and columns, equally many for every block."""
+
+    def __init__(self, pairs, shape, lengths):
+        across = -(-lengths[1] // shape[1])
+        number = pairs // shape @ [across, 1]
+        order = np.argsort(number, kind="stable")
+        self._numbers, self._places = number[order], (pairs % shape)[order]
+        self._across = across
+        most = np.bincount(number).max()
+        #: What stands for no pair: places outside of a block.
+        self.none = np.tile(np.array(shape, np.int32), (1 << int(most - 1).bit_length(), 1))
+
+    def of(self, row: int, column: int) -> np.ndarray:
+        number = row * self._across + column
+        first, last = np.searchsorted(self._numbers, [number, number + 1])
+        places = self.none.copy()
+        places[: last - first] = self._places[first:last]
+        return places
+
+
+def _pair_scores(queries, gallery, pairs, shape, prepare, block, none, both) -> np.ndarray:
+    """Scores (p,) of the pairs, by the product that the search uses."""
+    scores = np.empty(len(pairs), np.float32)
+    no_state = tuple((np.full(n, np.inf, np.float32),) * 2 for n in shape[: 1 + both])
+    start = 0
+    while start < len(pairs):
+        first = pairs[start, 0]
+        stop = min(start + shape[1], np.searchsorted(pairs[:, 0], first + shape[0]))
+        query, answer = pairs[start:stop].T
+        x = prepare(queries.take(slice(first, first + shape[0]), shape[0]))
+        y = prepare(gallery.take(answer, shape[1]))
+        part = np.asarray(block(x, y, no_state, none, shape)[0])
+        scores[start:stop] = part[query - first, np.arange(stop - start)]
+        start = stop
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames="similarity")
+def _prepare(rows, similarity):
+    return blocks.prepare(similarity, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("similarity", "signed"))
+def _block(x, y, state, right, sizes, *, similarity, signed):
+    """Scores of prepared x (n, d) and y (m, d), and what each direction needs of them.
+
+    state: for the rows and, if wanted, the columns, scores to count from and scores to exceed.
+    right (p, 2): places of right pairs; sizes: numbers of rows and columns that exist. Right pairs
+    and what does not exist get minus infinity. Returns the scores (n, m), counts for each
+    direction, and marks (n, m) uint8 whose bit s says that a score exceeds that of direction s.
+    """
+    # The barriers keep the product the same whatever is done with it, and the sums vectorised.
+    scores = jax.lax.optimization_barrier(blocks.scores(similarity, x, y, signed=signed))
+    scores = scores.at[right[:, 0], right[:, 1]].set(-jnp.inf, mode="drop")
+    row, column = (
+        jnp.arange(length) < size for length, size in zip(scores.shape, sizes, strict=True)
+    )
+    scores = jax.lax.cond(
+        jnp.all(row) & jnp.all(column),
+        lambda scores: scores,
+        lambda scores: jnp.where(row[:, None] & column, scores, -jnp.inf),
+        scores,
+    )
+    counts, marks = [], jnp.zeros(scores.shape, jnp.uint8)
+    for direction, vectors in enumerate(state):
+        across = 1 - direction
+        bar, floor = (jnp.expand_dims(vector, across) for vector in vectors)
+        # A processor vectorises sums of slices, but not the plain sum of a comparison.
+        slices = jnp.split(scores, _SLICES, axis=across)
+        count = functools.reduce(jnp.add, [(part >= bar).astype(jnp.int32) for part in slices])
+        counts.append(jax.lax.optimization_barrier(count).sum(axis=across))
+        marks |= (scores > floor).astype(jnp.uint8) << direction
+    return scores, tuple(counts), marks
+
+
+@functools.partial(jax.jit, static_argnames=("k", "direction"))
+def _top(scores, k, direction):
+    """The k highest of each row, or column, (·, k) and their places; of equals the first."""
+    length = scores.shape[1 - direction]
+    if k * _GROUP >= length:
+        return jax.lax.top_k(scores if direction == 0 else scores.T, min(k, length))
+    # They are in the k groups of neighbours with the highest maxima, of equals the first.
+    if direction == 0:
+        highest = scores.reshape(len(scores), -1, _GROUP).max(axis=2)
+    else:
+        highest = scores.reshape(-1, _GROUP, scores.shape[1]).max(axis=1).T
+    group = jnp.sort(jax.lax.top_k(highest, k)[1], axis=1)
+    place = (group[:, :, None] * _GROUP + jnp.arange(_GROUP)).reshape(len(group), -1)
+    own = jnp.arange(len(group))[:, None]
+    values, chosen = jax.lax.top_k(scores[own, place] if direction == 0 else scores[place, own], k)
+    return values, jnp.take_along_axis(place, chosen, axis=1)
+
+
+def _take_up(directions: list[Direction], at: tuple[int, int], result) -> None:
+    """Add the counts of a block, and to the lists the scores that it marks."""
+    scores, counts, marks = result
+    shape, marks = scores.shape, np.asarray(marks).reshape(-1)
+    marked = _nonzero(marks)
+    for number, direction in enumerate(directions):
+        direction.count[at[number]] += np.asarray(counts[number])
+        best, bit = direction.best[at[number]], np.uint8(1 << number)
+        mine = _nonzero(marks & bit) if marked is None else marked[marks[marked] & bit > 0]
+        if mine is not None:
+            values = np.asarray(scores).reshape(-1)[mine]
+            row, index = np.divmod(mine, shape[1])[:: 1 - 2 * number]
+        else:
+            values, index = (np.asarray(v) for v in _top(scores, best.scores.shape[1], number))
+            exists = values > -np.inf
+            row, values, index = np.nonzero(exists)[0], values[exists], index[exists]
+        best.add(row, index + at[1 - number] * shape[1 - number], values)
+
+
+def _nonzero(marks: np.ndarray) -> np.ndarray | None:
+    """Places of the bytes (n,) that are not zero, n a multiple of 8; None if they are many."""
+    words = marks.view(np.uint64) != 0
+    some = np.flatnonzero(words)
+    if len(some) * _SPARSE > len(marks):
+        return None
+    word, byte = np.nonzero(marks.reshape(-1, 8)[some])
+    return some[word] * 8 + byte

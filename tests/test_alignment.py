@@ -1,0 +1,133 @@
+"""The alignment study as a command: a file of embeddings, and towers that are trained first."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rcml_jax import commands
+from tests.toy import ROOT, TINY
+
+CONFIG = ROOT / "configs" / "alignment.py"
+SIMILARITIES = {"cosine", "dot", "euclidean", "manhattan", "chi_square"}
+DIRECTIONS = {"image_to_text", "text_to_image"}
+MEASURES = {"p@1", "p@5", "p@10", "r@1", "r@5", "r@10", "mrr", "map@10", "median_rank", "queries"}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Texts are their image turned by a rotation, moved and blurred: two texts an image."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(60, 8)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    rows = np.repeat(np.arange(60), 2)
+    text = (image @ rotation)[rows] + 0.05 * rng.normal(size=(120, 8)) + 1.0
+    path = tmp_path_factory.mktemp("embeddings") / "pairs.npz"
+    np.savez(path, image=image, text=text.astype(np.float32), image_of_text=rows)
+    return path
+
+
+def run(file, workdir, *more):
+    return commands.evaluate(
+        ["eval", f"--config={CONFIG}:npz,path={file}", f"--workdir={workdir}", *more]
+    )
+
+
+def check_measures(measures):
+    assert set(measures) == MEASURES
+    assert all(0 <= measures[name] <= 1 for name in MEASURES - {"median_rank", "queries"})
+
+
+def test_a_file_of_embeddings(file, tmp_path, capsys):
+    learned = "--config.evaluation.learned=procrustes,cca,two_tower,mlp_mse"
+    assert run(file, tmp_path / "run", learned) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "image to text on npz",
+        "npz, cosine",
+        "npz, procrustes (learned)",
+        "modality gap",
+    ):
+        assert text in out
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["method"] == "alignment"
+    assert set(result["sources"]) == {"npz"}
+    assert set(result["precision"]) == DIRECTIONS
+    for found in result["precision"].values():
+        assert set(found) == SIMILARITIES
+        for measures in found.values():
+            check_measures(measures)
+    assert {"centroid", "wasserstein2", "matched_cosine", "random_cosine", "effective_rank"} < set(
+        result["modality_gap"]
+    )
+    assert set(result["calibration"]) == {"none", "centred", "whitened"}
+    assert set(result["learned"]) == {"procrustes", "cca", "two_tower", "mlp_mse"}
+    for found in (*result["learned"].values(), *result["calibration"].values()):
+        for direction in DIRECTIONS:
+            check_measures(found[direction])
+    # The rotation is no secret to Procrustes, and none of the fixed similarities sees it.
+    fixed = max(x["r@1"] for x in result["precision"]["image_to_text"].values())
+    assert result["learned"]["procrustes"]["image_to_text"]["r@1"] > fixed + 0.3
+    assert result["precision"]["image_to_text"]["cosine"]["queries"] == 12
+    assert result["precision"]["text_to_image"]["cosine"]["queries"] == 24
+
+
+def test_the_same_study_again_is_the_same(file, tmp_path):
+    options = ["--config.evaluation.learned=procrustes", "--config.evaluation.similarity=cosine"]
+    for name in ("one", "two"):
+        assert run(file, tmp_path / name, *options) == 0
+    one, two = ((tmp_path / name / "eval.json").read_text() for name in ("one", "two"))
+    assert one == two
+    # A work directory of the study needs no configuration file.
+    (tmp_path / "one" / "eval.json").unlink()
+    assert commands.evaluate(["eval", f"--workdir={tmp_path / 'one'}"]) == 0
+    assert (tmp_path / "one" / "eval.json").read_text() == two
+
+
+def test_mistakes_are_one_sentence(file, tmp_path, capsys):
+    broken = tmp_path / "broken.npz"
+    arrays = dict(np.load(file))
+    arrays["image"][3, 2] = np.nan
+    np.savez(broken, **arrays)
+    for args, text in (
+        ((broken, tmp_path / "a"), "row 3"),
+        ((tmp_path / "none.npz", tmp_path / "b"), "there is no file"),
+        ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all or from"),
+        ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all or from"),
+        ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
+    ):
+        assert run(*args) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert text in err
+
+
+def test_other_methods_take_no_configuration(tmp_path, capsys):
+    args = ["eval", f"--config={ROOT / 'configs' / 'rcml.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert commands.evaluate(args) == 2
+    assert "for the alignment study only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_towers_are_trained_first(tmp_path):
+    relational = {name: value for name, value in TINY.items() if not name.startswith("data.")}
+    options = [
+        f"--config.runs.{run}.{name}={value}"
+        for run in ("rcml", "clip")
+        for name, value in relational.items()
+    ]
+    classifier = {"epochs": 1, "devices": 1, "model.width": 16, "model.layers": 1, "model.heads": 2}
+    options += [
+        f"--config.runs.apart_{side}.{name}={value}"
+        for side in ("image", "text")
+        for name, value in classifier.items()
+    ]
+    args = ["eval", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *options]
+    assert commands.evaluate([*args, "--config.evaluation.learned=procrustes"]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert list(result["sources"]) == ["rcml", "clip", "apart"]
+    assert result["images"] == result["texts"] == 383
+    runs = sorted(path.name for path in (tmp_path / "run" / "runs").iterdir())
+    assert runs == ["apart_image", "apart_text", "clip", "rcml"]
