@@ -36,7 +36,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.similarity = "all"  # or one of cosine, dot, euclidean, manhattan, chi_square
     config.evaluation.memory_mb = 512  # that a block of scores may take
     config.evaluation.wasserstein = "gaussian"  # sinkhorn or sliced, with the extra `alignment`
-    config.evaluation.learned = "all"  # names with commas between; empty: none
+    # Similarities learned on the training split: all, names with commas between, or none of them.
+    config.evaluation.learned = "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive"
+    config.evaluation.learner_steps = 500  # of training, at most
+    config.evaluation.learner_batch = 64
     config.evaluation.search_trials = 0  # of Optuna for each learner, with the extra `search`
 
     config.runs = ml_collections.ConfigDict()

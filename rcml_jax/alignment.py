@@ -186,11 +186,16 @@ def _calibrated(pairs: tuple, score: Callable, seed: int) -> dict:
 def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> dict:
     """A similarity fitted on train, stopped by validation, scored on test."""
     train, validation, test = (pairs.arrays() for pairs in splits)
-    trials, seed = config.evaluation.search_trials, config.seed
-    if trials and name in SPACES:
-        learned = search(name, *train, validation, trials=trials, seed=seed).best
+    asked, seed = config.evaluation, config.seed
+    print(f"fitting {name}", file=sys.stderr, flush=True)
+    options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
+    if asked.search_trials and name in SPACES:
+        found = search(
+            name, *train, validation, trials=asked.search_trials, options=options, seed=seed
+        )
+        learned = found.best
     else:
-        learned = fit(name, *train, validation, seed=seed)
+        learned = fit(name, *train, validation, options=options, seed=seed)
     if learned.embeds:
         moved = np.asarray(learned.embed_image(test[0])), np.asarray(learned.embed_text(test[1]))
         found = score((*moved, test[2]), ("dot",))

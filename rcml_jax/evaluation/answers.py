@@ -14,7 +14,8 @@ def named(kind: str, index: np.ndarray) -> str:
     """What an error message calls some of many: "row 3", or "rows 3, 7, 8, 9, 12 and 40 more"."""
     listed = ", ".join(str(i) for i in index[:_NAMED])
     more = f" and {len(index) - _NAMED} more" if len(index) > _NAMED else ""
-    return f"{kind}{'s' if len(index) > 1 else ''} {listed}{more}"
+    plural = "queries" if kind == "query" else f"{kind}s"
+    return f"{kind if len(index) == 1 else plural} {listed}{more}"
 
 
 def pairs_of_positives(positives: Positives, queries: int, gallery: int) -> np.ndarray:
@@ -64,8 +65,8 @@ def _check_range(name, values, limit, of, kind, places):
     wrong = np.flatnonzero((values < 0) | (values >= limit))
     if len(wrong):
         raise UserError(
-            f"{name} is out of range for {named(kind, places[wrong])}: it is {values[wrong[0]]}, "
-            f"and there are {limit} {of}, counted from 0"
+            f"{name} is out of range for {named(kind, np.unique(places[wrong]))}: it is "
+            f"{values[wrong[0]]}, and there are {limit} {of}, counted from 0"
         )
 
 

@@ -20,12 +20,12 @@ from rcml_jax.similarity import get
 
 #: Bytes that a search plans with unless told.
 MEMORY = 2**30
-_LARGEST, _SMALLEST = (1024, 4096), 64
+_LARGEST, _SMALLEST = (1024, 2048), 64
 #: Bytes a score needs while two blocks are in work: itself, its mark, copies, partial counts.
 _SCORE_BYTES = 24
 #: One in so many scores of a block may enter the lists one by one; more are sorted as a whole.
 _SPARSE = 64
-_SLICES = _GROUP = 16
+_SLICE, _GROUP = 128, 16
 
 
 def search(
@@ -115,10 +115,10 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
     lengths = len(queries), len(gallery)
     shape = block_shape(*lengths, queries.width, memory)
     prepare = functools.partial(_prepare, similarity=options["similarity"])
-    block = functools.partial(_block, **options)
+    score = functools.partial(_scores, **options)
     right = _RightPairs(pairs, shape, lengths)
 
-    scores = _pair_scores(queries, gallery, pairs, shape, prepare, block, right.none, both)
+    scores = _pair_scores(queries, gallery, pairs, shape, prepare, score, right.none)
     directions = [Direction(pairs, scores, *lengths, k, shape[0])]
     if both:
         directions.append(Direction(pairs[:, ::-1], scores, *lengths[::-1], k, shape[1]))
@@ -136,7 +136,9 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
                 state = tuple(
                     (d.bar[b], d.best[b].floor) for d, b in zip(directions, at, strict=False)
                 )
-                result = block(rows, y, state, right.of(*at), (lengths[0] - i, lengths[1] - j))
+                sizes = lengths[0] - i, lengths[1] - j
+                full = sizes[0] >= shape[0] and sizes[1] >= shape[1]
+                result = _compare(score(rows, y, right.of(*at)), state, None if full else sizes)
                 # The device works on this block while the lists take up the one before.
                 if waiting is not None:
                     _take_up(directions, *waiting)
@@ -166,10 +168,9 @@ class _RightPairs:
         return places
 
 
-def _pair_scores(queries, gallery, pairs, shape, prepare, block, none, both) -> np.ndarray:
+def _pair_scores(queries, gallery, pairs, shape, prepare, score, none) -> np.ndarray:
     """Scores (p,) of the pairs, by the product that the search uses."""
     scores = np.empty(len(pairs), np.float32)
-    no_state = tuple((np.full(n, np.inf, np.float32),) * 2 for n in shape[: 1 + both])
     start = 0
     while start < len(pairs):
         first = pairs[start, 0]
@@ -177,7 +178,7 @@ def _pair_scores(queries, gallery, pairs, shape, prepare, block, none, both) -> 
         query, answer = pairs[start:stop].T
         x = prepare(queries.take(slice(first, first + shape[0]), shape[0]))
         y = prepare(gallery.take(answer, shape[1]))
-        part = np.asarray(block(x, y, no_state, none, shape)[0])
+        part = np.asarray(score(x, y, none))
         scores[start:stop] = part[query - first, np.arange(stop - start)]
         start = stop
     return scores
@@ -189,32 +190,30 @@ def _prepare(rows, similarity):
 
 
 @functools.partial(jax.jit, static_argnames=("similarity", "signed"))
-def _block(x, y, state, right, sizes, *, similarity, signed):
-    """Scores of prepared x (n, d) and y (m, d), and what each direction needs of them.
+def _scores(x, y, right, *, similarity, signed):
+    """Scores (n, m) of prepared rows (n, d), (m, d); minus infinity at the places right (p, 2)."""
+    scores = blocks.scores(similarity, x, y, signed=signed)
+    return scores.at[right[:, 0], right[:, 1]].set(-jnp.inf, mode="drop")
+
+
+@jax.jit
+def _compare(scores, state, sizes):
+    """What the directions need of the scores (n, m) of a block.
 
     state: for the rows and, if wanted, the columns, scores to count from and scores to exceed.
-    right (p, 2): places of right pairs; sizes: numbers of rows and columns that exist. Right pairs
-    and what does not exist get minus infinity. Returns the scores (n, m), counts for each
-    direction, and marks (n, m) uint8 whose bit s says that a score exceeds that of direction s.
+    sizes: how many rows and columns exist, if not all; the rest gets minus infinity. Returns the
+    scores, the counts for each direction, and marks (n, m) uint8 whose bit s says that a score
+    exceeds that of direction s.
     """
-    # The barriers keep the product the same whatever is done with it, and the sums vectorised.
-    scores = jax.lax.optimization_barrier(blocks.scores(similarity, x, y, signed=signed))
-    scores = scores.at[right[:, 0], right[:, 1]].set(-jnp.inf, mode="drop")
-    row, column = (
-        jnp.arange(length) < size for length, size in zip(scores.shape, sizes, strict=True)
-    )
-    scores = jax.lax.cond(
-        jnp.all(row) & jnp.all(column),
-        lambda scores: scores,
-        lambda scores: jnp.where(row[:, None] & column, scores, -jnp.inf),
-        scores,
-    )
+    if sizes is not None:
+        row, column = (jnp.arange(n) < size for n, size in zip(scores.shape, sizes, strict=True))
+        scores = jnp.where(row[:, None] & column, scores, -jnp.inf)
     counts, marks = [], jnp.zeros(scores.shape, jnp.uint8)
     for direction, vectors in enumerate(state):
         across = 1 - direction
         bar, floor = (jnp.expand_dims(vector, across) for vector in vectors)
         # A processor vectorises sums of slices, but not the plain sum of a comparison.
-        slices = jnp.split(scores, _SLICES, axis=across)
+        slices = jnp.split(scores, max(1, scores.shape[across] // _SLICE), axis=across)
         count = functools.reduce(jnp.add, [(part >= bar).astype(jnp.int32) for part in slices])
         counts.append(jax.lax.optimization_barrier(count).sum(axis=across))
         marks |= (scores > floor).astype(jnp.uint8) << direction
