@@ -25,7 +25,8 @@ _LARGEST, _SMALLEST = (1024, 2048), 64
 _SCORE_BYTES = 24
 #: One in so many scores of a block may enter the lists one by one; more are sorted as a whole.
 _SPARSE = 64
-_SLICE, _GROUP = 128, 16
+_GROUP = 16
+_EACH = np.uint64(0x0101010101010101)
 
 
 def search(
@@ -133,9 +134,7 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
             y = prepare(gallery.take(slice(j, j + shape[1]), shape[1]))
             for i, rows in zip(starts, x, strict=True):
                 at = i // shape[0], j // shape[1]
-                state = tuple(
-                    (d.bar[b], d.best[b].floor) for d, b in zip(directions, at, strict=False)
-                )
+                state = tuple(d.state(b) for d, b in zip(directions, at, strict=False))
                 sizes = lengths[0] - i, lengths[1] - j
                 full = sizes[0] >= shape[0] and sizes[1] >= shape[1]
                 result = _compare(score(rows, y, right.of(*at)), state, None if full else sizes)
@@ -198,26 +197,21 @@ def _scores(x, y, right, *, similarity, signed):
 
 @jax.jit
 def _compare(scores, state, sizes):
-    """What the directions need of the scores (n, m) of a block.
+    """Marks (n, m) uint8 of the scores of a block, and the scores.
 
-    state: for the rows and, if wanted, the columns, scores to count from and scores to exceed.
-    sizes: how many rows and columns exist, if not all; the rest gets minus infinity. Returns the
-    scores, the counts for each direction, and marks (n, m) uint8 whose bit s says that a score
-    exceeds that of direction s.
+    state: for the rows and, if wanted, the columns, scores to exceed and scores to reach. Bit s of
+    a mark says that its score exceeds that of direction s, bit 2 + s that it reaches that of
+    direction s. sizes: how many rows and columns exist, if not all; the rest gets minus infinity.
     """
     if sizes is not None:
         row, column = (jnp.arange(n) < size for n, size in zip(scores.shape, sizes, strict=True))
         scores = jnp.where(row[:, None] & column, scores, -jnp.inf)
-    counts, marks = [], jnp.zeros(scores.shape, jnp.uint8)
+    marks = jnp.zeros(scores.shape, jnp.uint8)
     for direction, vectors in enumerate(state):
-        across = 1 - direction
-        bar, floor = (jnp.expand_dims(vector, across) for vector in vectors)
-        # A processor vectorises sums of slices, but not the plain sum of a comparison.
-        slices = jnp.split(scores, max(1, scores.shape[across] // _SLICE), axis=across)
-        count = functools.reduce(jnp.add, [(part >= bar).astype(jnp.int32) for part in slices])
-        counts.append(jax.lax.optimization_barrier(count).sum(axis=across))
+        floor, bar = (jnp.expand_dims(vector, 1 - direction) for vector in vectors)
         marks |= (scores > floor).astype(jnp.uint8) << direction
-    return scores, tuple(counts), marks
+        marks |= (scores >= bar).astype(jnp.uint8) << (2 + direction)
+    return scores, marks
 
 
 @functools.partial(jax.jit, static_argnames=("k", "direction"))
@@ -239,14 +233,18 @@ def _top(scores, k, direction):
 
 
 def _take_up(directions: list[Direction], at: tuple[int, int], result) -> None:
-    """Add the counts of a block, and to the lists the scores that it marks."""
-    scores, counts, marks = result
-    shape, marks = scores.shape, np.asarray(marks).reshape(-1)
-    marked = _nonzero(marks)
+    """Add a block to the counts of its queries, and the scores that are marked to their lists."""
+    scores, marks = result
+    shape = scores.shape
+    words = np.asarray(marks).view(np.uint64)
+    exceeding = _places(words, 3)
     for number, direction in enumerate(directions):
-        direction.count[at[number]] += np.asarray(counts[number])
-        best, bit = direction.best[at[number]], np.uint8(1 << number)
-        mine = _nonzero(marks & bit) if marked is None else marked[marks[marked] & bit > 0]
+        direction.count[at[number]] += _count(words, 2 + number, axis=1 - number)
+        best, bit = direction.best[at[number]], 1 << number
+        if exceeding is None:
+            mine = _places(words, bit)
+        else:
+            mine = exceeding[np.asarray(marks).reshape(-1)[exceeding] & bit > 0]
         if mine is not None:
             values = np.asarray(scores).reshape(-1)[mine]
             row, index = np.divmod(mine, shape[1])[:: 1 - 2 * number]
@@ -257,11 +255,20 @@ def _take_up(directions: list[Direction], at: tuple[int, int], result) -> None:
         best.add(row, index + at[1 - number] * shape[1 - number], values)
 
 
-def _nonzero(marks: np.ndarray) -> np.ndarray | None:
-    """Places of the bytes (n,) that are not zero, n a multiple of 8; None if they are many."""
-    words = marks.view(np.uint64) != 0
-    some = np.flatnonzero(words)
-    if len(some) * _SPARSE > len(marks):
+def _count(words: np.ndarray, bit: int, axis: int) -> np.ndarray:
+    """How many marks have a bit, along an axis of the marks; words (n, m) hold eight each."""
+    if axis == 1:
+        return np.bitwise_count(words & (_EACH << np.uint64(bit))).sum(axis=1, dtype=np.int64)
+    # Eight counts in a word, as 64 rows cannot overflow them.
+    counts = (words >> np.uint64(bit) & _EACH).reshape(-1, 64, words.shape[1]).sum(axis=1)
+    return counts.view(np.uint8).sum(axis=0, dtype=np.int64)
+
+
+def _places(words: np.ndarray, bits: int) -> np.ndarray | None:
+    """Places of the marks with any of the bits; None if they are many."""
+    words = words.reshape(-1)
+    some = np.flatnonzero((words & (_EACH * np.uint64(bits))) != 0)
+    if len(some) * _SPARSE > 8 * len(words):
         return None
-    word, byte = np.nonzero(marks.reshape(-1, 8)[some])
-    return some[word] * 8 + byte
+    place = np.flatnonzero((words[some].view(np.uint8) & bits) != 0)
+    return some[place >> 3] * 8 + (place & 7)

@@ -72,8 +72,8 @@ class Direction:
         self.best = [Best(block, min(k, gallery)) for _ in range(blocks)]
 
     def state(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores to count from and scores to exceed, (block,) each."""
-        return self.bar[block], self.best[block].floor
+        """Scores that an item has to exceed to be listed, and to reach to be counted, (block,)."""
+        return self.best[block].floor, self.bar[block]
 
     def found(self) -> Found:
         """The lists, with the right answers in their places, and the ranks."""
