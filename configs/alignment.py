@@ -2,10 +2,16 @@
 
     python eval.py --config configs/alignment.py --workdir runs/alignment
     python eval.py --config configs/alignment.py:npz,path=embeddings.npz --workdir runs/mine
+    python eval.py --config configs/alignment.py:runs,path=runs/rcml --workdir runs/study
+    python eval.py --config configs/alignment.py:flickr30k,path=flickr30k \
+        --config.towers.names=openai/clip-vit-base-patch32 --workdir runs/flickr
 
 `openmoji` (the default) compares towers trained by configs/rcml.py, by its CLIP baseline, and apart
 from each other on the groups of configs/m3col.py; runs that the work directory lacks are trained
-first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,).
+first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,). `runs` takes
+work directories of configs/rcml.py, with commas between, and the items that they were trained for.
+`flickr30k` and `coco` are local copies in their published layouts, embedded by the towers named,
+which `openmoji` takes besides its own.
 """
 
 import importlib.util
@@ -17,8 +23,10 @@ from rcml_jax.config import parse_argument
 
 
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
-    """The configuration of a source, "openmoji" or "npz,path=FILE"."""
-    source, options = parse_argument(arg, sources=("openmoji", "npz"), options=("path",))
+    """The configuration of a source, "openmoji" or "npz,path=FILE" and the like."""
+    source, options = parse_argument(
+        arg, sources=("openmoji", "npz", "runs", "flickr30k", "coco"), options=("path", "towers")
+    )
     config = ml_collections.ConfigDict()
     config.method = "alignment"
     config.seed = 42
@@ -29,10 +37,20 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.name = source
     config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
-    config.data.path = options.get("path", "")  # of the npz file
-    config.data.split_seed = 0  # of the npz file's split: 60 % train, 20 % validation, 20 % test
+    config.data.path = options.get("path", "")  # of the file, the runs or the local copy
+    # Of the split where the source declares none: 60 % train, 20 % validation, 20 % test.
+    config.data.split_seed = 0
+
+    # Towers of checkpoints, with commas between: CLIP, or IMAGE+TEXT for two that were trained
+    # apart (ViT, ResNet or CLIP; BERT, RoBERTa, CLIP or minilm); directories or names on the hub.
+    config.towers = ml_collections.ConfigDict()
+    config.towers.names = options.get("towers", "")
+    config.towers.layer = "projected"  # of CLIP: to the joint space; or penultimate, before it
+    config.towers.pooling = "auto"  # of other towers' tokens: first, mean; auto: the checkpoint's
+    config.towers.max_length = 77  # tokens of a text
 
     config.evaluation = ml_collections.ConfigDict()
+    config.evaluation.gallery = "test"  # or all: similarities and gap on every split together
     config.evaluation.similarity = "all"  # or one of cosine, dot, euclidean, manhattan, chi_square
     config.evaluation.memory_mb = 512  # that a block of scores may take
     config.evaluation.wasserstein = "gaussian"  # sinkhorn or sliced, with the extra `alignment`

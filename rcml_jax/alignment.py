@@ -8,52 +8,46 @@ from typing import Any
 import jax
 import numpy as np
 
-from rcml_jax.data.embeddings import Pairs, project_to_narrower, read_npz, split_pairs
+from rcml_jax.alignment_sources import sources
+from rcml_jax.data.embeddings import Pairs, join_pairs, project_to_narrower
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.alignment import retrieval
 from rcml_jax.evaluation.gap import calibrate, modality_gap, negative_share
+from rcml_jax.evaluation.histograms import cosine_histograms, plane
 from rcml_jax.evaluation.learned import LEARNERS, SPACES, fit, search
 from rcml_jax.evaluation.pair_search import pair_retrieval
-from rcml_jax.methods import build
 from rcml_jax.similarity import SIMILARITIES
 from rcml_jax.training import loop, parallel
 from rcml_jax.training import workdir as workdirs
-from rcml_jax.training.checkpoint import read_params
 
-SPLITS = ("train", "validation", "test")
-_SHARES = (0.6, 0.2, 0.2)
+ARRAYS = "similarities.npz"
+GALLERIES = ("test", "all")
 
 
 def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """Compare similarities, gaps and learned similarities on every source; writes `eval.json`.
 
-    Runs that `config.runs` names and the work directory lacks are trained first, under
-    <workdir>/runs. Returns None where a signal ended one of them. Raises UserError for what a user
-    can mend.
+    Beside it `similarities.npz` has what pictures are drawn from: for each source the histograms of
+    cosines and, for each calibration, the plane of `evaluation.histograms`. Runs that `config.runs`
+    names and the work directory lacks are trained first, under <workdir>/runs. Returns None where a
+    signal ended one of them. Raises UserError for what a user can mend.
     """
     workdir = pathlib.Path(workdir)
     similarities = _names("similarity", config.evaluation.similarity, tuple(SIMILARITIES))
     learners = _names("learned", config.evaluation.learned, LEARNERS)
+    gallery = config.evaluation.gallery
+    if gallery not in GALLERIES:
+        raise UserError(f"config.evaluation.gallery={gallery!r} is unknown; choose test or all")
+    readers = sources(config, workdir)
     device = parallel.first_local(parallel.pick_devices(config.platform))
     workdirs.prepare(workdir, config)
-    sources: dict[str, Callable[[], list[Pairs]]] = {}
-    if config.data.name == "npz":
-        sources["npz"] = lambda: _npz(config)
-    elif config.data.name == "openmoji":
-        if not train_missing(config, workdir):
-            return None
-        sources = {
-            "rcml": lambda: _towers(config.runs.rcml, workdir / "runs" / "rcml"),
-            "clip": lambda: _towers(config.runs.clip, workdir / "runs" / "clip"),
-            "apart": lambda: _apart(config, workdir),
-        }
-    else:
-        raise UserError(f"config.data.name={config.data.name!r} is unknown; choose openmoji or npz")
+    if not train_missing(config, workdir):
+        return None
+    found, arrays = {}, {}
     with jax.default_device(device):
-        found = {
-            name: _study_source(read(), config, similarities, learners)
-            for name, read in sources.items()
-        }
+        for name, read in readers.items():
+            found[name], drawn = _study_source(read(), config, similarities, learners)
+            arrays |= {f"{name}/{key}": value for key, value in drawn.items()}
     first = next(iter(found))
     result = {
         "method": "alignment",
@@ -62,6 +56,7 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
         **found[first],
         "sources": found,
     }
+    workdirs.write_arrays(workdir / ARRAYS, arrays)
     workdirs.write_json(workdir / "eval.json", result)
     return result
 
@@ -99,85 +94,62 @@ def _names(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-# Sources: each gives train, validation and test pairs.
-
-
-def _npz(config: Any) -> list[Pairs]:
-    pairs = read_npz(config.data.path)
-    # Measured once on the whole, so that what is wrong with it is said before it is split.
-    modality_gap(*project_to_narrower(pairs, 0).arrays(), pairs=1)
-    return split_pairs(pairs, _SHARES, config.data.split_seed)
-
-
-def _towers(run: Any, directory: pathlib.Path) -> list[Pairs]:
-    """The towers of a relational method, each item with itself."""
-    method = build(run, directory)
-    params = jax.tree.map(jax.numpy.asarray, read_params(directory))
-    found = []
-    for split in SPLITS:
-        items = np.sort(method.task.splits.items(split))
-        image, text = method.own_embeddings(params, items)
-        found.append(Pairs(image, text, np.arange(len(items))))
-    return found
-
-
-def _apart(config: Any, workdir: pathlib.Path) -> list[Pairs]:
-    """An image and a text encoder that were trained apart, on the same items."""
-    sides = {}
-    for modality in ("image", "text"):
-        name = f"apart_{modality}"
-        directory = workdir / "runs" / name
-        method = build(config.runs[name], directory)
-        params = jax.tree.map(jax.numpy.asarray, read_params(directory))
-        sides[modality] = [
-            method.embeddings(params, method.task.data.rows(split))[modality][0] for split in SPLITS
-        ]
-    return [
-        Pairs(image, text, np.arange(len(text)))
-        for image, text in zip(sides["image"], sides["text"], strict=True)
-    ]
-
-
 # What is said of a source
 
 
 def _study_source(
     splits: list[Pairs], config: Any, similarities: tuple[str, ...], learners: tuple[str, ...]
-) -> dict:
-    """Retrieval under each similarity, the gap, calibration and learned similarities, on test."""
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Retrieval under each similarity, the gap, calibration, learned similarities; and arrays."""
     options, seed = config.evaluation, config.seed
     widths = [splits[0].image.shape[1], splits[0].text.shape[1]]
     narrow = [project_to_narrower(pairs, seed) for pairs in splits]
     train, test = narrow[0].arrays(), narrow[2].arrays()
+    whole = join_pairs(narrow).arrays() if options.gallery == "all" else test
     memory = options.memory_mb * 2**20
 
     def score(pairs: tuple, names: tuple[str, ...]) -> dict:
         return retrieval(*pairs, similarities=names, memory=memory)
 
-    gap = modality_gap(*test, wasserstein=options.wasserstein, seed=seed)
+    gap = modality_gap(*whole, wasserstein=options.wasserstein, seed=seed)
     for warning in gap["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     result = {
-        "images": len(test[0]),
-        "texts": len(test[1]),
+        "images": len(whole[0]),
+        "texts": len(whole[1]),
         "widths": widths,
-        "precision": score(test, similarities),
+        "precision": score(whole, similarities),
         "modality_gap": gap,
-        "calibration": {"none": _calibrated(test, score, seed)},
     }
-    for name, whiten in (("centred", False), ("whitened", True)):
-        calibration = calibrate(train[0], train[1], whiten=whiten)
-        moved = calibration.image(test[0]), calibration.text(test[1]), test[2]
-        result["calibration"][name] = _calibrated(moved, score, seed)
+    calibration, arrays = {}, cosine_histograms(*whole, seed=seed)
+    for name, moved in _calibrations(train, test).items():
+        calibration[name] = _calibrated(moved, score, seed)
+        points = plane(*moved, seed=seed)
+        arrays |= {f"{name}/{modality}": rows for modality, rows in points.items()}
+    result["calibration"] = calibration
     result["learned"] = {name: _learned(name, narrow, config, score) for name in learners}
-    return result
+    return result, arrays
+
+
+def _calibrations(train: tuple, test: tuple) -> dict[str, tuple]:
+    """The test pairs as they are, centred, and centred and whitened, as fitted on train."""
+    found = {"none": test}
+    for name, whiten in (("centred", False), ("whitened", True)):
+        try:
+            fitted = calibrate(train[0], train[1], whiten=whiten)
+        except UserError as error:  # a collapsed embedding: the rest of the study stands
+            print(f"warning: not {name}: {error}", file=sys.stderr)
+            continue
+        found[name] = fitted.image(test[0]), fitted.text(test[1]), test[2]
+    return found
 
 
 def _calibrated(pairs: tuple, score: Callable, seed: int) -> dict:
-    """Cosine retrieval, and the share of unrelated pairs with a negative cosine."""
+    """Cosine retrieval, the gap that is left, and the share of unrelated pairs below 0."""
     found = score(pairs, ("cosine",))
     return {
         "negative_share": negative_share(*pairs, seed=seed),
+        "centroid": modality_gap(*pairs, pairs=1)["centroid"],
         "image_to_text": found["image_to_text"]["cosine"],
         "text_to_image": found["text_to_image"]["cosine"],
     }
@@ -208,7 +180,11 @@ def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> di
 
 def _protocol(config: Any, first: str) -> dict:
     return {
-        "split": "test items or images, unseen by the towers, the calibration and the learners",
+        "split": "test items or images, unseen by the calibration, the learners and towers of ours",
+        "precision on": {
+            "test": "the test split",
+            "all": "all splits together; calibration and learned similarities on test alone",
+        }[config.evaluation.gallery],
         "ties": "count against the model",
         "ranks": "exact, over the whole gallery of the split",
         "precision": "p@k: share of the top k that is right; r@k: any of the top k is right",

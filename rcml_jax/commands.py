@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -107,12 +108,21 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
     values = parse_flags(rest, config)
-    from rcml_jax.alignment import study
+    from rcml_jax.alignment import ARRAYS, study
     from rcml_jax.evaluation.table import print_evaluation
+    from rcml_jax.report.alignment import draw
 
     result = study(values.config, workdir)
-    if result is not None:
-        print_evaluation(result)
+    if result is None:
+        return 0
+    print_evaluation(result)
+    directory = pathlib.Path(workdir)
+    try:
+        with np.load(directory / ARRAYS) as arrays:
+            paths = draw(result, arrays, directory / "figures")
+        print("figures:", *paths)
+    except UserError as error:  # what was asked for is there
+        print(f"no figures: {error}", file=sys.stderr)
     return 0
 
 

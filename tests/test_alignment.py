@@ -1,12 +1,15 @@
 """The alignment study as a command: a file of embeddings, and towers that are trained first."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 
 from rcml_jax import commands
-from tests.toy import ROOT, TINY
+from tests.data.test_captions import write_flickr
+from tests.models import towers
+from tests.toy import ROOT, TINY, arguments, write_catalogue
 
 CONFIG = ROOT / "configs" / "alignment.py"
 SIMILARITIES = {"cosine", "dot", "euclidean", "manhattan", "chi_square"}
@@ -72,6 +75,59 @@ def test_a_file_of_embeddings(file, tmp_path, capsys):
     assert result["precision"]["text_to_image"]["cosine"]["queries"] == 24
 
 
+def evaluate(source, workdir, **options):
+    options = {"evaluation.learned": "", "evaluation.similarity": "cosine"} | options
+    values = [f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()]
+    return commands.evaluate(
+        ["eval", f"--config={CONFIG}:{source}", f"--workdir={workdir}", *values]
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in ("clip", "vit", "bert"):
+        (root / name).mkdir()
+        getattr(towers, f"save_{name}")(root / name)
+    return root
+
+
+def test_captions_through_towers_of_checkpoints(checkpoints, tmp_path, capsys):
+    words = ["a", "man", "is", "eating", "food"]
+
+    def caption(number, place):
+        return " ".join(words[(number // 5**i + place) % 5] for i in range(3))
+
+    data = write_flickr(tmp_path / "flickr", karpathy=False, images=40, caption=caption)
+    names = f"{checkpoints / 'clip'},{checkpoints / 'vit'}+{checkpoints / 'bert'}"
+    source, workdir = f"flickr30k,path={data}", tmp_path / "run"
+    assert evaluate(source, workdir, towers__names=names) == 0
+    result = json.loads((workdir / "eval.json").read_text())
+    assert list(result["sources"]) == ["clip", "vit+bert"]
+    assert (result["images"], result["texts"], result["widths"]) == (8, 16, [8, 8])
+    stored = sorted((workdir / "embeddings").glob("*/*.npy"))
+    assert [path.name for path in stored] == ["image.npy", "text.npy"] * 2
+    # Embedded once: what is stored is what is read.
+    before = [path.stat().st_mtime_ns for path in stored]
+    assert evaluate(source, workdir, towers__names=names, evaluation__gallery="all") == 0
+    assert [path.stat().st_mtime_ns for path in stored] == before
+    whole = json.loads((workdir / "eval.json").read_text())
+    assert (whole["images"], whole["texts"]) == (40, 80)
+    assert whole["precision"]["text_to_image"]["cosine"]["queries"] == 80
+    assert whole["sources"]["clip"]["calibration"] == result["sources"]["clip"]["calibration"]
+    assert "figures" in capsys.readouterr().out or not importlib.util.find_spec("matplotlib")
+
+
+def test_a_run_of_ours_is_a_source(tmp_path):
+    catalogue, trained = write_catalogue(tmp_path / "catalogue"), tmp_path / "trained"
+    args = arguments(catalogue, trained, method="clip", steps=2, validate_every=2)
+    assert commands.train(["train", *args]) == 0
+    assert evaluate(f"runs,path={trained}", tmp_path / "study") == 0
+    result = json.loads((tmp_path / "study" / "eval.json").read_text())
+    assert list(result["sources"]) == ["trained"]
+    assert result["widths"] == [16, 16]
+
+
 def test_the_same_study_again_is_the_same(file, tmp_path):
     options = ["--config.evaluation.learned=procrustes", "--config.evaluation.similarity=cosine"]
     for name in ("one", "two"):
@@ -97,11 +153,32 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
         ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
     ):
         assert run(*args) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert text in err
+        check_error(capsys, text)
+
+
+def check_error(capsys, text):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert text in err
+
+
+def test_mistakes_about_sources_are_one_sentence(checkpoints, tmp_path, capsys):
+    for source, options, text in (
+        ("flickr30k,path=x", {}, "needs towers"),
+        ("flickr30k,path=x", {"towers.names": checkpoints / "clip"}, "There is no directory"),
+        ("coco", {"towers.names": checkpoints / "vit"}, "no text tower"),
+        ("openmoji", {"towers.names": "/no/such"}, "cannot load"),
+        ("runs", {}, "name work directories"),
+        ("runs,path=nowhere", {}, "train first"),
+        ("npz,path=x", {"towers.names": "clip"}, "takes no towers"),
+        ("npz,path=x", {"evaluation.gallery": "some"}, "choose test or all"),
+        ("flicker", {}, "no data source 'flicker'"),
+    ):
+        assert evaluate(source, tmp_path / "run", **options) == 2
+        check_error(capsys, text)
+        assert not (tmp_path / "run" / "eval.json").exists()
 
 
 def test_other_methods_take_no_configuration(tmp_path, capsys):

@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluation",),
     ("methods",),
     ("training",),
-    ("alignment",),
+    ("alignment", "alignment_sources"),
     ("commands", "sweep_table", "sweep", "export", "report"),
 )
 JAX_ALONE = ("similarity", "mixup", "losses", "evaluation.ranking")

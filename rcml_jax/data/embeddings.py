@@ -55,17 +55,26 @@ def split_pairs(pairs: Pairs, shares: tuple[float, ...], seed: int) -> list[Pair
     """Parts with these shares of the images, drawn by the seed, and the texts of each part."""
     order = np.random.default_rng(seed).permutation(len(pairs.image))
     bounds = np.round(np.cumsum(shares) * len(order)).astype(int)
-    parts, start = [], 0
-    for stop in bounds:
-        images = np.sort(order[start:stop])
-        place = np.full(len(pairs.image), -1)
-        place[images] = np.arange(len(images))
-        texts = np.flatnonzero(place[pairs.image_of_text] >= 0)
-        parts.append(
-            Pairs(pairs.image[images], pairs.text[texts], place[pairs.image_of_text[texts]])
-        )
-        start = stop
-    return parts
+    starts = [0, *bounds[:-1]]
+    return [select_pairs(pairs, np.sort(order[i:j])) for i, j in zip(starts, bounds, strict=True)]
+
+
+def select_pairs(pairs: Pairs, images: np.ndarray) -> Pairs:
+    """Some images, by their rows (k,), and the texts of each."""
+    place = np.full(len(pairs.image), -1)
+    place[images] = np.arange(len(images))
+    texts = np.flatnonzero(place[pairs.image_of_text] >= 0)
+    return Pairs(pairs.image[images], pairs.text[texts], place[pairs.image_of_text[texts]])
+
+
+def join_pairs(parts: list[Pairs]) -> Pairs:
+    """All parts as one, in their order."""
+    starts = np.cumsum([0, *(len(part.image) for part in parts[:-1])])
+    return Pairs(
+        np.concatenate([part.image for part in parts]),
+        np.concatenate([part.text for part in parts]),
+        np.concatenate([p.image_of_text + i for p, i in zip(parts, starts, strict=True)]),
+    )
 
 
 def project_to_narrower(pairs: Pairs, seed: int) -> Pairs:

@@ -77,12 +77,12 @@ def modality_gap(
             distance = sinkhorn_wasserstein2(*clouds)
         else:
             distance = sliced_wasserstein2(*clouds, projections=projections, seed=seed)
-    matched = _cosines(image, text, image_of_text, np.arange(len(text)))
-    unmatched = _cosines(image, text, *unmatched_pairs(len(image), image_of_text, pairs, seed))
+    matched = cosines(image, text, image_of_text, np.arange(len(text)))
+    unmatched = cosines(image, text, *unmatched_pairs(len(image), image_of_text, pairs, seed))
     within = {}
     for name, x in (("image", image), ("text", text)):
         # Rows matched to themselves: the pairs that are left are those of different rows.
-        within[name] = _cosines(x, x, *unmatched_pairs(len(x), np.arange(len(x)), pairs, seed))
+        within[name] = cosines(x, x, *unmatched_pairs(len(x), np.arange(len(x)), pairs, seed))
     lowest = {"pairs": min(matched.min(), unmatched.min())}
     lowest |= {name: cosines.min() for name, cosines in within.items()}
     collapsed = [name for name, cosine in lowest.items() if cosine > COLLAPSED]
@@ -253,7 +253,7 @@ def negative_share(
     _check_count("pairs", pairs)
     image, text, image_of_text = check_pairs(image, text, image_of_text, same_width=True)
     rows = unmatched_pairs(len(image), image_of_text, pairs, seed)
-    return float(np.mean(_cosines(image, text, *rows) < 0))
+    return float(np.mean(cosines(image, text, *rows) < 0))
 
 
 def unmatched_pairs(
@@ -384,7 +384,7 @@ def _first_share(spectrum: np.ndarray) -> float:
     return float(spectrum[0] / spectrum.sum()) if spectrum[0] > 0 else 1.0
 
 
-def _cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+def cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Cosines of the rows x[i] and y[j], whatever their lengths; 0 where either is zero."""
     parts = [
         np.sum(_rows(x[i[part]], True) * _rows(y[j[part]], True), axis=1)

@@ -7,9 +7,14 @@ from rich.table import Table
 
 from rcml_jax.evaluation.scores import SCORES
 
-#: Measures of the alignment study in the order of its tables' columns, and of its gap.
+#: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
 ALIGNMENT = ("p@1", "p@5", "r@5", "r@10", "mrr", "median_rank")
-GAP = ("centroid", "wasserstein2", "matched_cosine", "random_cosine")
+GAP = {
+    "centroid": "centroid",
+    "wasserstein2": "W2",
+    "matched_cosine": "matched",
+    "random_cosine": "random",
+}
 #: Measures of classification in the order of the table's columns.
 MEASURES = ("accuracy", "f1", "weighted_f1", "macro_f1", "auc")
 
@@ -44,9 +49,11 @@ def _print_alignment(result: dict, console: Console) -> None:
                 table.add_row(f"{source}, {label.replace('_', '-')}", *cells)
             table.add_section()
         console.print(table)
-    table = Table(title="modality gap")
-    for name in ("source", *GAP, "effective rank (image, text)", "collapsed"):
-        table.add_column(name.replace("_", " "), justify="right" if name in GAP else "left")
+    table = Table(title="modality gap", caption="rank: effective rank of images, of texts")
+    table.add_column("source")
+    for name in (*GAP.values(), "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("collapsed")
     for source, found in result["sources"].items():
         gap = found["modality_gap"]
         ranks = ", ".join(f"{gap['effective_rank'][m]:.1f}" for m in ("image", "text"))

@@ -73,7 +73,10 @@ def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     changed = [
         f"{name} ({old.get(name, 'unset')!r} there, {new.get(name, 'unset')!r} here)"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, ...) != new.get(name, ...) and not _free(name)
+        if old.get(name, ...) != new.get(name, ...)
+        and not _free(name)
+        # An option that an older version did not have, and that is off.
+        and (name in old or new[name])
     ]
     if not changed:
         return

@@ -74,24 +74,30 @@ class CLIPTowers(nn.Module):
         scale = jnp.float32(self.config.logit_scale_init_value)
         self.logit_scale = self.param("logit_scale", lambda _: scale)
 
-    def text_states(self, ids: jax.Array) -> TokenStates:
+    def text_states(self, ids: jax.Array, *, projected: bool = True) -> TokenStates:
         """Token ids (n, T) → states of every token up to EOT (spec: H_T).
 
         The tower is causal, so what follows EOT changes nothing before it and needs no mask inside.
+        Not `projected`, they have the tower's own width.
         """
         hidden = self.text_model(ids, None, jnp.arange(ids.shape[1])[None])[0]
         eos = self.config.text_config.eos_token_id
         # Before transformers 4.31 EOT was found as the largest id; such configurations say 2.
         summary = jnp.argmax(ids if eos == _LEGACY_EOS else ids == eos, axis=1).astype(jnp.int32)
         mask = jnp.arange(ids.shape[1]) <= summary[:, None]
-        return TokenStates(self.text_projection(hidden), mask, summary)
+        return TokenStates(self.text_projection(hidden) if projected else hidden, mask, summary)
 
-    def image_states(self, pixels: jax.Array) -> TokenStates:
-        """Images (n, H, W, 3), uint8 or already normalised floats → states of CLS and patches."""
+    def image_states(self, pixels: jax.Array, *, projected: bool = True) -> TokenStates:
+        """Images (n, H, W, 3), uint8 or already normalised floats → states of CLS and patches.
+
+        Not `projected`, they have the tower's own width.
+        """
         if pixels.dtype == jnp.uint8:
             mean, std = jnp.asarray(IMAGE_MEAN), jnp.asarray(IMAGE_STD)
             pixels = (pixels.astype(jnp.float32) / 255.0 - mean) / std
-        states = self.visual_projection(self.vision_model(pixels.astype(self.dtype)))
+        states = self.vision_model(pixels.astype(self.dtype))
+        if projected:
+            states = self.visual_projection(states)
         n, tokens = states.shape[:2]
         return TokenStates(states, jnp.ones((n, tokens), bool), jnp.zeros((n,), jnp.int32))
 

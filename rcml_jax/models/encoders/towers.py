@@ -1,0 +1,260 @@
+"""Frozen towers of any checkpoint, for studies of embeddings: a vector for each input."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, ResNetConfig
+from transformers.models.resnet.modeling_flax_resnet import FlaxResNetModel, FlaxResNetModule
+
+from rcml_jax.errors import UserError
+from rcml_jax.models.encoders.checkpoints import (
+    check_directory,
+    pretrained_directory,
+    read,
+    unreachable,
+)
+from rcml_jax.models.encoders.classification import (
+    ImageEncoder,
+    TextEncoder,
+    load_encoder,
+    max_text_length,
+)
+from rcml_jax.models.encoders.clip import CLIPTowers, load_pretrained
+from rcml_jax.models.encoders.minilm import resolve
+
+LAYERS = ("projected", "penultimate")
+POOLINGS = ("auto", "first", "mean")
+_TYPES = {"image": ("clip", "vit", "resnet"), "text": ("clip", "bert", "roberta")}
+_KIND = "CLIP, ViT, ResNet, BERT or RoBERTa"
+# Where a checkpoint does not say how its pictures are normalised.
+_STATISTICS = {
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_RESNET_SIZE = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """One side of a pair of encoders, frozen.
+
+    modality: "image" or "text"; kind: the type of its model; width: of its embeddings; size: the
+    side of its square images in pixels, or the most tokens of a text; directory: of a text tower,
+    where its tokenizer is. embed: images (n, size, size, 3) uint8, or ids and mask (n, T), CLIP's
+    ids alone, to (n, width) float32; jitted, not normalised.
+    """
+
+    modality: str
+    kind: str
+    width: int
+    size: int
+    embed: Callable[..., jax.Array]
+    directory: pathlib.Path | None = None
+
+
+def load_towers(
+    name: str, *, layer: str = "projected", pooling: str = "auto"
+) -> tuple[Tower, Tower]:
+    """The image and the text tower that a name asks for.
+
+    name: a CLIP checkpoint, whose two towers were trained together, or "IMAGE+TEXT", two that were
+    trained apart: CLIP, ViT or ResNet, and CLIP, BERT or RoBERTa; each a directory, a name on the
+    hub, or "minilm". layer: of CLIP, the joint space or what is projected to it ("penultimate").
+    pooling: of the others' tokens, the first one or the mean; "auto": the mean where the checkpoint
+    says so, as those of sentence-transformers do. A ResNet has its own, the mean of all places.
+    Raises UserError for an option that is unknown and a checkpoint that cannot be read.
+    """
+    for option, value, known in (("layer", layer, LAYERS), ("pooling", pooling, POOLINGS)):
+        if value not in known:
+            raise UserError(f"{option}={value!r} is unknown; choose one of {', '.join(known)}")
+    towers = []
+    for modality, (kind, side) in tower_types(name).items():
+        if kind == "clip":
+            towers.append(_clip(side, modality, layer))
+        elif kind == "resnet":
+            towers.append(_resnet(side))
+        else:
+            towers.append(_transformer(side, modality, kind, pooling))
+    return towers[0], towers[1]
+
+
+def tower_types(name: str) -> dict[str, tuple[str, str]]:
+    """By modality the model type and the directory or hub name that `load_towers` would load.
+
+    Reads no weights. Raises UserError for a checkpoint that is missing or of the wrong modality.
+    """
+    image, plus, text = name.partition("+")
+    if not image or (plus and not text):
+        raise UserError(f"the towers {name!r} lack a side; give CLIP, or IMAGE+TEXT")
+    return {"image": _type(image, "image"), "text": _type(text or image, "text")}
+
+
+def _type(name: str, modality: str) -> tuple[str, str]:
+    """The model type of a checkpoint, and its directory or name."""
+    name = resolve(name)
+    check_directory(pathlib.Path(name), _KIND)
+    try:
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    except (OSError, ValueError) as error:
+        raise unreachable(name, error, _KIND) from error
+    if kind not in _TYPES[modality]:
+        # One name was given for both sides, or the sides are the wrong way round.
+        raise UserError(
+            f"{name!r} is a checkpoint of the type {kind!r}, which is no {modality} tower; give "
+            f"one CLIP, or IMAGE+TEXT, with {' or '.join(_TYPES[modality])} for the {modality} side"
+        )
+    return kind, name
+
+
+def _clip(name: str, modality: str, layer: str) -> Tower:
+    config, params = load_pretrained(name)
+    model, projected = CLIPTowers(config), layer == "projected"
+    own = config.vision_config if modality == "image" else config.text_config
+
+    def embed(params, *inputs):
+        variables, options = {"params": params}, {"projected": projected}
+        states = model.apply(variables, inputs[0], **options, method=f"{modality}_states")
+        return states.summary_states()
+
+    return Tower(
+        modality,
+        "clip",
+        config.projection_dim if projected else own.hidden_size,
+        own.image_size if modality == "image" else own.max_position_embeddings,
+        _with(embed, jax.tree.map(jnp.asarray, params)),
+        pretrained_directory(name) if modality == "text" else None,
+    )
+
+
+def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
+    config, params = load_encoder(name, modality=modality)
+    model = (ImageEncoder if modality == "image" else TextEncoder)(config)
+    mean = pooling == "mean" or (pooling == "auto" and _wants_mean(name))
+    normalize = _normalizer(name, kind)
+
+    def embed(params, *inputs):
+        if modality == "image":
+            inputs = (normalize(inputs[0]),)
+        states = model.apply({"params": params}, *inputs, method="tokens")
+        if not mean:
+            return states[:, 0]
+        mask = inputs[1] if modality == "text" else jnp.ones(states.shape[:2])
+        mask = mask[..., None].astype(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    text = modality == "text"
+    return Tower(
+        modality,
+        kind,
+        config.hidden_size,
+        max_text_length(config) if text else config.image_size,
+        _with(embed, jax.tree.map(jnp.asarray, params)),
+        pretrained_directory(name, kind=_KIND) if text else None,
+    )
+
+
+def _resnet(name: str) -> Tower:
+    config, variables = _read_resnet(name)
+    model, normalize = FlaxResNetModule(config), _normalizer(name, "resnet")
+
+    def embed(variables, pixels):
+        found = model.apply(variables, normalize(pixels), True)
+        return found.pooler_output.reshape(len(pixels), -1)
+
+    size = _preprocessor(name).get("size", _RESNET_SIZE)
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height", _RESNET_SIZE))
+    variables = jax.tree.map(jnp.asarray, variables)
+    return Tower("image", "resnet", config.hidden_sizes[-1], int(size), _with(embed, variables))
+
+
+def _read_resnet(name: str) -> tuple[ResNetConfig, dict]:
+    """The configuration and the variables, batch statistics included.
+
+    transformers misnames some statistics of PyTorch's layout, so that one is converted here.
+    """
+    config = ResNetConfig.from_pretrained(name)
+    directory = pathlib.Path(name)
+    if not directory.is_dir():
+        directory = _fetched(name, "model.safetensors")
+    try:
+        with safe_open(directory / "model.safetensors", "numpy") as file:
+            if (file.metadata() or {}).get("format") == "pt":
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return config, _from_torch(arrays, basic=config.layer_type == "basic")
+    except (OSError, SafetensorError):
+        pass  # another layout, or what `read` says better
+    return read(FlaxResNetModel, name, "ResNet", config=config)
+
+
+_RESNET_NAMES = {
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+    "bias": ("params", "bias"),
+}
+
+
+def _from_torch(arrays: dict[str, np.ndarray], *, basic: bool) -> dict:
+    """PyTorch's ResNet by names → Flax's variables, without a head."""
+    flat = {}
+    for name, array in arrays.items():
+        # Flax names blocks of two convolutions (ResNet-18, -34) otherwise than those of three.
+        name = name.replace(".layer.", ".layer.layer_") if basic else name
+        path = name.removeprefix("resnet.").split(".")
+        if path[0] == "classifier" or path[-1] == "num_batches_tracked":
+            continue
+        if path[-1] == "weight":
+            path[-1:] = ["kernel"] if array.ndim == 4 else ["scale"]
+            kind = "params"
+        else:
+            kind, path[-1] = _RESNET_NAMES[path[-1]]
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+        flat[kind, *path] = np.asarray(array, np.float32)
+    return unflatten_dict(flat)
+
+
+def _with(function: Callable, params: Any) -> Callable[..., jax.Array]:
+    """The jitted function of its other arguments; the parameters are no constants of it."""
+    jitted = jax.jit(function)
+    return lambda *inputs: jitted(params, *inputs)
+
+
+def _normalizer(name: str, kind: str) -> Callable[[jax.Array], jax.Array]:
+    """uint8 images to floats, by the statistics of the checkpoint's own processor."""
+    options = _preprocessor(name)
+    mean, std = _STATISTICS.get(kind, _STATISTICS["vit"])
+    mean, std = options.get("image_mean", mean), options.get("image_std", std)
+    return lambda pixels: (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def _preprocessor(name: str) -> dict:
+    return _json(name, "preprocessor_config.json")
+
+
+def _wants_mean(name: str) -> bool:
+    return bool(_json(name, "1_Pooling/config.json").get("pooling_mode_mean_tokens"))
+
+
+def _json(name: str, file: str) -> dict:
+    """A small file of a checkpoint, {} where it has none."""
+    directory = pathlib.Path(name)
+    try:
+        if not directory.is_dir():
+            directory = _fetched(name, file)
+        return json.loads((directory / file).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _fetched(name: str, file: str) -> pathlib.Path:
+    from huggingface_hub import snapshot_download
+
+    return pathlib.Path(snapshot_download(name, allow_patterns=[file]))

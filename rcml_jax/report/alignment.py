@@ -1,0 +1,133 @@
+"""Figures of the alignment study, drawn from its `eval.json` and `similarities.npz`."""
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rcml_jax.errors import UserError
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_CALIBRATIONS = {"none": ("o", _BLUE), "centred": ("s", _ORANGE), "whitened": ("^", _GREEN)}
+_COLUMNS = 3
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "rcml_jax",  # the same figures give the same file
+    "svg.fonttype": "none",
+}
+
+
+def draw(
+    result: dict, arrays: Mapping[str, np.ndarray], directory: pathlib.Path
+) -> list[pathlib.Path]:
+    """Write `similarities.svg`, `gap.svg` and `plane.svg` into a directory, made if need be.
+
+    result: the study's `eval.json`; arrays: its `similarities.npz`. They show the cosines of
+    matched and of random pairs, the gap against retrieval with each calibration, and both
+    modalities on their first two principal axes before and after centring. Raises UserError
+    without matplotlib (extra `plots`).
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            'figures need matplotlib: pip install "rcml_jax[plots]"; the figures\' numbers are in '
+            "similarities.npz"
+        ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(_STYLE):
+        for name, function in (("similarities", _histograms), ("gap", _gap), ("plane", _planes)):
+            figure = Figure(layout="constrained")
+            function(figure, result, arrays)
+            paths.append(directory / f"{name}.svg")
+            figure.savefig(paths[-1], metadata={"Date": None})
+    return paths
+
+
+def _grid(figure: Any, sources: list[str]) -> list[Any]:
+    """An axis for each source, three beside each other."""
+    columns = min(_COLUMNS, len(sources))
+    rows = math.ceil(len(sources) / columns)
+    figure.set_size_inches(2.7 * columns + 0.6, 2.2 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axis in axes[len(sources) :]:
+        axis.remove()
+    return list(axes[: len(sources)])
+
+
+def _histograms(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
+    sources = list(result["sources"])
+    for axis, source in zip(_grid(figure, sources), sources, strict=True):
+        edges = arrays[f"{source}/edges"]
+        for name, colour in (("random", _ORANGE), ("matched", _BLUE)):
+            share = 100 * arrays[f"{source}/{name}"]
+            axis.stairs(share, edges, color=colour, fill=True, alpha=0.35)
+            axis.stairs(share, edges, color=colour, label=f"{name} pairs")
+        axis.set(title=source, xlabel="cosine", xlim=(-1, 1))
+        axis.set_yticks([])
+        axis.set_ylabel("share of pairs")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+
+
+def _gap(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
+    del arrays
+    figure.set_size_inches(6.4, 4.4)
+    axis = figure.subplots()
+    for number, (name, (marker, colour)) in enumerate(_CALIBRATIONS.items()):
+        # A collapsed embedding has no whitened form.
+        of_source = {
+            source: found["calibration"][name]
+            for source, found in result["sources"].items()
+            if name in found["calibration"]
+        }
+        points = [(found["centroid"], _recall(found)) for found in of_source.values()]
+        x, y = zip(*points, strict=True) if points else ((), ())
+        label = {"none": "as it is"}.get(name, name)
+        axis.plot(x, y, marker, color=colour, label=label, markersize=6, alpha=0.9)
+        if number == 0:
+            for source, point in zip(of_source, points, strict=True):
+                axis.annotate(source, point, xytext=(6, 5), textcoords="offset points")
+    axis.set(
+        xlabel="modality gap: distance between the centroids of unit vectors",
+        ylabel="r@1, mean of both directions (%)",
+    )
+    axis.set_xlim(left=-0.03)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.15, y=0.12)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+
+
+def _recall(found: dict) -> float:
+    return 50 * (found["image_to_text"]["r@1"] + found["text_to_image"]["r@1"])
+
+
+def _planes(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
+    sources = list(result["sources"])
+    figure.set_size_inches(6.0, 2.5 * len(sources) + 0.5)
+    grid = figure.subplots(len(sources), 2, squeeze=False)
+    for row, source in zip(grid, sources, strict=True):
+        for axis, (name, title) in zip(
+            row, (("none", "as they are"), ("centred", "centred")), strict=True
+        ):
+            sides = [arrays[f"{source}/{name}/{side}"] for side in ("image", "text")]
+            shown = min(len(sides[0]), 60)
+            lines = np.stack([side[:shown] for side in sides])  # (2, pairs, 2)
+            axis.plot(lines[..., 0], lines[..., 1], color="0.8", linewidth=0.6, zorder=1)
+            for side, marker, colour, label in (
+                (sides[0], "o", _BLUE, "images"),
+                (sides[1], "^", _ORANGE, "texts"),
+            ):
+                axis.scatter(*side.T, s=9, marker=marker, color=colour, label=label, alpha=0.7)
+            axis.set(title=f"{source}: {title}", xticks=[], yticks=[])
+            axis.set_aspect("equal", adjustable="datalim")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)

@@ -1,0 +1,73 @@
+"""The alignment study's figures, drawn from its arrays."""
+
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from rcml_jax.evaluation.histograms import BINS, POINTS, cosine_histograms, plane
+
+SOURCES = ("ours", "theirs", "others", "more")
+
+
+def study(rng):
+    """What a study of four sources leaves: its result and arrays."""
+    result, arrays = {"sources": {}}, {}
+    for source in SOURCES:
+        pairs = rng.normal(size=(30, 4)), rng.normal(size=(60, 4)), np.arange(60) % 30
+        drawn = cosine_histograms(*pairs)
+        calibration = {}
+        for name in ("none", "centred", "whitened"):
+            rows = plane(*pairs)
+            drawn |= {f"{name}/{side}": rows[side] for side in rows}
+            recall = {"r@1": rng.random()}
+            directions = {"image_to_text": recall, "text_to_image": recall}
+            calibration[name] = {"centroid": rng.random(), **directions}
+        result["sources"][source] = {"calibration": calibration}
+        arrays |= {f"{source}/{key}": value for key, value in drawn.items()}
+    return result, arrays
+
+
+def test_three_figures_that_name_every_source(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    from rcml_jax.report.alignment import draw
+
+    paths = draw(*study(np.random.default_rng(0)), tmp_path / "new")
+    assert [path.name for path in paths] == ["similarities.svg", "gap.svg", "plane.svg"]
+    for path in paths:
+        root = xml.etree.ElementTree.parse(path).getroot()
+        text = " ".join(element.text or "" for element in root.iter() if "text" in element.tag)
+        assert all(source in text for source in SOURCES)
+    again = draw(*study(np.random.default_rng(0)), tmp_path / "again")
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+
+
+def test_histograms_are_shares_of_the_pairs_cosines():
+    rng = np.random.default_rng(0)
+    image, text, rows = rng.normal(size=(5, 3)), rng.normal(size=(9, 3)), np.arange(9) % 5
+    found = cosine_histograms(3 * image, text, rows, pairs=500, seed=1)
+    x, y = image[rows], text
+    cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    expected = [np.mean((cosines >= a) & (cosines < a + 2 / BINS)) for a in found["edges"][:-1]]
+    np.testing.assert_allclose(found["matched"], expected, atol=1e-12)
+    assert found["random"].sum() == pytest.approx(1)
+    assert (found["random"] > 0).sum() > 5
+
+
+def test_the_plane_is_that_of_most_variance():
+    """Rows that lie on a plane turned in space keep their distances on it."""
+    rng = np.random.default_rng(0)
+    flat = rng.normal(size=(POINTS, 2))
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    turned = flat @ np.linalg.qr(rng.normal(size=(5, 5)))[0][:2]
+    found = plane(turned, turned[::-1].copy(), np.arange(POINTS))
+    np.testing.assert_allclose(found["image"][::-1], found["text"], atol=1e-12)
+    for i, j in ((0, 1), (5, 200)):
+        expected = np.linalg.norm(flat[i] - flat[j])
+        assert np.linalg.norm(found["image"][i] - found["image"][j]) == pytest.approx(expected)
+
+
+def test_no_more_points_than_are_seen():
+    rng = np.random.default_rng(0)
+    found = plane(rng.normal(size=(500, 1)), rng.normal(size=(900, 1)), np.arange(900) % 500)
+    assert found["image"].shape == found["text"].shape == (POINTS, 2)
