@@ -5,7 +5,9 @@ in blocks of the same shape, as the scores they are compared with, so that equal
 last bit.
 """
 
+import concurrent.futures
 import functools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -126,24 +128,38 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
 
     # As many queries as there is room for are held, prepared, while the gallery goes by.
     held = max(1, memory // 4 // (4 * queries.width * shape[0])) * shape[0]
-    waiting = None
-    for group in range(0, lengths[0], held):
-        starts = range(group, min(group + held, lengths[0]), shape[0])
-        x = [prepare(queries.take(slice(i, i + shape[0]), shape[0])) for i in starts]
-        for j in range(0, lengths[1], shape[1]):
-            y = prepare(gallery.take(slice(j, j + shape[1]), shape[1]))
-            for i, rows in zip(starts, x, strict=True):
-                at = i // shape[0], j // shape[1]
-                state = tuple(d.state(b) for d, b in zip(directions, at, strict=False))
-                sizes = lengths[0] - i, lengths[1] - j
-                full = sizes[0] >= shape[0] and sizes[1] >= shape[1]
-                result = _compare(score(rows, y, right.of(*at)), state, None if full else sizes)
-                # The device works on this block while the lists take up the one before.
-                if waiting is not None:
-                    _take_up(directions, *waiting)
-                waiting = at, result
-    _take_up(directions, *waiting)
+
+    def of_blocks():
+        for group in range(0, lengths[0], held):
+            starts = range(group, min(group + held, lengths[0]), shape[0])
+            x = [prepare(queries.take(slice(i, i + shape[0]), shape[0])) for i in starts]
+            for j in range(0, lengths[1], shape[1]):
+                y = prepare(gallery.take(slice(j, j + shape[1]), shape[1]))
+                for i, rows in zip(starts, x, strict=True):
+                    at = i // shape[0], j // shape[1]
+                    block = score(rows, y, right.of(*at))
+                    sizes = lengths[0] - i, lengths[1] - j
+                    if sizes[0] < shape[0] or sizes[1] < shape[1]:
+                        block = _existing(block, sizes)
+                    states = tuple(d.state(b) for d, b in zip(directions, at, strict=False))
+                    yield at, block, _marks(block, states)
+
+    # The directions share the processor evenly: its cores also work on the next block, half each.
+    with concurrent.futures.ThreadPoolExecutor(len(directions)) as pool:
+        for block in _one_ahead(of_blocks()):
+            take_up = functools.partial(_take_up, *block)
+            list(pool.map(take_up, range(len(directions)), directions))
     return [direction.found() for direction in directions]
+
+
+def _one_ahead(items: Iterable) -> Iterator:
+    """The items; each is asked for, and so begun, before the one before it is given out."""
+    items = iter(items)
+    waiting = next(items)
+    for item in items:
+        yield waiting
+        waiting = item
+    yield waiting
 
 
 class _RightPairs:
@@ -196,22 +212,25 @@ def _scores(x, y, right, *, similarity, signed):
 
 
 @jax.jit
-def _compare(scores, state, sizes):
-    """Marks (n, m) uint8 of the scores of a block, and the scores.
+def _existing(scores, sizes):
+    """Scores of a block of which only the first rows and columns exist; the rest loses to all."""
+    row, column = (jnp.arange(n) < size for n, size in zip(scores.shape, sizes, strict=True))
+    return jnp.where(row[:, None] & column, scores, -jnp.inf)
+
+
+@jax.jit
+def _marks(scores, state):
+    """Marks (n, m) uint8 of the scores of a block.
 
     state: for the rows and, if wanted, the columns, scores to exceed and scores to reach. Bit s of
-    a mark says that its score exceeds that of direction s, bit 2 + s that it reaches that of
-    direction s. sizes: how many rows and columns exist, if not all; the rest gets minus infinity.
+    a mark says that its score exceeds that of direction s, bit 2 + s that it reaches it.
     """
-    if sizes is not None:
-        row, column = (jnp.arange(n) < size for n, size in zip(scores.shape, sizes, strict=True))
-        scores = jnp.where(row[:, None] & column, scores, -jnp.inf)
     marks = jnp.zeros(scores.shape, jnp.uint8)
     for direction, vectors in enumerate(state):
         floor, bar = (jnp.expand_dims(vector, 1 - direction) for vector in vectors)
         marks |= (scores > floor).astype(jnp.uint8) << direction
         marks |= (scores >= bar).astype(jnp.uint8) << (2 + direction)
-    return scores, marks
+    return marks
 
 
 @functools.partial(jax.jit, static_argnames=("k", "direction"))
@@ -232,27 +251,20 @@ def _top(scores, k, direction):
     return values, jnp.take_along_axis(place, chosen, axis=1)
 
 
-def _take_up(directions: list[Direction], at: tuple[int, int], result) -> None:
-    """Add a block to the counts of its queries, and the scores that are marked to their lists."""
-    scores, marks = result
-    shape = scores.shape
+def _take_up(at: tuple[int, int], scores, marks, number: int, direction: Direction) -> None:
+    """Add a block to the counts of a direction's queries, and marked scores to their lists."""
     words = np.asarray(marks).view(np.uint64)
-    exceeding = _places(words, 3)
-    for number, direction in enumerate(directions):
-        direction.count[at[number]] += _count(words, 2 + number, axis=1 - number)
-        best, bit = direction.best[at[number]], 1 << number
-        if exceeding is None:
-            mine = _places(words, bit)
-        else:
-            mine = exceeding[np.asarray(marks).reshape(-1)[exceeding] & bit > 0]
-        if mine is not None:
-            values = np.asarray(scores).reshape(-1)[mine]
-            row, index = np.divmod(mine, shape[1])[:: 1 - 2 * number]
-        else:
-            values, index = (np.asarray(v) for v in _top(scores, best.scores.shape[1], number))
-            exists = values > -np.inf
-            row, values, index = np.nonzero(exists)[0], values[exists], index[exists]
-        best.add(row, index + at[1 - number] * shape[1 - number], values)
+    direction.count[at[number]] += _count(words, 2 + number, axis=1 - number)
+    best = direction.best[at[number]]
+    place = _places(words, number)
+    if place is not None:
+        values = np.asarray(scores).reshape(-1)[place]
+        row, index = np.divmod(place, scores.shape[1])[:: 1 - 2 * number]
+    else:
+        values, index = (np.asarray(v) for v in _top(scores, best.scores.shape[1], number))
+        exists = values > -np.inf
+        row, values, index = np.nonzero(exists)[0], values[exists], index[exists]
+    best.add(row, index + at[1 - number] * scores.shape[1 - number], values)
 
 
 def _count(words: np.ndarray, bit: int, axis: int) -> np.ndarray:
@@ -264,11 +276,12 @@ def _count(words: np.ndarray, bit: int, axis: int) -> np.ndarray:
     return counts.view(np.uint8).sum(axis=0, dtype=np.int64)
 
 
-def _places(words: np.ndarray, bits: int) -> np.ndarray | None:
-    """Places of the marks with any of the bits; None if they are many."""
+def _places(words: np.ndarray, bit: int) -> np.ndarray | None:
+    """Places of the marks with a bit; None if they are many."""
     words = words.reshape(-1)
-    some = np.flatnonzero((words & (_EACH * np.uint64(bits))) != 0)
+    bits = _EACH << np.uint64(bit)
+    some = np.flatnonzero((words & bits) != 0)
     if len(some) * _SPARSE > 8 * len(words):
         return None
-    place = np.flatnonzero((words[some].view(np.uint8) & bits) != 0)
+    place = np.flatnonzero((words[some] & bits).view(np.uint8))
     return some[place >> 3] * 8 + (place & 7)
