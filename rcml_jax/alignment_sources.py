@@ -24,10 +24,12 @@ from rcml_jax.data.images import ImageBank
 from rcml_jax.data.stored_rows import stored_rows
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.gap import modality_gap
+from rcml_jax.evaluation import gap
+from rcml_jax.evaluation.alignment import check_pairs
 from rcml_jax.methods import build
 from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.methods.task import cache_directory
+from rcml_jax.similarity import SIMILARITIES
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import read_params
 
@@ -75,8 +77,11 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
 
 def _npz(config: Any) -> Splits:
     pairs = read_npz(config.data.path)
-    # Measured once on the whole, so that what is wrong with it is said before it is split.
-    modality_gap(*project_to_narrower(pairs, 0).arrays(), pairs=1)
+    # Looked at as a whole, so that what is wrong with it is said by the file's own rows.
+    whole = project_to_narrower(Pairs(*gap.check_pairs(*pairs.arrays())), 0)
+    asked = config.evaluation.similarity
+    known = tuple(SIMILARITIES) if asked == "all" else tuple(asked.split(","))
+    check_pairs(*whole.arrays(), similarities=known)
     return split_pairs(pairs, _SHARES, config.data.split_seed)
 
 

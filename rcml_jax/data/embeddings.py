@@ -47,7 +47,8 @@ def read_npz(path: str | pathlib.Path) -> Pairs:
                 )
             return Pairs(*(arrays[name] for name in _KEYS))
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        reason = "holds pickled objects" if "pickle" in str(error) else f"is no .npz file ({error})"
+        pickled = "pickle" in str(error) and zipfile.is_zipfile(path)
+        reason = "holds pickled objects" if pickled else "is no .npz file, or a damaged one"
         raise UserError(f"{path} {reason}; save plain arrays with numpy.savez") from error
 
 

@@ -39,7 +39,7 @@ def test_what_is_no_such_file_is_said(tmp_path):
         "one.npy": "holds one array",
         "two.npz": "lacks the array 'image_of_text'",
         "pickle.npz": "holds pickled objects",
-        "text.npz": "pickled",  # what NumPy takes any other file for
+        "text.npz": r"is no \.npz file",
         "empty.npz": r"is no \.npz file",
         "cut.npz": r"is no \.npz file",
     }.items():
