@@ -53,7 +53,9 @@ def build_method(name: str, config, clip_config: CLIPConfig, small: bool) -> Met
 def step_function(method: Method, params: dict, batch: dict) -> Callable:
     """One training step a call, compiled as the loop does; the state is kept here, and donated."""
     devices = ShardedJit(jax.devices()[:1])
-    adamw, _ = optimizer.build(method.config.optimizer, 1000, method.frozen(params))
+    adamw, _ = optimizer.build(
+        method.config.optimizer, 1000, method.frozen(params), method.decayed(params)
+    )
     compiled = devices.compile(step.make_step(method, adamw, 1000))
     state = [devices.put_state(step.create(params, adamw, jax.random.key(1)))]
     batch = devices.put_batch(batch)

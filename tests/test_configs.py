@@ -9,7 +9,8 @@ from tests.toy import ROOT
 
 RCML, M3COL = (str(ROOT / "configs" / name) for name in ("rcml.py", "m3col.py"))
 SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
-CASES = [RCML, f"{RCML}:folder,path=x", *(f"{M3COL}:{source}" for source in SOURCES)]
+PHOTOGRAPHS = [f"{RCML}:grocery", f"{RCML}:amazon,domain=Baby_Products"]
+CASES = [RCML, f"{RCML}:folder,path=x", *PHOTOGRAPHS, *(f"{M3COL}:{source}" for source in SOURCES)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,6 +44,33 @@ def test_the_papers_rosmap():
     assert (config.mixup.alpha, config.loss.contrastive_weight) == (0.15, 0.1)
     brca = load_config_file(f"{M3COL}:brca")
     assert (brca.model.width, brca.optimizer.learning_rate) == (768, 5e-3)
+
+
+def test_photographs_from_scratch_or_from_the_papers_checkpoint():
+    grocery = load_config_file(f"{RCML}:grocery,path=copy")
+    assert (grocery.data.name, grocery.data.path, grocery.model.pretrained) == (
+        "grocery",
+        "copy",
+        "",
+    )
+    assert grocery.model.image_size % grocery.model.patch_size == 0
+    assert grocery.batch.image_flip
+    baby = load_config_file(f"{RCML}:amazon,domain=Baby_Products")
+    assert (baby.data.domain, baby.model.pretrained) == (
+        "Baby_Products",
+        "openai/clip-vit-base-patch32",
+    )
+    # The paper's batch of 512 pairs, under fewer relations than there are kinds of buyers.
+    assert baby.batch.relations * baby.batch.pairs_per_relation == 512
+    assert baby.batch.relations <= baby.data.clusters
+    assert (baby.optimizer.learning_rate, baby.model.max_length) == (5e-5, 77)
+    assert not baby.batch.image_flip
+    small = load_config_file(f"{RCML}:amazon,domain=Baby_Products,path=x,pretrained=none")
+    assert (small.model.pretrained, small.data.path) == ("", "x")
+    assert small.batch.relations <= small.data.clusters
+    assert small.optimizer.learning_rate == 1e-3
+    given = load_config_file(f"{RCML}:grocery,pretrained=my_clip")
+    assert (given.model.pretrained, given.optimizer.learning_rate) == ("my_clip", 5e-5)
 
 
 def test_an_unknown_source_or_option_is_said():

@@ -19,8 +19,8 @@ LAYERS = (
     ("evaluation",),
     ("methods",),
     ("training",),
-    ("alignment", "alignment_sources"),
-    ("commands", "sweep_table", "sweep", "export", "report"),
+    ("alignment", "alignment_sources", "catalogue"),
+    ("commands", "sweep_table", "sweep", "export", "report", "embed", "related", "related_page"),
 )
 JAX_ALONE = ("similarity", "mixup", "losses", "evaluation.ranking")
 

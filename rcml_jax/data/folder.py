@@ -11,13 +11,11 @@ Ids are compared as text. Order within a pair does not matter, and a pair that c
 once.
 """
 
-import csv
 import dataclasses
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import numpy as np
 
 from rcml_jax.data import images, store
 from rcml_jax.data.graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
+from rcml_jax.data.tables import optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 
 CACHE = ".prepared"
@@ -145,12 +144,12 @@ def read(
 
 def _read_items(folder: Path) -> list[_Item]:
     items: dict[str, _Item] = {}
-    for where, row in _rows(folder, "items"):
+    for where, row in rows_of(table_of(folder, "items")):
         item = _Item(
-            id=_value(row, "id", where),
-            text=_value(row, "text", where),
-            image=folder / _value(row, "image", where),
-            label=_optional(row, "label"),
+            id=required(row, "id", where),
+            text=required(row, "text", where),
+            image=folder / required(row, "image", where),
+            label=optional(row, "label"),
             where=where,
         )
         if item.id in items:
@@ -164,21 +163,21 @@ def _read_items(folder: Path) -> list[_Item]:
             )
         items[item.id] = item
     if not items:
-        raise UserError(f"{_table(folder, 'items')} has no items; add a row for each item.")
+        raise UserError(f"{table_of(folder, 'items')} has no items; add a row for each item.")
     return list(items.values())
 
 
 def _read_relations(folder: Path) -> dict[str, str]:
     relations: dict[str, str] = {}
-    for where, row in _rows(folder, "relations"):
-        key = _value(row, "id", where)
+    for where, row in rows_of(table_of(folder, "relations")):
+        key = required(row, "id", where)
         if key in relations:
             raise UserError(
                 f"{where}: the id '{key}' is used before; give every relation its own id."
             )
-        relations[key] = _value(row, "sentence", where)
+        relations[key] = required(row, "sentence", where)
     if not relations:
-        raise UserError(f"{_table(folder, 'relations')} has no relations; add a row for each.")
+        raise UserError(f"{table_of(folder, 'relations')} has no relations; add a row for each.")
     return relations
 
 
@@ -189,7 +188,7 @@ def _read_pairs(
     relation_number = {key: number for number, key in enumerate(relations)}
     rows, splits = [], []
     declared: dict[tuple[int, int], tuple[int, str]] = {}
-    for where, row in _rows(folder, "pairs"):
+    for where, row in rows_of(table_of(folder, "pairs")):
         names = next((pair for pair in _PAIR_COLUMNS if set(pair) & set(row)), _PAIR_COLUMNS[0])
         a, b = (_known(row, name, where, item_number, "item") for name in names)
         relation = _known(row, "relation", where, relation_number, "relation")
@@ -210,14 +209,14 @@ def _read_pairs(
         rows.append((a, b, relation))
         splits.append(split)
     if not rows:
-        raise UserError(f"{_table(folder, 'pairs')} has no pairs; add a row for each.")
+        raise UserError(f"{table_of(folder, 'pairs')} has no pairs; add a row for each.")
     # Where a pair comes twice, a declared split goes before none.
     order = np.argsort(-np.array(splits), kind="stable")
     return np.array(rows, np.int32)[order], np.array(splits, np.int8)[order]
 
 
 def _split(row: dict, where: str) -> int:
-    name = _optional(row, "split").lower()
+    name = optional(row, "split").lower()
     if not name:
         return -1
     if name not in _SPLIT_NAMES:
@@ -229,85 +228,10 @@ def _split(row: dict, where: str) -> int:
 
 
 def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: str) -> int:
-    key = _value(row, column, where)
+    key = required(row, column, where)
     if key not in numbers:
         raise UserError(f"{where}: there is no {kind} '{key}'; add it to {kind}s or correct it.")
     return numbers[key]
-
-
-def _value(row: dict, column: str, where: str) -> str:
-    """A value that must be there, as text."""
-    if row.get(column) is None:
-        raise UserError(f"{where}: the column '{column}' is missing; add it.")
-    value = _optional(row, column)
-    if not value:
-        raise UserError(f"{where}: '{column}' is empty; fill it in or remove the row.")
-    return value
-
-
-def _optional(row: dict, column: str) -> str:
-    value = row.get(column)
-    return "" if value is None else str(value).strip()
-
-
-def _table(folder: Path, name: str) -> Path:
-    """The one file of a table."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}; set data.dir to the folder of your data.")
-    found = [p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()]
-    if not found:
-        raise UserError(f"{folder} has neither {name}.csv nor {name}.jsonl; add one.")
-    if len(found) > 1:
-        raise UserError(f"{folder} has both {name}.csv and {name}.jsonl; remove one.")
-    return found[0]
-
-
-def _rows(folder: Path, name: str) -> Iterator[tuple[str, dict]]:
-    """(file and line, row) of a table."""
-    path = _table(folder, name)
-    reader = _csv_rows if path.suffix == ".csv" else _jsonl_rows
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); check the file.") from error
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey=None, strict=True)
-        try:
-            for row in reader:
-                where = f"{path.name}, line {reader.line_num}"
-                if None in row:
-                    raise UserError(
-                        f"{where}: there are more values than columns; put values with commas "
-                        "in double quotes."
-                    )
-                yield where, {key.strip().lower(): value for key, value in row.items()}
-        except csv.Error as error:
-            raise UserError(
-                f"{path.name}, line {reader.reader.line_num}: malformed CSV ({error}); correct "
-                "the line."
-            ) from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: malformed JSON ({error}); correct the line.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: this is no JSON object; write {{...}} on each line.")
-            if any(isinstance(value, dict | list) for value in row.values()):
-                raise UserError(f"{where}: a value is a list or an object; use text or numbers.")
-            yield where, row
 
 
 def _check_images(items: list[_Item], strict: bool) -> np.ndarray:
@@ -348,7 +272,7 @@ def _fingerprint(folder: Path, items: list[_Item], arguments: str) -> str:
     """Changes with the tables' contents and with the images' names, sizes and times."""
     digest = hashlib.sha256(f"{_RECIPE} {arguments}".encode())
     for name in ("items", "relations", "pairs"):
-        path = _table(folder, name)
+        path = table_of(folder, name)
         digest.update(path.name.encode() + path.read_bytes())
     for item in items:
         stat = item.image.stat()

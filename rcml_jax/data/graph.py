@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -37,7 +38,13 @@ class RelationGraph:
     N items, R relations, P pairs. `labels` (N,) int32 is the class for the label-supervised
     baseline, -1 where it is unknown. `pairs` (P, 3) int32 holds item a < item b and the relation,
     unique and sorted. `pair_split` (P,) int8 is the declared split (an index into SPLITS), or -1
-    where none is declared.
+    where none is declared. `item_split` (N,) int8 is that of the items, where the source declares
+    one for items.
+
+    `class_links` (L, 3) int32 is for items whose relations follow from their labels, such as
+    photographs of products: label a <= label b and a relation that links every item of the one
+    with every other item of the other, unique and sorted. Items of one label are then the same
+    thing to a text and never each other's negatives, and `pairs` are a sample of what is linked.
     """
 
     name: str
@@ -50,6 +57,8 @@ class RelationGraph:
     pair_split: np.ndarray
     images: ItemImages
     intra_relation: str = INTRA_RELATION
+    item_split: np.ndarray | None = None
+    class_links: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,7 +66,11 @@ class RelationGraph:
     @functools.cached_property
     def _related(self) -> scipy.sparse.csr_array:
         n = len(self)
-        units = np.unique(self.pairs[:, :2], axis=0)
+        pairs = self.pairs[:, :2]
+        if self.class_links is not None:
+            classes = [np.flatnonzero(self.labels == c) for c in range(len(self.label_names))]
+            pairs = np.concatenate([pairs, pairs_within(classes)[:, :2]])
+        units = np.unique(pairs, axis=0)
         a, b = units[:, 0], units[:, 1]
         diagonal = np.arange(n, dtype=a.dtype)
         rows, cols = np.concatenate([a, b, diagonal]), np.concatenate([b, a, diagonal])
@@ -66,7 +79,12 @@ class RelationGraph:
         return matrix
 
     def related(self) -> scipy.sparse.csr_array:
-        """Whether two items are paired under any relation: sparse (N, N) bool, true diagonal."""
+        """Whether two items are paired under any relation: sparse (N, N) bool, true diagonal.
+
+        With class links, also whether they have the same label. Links that `pairs` leave out do not
+        count: one as wide as a department would leave no negatives to learn kinds from. What is
+        true of two items is `linked` and `linked_any`.
+        """
         return self._related
 
     def related_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
@@ -85,16 +103,60 @@ class RelationGraph:
         return np.asarray(values, bool).reshape(rows.shape)
 
     def linked(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
-        """Whether items a and b are paired under a relation: indices that broadcast → bool."""
-        low, high = np.minimum(a, b).astype(np.int64), np.maximum(a, b)
-        keys = (low * len(self) + high) * max(len(self.relations), 1) + relation
-        if not len(self._keys):
-            return np.zeros(keys.shape, bool)
-        return self._keys[np.searchsorted(self._keys[:-1], keys)] == keys
+        """Whether items a and b are linked by a relation: indices that broadcast → bool.
+
+        With class links this goes by their labels, else by the pairs.
+        """
+        keys = self._unit_keys(a, b) * max(len(self.relations), 1) + relation
+        return _contains(self._link_keys, keys)
+
+    def linked_any(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Whether items are linked by any relation, or have one label: broadcasts → bool.
+
+        Without class links it is `related` at single places.
+        """
+        if self.class_links is None:
+            return self.related_values(*np.broadcast_arrays(a, b))
+        linked = _contains(self._unit_links, self._unit_keys(a, b))
+        return linked | (self.labels[a] == self.labels[b])
+
+    def linked_any_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """Rows (n,) against columns (m,) of `linked_any`, dense (n, m) bool."""
+        if self.class_links is None:
+            return self.related_block(rows, cols)
+        return self.linked_any(np.asarray(rows)[:, None], np.asarray(cols))
+
+    def links_of(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The relations that link each of some pairs (p, 2): rows (k,) and relations (k,)."""
+        keys = self._unit_keys(pairs[:, 0], pairs[:, 1])
+        start = np.searchsorted(self._unit_links, keys, "left")
+        counts = np.searchsorted(self._unit_links, keys, "right") - start
+        rows = np.repeat(np.arange(len(pairs)), counts)
+        offset = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return rows, self._links[np.repeat(start, counts) + offset, 2]
+
+    @property
+    def _links(self) -> np.ndarray:
+        """The links (L, 3) of units: labels where there are class links, else items."""
+        return self.pairs if self.class_links is None else self.class_links
+
+    @property
+    def _units(self) -> int:
+        return len(self) if self.class_links is None else len(self.label_names)
+
+    def _unit_keys(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """One number for the two units of items a and b, whatever their order."""
+        if self.class_links is not None:
+            a, b = self.labels[a], self.labels[b]
+        return np.minimum(a, b).astype(np.int64) * self._units + np.maximum(a, b)
 
     @functools.cached_property
-    def _keys(self) -> np.ndarray:
-        return _pair_keys(self.pairs, len(self), len(self.relations))
+    def _unit_links(self) -> np.ndarray:
+        return self._links[:, 0].astype(np.int64) * self._units + self._links[:, 1]
+
+    @functools.cached_property
+    def _link_keys(self) -> np.ndarray:
+        return _pair_keys(self._links, self._units, len(self.relations))
 
     def pair_units(self) -> np.ndarray:
         """The number (P,) of each pair's unordered item pair; one number for all its relations."""
@@ -137,7 +199,24 @@ class RelationGraph:
             s = self.pair_split
             check(bool(np.all((s >= -1) & (s < len(SPLITS)))), "a declared split is out of range")
             self._check_declared()
+        if self.item_split is not None:
+            s = self.item_split
+            check(s.shape == (n,), "item_split does not have one entry an item")
+            check(bool(np.all((s >= -1) & (s < len(SPLITS)))), "a declared split is out of range")
+        if self.class_links is not None:
+            self._check_class_links(check)
         return self
+
+    def _check_class_links(self, check: Callable[[bool, str], None]) -> None:
+        links, top = self.class_links, len(self.label_names)
+        check(links.ndim == 2 and links.shape[1] == 3, "class links are not (L, 3)")
+        a, b, e = links.T
+        check(bool(np.all((a >= 0) & (a <= b) & (b < top))), "a class link is not a <= b")
+        good = (e >= 0) & (e < len(self.relations))
+        check(bool(np.all(good)), "a class link's relation is out of range")
+        check(bool(np.all(np.diff(self._link_keys) > 0)), "class links are not unique and sorted")
+        check(bool(np.all(self.labels >= 0)), "class links need a label for every item")
+        check(bool(np.all(self.linked(*self.pairs.T))), "a pair is not linked by the class links")
 
     def _check_declared(self) -> None:
         """One item pair in two declared splits would leak from one into the other."""
@@ -150,6 +229,13 @@ class RelationGraph:
                 f"Items '{self.ids[a]}' and '{self.ids[b]}' of '{self.name}' are a pair in two "
                 "splits; declare one split for all the relations of a pair."
             )
+
+
+def _contains(ordered: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether each key is in a sorted array."""
+    if not len(ordered):
+        return np.zeros(np.shape(keys), bool)
+    return ordered[np.searchsorted(ordered[:-1], keys)] == keys
 
 
 def _pair_keys(pairs: np.ndarray, items: int, relations: int) -> np.ndarray:
@@ -187,8 +273,9 @@ def pairs_within(groups: list[np.ndarray]) -> np.ndarray:
 class Splits:
     """The split of every item (N,) and pair (P,) int8: an index into SPLITS, -1 for unused.
 
-    `disjoint` says what no two splits share: "item", "pair", or "declared" (pairs, as the source
-    declares them). Under the last two items have no split of their own (all -1).
+    `disjoint` says what no two splits share: "item", "declared item" (as the source declares them),
+    "pair" or "declared" (pairs, as the source declares them). Under the last two items have no
+    split of their own (all -1).
     """
 
     item_split: np.ndarray
@@ -202,7 +289,7 @@ class Splits:
 
     def items(self, split: str) -> np.ndarray:
         """The items of one split, sorted (k,): its own ones, or those of its pairs."""
-        if self.disjoint == "item":
+        if self.disjoint in ("item", "declared item"):
             return np.flatnonzero(self.item_split == split_index(split))
         return np.unique(self.pairs(split)[:, :2]).astype(np.int64)
 
@@ -235,16 +322,22 @@ def split_graph(
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"The split fractions {fractions} are not three shares that add up to 1.")
     nowhere = np.full(len(graph), -1, np.int8)
+    if graph.item_split is not None:
+        return _by_items(graph, graph.item_split, "declared item")
     if np.any(graph.pair_split >= 0):
         return Splits(nowhere, graph.pair_split.astype(np.int8), "declared", graph.pairs)
     rng = np.random.default_rng(seed)
     if disjoint == "item":
-        item_split = _draw(rng, len(graph), fractions)
-        a, b = item_split[graph.pairs[:, 0]], item_split[graph.pairs[:, 1]]
-        return Splits(item_split, np.where(a == b, a, -1).astype(np.int8), "item", graph.pairs)
+        return _by_items(graph, _draw(rng, len(graph), fractions), "item")
     units = graph.pair_units()
     count = int(units[-1]) + 1 if len(units) else 0
     return Splits(nowhere, _draw(rng, count, fractions)[units], "pair", graph.pairs)
+
+
+def _by_items(graph: RelationGraph, item_split: np.ndarray, disjoint: str) -> Splits:
+    """A pair belongs to a split if both its items do."""
+    a, b = item_split[graph.pairs[:, 0]], item_split[graph.pairs[:, 1]]
+    return Splits(item_split, np.where(a == b, a, -1).astype(np.int8), disjoint, graph.pairs)
 
 
 def _draw(rng: np.random.Generator, count: int, fractions: tuple[float, ...]) -> np.ndarray:

@@ -113,7 +113,7 @@ def relation_candidates(
     pairs = _pairs_of(splits, split, per_relation, seed)
     rng = np.random.default_rng([seed, split_index(split), 2])
     pairs = pairs[_some(rng, len(pairs), limit)]
-    free = len(graph.relations) - _relation_counts(graph, pairs)
+    free = len(graph.relations) - np.bincount(graph.links_of(pairs)[0], minlength=len(pairs))
     others = min(candidates, len(graph.relations)) - 1
     if np.all(free < others):
         others = int(free.max())
@@ -212,7 +212,7 @@ def _unrelated(
         # Of a stream of uniform draws, the first `count` that are new and unrelated are a uniform
         # draw without replacement; queries for which the stream is too short are drawn below.
         tries = items[rng.integers(len(items), size=(len(queries), 2 * count + 8))]
-        good = ~graph.related_values(np.repeat(queries[:, None], tries.shape[1], 1), tries)
+        good = ~graph.linked_any(queries[:, None], tries)
         good &= _first_of_kind(tries)
         found = good.sum(axis=1) >= count
         keep = good & (np.cumsum(good, axis=1) <= count)
@@ -222,7 +222,7 @@ def _unrelated(
     for start in range(0, len(todo), block):
         rows = todo[start : start + block]
         keys = rng.random((len(rows), len(items)), dtype=np.float32)
-        columns, found[rows] = _lowest(keys, graph.related_block(queries[rows], items), count)
+        columns, found[rows] = _lowest(keys, graph.linked_any_block(queries[rows], items), count)
         drawn[rows] = items[columns]
     return drawn, found
 
@@ -246,19 +246,6 @@ def _lowest(keys: np.ndarray, barred: np.ndarray, count: int) -> tuple[np.ndarra
     return columns.astype(np.int64), found
 
 
-def _unit_bounds(graph: RelationGraph, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the relations of each pair's two items start and end in `graph.pairs`."""
-    ordered = np.sort(pairs[:, :2].astype(np.int64), axis=1)
-    table = graph.pairs[:, 0].astype(np.int64) * len(graph) + graph.pairs[:, 1]
-    keys = ordered[:, 0] * len(graph) + ordered[:, 1]
-    return np.searchsorted(table, keys, "left"), np.searchsorted(table, keys, "right")
-
-
-def _relation_counts(graph: RelationGraph, pairs: np.ndarray) -> np.ndarray:
-    start, end = _unit_bounds(graph, pairs)
-    return end - start
-
-
 def _unlinked(
     graph: RelationGraph, pairs: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -268,15 +255,11 @@ def _unlinked(
     found = np.zeros(len(pairs), bool)
     if total < count:
         return drawn, found
-    start, end = _unit_bounds(graph, pairs)
     block = max(1, _BLOCK_CELLS // max(total, 1))
     for low in range(0, len(pairs), block):
         rows = slice(low, min(low + block, len(pairs)))
-        lengths = end[rows] - start[rows]
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        linked = np.zeros((len(lengths), total), bool)
-        linked[row, graph.pairs[np.repeat(start[rows], lengths) + offset, 2]] = True
+        linked = np.zeros((len(pairs[rows]), total), bool)
+        linked[graph.links_of(pairs[rows])] = True
         keys = rng.random(linked.shape, dtype=np.float32)
         drawn[rows], found[rows] = _lowest(keys, linked, count)
     return drawn, found

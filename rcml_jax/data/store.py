@@ -55,6 +55,7 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
                 "id": tfds.features.Text(),
                 "text": tfds.features.Text(),
                 "label": np.int64,
+                "split": np.int64,
                 "image": tfds.features.Image(shape=(None, None, 3)),
                 "neighbor_item": tfds.features.Sequence(np.int64),
                 "neighbor_relation": tfds.features.Sequence(np.int64),
@@ -66,6 +67,7 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
             "relations": list(graph.relations),
             "intra_relation": graph.intra_relation,
             "label_names": list(graph.label_names),
+            "class_links": None if graph.class_links is None else graph.class_links.tolist(),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -84,6 +86,7 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         graph = self._graph
         first = np.searchsorted(graph.pairs[:, 0], np.arange(len(graph) + 1))
+        split = np.full(len(graph), -1) if graph.item_split is None else graph.item_split
         for index in range(len(graph)):
             mine = slice(first[index], first[index + 1])
             try:
@@ -98,6 +101,7 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
                     "id": graph.ids[index],
                     "text": graph.texts[index],
                     "label": int(graph.labels[index]),
+                    "split": int(split[index]),
                     "image": io.BytesIO(encoded),
                     "neighbor_item": graph.pairs[mine, 1].astype(np.int64),
                     "neighbor_relation": graph.pairs[mine, 2].astype(np.int64),
@@ -307,6 +311,8 @@ def _read_graph(folder: Path) -> RelationGraph:
             arrays = _scan(folder)
             with contextlib.suppress(OSError):  # a read-only cache is read by scanning
                 _save_arrays(path, arrays)
+        # Neither is in data sets of an older version.
+        split, links = arrays.get("item_split", np.array([-1])), metadata.get("class_links")
         graph = RelationGraph(
             name=metadata["graph_name"],
             ids=tuple(json.loads(arrays["ids"].tobytes())),
@@ -318,6 +324,8 @@ def _read_graph(folder: Path) -> RelationGraph:
             pairs=arrays["pairs"],
             pair_split=arrays["pair_split"],
             images=StoredImages(folder, arrays["positions"]),
+            item_split=split if np.any(split >= 0) else None,
+            class_links=None if links is None else np.array(links, np.int32).reshape(-1, 3),
         )
         missing = [f.name for f in _shards(folder, counts) if not f.is_file()]
         if missing:
@@ -344,7 +352,8 @@ def _scan(folder: Path) -> dict[str, np.ndarray]:
             triple = (r["neighbor_item"], r["neighbor_relation"], r["neighbor_split"])
             near = np.array(triple, np.int32).reshape(3, -1)
             text = (r["id"].decode("utf-8"), r["text"].decode("utf-8"))
-            rows.append((int(r["index"]), position, int(r["label"]), text, near))
+            split = int(r.get("split", -1))
+            rows.append((int(r["index"]), position, int(r["label"]), text, near, split))
     except Exception as error:  # the C++ reader raises several kinds
         raise _damaged(folder, error) from error
     rows.sort(key=lambda row: row[0])
@@ -355,6 +364,7 @@ def _scan(folder: Path) -> dict[str, np.ndarray]:
     return {
         "positions": np.array([row[1] for row in rows], np.int64),
         "labels": np.array([row[2] for row in rows], np.int32),
+        "item_split": np.array([row[5] for row in rows], np.int8),
         "ids": _as_bytes([row[3][0] for row in rows]),
         "texts": _as_bytes([row[3][1] for row in rows]),
         "pairs": np.stack([first, near[0], near[1]], axis=1),
@@ -368,7 +378,7 @@ def _as_bytes(strings: list[str]) -> np.ndarray:
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # missing or cut short: the records have it all

@@ -127,6 +127,9 @@ def _rows(result: dict):
     yield "Hit@5", retrieval["hit@5"]
     yield "Hit@1", retrieval["hit@1"]
     yield "MRR", retrieval["mrr"]
+    if whole := result.get("retrieval_all"):
+        yield f"Hit@5, all {whole['gallery']['items']:,} items", whole["hit@5"]
+        yield "mAP, all items", whole["map"]
     yield f"relation type, Top-3 of {types['candidates']}", types["top3"]
     yield f"relation type, Top-1 of {types['candidates']}", types["top1"]
     product = result["training_free_product"]

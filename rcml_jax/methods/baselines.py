@@ -1,5 +1,6 @@
 """CLIP, SigLIP and UniCL on the same towers: self pairs, no relation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ import numpy as np
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import RelationalMethod
+from rcml_jax.methods.relational import Embedder, RelationalMethod
 from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.encoders.clip import CLIPTowers
+from rcml_jax.models.encoders.pair import build_towers
 
 _BIAS = -10.0  # SigLIP's initial bias: most pairs are negative.
 _SENTENCE_CHUNK = 2048
@@ -22,7 +23,7 @@ class BaselineMethod(RelationalMethod):
 
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
-        self.model = model = CLIPTowers(self.clip_config, self.dtype)
+        self.model = model = build_towers(self.towers_config, self.dtype)
         self._texts = jax.jit(lambda towers, ids: model.apply({"params": towers}, ids)["text"])
         self._images = jax.jit(
             lambda towers, images: model.apply({"params": towers}, None, images)["image"]
@@ -37,8 +38,8 @@ class BaselineMethod(RelationalMethod):
         return params
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """CLIP's embeddings of the items, (N, d) each."""
-        del key  # CLIP's towers have no dropout.
+        """The towers' own embeddings of the items, (N, d) each."""
+        del key  # The towers have no dropout.
         towers = self.stop_frozen(params)["towers"]
         return self.model.apply({"params": towers}, batch["items"]["ids"], batch["items"]["images"])
 
@@ -79,26 +80,46 @@ class BaselineMethod(RelationalMethod):
     def _with_sentence(
         self, towers: Params, items: np.ndarray, needed: np.ndarray, width: int
     ) -> np.ndarray:
-        """Texts followed by the sentence, (R, n, d), where they are needed."""
+        """Texts followed by the sentence, (R, n, d), where they are needed; equal ones once."""
         task = self.task
         out = np.zeros((*needed.shape, width), np.float32)
         relations, rows = np.nonzero(needed)
-        for start in range(0, len(rows), _SENTENCE_CHUNK):
-            part = slice(start, start + _SENTENCE_CHUNK)
-            places = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(rows) - 1)
-            ids, _ = task.tokenizer.encode_with_suffix(
-                [task.graph.texts[i] for i in items[rows[places]]],
-                [task.sentences[r] for r in relations[places]],
-                task.max_length,
-            )
-            embedded = np.asarray(self._texts(towers, ids))
-            out[relations[part], rows[part]] = embedded[: len(rows[part])]
+        asked = [(task.graph.texts[i], r) for i, r in zip(items[rows], relations, strict=True)]
+        place = {pair: number for number, pair in enumerate(dict.fromkeys(asked))}
+        distinct = list(place)
+        embedded = np.empty((len(distinct), width), np.float32)
+        for start in range(0, len(distinct), _SENTENCE_CHUNK):
+            chunk = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(distinct) - 1)
+            texts, numbers = zip(*(distinct[i] for i in chunk), strict=True)
+            sentences = [task.sentences[r] for r in numbers]
+            ids, _ = task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
+            part = np.asarray(self._texts(towers, ids))
+            embedded[start : start + len(part)] = part[: len(distinct) - start]
+        out[relations, rows] = embedded[[place[pair] for pair in asked]]
         return out
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CLIP's own."""
+        """The towers' own."""
         table = self.tables(params, items)["plain"]
         return table.image[0], table.text[0]
+
+    def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
+        """The towers' own; for a relation the sentence is appended to the text, as in `tables`."""
+        towers, task = params["towers"], self.task
+
+        def text(texts: Sequence[str]) -> np.ndarray:
+            parts = [self._texts(towers, task.encode(texts))]
+            for sentence in sentences:
+                suffixes = [sentence] * len(texts)
+                ids, _ = task.tokenizer.encode_with_suffix(texts, suffixes, task.max_length)
+                parts.append(self._texts(towers, ids))
+            return np.stack(parts)
+
+        def image(pixels: np.ndarray) -> np.ndarray:
+            return np.asarray(self._images(towers, pixels))[None]
+
+        width = jax.eval_shape(self._texts, towers, task.encode([""])).shape[1]
+        return Embedder(text, image, {"text": (1 + len(sentences), width), "image": (1, width)})
 
     def describe(self) -> dict:
         """Two ways to score; each task reports the better of them."""

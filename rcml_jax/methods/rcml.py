@@ -1,5 +1,7 @@
 """RCML: the relation-pooled towers with the relation-conditioned contrastive loss."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from flax.core import FrozenDict
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.relation import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import RelationalMethod
+from rcml_jax.methods.relational import Embedder, RelationalMethod
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
 from rcml_jax.similarity import l2_normalize
@@ -23,7 +25,7 @@ class RCMLMethod(RelationalMethod):
         super().__init__(config, task)
         head = config.model
         self.model = RCML(
-            self.clip_config,
+            self.towers_config,
             FrozenDict(
                 beta=head.beta,
                 summary_logit=head.summary_logit,
@@ -35,6 +37,8 @@ class RCMLMethod(RelationalMethod):
         )
         self._relations = jax.jit(self._embed_relations)
         self._pool = jax.jit(self._pool_items)
+        self._pool_text = jax.jit(functools.partial(self._pool_one, "pool_text"))
+        self._pool_image = jax.jit(functools.partial(self._pool_one, "pool_image"))
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
@@ -45,7 +49,7 @@ class RCMLMethod(RelationalMethod):
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """z_T and z_I, (N, R, d) each, of the items under the batch's relations."""
-        del key  # CLIP's towers have no dropout.
+        del key  # The towers have no dropout.
         items, shared = batch["items"], batch["shared"]
         params = self.stop_frozen(params)
         out = self.model.apply(
@@ -114,6 +118,21 @@ class RCMLMethod(RelationalMethod):
         images, texts = (np.concatenate(side)[: len(items)] for side in zip(*parts, strict=True))
         return images, texts
 
+    def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
+        """Pooled under the intra-sample relation, then under each sentence."""
+        variables = {"params": {name: params[name] for name in ("towers", "head")}}
+        encode = self.task.encode
+        relation = self._relations(variables, encode([self.task.sentence(-1), *sentences]))
+        intra = jnp.arange(len(relation)) == 0
+
+        def text(texts: Sequence[str]) -> np.ndarray:
+            return np.asarray(self._pool_text(variables, encode(texts), relation, intra))
+
+        def image(pixels: np.ndarray) -> np.ndarray:
+            return np.asarray(self._pool_image(variables, pixels, relation, intra))
+
+        return Embedder(text, image, dict.fromkeys(("text", "image"), relation.shape))
+
     def describe(self) -> dict:
         """Both items pooled under the relation in force."""
         return {"relation": "items pooled under the relation sentence (RCML Eq. 4-6)"}
@@ -131,6 +150,18 @@ class RCMLMethod(RelationalMethod):
     ):
         """z_T and z_I with the relations first, (R, n, d), all of them intra-sample or none."""
         intra = jnp.full(relation.shape[0], is_intra)
-        text = self.model.apply(variables, ids, relation, intra, method="pool_text")
-        image = self.model.apply(variables, images, relation, intra, method="pool_image")
-        return jnp.swapaxes(text, 0, 1), jnp.swapaxes(image, 0, 1)
+        text = self._pool_one("pool_text", variables, ids, relation, intra)
+        image = self._pool_one("pool_image", variables, images, relation, intra)
+        return text, image
+
+    def _pool_one(
+        self,
+        pool: str,
+        variables: dict,
+        inputs: jax.Array,
+        relation: jax.Array,
+        intra: jax.Array,
+    ) -> jax.Array:
+        """z_T or z_I with the relations first, (R, n, d)."""
+        out = self.model.apply(variables, inputs, relation, intra, method=pool)
+        return jnp.swapaxes(out, 0, 1)

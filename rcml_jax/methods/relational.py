@@ -1,8 +1,9 @@
 """What RCML and its baselines share: the towers and the protocol of the evaluation."""
 
 import abc
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,24 +15,32 @@ from rcml_jax.config import compute_dtype
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
-from rcml_jax.evaluation.retrieval import retrieval
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.retrieval import gallery_retrieval, retrieval
+from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.relational_towers import frozen_parts, load_checkpoints, towers_config
 from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config, small_config
 from rcml_jax.similarity import SIMILARITIES
 
 _CHUNK = 256
-_TOWERS = {
-    "text": ("text_model", "text_projection"),
-    "image": ("vision_model", "visual_projection"),
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """Embeds any texts and pictures: first as what they are, then under relation sentences.
+
+    text: n texts → unit vectors (1 + R, n, d); image: pictures (n, H, W, 3) uint8 → the same, or
+    (1, n, d) where the method's pictures depend on no relation. shapes: of each the number of
+    relations and d.
+    """
+
+    text: Callable[[Sequence[str]], np.ndarray]
+    image: Callable[[np.ndarray], np.ndarray]
+    shapes: dict[str, tuple[int, int]]
 
 
 class RelationalMethod(Method):
     """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
-
-    selection = "hit@5/avg"
 
     def __init__(self, config: Any, task: RelationTask):
         self.config = config
@@ -43,24 +52,9 @@ class RelationalMethod(Method):
                 f"config.evaluation.validity_probe={config.evaluation.validity_probe!r} is "
                 f"unknown; choose {' or '.join(PROBES)}"
             )
-        self.clip_config = self._clip_config()
-        self.frozen_towers = _frozen_towers(config.model.freeze)
-
-    def _clip_config(self) -> Any:
-        model = self.config.model
-        if model.pretrained:
-            return pretrained_config(model.pretrained)
-        return small_config(
-            vocab_size=self.task.tokenizer.vocab_size,
-            eos_token_id=self.task.tokenizer.end_id,
-            width=model.width,
-            layers=model.layers,
-            heads=model.heads,
-            embed_dim=model.embed_dim,
-            image_size=model.image_size,
-            patch_size=model.patch_size,
-            max_length=model.max_length,
-        )
+        self.selection = _selection(config)
+        self.towers_config = towers_config(config.model, task.tokenizer)
+        self.frozen_parts = frozen_parts(self.towers_config, config.model.freeze)
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
@@ -71,17 +65,16 @@ class RelationalMethod(Method):
         """Random parameters, the towers under "towers"."""
 
     def init(self, key: jax.Array, batch: Batch) -> Params:
-        """Random parameters, the towers' from the pretrained checkpoint where one is named.
+        """Random parameters, those of a tower from its checkpoint where one is named.
 
         Where the temperature is learned its logarithm is one of them.
         """
-        model = self.config.model
         params = self.init_params(key, batch)
         if self.config.loss.learn_temperature:
             log = jnp.log(jnp.asarray(self.config.loss.temperature, jnp.float32))
             params = {**params, "log_temperature": log}
-        if model.pretrained:
-            params = {**params, "towers": load_pretrained(model.pretrained)[1]}
+        towers = load_checkpoints(self.config.model, params["towers"])
+        params = {**params, "towers": towers}
         return jax.tree.map(jnp.asarray, params)
 
     def temperature(self, params: Params) -> float | jax.Array:
@@ -106,15 +99,14 @@ class RelationalMethod(Method):
 
     def frozen(self, params: Params) -> Any:
         """True for the parameters of frozen towers."""
-        names = {name for tower in self.frozen_towers for name in _TOWERS[tower]}
         flat = traverse_util.flatten_dict(params)
         return traverse_util.unflatten_dict(
-            {path: path[0] == "towers" and path[1] in names for path in flat}
+            {path: path[0] == "towers" and path[1] in self.frozen_parts for path in flat}
         )
 
     def stop_frozen(self, params: Params) -> Params:
         """Cut the gradient of frozen towers, so that no backward pass is made through them."""
-        if not self.frozen_towers:
+        if not self.frozen_parts:
             return params
         frozen = self.frozen(params)
         return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
@@ -135,15 +127,24 @@ class RelationalMethod(Method):
         """Images and texts of items, (n, d) each, as what they are and under no other relation."""
 
     @abc.abstractmethod
+    def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
+        """What embeds texts and pictures that need not be the task's, under R sentences."""
+
+    @abc.abstractmethod
     def describe(self) -> dict:
         """What the protocol says of this method's scoring."""
 
     def validate(self, params: Params) -> Metrics:
         """Retrieval and relation type on validation, in the method's first way of scoring."""
         queries, types, items = self._asked("validation")
+        by_gallery = self.selection.startswith("retrieval_all/")
+        if by_gallery:
+            gallery = self.task.gallery_queries("validation")
+            items = np.union1d(items, gallery.items)
         table = next(iter(self.tables(params, items).values()))
         scores = _score(table, queries, types)
-        return scores["retrieval"] | {"relation_type": scores["relation_type"]}
+        found = scores["retrieval"] | {"relation_type": scores["relation_type"]}
+        return found | ({"retrieval_all": _score_gallery(table, gallery)} if by_gallery else {})
 
     def _asked(self, split: str) -> tuple[Any, Any, np.ndarray]:
         """The split's retrieval queries, its relation type queries, and the items of both."""
@@ -158,15 +159,23 @@ class RelationalMethod(Method):
         del history
         task, config = self.task, self.config
         queries, types, items = self._asked(split)
+        gallery = task.gallery_queries(split)
+        items = np.union1d(items, gallery.items)
         needed = _needed(len(task.graph.relations), items, queries, types)
+        # Where items have one text, its first item's embedding stands for all.
+        texts = np.searchsorted(items, gallery.items[np.unique(gallery.texts)])
+        needed[np.unique(gallery.relation)[:, None], texts] = True
         tables = self.tables(params, items, needed)
         score = functools.partial(_score, queries=queries, types=types)
-        variants = {name: score(table) for name, table in tables.items()}
+        variants = {
+            name: score(table) | {"retrieval_all": _score_gallery(table, gallery)}
+            for name, table in tables.items()
+        }
         result = {
             "method": config.method,
             "dataset": task.graph.name,
             "split": split,
-            "protocol": self._protocol(split, queries),
+            "protocol": self._protocol(split, queries, gallery),
             "retrieval": max(
                 (v["retrieval"] for v in variants.values()), key=lambda m: m["hit@5"]["avg"]
             ),
@@ -174,6 +183,9 @@ class RelationalMethod(Method):
                 (v["relation_type"] for v in variants.values()), key=lambda m: m["top3"]["avg"]
             ),
             "relation_validity": self._validity(params, split),
+            "retrieval_all": max(
+                (v["retrieval_all"] for v in variants.values()), key=lambda m: m["map"]["avg"]
+            ),
             "training_free_product": score(next(iter(tables.values())), similarity="product"),
         }
         if len(variants) > 1:
@@ -198,7 +210,7 @@ class RelationalMethod(Method):
             *sides, probe=self.config.evaluation.validity_probe, seed=self.config.seed
         )
 
-    def _protocol(self, split: str, queries: Any) -> dict:
+    def _protocol(self, split: str, queries: Any, gallery: Any) -> dict:
         data = self.config.data
         chance = min(1.0, 5 / queries.candidates.shape[1])
         return {
@@ -210,6 +222,11 @@ class RelationalMethod(Method):
             f"{queries.candidates.shape[1] - 1} items of the split unrelated to the query under "
             f"any relation, drawn uniformly by a fixed seed; chance of Hit@5 {chance:.3f}",
             "queries_left_out": int(queries.skipped),
+            "retrieval_all": "items of the split under each relation that links them to others of "
+            "it; all its other items are ranked, or its distinct texts but the query's own, and "
+            "all that are linked under the relation are right; texts ask once a relation; chance: "
+            "the mean over all orders",
+            "retrieval_all_left_out": gallery.left_out,
             "relation_type": "the true relation among relations under which the pair is not "
             "linked, drawn by a fixed seed",
             "relation_validity": "probe on [z_T(A), z_I(A), z_T(B), z_I(B), h_E], fitted on "
@@ -217,7 +234,7 @@ class RelationalMethod(Method):
             "relation, half an unrelated pair under this relation",
             "similarity": "cosine",
             "ties": "count against the model",
-            "selection": "early stopping on validation Hit@5 AVG",
+            "selection": f"early stopping on {self.selection} of validation",
             "seed": self.config.seed,
             "scoring": self.describe(),
         }
@@ -248,11 +265,19 @@ def _similarities(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _frozen_towers(name: str) -> tuple[str, ...]:
-    choices = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}
-    if name not in choices:
-        raise UserError(f"config.model.freeze={name!r} is unknown; choose text, image or both")
-    return choices[name]
+def _selection(config: Any) -> str:
+    """The measure that picks the checkpoint, such as "hit@5/avg" or "retrieval_all/map/it"."""
+    # The configurations of older runs do not name it.
+    name = config.get("selection", "hit@5/avg")
+    measures = ("hit@5", "hit@1", "mrr")
+    measures += tuple(f"retrieval_all/{m}" for m in ("hit@5", "r_precision", "map"))
+    measure, _, score = name.rpartition("/")
+    if measure not in measures or score not in SCORES:
+        raise UserError(
+            f"config.selection={name!r} is unknown; write MEASURE/SCORE with one of "
+            f"{', '.join(measures)} and one of {', '.join(SCORES)}"
+        )
+    return name
 
 
 def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "cosine") -> dict:
@@ -265,6 +290,11 @@ def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "c
             table, types.a, types.b, types.relations, similarity=similarity
         ),
     }
+
+
+def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
+    fields = (getattr(gallery, name) for name in ("items", "texts", "query", "relation"))
+    return gallery_retrieval(table, *fields, gallery.right, gallery.hidden)
 
 
 def _needed(relations: int, items: np.ndarray, queries: Any, types: Any) -> np.ndarray:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data import folder, openmoji, protocol
+from rcml_jax.data import folder, gallery, openmoji, protocol
 from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.graph import RelationGraph, Splits, split_graph
 from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 
-SOURCES = ("openmoji", "folder")
+SOURCES = ("openmoji", "folder", "grocery", "amazon")
 
 
 def load_graph(data: Any) -> RelationGraph:
@@ -30,6 +30,22 @@ def load_graph(data: Any) -> RelationGraph:
                 "the folder source needs a path: --config configs/rcml.py:folder,path=DIRECTORY"
             )
         return folder.load(pathlib.Path(data.path), directory, strict=data.strict)
+    if data.name == "grocery":
+        from rcml_jax.data import grocery
+
+        return grocery.load(directory, path=data.path, strict=data.strict)
+    if data.name == "amazon":
+        from rcml_jax.data import amazon
+
+        return amazon.load(
+            directory,
+            data.domain,
+            path=data.path,
+            strict=data.strict,
+            clusters=data.clusters,
+            pairs_per_user=data.pairs_per_user,
+            pairs_per_item=data.pairs_per_item,
+        )
     raise UserError(
         f"config.data.name={data.name!r} is unknown; choose one of {', '.join(SOURCES)}"
     )
@@ -52,22 +68,19 @@ class RelationTask:
         data, model = config.data, config.model
         graph = load_graph(data)
         splits = split_graph(graph, seed=data.split_seed, disjoint=data.disjoint)
+        # Imported here: who wants the data alone has no need of Hugging Face's classes.
+        from rcml_jax.methods.relational_towers import inputs
+
+        taken = inputs(model)
         tokenizer = work_tokenizer(
             pathlib.Path(workdir),
             lambda: _texts(graph, splits),
-            model.pretrained,
+            taken.tokenizer,
             model.vocab_size,
+            kind=taken.kind,
         )
-        image_size, max_length = model.image_size, model.max_length
-        if model.pretrained:
-            # Imported here: only a pretrained model's own configuration knows its sizes.
-            from rcml_jax.models.encoders.clip import pretrained_config
-
-            sizes = pretrained_config(model.pretrained)
-            image_size = sizes.vision_config.image_size
-            max_length = min(max_length, sizes.text_config.max_position_embeddings)
-        images = ImageBank(graph.images, image_size)
-        return cls(config, graph, splits, tokenizer, images, max_length)
+        images = ImageBank(graph.images, taken.image_size)
+        return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
     def sentence(self, relation: int) -> str:
         """The sentence of a relation; −1 is the intra-sample one."""
@@ -121,6 +134,11 @@ class RelationTask:
     def retrieval_queries(self, split: str) -> protocol.RetrievalQueries:
         """The split's retrieval queries and candidates, the same for every method and seed."""
         return protocol.retrieval_queries(self.graph, self.splits, split, **self._draw())
+
+    @functools.cache  # noqa: B019
+    def gallery_queries(self, split: str) -> gallery.GalleryQueries:
+        """The split's queries over all of its items, for which every linked one is right."""
+        return gallery.gallery_queries(self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def relation_queries(self, split: str) -> protocol.RelationQueries:

@@ -1,4 +1,4 @@
-"""RCML: CLIP's towers under the relation-guided pooling head."""
+"""RCML: two towers under the relation-guided pooling head."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from rcml_jax.models.encoders.clip import CLIPTowers
+from rcml_jax.models.encoders.pair import build_towers
 from rcml_jax.models.relation_pooling import RelationPooling
 from rcml_jax.similarity import l2_normalize
 
@@ -15,8 +15,9 @@ from rcml_jax.similarity import l2_normalize
 class RCML(nn.Module):
     """Embeds texts and images under relations written in plain language (Eq. 3–6).
 
-    config: a `transformers.CLIPConfig`; pooling: options of `RelationPooling`. On ViT-B/32 the
-    model has 152,325,889 parameters: CLIP's and four 512×512 matrices.
+    config: a `transformers.CLIPConfig`, or a `PairConfig` of two other towers; pooling: options of
+    `RelationPooling`. On ViT-B/32 the model has 152,325,889 parameters: CLIP's and four 512×512
+    matrices.
     """
 
     config: Any
@@ -25,13 +26,13 @@ class RCML(nn.Module):
 
     def setup(self):
         """Create the towers and the head."""
-        self.towers = CLIPTowers(self.config, dtype=self.dtype)
+        self.towers = build_towers(self.config, self.dtype)
         self.head = RelationPooling(
             dim=self.config.projection_dim, dtype=self.dtype, **self.pooling
         )
 
     def relation(self, ids: jax.Array) -> jax.Array:
-        """Relation sentences (R, T) → h_E (R, d): the EOT states of the text tower."""
+        """Relation sentences (R, T) → h_E (R, d): the text tower's summary states (CLIP's EOT)."""
         return self.towers.text_states(ids).summary_states()
 
     def pool_text(self, ids: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """A small made-up graph, and OpenMoji prepared once for all tests."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rcml_jax.data import openmoji
-from rcml_jax.data.graph import RelationGraph, pairs_within
+from rcml_jax.data.graph import RelationGraph, normalize_pairs, pairs_within
 from rcml_jax.data.images import EncodedImages
 
 
@@ -33,6 +34,30 @@ def make_graph(items: int = 60, relations: int = 12, group: int = 8, seed: int =
         pairs=pairs,
         pair_split=np.full(len(pairs), -1, np.int8),
         images=EncodedImages(items, png),
+    )
+
+
+def make_classes(
+    classes: int = 6, each: int = 4, relations: int = 5, share: float = 0.3, seed: int = 0
+):
+    """Items of classes, a share of them linked by each relation; half of the linked pairs."""
+    rng = np.random.default_rng(seed)
+    labels = np.tile(np.arange(classes, dtype=np.int32), each)
+    a, b = np.triu_indices(classes)
+    links = [(i, j, e) for e in range(relations) for i, j in zip(a, b, strict=True)]
+    links = np.unique(rng.permutation(links)[: int(share * len(links))], axis=0).astype(np.int32)
+    members = [np.flatnonzero(labels == c) for c in range(classes)]
+    pairs = [(i, j, e) for a, b, e in links for i in members[a] for j in members[b]]
+    pairs = normalize_pairs(np.array(pairs))[0]
+    pairs = pairs[rng.random(len(pairs)) < 0.5]
+    return dataclasses.replace(
+        make_graph(items=len(labels), relations=relations),
+        texts=tuple(f"class {label}" for label in labels),
+        labels=labels,
+        label_names=tuple(map(str, range(classes))),
+        pairs=pairs,
+        pair_split=np.full(len(pairs), -1, np.int8),
+        class_links=links,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rcml_jax.data.graph import SPLITS, normalize_pairs, pairs_within, split_graph
 from rcml_jax.errors import UserError
-from tests.data.conftest import make_graph
+from tests.data.conftest import make_classes, make_graph
 
 
 def test_related_is_symmetric_with_a_true_diagonal_under_any_relation(toy):
@@ -87,6 +87,58 @@ def test_declared_splits_override(toy):
     assert splits.disjoint == "declared"
     np.testing.assert_array_equal(splits.pairs("test"), graph.pairs[declared == 2])
     assert len(splits.pairs("validation")) == 0
+
+
+def test_declared_splits_of_items_override(toy):
+    declared = (np.arange(len(toy)) % 4 - 1).astype(np.int8)
+    graph = dataclasses.replace(toy, item_split=declared).validate()
+    for disjoint in ("item", "pair"):
+        splits = split_graph(graph, seed=0, disjoint=disjoint)
+        assert splits.disjoint == "declared item"
+        np.testing.assert_array_equal(splits.items("test"), np.flatnonzero(declared == 2))
+        inside = [len(set(declared[[a, b]])) == 1 and declared[a] == 1 for a, b, _ in toy.pairs]
+        np.testing.assert_array_equal(splits.pairs("validation"), toy.pairs[inside])
+
+
+def test_class_links_say_what_is_linked():
+    graph = make_classes().validate()
+    links = {tuple(link) for link in graph.class_links.tolist()}
+    n, every = len(graph), np.arange(len(graph))
+    paired = {tuple(pair) for pair in graph.pairs[:, :2].tolist()}
+    linked = graph.linked(every[:, None, None], every[:, None], np.arange(len(graph.relations)))
+    related, linked_any = graph.related().toarray(), graph.linked_any_block(every, every)
+    np.testing.assert_array_equal(linked_any, graph.linked_any(every[:, None], every))
+    for a, b in itertools.product(range(n), repeat=2):
+        classes = sorted((graph.labels[a], graph.labels[b]))
+        expected = [(*classes, e) in links for e in range(len(graph.relations))]
+        np.testing.assert_array_equal(linked[a, b], expected)
+        same = classes[0] == classes[1]
+        assert linked_any[a, b] == (any(expected) or same)
+        assert related[a, b] == (same or (min(a, b), max(a, b)) in paired)
+    assert linked_any.sum() > related.sum()  # the pairs are a sample
+    np.testing.assert_array_equal(graph.related_block(every, every), related)
+    rows, relations = graph.links_of(np.array([[0, 1], [5, 0], [3, 3]]))
+    found = [relations[rows == row].tolist() for row in range(3)]
+    assert found == [np.flatnonzero(linked[a, b]).tolist() for a, b in [(0, 1), (5, 0), (3, 3)]]
+
+
+def test_validate_names_wrong_class_links():
+    graph = make_classes()
+
+    def broken(**changes):
+        with pytest.raises(UserError) as error:
+            dataclasses.replace(graph, **changes).validate()
+        return str(error.value)
+
+    links = graph.class_links
+    assert "not a <= b" in broken(class_links=links[:, [1, 0, 2]] + [1, 0, 0])
+    assert "not (L, 3)" in broken(class_links=links[:, :2])
+    assert "class link's relation" in broken(class_links=np.add(links, [0, 0, 99]))
+    assert "links are not unique" in broken(class_links=links[::-1])
+    assert "label for every item" in broken(labels=np.full(len(graph), -1, np.int32))
+    assert "pair is not linked" in broken(class_links=links[:1])
+    assert "one entry an item" in broken(item_split=np.zeros(3, np.int8))
+    assert "split is out of range" in broken(item_split=np.full(len(graph), 3, np.int8))
 
 
 def test_splits_depend_on_the_seed_alone(toy):

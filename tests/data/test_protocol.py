@@ -7,7 +7,7 @@ import pytest
 from rcml_jax.data import protocol
 from rcml_jax.data.graph import split_graph
 from rcml_jax.errors import UserError
-from tests.data.conftest import make_graph
+from tests.data.conftest import make_classes, make_graph
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,28 @@ def test_relation_candidates_do_not_link_the_pair(graph, splits):
         assert (a, b, true) in linked
         assert not any((a, b, e) in linked for e in others)
         assert len({true, *others}) == 10
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_negatives_are_linked_by_nothing_and_have_another_text(dense, monkeypatch):
+    """With class links, whatever pairs of them were drawn."""
+    if not dense:
+        monkeypatch.setattr(protocol, "_DENSE_ITEMS", 0)
+    graph = make_classes(classes=20, each=6, relations=4, share=0.1).validate()
+    splits = split_graph(graph, seed=0, fractions=(0, 0, 1))
+    links = {tuple(sorted(link[:2])) for link in graph.class_links.tolist()}
+    q = protocol.retrieval_queries(graph, splits, "test", negatives=9, limit=300, seed=0)
+    for query, (positive, *negatives), e in zip(q.query, q.candidates, q.relation, strict=True):
+        assert graph.linked(query, positive, e)
+        for negative in negatives:
+            assert graph.texts[negative] != graph.texts[query]
+            assert tuple(sorted(graph.labels[[query, negative]])) not in links
+    # A relation that was not drawn for a pair, but holds, is no wrong one; nor is it false.
+    types = protocol.relation_candidates(graph, splits, "test", candidates=3, limit=300, seed=0)
+    true = graph.linked(types.a[:, None], types.b[:, None], types.relations)
+    np.testing.assert_array_equal(true, np.arange(3) == np.zeros((len(true), 1)))
+    v = protocol.validity_examples(graph, splits, "test", limit=300, seed=0)
+    np.testing.assert_array_equal(graph.linked(v.a, v.b, v.relation), v.label == 1)
 
 
 def test_relation_candidates_of_a_graph_with_few_relations():

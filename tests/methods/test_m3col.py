@@ -173,6 +173,7 @@ def test_held_out_rows_touch_nothing(tables, tmp_path):
     for name in method.single.names:
         changed["items"][name][0][places] += 100.0
 
+    @jax.jit
     def gradient(batch):
         loss = lambda p: method.loss(p, batch, jax.random.key(1), 0.0)[0]  # noqa: E731
         return jax.grad(loss)(params)
@@ -198,13 +199,14 @@ def test_models_trained_together_are_those_trained_alone(tables, tmp_path):
     params = together.init(jax.random.key(0), batch)
     key = jax.random.key(7)
     for _, phase in together.phases():
-        grads = jax.grad(lambda p, phase=phase: phase.loss(p, batch, key, 0.0)[0])(params)
+        grads = jax.jit(jax.grad(lambda p, phase=phase: phase.loss(p, batch, key, 0.0)[0]))(params)
+        single = jax.jit(
+            jax.grad(lambda p, key, phase=phase: phase.single.loss(p, batch, key, 0.0)[0])
+        )
         for place, seed in enumerate((42, 43)):
             mine = jax.tree.map(lambda x, place=place: x[place], params)
             own = jax.random.fold_in(key, seed)
-            alone = jax.grad(
-                lambda p, phase=phase, own=own: phase.single.loss(p, batch, own, 0.0)[0]
-            )(mine)
+            alone = single(mine, own)
             jax.tree.map(
                 lambda a, b, place=place: np.testing.assert_allclose(
                     a[place], b, rtol=1e-4, atol=1e-6
@@ -225,7 +227,7 @@ def test_the_loss_is_equation_16(tables, tmp_path, place):
     phases = method.phases()
     assert [first for first, _ in phases] == [0, 4]
     for number, (_, phase) in enumerate(phases):
-        value, metrics = phase.loss(params, batch, key, 0.0)
+        value, metrics = jax.jit(phase.loss)(params, batch, key, 0.0)
         prepared = phase.prepare(batch, key)
         inputs = {n: np.asarray(batch["items"][n][0], np.float64) for n in method.names}
         z, logits = twin(params, inputs)
@@ -268,7 +270,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+#: What other variants' tests pass through, too.
+SLOW_VARIANTS = {"only M3Co", "weightless", "two", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=[pytest.mark.slow] * (v in SLOW_VARIANTS)) for v in VARIANTS],
+)
 def test_every_variant_learns(tables, tmp_path, variant):
     config = omics_config(tables, epochs=6, validate_epochs=6)
     config.update_from_flattened_dict(VARIANTS[variant])

@@ -51,6 +51,7 @@ def test_a_news_run_is_repeatable(news_run, news, tmp_path):
     assert_same_end(tmp_path / "run", news_run[0], step=history[-1]["step"])
 
 
+@pytest.mark.slow
 def test_several_seeds_of_news(news, tmp_path):
     config = news_config(news, seeds=2, epochs=1, optimizer__schedule="constant")
     result = loop.train_and_evaluate(config, tmp_path / "run")
@@ -73,7 +74,7 @@ def one_step(method, config, batch, devices, name):
     return first(metrics["loss"]), first(metrics["gradient_norm"]), mode.local(state.params)
 
 
-@pytest.mark.parametrize("place", ["input", "embedding"])
+@pytest.mark.parametrize("place", ["input", pytest.param("embedding", marks=pytest.mark.slow)])
 def test_eight_devices_take_the_step_of_one(news, tmp_path, place):
     config = news_config(
         news, mixup__place=place, loss__contrastive="m3co", optimizer__schedule="constant"

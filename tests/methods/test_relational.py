@@ -75,17 +75,30 @@ def check_tasks(retrieval, relation_type):
         assert all(relation_type["top1"][s] <= relation_type["top3"][s] for s in SCORES)
 
 
+def check_gallery(found):
+    """Every text is another one here, so that all scores have the same queries."""
+    assert found.keys() == {"gallery", "queries", "hit@5", "r_precision", "map", "chance"}
+    assert found["gallery"]["items"] == found["gallery"]["texts"] > 20
+    assert set(found["queries"].values()) == {40}
+    for measure in ("hit@5", "r_precision", "map"):
+        check_rates(found[measure])
+        check_rates(found["chance"][measure])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_eval_json_has_the_prescribed_structure(runs, method):
     workdir, result = runs(method)
     assert json.loads((workdir / "eval.json").read_text()) == result
     prescribed = ["method", "dataset", "split", "protocol", "retrieval", "relation_type"]
     assert list(result)[:7] == [*prescribed, "relation_validity"]
-    extra = {"training_free_product"} | ({"variants"} if method != "rcml" else set())
+    extra = {"training_free_product", "retrieval_all"} | (
+        {"variants"} if method != "rcml" else set()
+    )
     assert set(list(result)[7:]) == extra
     assert (result["method"], result["dataset"], result["split"]) == (method, "catalogue", "test")
     check_tasks(result["retrieval"], result["relation_type"])
     check_tasks(**result["training_free_product"])
+    check_gallery(result["retrieval_all"])
     validity = result["relation_validity"]
     assert validity["pairs"] % 4 == 0
     assert 0 <= validity["accuracy"] <= 1
@@ -101,7 +114,9 @@ def test_baselines_report_the_better_way_to_score(runs, method):
     variants = result["variants"]
     assert set(variants) == {"plain", "sentence"}
     for variant in variants.values():
-        check_tasks(**variant)
+        check_tasks(variant["retrieval"], variant["relation_type"])
+        check_gallery(variant["retrieval_all"])
+    assert result["retrieval_all"] in [variant["retrieval_all"] for variant in variants.values()]
     assert variants["plain"] != variants["sentence"]
     for task, measure in (("retrieval", "hit@5"), ("relation_type", "top3")):
         best = max(variant[task][measure]["avg"] for variant in variants.values())

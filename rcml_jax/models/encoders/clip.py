@@ -40,10 +40,11 @@ class TokenStates(NamedTuple):
         return jnp.take_along_axis(self.states, self.summary[:, None, None], axis=1)[:, 0]
 
 
-class _VisionTokens(FlaxCLIPVisionTransformer):
+class VisionTokens(FlaxCLIPVisionTransformer):
     """Hugging Face's vision transformer, with the post layer norm on every token."""
 
     def __call__(self, pixels, deterministic: bool = True):
+        """Normalised images (n, H, W, 3) → hidden states (n, T, width) of CLS and patches."""
         hidden = self.pre_layrnorm(self.embeddings(pixels))
         hidden = self.encoder(inputs_embeds=hidden, deterministic=deterministic)[0]
         return self.post_layernorm(hidden)
@@ -62,7 +63,7 @@ class CLIPTowers(nn.Module):
     def setup(self):
         """Create the submodules under Hugging Face's names."""
         self.text_model = FlaxCLIPTextTransformer(self.config.text_config, dtype=self.dtype)
-        self.vision_model = _VisionTokens(self.config.vision_config, dtype=self.dtype)
+        self.vision_model = VisionTokens(self.config.vision_config, dtype=self.dtype)
         project = lambda: nn.Dense(  # noqa: E731
             self.config.projection_dim,
             use_bias=False,

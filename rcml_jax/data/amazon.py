@@ -1,0 +1,328 @@
+"""Amazon Reviews 2023: products that the same kind of buyers buy together.
+
+The records are those of Hou et al., "Bridging Language and Items for Retrieval and Recommendation"
+(arXiv 2403.03952): the reviews and the items of one domain, in `<Domain>.jsonl.gz` and
+`meta_<Domain>.jsonl.gz`. From them, after the paper of RCML:
+
+- purchases are the distinct pairs of a user and a `parent_asin`, in their 5-core;
+- items are those of it with a title and a MAIN picture; the label is the second-level category;
+- a user is a distribution over second-level categories; k-means finds kinds of buyers, and the mean
+  shares of a kind are written as its sentence;
+- two items that one user bought are a pair under the sentence of the user's kind.
+
+A user gives at most `pairs_per_user` pairs, drawn at random, and an item keeps at most
+`pairs_per_item`, those of the most buyers first: neither heavy buyers nor best-sellers dominate.
+
+Memory: the files are streams, and of a review two 64-bit hashes are kept. Electronics (44 million
+reviews, 15.5 million of them in the 5-core) needs less than 4 GB; made-up arrays of its size peaked
+at 2.6. Fetched files, pictures and finished steps stay in the cache (`amazon/`), so that a run that
+was stopped goes on where it was.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rcml_jax.data import store
+from rcml_jax.data.amazon_pairs import copurchase_pairs
+from rcml_jax.data.amazon_pictures import encoded, find_pictures, local_pictures
+from rcml_jax.data.amazon_purchases import read_items, read_purchases
+from rcml_jax.data.amazon_stages import Arrays, Stages, digest, file_state, pack, unpack
+from rcml_jax.data.amazon_users import (
+    CORE,
+    Purchases,
+    category_shares,
+    cluster_sentences,
+    cluster_users,
+)
+from rcml_jax.data.graph import RelationGraph
+from rcml_jax.data.images import EncodedImages
+from rcml_jax.errors import UserError
+
+SOURCE = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw"
+#: The domains of RCML's paper; the others of the data set work as well.
+DOMAINS = (
+    "Electronics",
+    "Automotive",
+    "Office_Products",
+    "Baby_Products",
+    "Pet_Supplies",
+    "Musical_Instruments",
+    "Sports_and_Outdoors",
+)
+CLUSTERS = 10
+PAIRS_PER_USER = 10
+PAIRS_PER_ITEM = 50
+RECIPE = 1  # counts changes of what is made from the same files and options
+
+_FOLDERS = ("review_categories", "meta_categories")
+_LICENSE = "None is stated for the records and the pictures; see the homepage before sharing any."
+_CITATION = (
+    "@article{hou2024bridging, title={Bridging Language and Items for Retrieval and "
+    "Recommendation}, author={Hou, Yupeng and Li, Jiacheng and He, Zhankui and Yan, An and Chen, "
+    "Xiusi and McAuley, Julian}, journal={arXiv preprint arXiv:2403.03952}, year={2024}}"
+)
+_HOMEPAGE = "https://amazon-reviews-2023.github.io"
+
+Log = Callable[[str], None]
+
+
+class _Options(NamedTuple):
+    """What a graph depends on beside its files."""
+
+    strict: bool
+    clusters: int
+    pairs_per_user: int
+    pairs_per_item: int
+    seed: int
+    fetch_images: bool
+
+
+class _Source(NamedTuple):
+    """Where the records and local pictures are, and where to fetch the records where not here.
+
+    `state` changes with all of it.
+    """
+
+    reviews: Path
+    items: Path
+    pictures: dict[str, Path]
+    urls: list[str]
+    state: list
+
+
+def load(
+    cache: str | Path,
+    domain: str,
+    *,
+    path: str | Path = "",
+    strict: bool = False,
+    clusters: int = CLUSTERS,
+    pairs_per_user: int = PAIRS_PER_USER,
+    pairs_per_item: int = PAIRS_PER_ITEM,
+    seed: int = 0,
+    fetch_images: bool = True,
+    log: Log | None = None,
+) -> RelationGraph:
+    """The graph of a domain such as "Baby_Products"; prepared in `cache` the first time, then read.
+
+    path: a folder with `<Domain>.jsonl.gz` and `meta_<Domain>.jsonl.gz`, or the same without `.gz`,
+    there or in `review_categories` and `meta_categories` (in `raw`, too, as published); its folder
+    `images` may hold pictures, `<parent_asin>.jpg` or `.png`, which go before fetched ones. Without
+    a path both files are fetched, several GB for a large domain. Pictures are fetched unless
+    `fetch_images` is off, and stored with a longer side of 512 at most.
+
+    clusters: kinds of buyers (fewer if there are fewer distinct buyers). pairs_per_user (10) and
+    pairs_per_item (50) are the caps, the latter over all sentences together. `seed` draws pairs and
+    starts k-means. Labels are the second-level categories, -1 where there is none. No split is
+    declared.
+
+    Malformed lines, items without title or picture and so on are left out, counted, and reported to
+    `log` in one line; with `strict` a malformed line, or an item of the 5-core that lacks
+    something, is an error. Users with one purchase are in every such file: counted, never an error.
+
+    Raises:
+      UserError: an option is wrong; a file is missing, or cut in the middle; scikit-learn or httpx
+        is missing (extra `amazon`); the disk is full; a server cannot be reached; or as said under
+        `strict`.
+    """
+    options = _Options(strict, clusters, pairs_per_user, pairs_per_item, seed, fetch_images)
+    _check(domain, options)
+    cache, log = Path(cache).expanduser(), log or _log_line
+    folder = cache / "amazon"
+    source = _local(Path(path).expanduser(), domain) if path else _public(folder, domain)
+    return store.load_or_prepare(
+        cache,
+        f"amazon_{domain}",
+        lambda: _build(folder, domain, source, options, log),
+        fingerprint=digest([RECIPE, source.state, options]),
+        log=log,
+        description=(
+            f"Products of {domain} from records in the format of Amazon Reviews 2023: title and "
+            f"main picture. Relations: {clusters} kinds of buyers (k-means on second-level "
+            "categories); pairs are products that one user of that kind bought. At most "
+            f"{pairs_per_user} pairs of a user, drawn at random, and {pairs_per_item} of a "
+            "product, those of the most buyers first."
+        ),
+        license=_LICENSE,
+        citation=_CITATION,
+        homepage=_HOMEPAGE,
+    )
+
+
+def _check(domain: str, options: _Options) -> None:
+    if not re.fullmatch(r"\w+", domain, re.ASCII):
+        raise UserError(f"There is no domain {domain!r}; use for instance {', '.join(DOMAINS)}.")
+    for name in ("clusters", "pairs_per_user", "pairs_per_item"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name}={getattr(options, name)} must be at least 1.")
+
+
+def _local(path: Path, domain: str) -> _Source:
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}; correct the path of the Amazon data.")
+    reviews, items = (
+        _file(path, kind, stem)
+        for kind, stem in zip(_FOLDERS, (domain, f"meta_{domain}"), strict=True)
+    )
+    pictures = local_pictures(path / "images")
+    state = [file_state(file) for file in (reviews, items, *pictures.values())]
+    return _Source(reviews, items, pictures, [], state)
+
+
+def _file(path: Path, kind: str, stem: str) -> Path:
+    for folder in (path, path / kind, path / "raw" / kind):
+        for ending in (".jsonl.gz", ".jsonl"):
+            if (file := folder / f"{stem}{ending}").is_file():
+                return file
+    raise UserError(
+        f"{path} has neither {stem}.jsonl.gz nor {stem}.jsonl, nor has raw/{kind} in it; add the "
+        "file, or correct the path or the domain."
+    )
+
+
+def _public(folder: Path, domain: str) -> _Source:
+    """Published files do not change: the address is their state, and they may be deleted later."""
+    names = f"{domain}.jsonl.gz", f"meta_{domain}.jsonl.gz"
+    urls = [f"{SOURCE}/{kind}/{name}" for kind, name in zip(_FOLDERS, names, strict=True)]
+    return _Source(*(folder / name for name in names), {}, urls, urls)
+
+
+def _build(
+    folder: Path, domain: str, source: _Source, options: _Options, log: Log
+) -> RelationGraph:
+    if source.urls:
+        _download(source, log)
+    stages = Stages(folder / "stages")
+    core, items, kinds = _stages(stages, domain, source, options, log)
+    titles = unpack(items["titles"])  # an item without one needs no picture
+    ids, urls = (
+        [value if title else "" for value, title in zip(unpack(items[name]), titles, strict=True)]
+        for name in ("ids", "images")
+    )
+    pictures, missing = find_pictures(
+        ids,
+        urls,
+        source.pictures,
+        folder / "images",
+        fetch=options.fetch_images,
+        strict=options.strict,
+        log=log,
+    )
+    graph, users = _graph(domain, core, items, kinds, pictures, options)
+    counts = unpack(core["counts"]) | unpack(items["counts"]) | missing | users
+    reviews = counts.pop("reviews")
+    problems = [f"{number:,} {name}" for name, number in counts.items() if number]
+    log(
+        f"Amazon {domain}: {reviews:,} reviews; the {CORE}-core has {len(core['users']):,} users, "
+        f"{len(core['items']):,} items and {len(core['user']):,} purchases; {len(graph):,} items "
+        f"have a title and a picture. Left out or incomplete: {', '.join(problems) or 'nothing'}."
+    )
+    return graph
+
+
+def _download(source: _Source, log: Log) -> None:
+    from rcml_jax.data.fetch import download
+
+    for file, url in zip((source.reviews, source.items), source.urls, strict=True):
+        download(url, file, log=log)
+
+
+def _stages(
+    stages: Stages, domain: str, source: _Source, options: _Options, log: Log
+) -> tuple[Arrays, Arrays, Arrays]:
+    """The 5-core, its items and the kinds of its buyers: made, or taken from the cache."""
+    strict = options.strict
+
+    def purchases() -> Arrays:
+        log(f"Reading the reviews of {domain} ({_size(source.reviews)})")
+        return read_purchases(source.reviews, strict=strict)
+
+    def records() -> Arrays:
+        log(f"Reading the items of {domain} ({_size(source.items)})")
+        return read_items(source.items, core["items"], strict=strict, pictured=source.pictures)
+
+    def buyers() -> Arrays:
+        log(f"Clustering {len(core['users']):,} buyers")
+        names = unpack(items["categories"])
+        shares = category_shares(_purchases(core), items["category"], len(names))
+        cluster, means = cluster_users(shares, options.clusters, options.seed)
+        return {"cluster": cluster, "sentences": pack(cluster_sentences(means, names))}
+
+    key: list = [RECIPE, strict, file_state(source.reviews)]
+    core = stages.get(f"{domain}-core", key, purchases)
+    key = [*key, file_state(source.items)]
+    items = stages.get(f"{domain}-items", key, records)
+    key = [*key, options.clusters, options.seed]
+    return core, items, stages.get(f"{domain}-buyers", key, buyers)
+
+
+def _graph(
+    domain: str,
+    core: Arrays,
+    items: Arrays,
+    kinds: Arrays,
+    pictures: list[Path | None],
+    options: _Options,
+) -> tuple[RelationGraph, dict[str, int]]:
+    """The graph of the items with title and picture; and how many buyers give no pair."""
+    ids, titles = unpack(items["ids"]), unpack(items["titles"])
+    usable = np.array([bool(t and p) for t, p in zip(titles, pictures, strict=True)])
+    chosen = np.flatnonzero(usable)
+    relations, cluster = _merged(unpack(kinds["sentences"]), kinds["cluster"])
+    keep = usable[core["item"]] & (cluster[core["user"]] >= 0)
+    user = core["user"][keep]
+    pairs = copurchase_pairs(
+        user,
+        (np.cumsum(usable, dtype=np.int32) - 1)[core["item"][keep]],
+        cluster,
+        items=len(chosen),
+        per_user=options.pairs_per_user,
+        per_item=options.pairs_per_item,
+        seed=options.seed,
+    )
+    if not len(pairs):
+        raise UserError(
+            f"No user of {domain} has bought two items with title and picture; allow fetching of "
+            "images, or add pictures to the folder of images."
+        )
+    found, labels = np.unique(items["category"][chosen], return_inverse=True)
+    labels -= found[0] < 0  # the unknown category has no name
+    names = unpack(items["categories"])
+    graph = RelationGraph(
+        name=f"amazon_{domain}",
+        ids=tuple(ids[i] for i in chosen),
+        texts=tuple(titles[i] for i in chosen),
+        labels=labels.astype(np.int32),
+        label_names=tuple(names[i] for i in found if i >= 0),
+        relations=tuple(relations),
+        pairs=pairs,
+        pair_split=np.full(len(pairs), -1, np.int8),
+        images=EncodedImages(len(chosen), lambda index: encoded(pictures[chosen[index]])),
+    )
+    unknown = int(np.sum(cluster < 0))
+    alone = len(cluster) - unknown - int(np.sum(np.bincount(user) > 1))
+    return graph, {"users without a known category": unknown, "users without a pair": alone}
+
+
+def _merged(sentences: list[str], cluster: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Clusters of one sentence as one relation."""
+    relations = list(dict.fromkeys(sentences))
+    number = np.array([relations.index(sentence) for sentence in sentences] + [-1])
+    return relations, number[cluster]  # -1, for no cluster, is the last
+
+
+def _purchases(core: Arrays) -> Purchases:
+    return Purchases(core["users"], core["items"], core["user"], core["item"])
+
+
+def _size(path: Path) -> str:
+    return f"{path}, {path.stat().st_size / 1e6:,.1f} MB"
+
+
+def _log_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,102 @@
+"""Finished intermediate results of a long preparation, kept as `.npz` files and reused."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rcml_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+class Stages:
+    """A folder of results, each named by what it was made from; nothing in it is ever unpickled.
+
+    A result whose file is missing or damaged is made anew. Results of other inputs or options lie
+    beside it and may be deleted.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def get(self, name: str, key: Any, compute: Callable[[], Arrays]) -> Arrays:
+        """The arrays of stage `name`; `compute` runs if there are none for this `key` (JSON).
+
+        Raises:
+          UserError: the disk is full or cannot be written.
+        """
+        path = self._folder / f"{name}-{digest(key)[:16]}.npz"
+        arrays = _read(path)
+        if arrays is None:
+            arrays = compute()
+            with disk_errors(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                save_arrays(path, arrays)
+        return arrays
+
+
+def digest(key: Any) -> str:
+    """A name for a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def file_state(path: Path) -> list:
+    """What changes when a file does: its name, size and time."""
+    state = path.stat()
+    return [path.name, state.st_size, state.st_mtime_ns]
+
+
+def pack(value: Any) -> np.ndarray:
+    """Strings, numbers, lists and dictionaries of them as an array of bytes, for a stage."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def unpack(array: np.ndarray) -> Any:
+    """What `pack` was given."""
+    return json.loads(array.tobytes())
+
+
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Write a `.npz` file whole or not at all, whatever other processes do."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"incomplete.{path.stem}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an OSError of writing below `folder` into a UserError of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"No room is left on the disk of {folder}; free some and run the same command "
+                "again, which goes on from what is there, or set data.dir to another disk."
+            ) from error
+        raise UserError(
+            f"{folder} cannot be written ({error}); set data.dir to a folder that can."
+        ) from error
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        # Opened here: of a damaged file NumPy would leave its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

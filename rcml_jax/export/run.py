@@ -1,0 +1,136 @@
+"""What an exported run consists of: CLIP, its tokenizer and processor, RCML's head, the card."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from rcml_jax.data.graph import INTRA_RELATION
+from rcml_jax.data.tokenizer_files import write_tokenizer_files
+from rcml_jax.errors import UserError
+from rcml_jax.export.card import model_card
+from rcml_jax.methods import RELATIONAL
+from rcml_jax.training.checkpoint import read_params
+from rcml_jax.training.workdir import load_config
+
+_MATRICES = ("query", "key", "value", "output")
+
+
+def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
+    """Write the best checkpoint of a work directory to a new directory, whole or not at all.
+
+    Raises UserError for a run of another method or of towers that are not CLIP's, for one that is
+    not finished, and where the target is not empty or cannot be written.
+    """
+    workdir, target = pathlib.Path(workdir), pathlib.Path(target).resolve()
+    config = load_config(workdir)
+    if config.method not in RELATIONAL:
+        raise UserError(
+            f"{workdir} is a run of {config.method}; only the towers of {', '.join(RELATIONAL)} "
+            "are exported"
+        )
+    _check_finished(workdir, config.steps)
+    _check_free(target)
+    result = _read_result(workdir)
+    params = read_params(workdir)
+    with _new_directory(target) as directory:
+        _write_files(directory, workdir, config, params, result)
+
+
+def _check_finished(workdir: pathlib.Path, steps: int) -> None:
+    """An evaluated run may be exported, and one that was trained to its last step."""
+    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    if saved and max(saved) < steps and not (workdir / "eval.json").is_file():
+        raise UserError(
+            f"{workdir} is not finished: it stands at step {max(saved)} of {steps}; start train.py "
+            f"again, or score what there is: python eval.py --workdir {workdir}"
+        )
+
+
+def _read_result(workdir: pathlib.Path) -> dict | None:
+    path = workdir / "eval.json"
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); make it again: python eval.py --workdir {workdir}"
+        ) from error
+
+
+def _check_free(target: pathlib.Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists already; give --to a new or an empty directory")
+
+
+@contextlib.contextmanager
+def _new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory beside the target that takes its name in the end, or is removed."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {target}: {reason}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_files(
+    directory: pathlib.Path, workdir: pathlib.Path, config: Any, params: Any, result: dict | None
+) -> None:
+    # Imported here, so that a wrong option is said before Hugging Face's classes are loaded.
+    from rcml_jax.methods.relational_towers import inputs, towers_config
+    from rcml_jax.models.encoders.torch_layout import save_clip
+
+    temperature = _temperature(config, params)
+    max_length = inputs(config.model).max_length
+    tokenizer = write_tokenizer_files(directory, workdir / "tokenizer.json", max_length)
+    save_clip(
+        directory,
+        towers_config(config.model, tokenizer),
+        params["towers"],
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        pad_id=tokenizer.pad_id,
+        temperature=temperature,
+    )
+    if config.method == "rcml":
+        _save_head(directory / "relation_pooling.safetensors", config.model, params["head"])
+    card = model_card(config, params, result, temperature=temperature)
+    (directory / "README.md").write_text(card, "utf-8")
+    # safetensors lets nobody else read its files.
+    mode = (directory / "README.md").stat().st_mode
+    for path in directory.iterdir():
+        path.chmod(mode)
+
+
+def _temperature(config: Any, params: Any) -> float:
+    """The loss's temperature, learned or fixed."""
+    if "log_temperature" in params:
+        return float(np.exp(params["log_temperature"]))
+    return config.loss.temperature
+
+
+def _save_head(path: pathlib.Path, options: Any, head: Any) -> None:
+    """The head's matrices and its prior; what is not learned, as JSON in the file's metadata."""
+    tensors = {name: np.asarray(head[name], np.float32) for name in _MATRICES}
+    prior = head.get("summary_prior", options.summary_prior)
+    tensors["summary_prior"] = np.asarray(prior, np.float32)
+    fixed = {
+        "beta": options.beta,
+        "summary_logit": options.summary_logit,
+        "intra_relation": INTRA_RELATION,
+    }
+    # One key: the file format has no order of several, and the same run is the same file.
+    save_file(tensors, path, metadata={"options": json.dumps(fixed)})

@@ -1,0 +1,133 @@
+"""The two towers that a configuration names: their sizes, checkpoints and frozen parts."""
+
+from typing import Any, NamedTuple
+
+from rcml_jax.data.text import Tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.methods.base import Params
+from rcml_jax.models.encoders.classification import encoder_config, load_encoder, max_text_length
+from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config, small_config
+from rcml_jax.models.encoders.minilm import resolve
+from rcml_jax.models.encoders.pair import PairConfig, TowersConfig
+
+_TOWER = {"text": "text_model", "image": "vision_model"}
+_PROJECTION = {"text": "text_projection", "image": "visual_projection"}
+_FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}
+
+
+class Inputs(NamedTuple):
+    """What the towers take.
+
+    tokenizer: the checkpoint whose tokenizer it is, "" for one of our own; kind: what an error
+    calls that checkpoint; image_size: in pixels; max_length: of texts, in tokens.
+    """
+
+    tokenizer: str
+    kind: str
+    image_size: int
+    max_length: int
+
+
+def inputs(model: Any) -> Inputs:
+    """What the towers of `config.model` take; no text is longer than its `max_length`."""
+    text, image = _given(model)
+    kind, tokenizer = "CLIP", model.pretrained
+    image_size, longest = model.image_size, model.max_length
+    if model.pretrained and not (text and image):
+        sizes = pretrained_config(model.pretrained)
+        image_size = sizes.vision_config.image_size
+        longest = sizes.text_config.max_position_embeddings
+    if text:
+        kind, tokenizer = "BERT or RoBERTa", text
+        longest = max_text_length(encoder_config(text, modality="text"))
+    if image:
+        image_size = encoder_config(image, modality="image").image_size
+    return Inputs(tokenizer, kind, image_size, min(model.max_length, longest))
+
+
+def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
+    """The towers of `config.model`: CLIP's, each of them replaced where another is named.
+
+    `pretrained` names a CLIP checkpoint, without which CLIP's towers are small ones;
+    `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower. Raises
+    UserError for what does not fit each other.
+    """
+    text, image = _given(model)
+    if model.pretrained:
+        clip = pretrained_config(model.pretrained)
+    else:
+        clip = small_config(
+            vocab_size=tokenizer.vocab_size,
+            # The rule that CLIP has for the id of this token is no concern of another tower.
+            eos_token_id=0 if text else tokenizer.end_id,
+            width=model.width,
+            layers=model.layers,
+            heads=model.heads,
+            embed_dim=model.embed_dim,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            max_length=model.max_length,
+        )
+    if not (text or image):
+        return clip
+    pair = PairConfig(
+        encoder_config(text, modality="text") if text else clip.text_config,
+        encoder_config(image, modality="image") if image else clip.vision_config,
+        clip.projection_dim,
+    )
+    if text:
+        _check_tokenizer(text, pair.text_config, tokenizer)
+    return pair
+
+
+def load_checkpoints(model: Any, towers: Params) -> Params:
+    """The towers' parameters, replaced by those of the checkpoints that `config.model` names.
+
+    The projection of a tower that is not CLIP's is in no checkpoint and stays as it is.
+    """
+    text, image = _given(model)
+    towers = dict(towers)
+    if model.pretrained:
+        own = {
+            name
+            for modality, given in (("text", text), ("image", image))
+            if given
+            for name in (_TOWER[modality], _PROJECTION[modality])
+        }
+        found = load_pretrained(model.pretrained)[1]
+        towers |= {name: found[name] for name in towers if name not in own}
+    for modality, given in (("text", text), ("image", image)):
+        if given:
+            towers[_TOWER[modality]] = load_encoder(given, modality=modality)[1]
+    return towers
+
+
+def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
+    """Names under "towers" of what `config.model.freeze`, text, image or both, keeps as it is.
+
+    The projections of a pair are trained in any case: the two towers have not met before.
+    """
+    if freeze not in _FROZEN:
+        raise UserError(f"config.model.freeze={freeze!r} is unknown; choose text, image or both")
+    parts = {_TOWER[modality] for modality in _FROZEN[freeze]}
+    if not isinstance(config, PairConfig):
+        parts |= {_PROJECTION[modality] for modality in _FROZEN[freeze]}
+    return frozenset(parts)
+
+
+def _given(model: Any) -> tuple[str, str]:
+    """The checkpoints of the text and the image tower that replace CLIP's, "" for none."""
+    # The configurations of older runs have not these names.
+    names = (model.get(f"{modality}_pretrained", "") for modality in ("text", "image"))
+    text, image = (resolve(name) for name in names)
+    return text, image
+
+
+def _check_tokenizer(name: str, config: Any, tokenizer: Tokenizer) -> None:
+    # An id beyond the table would silently be another word, and unknown padding a part of the text.
+    if tokenizer.pad_id != config.pad_token_id or tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name!r} ({tokenizer.vocab_size} ids, padding {tokenizer.pad_id}) "
+            f"does not fit its model ({config.vocab_size} ids, padding {config.pad_token_id}); "
+            "save both again into one directory"
+        )

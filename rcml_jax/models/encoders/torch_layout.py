@@ -1,0 +1,114 @@
+"""CLIP's towers in the files and under the names that Hugging Face's PyTorch classes read."""
+
+import copy
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from transformers import CLIPConfig
+
+from rcml_jax.errors import UserError
+from rcml_jax.models.encoders.clip import _LEGACY_EOS, IMAGE_MEAN, IMAGE_STD, CLIPTowers
+
+_BICUBIC = 3  # as Pillow numbers its filters
+
+
+def to_torch(params: Any) -> dict[str, np.ndarray]:
+    """Parameters of `CLIPTowers` under PyTorch's names and in its layout.
+
+    Matrices (in, out) become (out, in), the patch embedding (H, W, in, out) becomes
+    (out, in, H, W); `kernel`, `scale` and `embedding` are called `weight`.
+    """
+    tensors = {}
+    for path, value in flatten_dict(params).items():
+        value = np.asarray(value)
+        if path[-1] == "kernel":
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        last = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+        tensors[".".join((*path[:-1], last))] = np.ascontiguousarray(value).reshape(value.shape)
+    return tensors
+
+
+def save_clip(
+    directory: pathlib.Path,
+    config: CLIPConfig,
+    params: Any,
+    *,
+    start_id: int,
+    end_id: int,
+    pad_id: int,
+    temperature: float,
+) -> None:
+    """Write `config.json`, `model.safetensors` and `preprocessor_config.json` of a `CLIPModel`.
+
+    params: those of `CLIPTowers(config)`; the ids are the tokenizer's, and the logit scale is that
+    of the temperature. Torch is not needed. Raises UserError for towers that are not CLIP's, for
+    parameters of another configuration, and where PyTorch would look for another end token than
+    the tokenizer has.
+    """
+    _check_clip(config, params)
+    _check_end(config.text_config, end_id)
+    config = copy.deepcopy(config)
+    config.architectures = ["CLIPModel"]
+    ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": pad_id}
+    config.text_config.update(ids)
+    (directory / "config.json").write_text(config.to_json_string(), "utf-8")
+    scale = np.float32(-math.log(temperature))
+    tensors = to_torch({**params, "logit_scale": scale})
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    processor = json.dumps(_processor(config.vision_config.image_size), indent=2)
+    (directory / "preprocessor_config.json").write_text(processor + "\n", "utf-8")
+
+
+def _check_clip(config: Any, params: Any) -> None:
+    if not isinstance(config, CLIPConfig):
+        raise UserError(
+            "only CLIP's own towers are exported, and this run has another in the place of one; "
+            "train it without text= and image=, from scratch or with pretrained="
+        )
+    size = config.vision_config.image_size
+    inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3), jnp.uint8)
+    expected = jax.eval_shape(CLIPTowers(config).init, jax.random.key(0), *inputs)["params"]
+    expected = {name: x.shape for name, x in flatten_dict(expected).items()}
+    found = {name: np.shape(x) for name, x in flatten_dict(params).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"the checkpoint is of another model than config.json describes: towers."
+                f"{'.'.join(name)} has the shape {found.get(name)}, not {expected.get(name)}; "
+                "restore that file, or train anew in another --workdir"
+            )
+
+
+def _check_end(text: Any, end_id: int) -> None:
+    """The end token of the towers, of the tokenizer and of PyTorch must be the same one."""
+    eos = text.vocab_size - 1 if text.eos_token_id == _LEGACY_EOS else text.eos_token_id
+    if eos != end_id:
+        raise UserError(
+            f"the towers end a text at token {eos}, the tokenizer with token {end_id}; give both "
+            "the same end token (eos_token_id in the checkpoint's config.json) and train anew"
+        )
+
+
+def _processor(size: int) -> dict:
+    """What `data.images.to_array` and the towers do to a picture, for `CLIPImageProcessor`."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": _BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
