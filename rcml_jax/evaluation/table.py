@@ -135,6 +135,9 @@ def _rows(result: dict):
     product = result["training_free_product"]
     yield "Hit@5, cos·cos product", product["retrieval"]["hit@5"]
     yield "Top-3, cos·cos product", product["relation_type"]["top3"]
+    if frozen := result.get("pretrained_clip"):
+        yield "Hit@5, pretrained CLIP as it is", frozen["retrieval"]["hit@5"]
+        yield "Top-3, pretrained CLIP as it is", frozen["relation_type"]["top3"]
     for name, variant in result.get("variants", {}).items():
         yield f"Hit@5, scored {name}", variant["retrieval"]["hit@5"]
     for name, scores in result.get("similarities", {}).items():

@@ -253,6 +253,20 @@ def test_a_pretrained_directory_is_trained_on(catalogue, pretrained, tmp_path):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(towers))
 
 
+def test_the_checkpoint_as_it_is_stands_beside_the_run(catalogue, pretrained, tmp_path):
+    config = tiny_config(catalogue, method="clip", model__pretrained=str(pretrained))
+    method = build(config, tmp_path)
+    params = method.init(jax.random.key(0), next(method.batches()))
+    result = method.evaluate(params)
+    assert set(result["pretrained_clip"]) == {"retrieval", "relation_type", "retrieval_all"}
+    for task, found in result["pretrained_clip"].items():
+        assert found == result[task]
+    changed = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
+    other = method.evaluate(changed)
+    assert other["pretrained_clip"] == result["pretrained_clip"]
+    assert other["retrieval"] != result["retrieval"]
+
+
 def test_a_pretrained_directory_sets_image_size_and_text_length(catalogue, pretrained, tmp_path):
     config = tiny_config(catalogue, model__pretrained=str(pretrained))
     batch = next(build(config, tmp_path).batches())
