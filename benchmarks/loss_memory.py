@@ -5,6 +5,9 @@
 Value and gradient of `relation_contrastive` with respect to the embeddings, against the naive form,
 which gathers the candidates of every pair: (pairs, items, d). Memory is what XLA plans for
 temporaries, inputs and gradients apart, and with --rss also the peak of a process of its own.
+
+A last table has what batches of thousands need, compiled but not run (with --rss, the blocked form
+is): RCML's loss in blocks of relations and of pairs, and the plain losses in blocks of rows.
 """
 
 import argparse
@@ -19,9 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import inputs, timing
+from rcml_jax.losses import contrastive
 from rcml_jax.losses.relation import relation_contrastive
 
 OURS, BLOCKED, NAIVE = "ours", "ours, block=1", "naive"
+PAIRS = "ours, block=1, pair_block=128"
+ROWS = 512  # of the plain losses, a block
 TEMPERATURE, INTRA_MODAL_WEIGHT = 0.1, 0.5
 MEBIBYTE = 2**20
 
@@ -51,13 +57,15 @@ def naive(text, image, anchor, positive, *, pair_valid, related, valid, intra) -
     return loss
 
 
-def ours(*args, block=None, **kwargs) -> jax.Array:
+def ours(*args, block=None, pair_block=None, **kwargs) -> jax.Array:
     """The library's loss, without its metrics."""
     options = {"temperature": TEMPERATURE, "intra_modal_weight": INTRA_MODAL_WEIGHT}
-    return relation_contrastive(*args, **kwargs, **options, block=block)[0]
+    return relation_contrastive(*args, **kwargs, **options, block=block, pair_block=pair_block)[0]
 
 
 FORMS = {OURS: ours, BLOCKED: functools.partial(ours, block=1), NAIVE: naive}
+LARGE = FORMS | {PAIRS: functools.partial(ours, block=1, pair_block=128)}
+PLAIN = {"info_nce": contrastive.info_nce, "clip": contrastive.clip, "sigmoid": contrastive.sigmoid}
 
 
 def arguments(pairs: int, relations: int, width: int) -> tuple[tuple, dict]:
@@ -76,7 +84,7 @@ def arguments(pairs: int, relations: int, width: int) -> tuple[tuple, dict]:
 
 def compile_form(form: str, args: tuple, kwargs: dict):
     """Value and gradient with respect to the embeddings, compiled for these sizes."""
-    graded = jax.jit(jax.value_and_grad(FORMS[form], argnums=(0, 1)))
+    graded = jax.jit(jax.value_and_grad(LARGE[form], argnums=(0, 1)))
     return graded.lower(*args, **kwargs).compile()
 
 
@@ -86,8 +94,8 @@ def check(relations: int) -> float:
     Leaves the program where it is not tiny.
     """
     args, kwargs = arguments(16, relations, 32)
-    results = [jax.tree.leaves(compile_form(form, args, kwargs)(*args, **kwargs)) for form in FORMS]
-    pairs = [(a, b) for other in results[:-1] for a, b in zip(other, results[-1], strict=True)]
+    results = [jax.tree.leaves(compile_form(form, args, kwargs)(*args, **kwargs)) for form in LARGE]
+    pairs = [(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True)]
     difference = max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
     if not difference < 1e-5:
         raise SystemExit(f"the forms differ by {difference}; nothing was measured")
@@ -156,6 +164,43 @@ def print_rows(rows: list[dict]) -> None:
             print(f"{cells.get(NAIVE, float('nan')) / cells[OURS]:>14.1f}")
 
 
+def planned(compiled) -> dict[str, int]:
+    """Bytes of a compiled function: its temporaries, and with inputs and results."""
+    plan = compiled.memory_analysis()
+    ends = plan.argument_size_in_bytes + plan.output_size_in_bytes
+    return {"temporaries": plan.temp_size_in_bytes, "all": plan.temp_size_in_bytes + ends}
+
+
+def large_rows(pairs: int, options: argparse.Namespace, width: int) -> list[dict]:
+    """What value and gradient need for many pairs, and the plain losses of as many items."""
+    sizes = {"pairs": pairs, "items": 2 * pairs, "width": width}
+    rows = []
+    for relations in (options.relations, 1):
+        args, kwargs = arguments(pairs, relations, width)
+        for form in LARGE:
+            name = f"{form}, {relations} relation{'s' * (relations > 1)}"
+            rows.append(sizes | {"form": name} | planned(compile_form(form, args, kwargs)))
+            if options.rss and form == PAIRS:
+                rows[-1]["resident_mib"] = peak_resident(form, pairs, relations, width)
+    pair = [jax.ShapeDtypeStruct((2 * pairs, width), jnp.float32)] * 2
+    for name, loss in PLAIN.items():
+        for block in (None, ROWS):
+            graded = jax.jit(jax.value_and_grad(functools.partial(loss, block=block), (0, 1)))
+            form = f"{name}, block={block}"
+            rows.append(sizes | {"form": form} | planned(graded.lower(*pair).compile()))
+    return rows
+
+
+def print_large(rows: list[dict]) -> None:
+    """One line a form."""
+    print(f"\n{'MiB':<48}{'pairs':>7}{'items':>7}{'width':>7}", end="")
+    print(f"{'temporaries':>13}{'all':>10}{'peak growth':>13}")
+    for row in rows:
+        print(f"{row['form']:<48}{row['pairs']:>7}{row['items']:>7}{row['width']:>7}", end="")
+        print(f"{row['temporaries'] / MEBIBYTE:>13.0f}{row['all'] / MEBIBYTE:>10.0f}", end="")
+        print(f"{row['resident_mib']:>13.0f}" if "resident_mib" in row else "")
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = timing.parser(__doc__.splitlines()[0], repeats=5)
@@ -163,6 +208,7 @@ def main() -> None:
     parser.add_argument("--relations", type=int, default=11, help="the self pairs' among them")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--limit", type=float, default=8.0, help="GiB beyond which nothing is run")
+    parser.add_argument("--large", type=int, nargs="*", default=[4096], help="pairs, compiled only")
     parser.add_argument("--rss", action="store_true", help="peaks of processes, too (Linux)")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -181,7 +227,10 @@ def main() -> None:
     for row, times in measured:
         if NAIVE in times:
             ratios.append({**timing.ratio(times, OURS, NAIVE), "pairs": row["pairs"]})
-    timing.write_json(options.json, {"machine": machine, "rows": rows, "ratios": ratios})
+    large = [row for pairs in options.large for row in large_rows(pairs, options, width)]
+    print_large(large)
+    figures = {"machine": machine, "rows": rows, "ratios": ratios, "large": large}
+    timing.write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.checkpoint_every = 0  # steps; 0: at every validation
     config.patience = 0  # validations without a better accuracy before stopping; 0: never
     config.log_every = 10
-    config.accumulation = "exact"  # or micro, the mean over parts of the batch: the authors' way
-    config.parallel = "jit"  # jit or pmap
+    config.micro_batch = 0  # so many examples are embedded at a time; 0: the whole batch
+    config.accumulation = "exact"  # or micro, a mean over batches of that size: the authors' way
+    config.parallel = "jit"  # jit, pmap, or fsdp: jit with the state split over the devices
     config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
     config.devices = 0  # 0: all of them
     config.tensorboard = False
@@ -55,7 +56,6 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
 
     config.batch = ml_collections.ConfigDict()
     config.batch.size = 128  # 0: the whole training split
-    config.batch.parts = 1  # the gradient is accumulated over so many parts of the batch
     config.batch.image_shift = 0  # augmentation: moved by up to so many pixels
     config.batch.image_flip = False  # augmentation: half of the images mirrored
 
@@ -174,7 +174,7 @@ def _image_text(config: ml_collections.ConfigDict) -> None:
     config.epochs = 25 if news else 50
     config.accumulation = "micro"
     config.batch.size = 128
-    config.batch.parts = 4
+    config.micro_batch = 32
     config.batch.image_flip = True
     config.model.image_pretrained = "google/vit-base-patch16-224-in21k"
     config.model.text_pretrained = "roberta-base" if news else "bert-base-uncased"

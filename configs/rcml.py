@@ -45,7 +45,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # So many examples are embedded at a time, for the gradient of the whole batch all the same, at
     # the price of one more forward pass; 0: all of them.
     config.micro_batch = 0
-    config.parallel = "jit"  # jit or pmap
+    config.parallel = "jit"  # jit, pmap, or fsdp: jit with the state split over the devices
     config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
     config.devices = 0  # 0: all of them
     config.tensorboard = False
@@ -106,6 +106,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.learn_temperature = False
     config.loss.intra_modal_weight = 0.5  # λ; 0: no intra-modal loss (ablation)
     config.loss.identification_weight = 1.0  # beyond the paper, which has 0
+    # Less memory, more time: relations at a time, and pairs of each; rows at a time of a baseline's
+    # loss. 0: all of them.
+    config.loss.block = 0
+    config.loss.pair_block = 0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3

@@ -3,12 +3,18 @@
 All are pure functions of arrays to one scalar, computed in float32 at least, and are right as they
 stand under `grad`, `vmap` and `jit`, with inputs sharded over mesh axes of type Auto, too.
 `temperature` and `bias` may be traced. Embeddings must be finite even where they are masked.
+
+Those that take embeddings have an option `block`: so many rows are compared with all candidates at
+a time, and again in the backward pass, so that memory grows with block × candidates and not with
+rows × candidates. Value and gradient are the same up to rounding.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.similarity import as_float, cosine, dot
+from rcml_jax.similarity import as_float, cosine, dot, l2_normalize
 
 
 def softmax_contrastive(
@@ -34,7 +40,11 @@ def softmax_contrastive(
     row is left the loss is 0. Raises ValueError if the shape or type of `targets` fits none of the
     three forms.
     """
-    logits = as_float(logits)
+    return _ratio(*_softmax_sums(as_float(logits), targets, where, weights))
+
+
+def _softmax_sums(logits, targets, where, weights):
+    """Numerator and denominator of `softmax_contrastive`."""
     allowed = ~jnp.isneginf(logits)
     if where is not None:
         allowed &= jnp.asarray(where, bool)
@@ -52,8 +62,12 @@ def softmax_contrastive(
     surprise = jnp.where(allowed, log_sum[:, None] - jnp.where(allowed, logits, 0), 0)
     losses = jnp.sum(targets * surprise, axis=1) / jnp.where(live, mass, 1)
     weights = jnp.where(live, weights, 0)
-    total = jnp.sum(weights)
-    return jnp.sum(weights * losses) / jnp.where(total != 0, total, 1)
+    return jnp.sum(weights * losses), jnp.sum(weights)
+
+
+def _ratio(total, weight):
+    """The mean, or 0 if nothing was counted."""
+    return total / jnp.where(weight != 0, weight, 1)
 
 
 def info_nce(
@@ -65,14 +79,36 @@ def info_nce(
     where: jax.Array | None = None,
     weights: jax.Array | None = None,
     normalize: bool = True,
+    block: int | None = None,
 ) -> jax.Array:
     """InfoNCE from queries (n, d) to keys (m, d): one direction (van den Oord et al., 2018).
 
     `softmax_contrastive` of the cosines (dot products without `normalize`) over the temperature;
-    `targets`, `where` and `weights` are handed on.
+    `targets`, `where` and `weights` are handed on. block: queries compared at a time, or None.
     """
-    logits = _logits(queries, keys, temperature, normalize)
-    return softmax_contrastive(logits, targets, where=where, weights=weights)
+    if block is None:
+        logits = _logits(queries, keys, temperature, normalize)
+        return softmax_contrastive(logits, targets, where=where, weights=weights)
+    queries, keys = _comparable(queries, keys, normalize)
+    where = jnp.ones(len(keys), bool) if where is None else jnp.asarray(where, bool)
+    if weights is None:
+        weights = jnp.ones(len(queries))
+    rows = {
+        "queries": queries,
+        "targets": _checked_targets(targets, len(queries), len(keys)),
+        "weights": jnp.asarray(weights, queries.dtype),
+    }
+    if where.ndim == 2:
+        rows["where"] = where
+
+    def sums(index, own):
+        del index
+        logits = _logits(own["queries"], keys, temperature, False)
+        # A row of weight 0 counts nowhere; such is the padding of the last block.
+        return _softmax_sums(logits, own["targets"], own.get("where", where), own["weights"])
+
+    total, weight = _map_rows(sums, rows, block)
+    return _ratio(jnp.sum(total), jnp.sum(weight))
 
 
 def clip(
@@ -83,14 +119,21 @@ def clip(
     where: jax.Array | None = None,
     targets: jax.Array | None = None,
     normalize: bool = True,
+    block: int | None = None,
 ) -> jax.Array:
     """CLIP: the average of InfoNCE from text to image and back (Radford et al., 2021).
 
     text, image: (n, d). where: (n,) bool, false for padding, which is neither row nor candidate.
     targets: as in `softmax_contrastive`, text to image; image to text takes the transposed matrix,
-    each row of it normalised on its own. Raises ValueError if text and image differ in shape.
+    each row of it normalised on its own. block: texts compared at a time, or None. Raises
+    ValueError if text and image differ in shape.
     """
     _check_paired(text, image)
+    if block is not None:
+        targets = _checked_targets(targets, len(text), len(text))
+        return _blocked_clip(
+            *_comparable(text, image, normalize), temperature, where, targets, block
+        )
     logits = _logits(text, image, temperature, normalize)
     targets = _target_matrix(targets, logits)
     both = _both_valid(where, logits)
@@ -108,6 +151,7 @@ def sigmoid(
     where: jax.Array | None = None,
     targets: jax.Array | None = None,
     normalize: bool = True,
+    block: int | None = None,
 ) -> jax.Array:
     """SigLIP: −(1/n) Σ_ij log σ(y_ij (x_i·y_j/τ + b)), y_ij = ±1 (Zhai et al., 2023).
 
@@ -115,16 +159,24 @@ def sigmoid(
     targets: as in `softmax_contrastive`, but not normalised: an entry t in [0, 1] adds
     t log σ(l) + (1 − t) log σ(−l), so that 1 stands for y = 1 and 0 for y = −1. A row without a
     positive therefore still has its negatives. Without any valid row the loss is 0.
-    Raises ValueError if text and image differ in shape.
+    block: texts compared at a time, or None. Raises ValueError if text and image differ in shape.
     """
     _check_paired(text, image)
-    logits = _logits(text, image, temperature, normalize)
-    logits = logits + jnp.asarray(bias, logits.dtype)
-    targets = _target_matrix(targets, logits)
-    both = _both_valid(where, logits)
-    terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
-    rows = jnp.sum(jnp.diagonal(both))
-    return -jnp.sum(jnp.where(both, terms, 0)) / jnp.maximum(rows, 1).astype(logits.dtype)
+    text, image = _comparable(text, image, normalize)
+    valid = _all_valid(where, text)
+    rows = {"text": text, "targets": _checked_targets(targets, len(text), len(text))}
+    rows["valid"] = valid
+
+    def total(index, own):
+        del index
+        logits = _logits(own["text"], image, temperature, False)
+        logits = logits + jnp.asarray(bias, logits.dtype)
+        targets = _target_matrix(own["targets"], logits)
+        terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+        return jnp.sum(jnp.where(own["valid"][:, None] & valid, terms, 0))
+
+    sums = total(jnp.arange(len(text)), rows) if block is None else _map_rows(total, rows, block)
+    return -jnp.sum(sums) / jnp.maximum(jnp.sum(valid), 1).astype(text.dtype)
 
 
 def label_supervised(
@@ -135,19 +187,91 @@ def label_supervised(
     temperature: float | jax.Array = 0.07,
     where: jax.Array | None = None,
     normalize: bool = True,
+    block: int | None = None,
 ) -> jax.Array:
     """UniCL: CLIP with every item of the same label as a positive (Yang et al., 2022, Eq. 2–4).
 
     text, image: (n, d). labels: (n,) integers; the target is spread evenly over the items of the
     row's label. A negative label is unknown: only the item itself is positive. where: (n,) bool,
-    false for padding. Raises ValueError if text and image differ in shape.
+    false for padding. block: texts compared at a time, or None. Raises ValueError if text and image
+    differ in shape.
     """
     labels = jnp.asarray(labels)
+    if block is not None:
+        _check_paired(text, image)
+        everyone = jnp.arange(len(labels))
+
+        def same_label(index, own, logits):
+            same = (own[:, None] == labels) & (labels >= 0) | (index[:, None] == everyone)
+            return same.astype(logits.dtype)
+
+        text, image = _comparable(text, image, normalize)
+        return _blocked_clip(text, image, temperature, where, labels, block, same_label)
     same = (labels[:, None] == labels) & (labels >= 0)
     targets = same | jnp.eye(labels.shape[0], dtype=bool)
     return clip(
         text, image, temperature=temperature, where=where, targets=targets, normalize=normalize
     )
+
+
+def _blocked_clip(text, image, temperature, where, targets, block, matrix=None):
+    """CLIP with `block` texts compared with all images at a time, in one pass for both directions.
+
+    A block's share of an image's loss is the logarithm of a sum of exponentials over the texts of
+    the block and Σ_i t_ij l_ij: log-sums are combined over the blocks, for every image j
+    lse_j − Σ_i t_ij l_ij / Σ_i t_ij. matrix(index, targets, logits) makes the target matrix of a
+    block; without it `targets` are in one of the forms of `_target_matrix`.
+    """
+    valid = _all_valid(where, text)
+    rows = {"text": text, "targets": targets, "valid": valid}
+    # Instead of −inf, so that a column without any row has a finite logarithm, and a gradient.
+    lowest = jnp.finfo(text.dtype).min / 2
+
+    def parts(index, own):
+        logits = _logits(own["text"], image, temperature, False)
+        if matrix is None:
+            target = _target_matrix(own["targets"], logits)
+        else:
+            target = matrix(index, own["targets"], logits)
+        both = own["valid"][:, None] & valid
+        target = jnp.where(both, target, 0)
+        log_sum = jax.nn.logsumexp(jnp.where(both, logits, lowest), axis=0)
+        by_image = log_sum, jnp.sum(target * logits, axis=0), jnp.sum(target, axis=0)
+        return _softmax_sums(logits, target, both, None), by_image
+
+    by_text, (log_sums, sums, mass) = _map_rows(parts, rows, block)
+    sums, mass = jnp.sum(sums, axis=0), jnp.sum(mass, axis=0)
+    live = mass > 0
+    losses = jax.nn.logsumexp(log_sums, axis=0) - sums / jnp.where(live, mass, 1)
+    backward = _ratio(jnp.sum(jnp.where(live, losses, 0)), jnp.sum(live).astype(losses.dtype))
+    return (_ratio(*map(jnp.sum, by_text)) + backward) / 2
+
+
+def _map_rows(function: Callable, rows, block: int):
+    """Stack `function(index, rows of a block)` over blocks, each made again in the backward pass.
+
+    rows: a tree of arrays whose leading axis has the n rows; index: (block,), which rows a block
+    has. The last block is padded with zeros, of index n and above. Block b has the rows b,
+    b + blocks, ...: where rows are split over devices, so is every block.
+    """
+    if block < 1:
+        raise ValueError(f"block={block} must be at least 1, or None for all rows at once")
+    n = len(jax.tree.leaves(rows)[0])
+    blocks = -(-n // block)
+    block = -(-n // blocks)
+
+    def split(x):
+        x = jnp.pad(x, [(0, blocks * block - n)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(block, blocks, *x.shape[1:]).swapaxes(0, 1)
+
+    pieces = jnp.arange(blocks * block).reshape(block, blocks).T, jax.tree.map(split, rows)
+    again = jax.checkpoint(function, prevent_cse=False)
+    return jax.lax.map(lambda piece: again(*piece), pieces)
+
+
+def _comparable(x, y, normalize):
+    """Both in float32 at least, and of length one if asked for."""
+    return (l2_normalize(x), l2_normalize(y)) if normalize else (as_float(x), as_float(y))
 
 
 def _logits(x, y, temperature, normalize):
@@ -162,20 +286,26 @@ def _target_matrix(targets, logits):
     The comparisons fuse into what reads them, and unlike a gather need no communication when the
     logits are sharded.
     """
-    n, m = logits.shape
+    targets = _checked_targets(targets, *logits.shape)
+    if targets.ndim == 1:
+        targets = targets[:, None] == jnp.arange(logits.shape[1])
+    return targets.astype(logits.dtype)
+
+
+def _checked_targets(targets, n, m):
+    """Targets as (n,) integers or an (n, m) matrix; ValueError for anything else."""
     if targets is None:
         if n > m:
             raise ValueError(f"{n} rows have no diagonal in {m} columns; give targets")
         targets = jnp.arange(n)
     targets = jnp.asarray(targets)
-    if targets.shape == (n,) and jnp.issubdtype(targets.dtype, jnp.integer):
-        targets = targets[:, None] == jnp.arange(m)
-    if targets.shape != (n, m):
+    indices = targets.shape == (n,) and jnp.issubdtype(targets.dtype, jnp.integer)
+    if not indices and targets.shape != (n, m):
         raise ValueError(
             f"targets are {targets.dtype} of shape {targets.shape}; they must be integers of shape "
             f"({n},) or a matrix of shape ({n}, {m})"
         )
-    return targets.astype(logits.dtype)
+    return targets
 
 
 def _both_valid(where, logits):
@@ -184,6 +314,11 @@ def _both_valid(where, logits):
         return jnp.ones(logits.shape, bool)
     where = jnp.asarray(where, bool)
     return where[:, None] & where
+
+
+def _all_valid(where, rows):
+    """(n,) bool: which rows are no padding."""
+    return jnp.ones(len(rows), bool) if where is None else jnp.asarray(where, bool)
 
 
 def _check_paired(text, image):

@@ -1,5 +1,7 @@
 """The relation-conditioned objective of RCML (Eq. 1–2), relation by relation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,7 @@ def relation_contrastive(
     temperature: float | jax.Array = 0.1,
     intra_modal_weight: float | jax.Array = 0.5,
     block: int | None = None,
+    pair_block: int | None = None,
     remat: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """RCML's loss (L_ti + L_it)/2 + λ (L_tt + L_ii) of a batch (arXiv 2508.17497, Eq. 1–2).
@@ -45,24 +48,38 @@ def relation_contrastive(
     intra_modal_weight: λ.
     block: relations handled at a time; None for all at once, which is the fastest and holds the
         8·R·G·N logits.
-    remat: with a block, compute its logits again in the backward pass instead of keeping them.
+    pair_block: pairs of a relation handled at a time; None for all. With block=1, 8·pair_block·N
+        logits are held, however many the pairs and relations.
+    remat: with blocks, compute their logits again in the backward pass instead of keeping them.
 
     Returns the loss and a dict of scalars: the terms `tt`, `ti`, `it` and `ii` (`ti` goes from the
     anchor's text to the positive's image), `pairs`, the number of valid pairs, and `accuracy`, the
     share of cross-modal rows whose positive is strictly above all its negatives.
     """
 
-    def terms_of(relation):
+    again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
+
+    @again
+    def terms_of_pairs(text, image, anchor, positive, pair_valid):
         return relation_terms(
-            *relation[:4],
-            pair_valid=relation[4],
+            text,
+            image,
+            anchor,
+            positive,
+            pair_valid=pair_valid,
             related=related,
             valid=valid,
             temperature=temperature,
         )
 
-    if remat:
-        terms_of = jax.checkpoint(terms_of, prevent_cse=False)
+    def terms_of(relation):
+        text, image, *pairs = relation
+        if pair_block is None:
+            return terms_of_pairs(text, image, *pairs)
+        one = lambda part: terms_of_pairs(text, image, *part)  # noqa: E731
+        parts = jax.lax.map(one, _split(pairs, pair_block))
+        return jax.tree.map(jnp.sum, parts)
+
     relations = (text, image, anchor, positive, pair_valid)
     terms = jax.lax.map(terms_of, relations, batch_size=block or len(text))
     inter = ~jnp.asarray(intra, bool)
@@ -167,6 +184,16 @@ def relation_terms(
     terms = {x + y: (sums[i, j], count) for i, x in enumerate("ti") for j, y in enumerate("ti")}
     cross_wins = jnp.sum(wins[0, :, 1]) + jnp.sum(wins[1, :, 0])
     return {**terms, "accuracy": (cross_wins.astype(losses.dtype), 2 * count)}
+
+
+def _split(pairs, size):
+    """Arrays (G,) → (blocks, at most size); padded with zeros, which are no valid pair."""
+    if size < 1:
+        raise ValueError(f"pair_block={size} must be at least 1, or None for all pairs at once")
+    count = pairs[0].shape[0]
+    blocks = -(-count // size)
+    padding = blocks * -(-count // blocks) - count
+    return [jnp.pad(x, (0, padding)).reshape(blocks, -1) for x in pairs]
 
 
 def _live(anchor, positive, pair_valid, valid):

@@ -50,6 +50,7 @@ class BaselineMethod(RelationalMethod):
         del progress
         shared, config = batch["shared"], self.config
         options = {"temperature": self.temperature(params), "where": shared["valid"]}
+        options["block"] = config.loss.get("block", 0) or None
         text, image = embedded["text"], embedded["image"]
         if config.method == "siglip":
             return sigmoid(text, image, bias=params["bias"], **options), {}

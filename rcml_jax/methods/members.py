@@ -47,11 +47,6 @@ class Members(Method):
             raise UserError(
                 "several models train together in one jitted step; set config.parallel=jit"
             )
-        if config.batch.get("parts", 1) > 1 and config.accumulation == "exact":
-            raise UserError(
-                "exact accumulation trains one model; set config.accumulation=micro, "
-                "config.batch.parts=1 or config.seeds=1"
-            )
         if config.optimizer.schedule == "plateau" or config.optimizer.clip_norm:
             raise UserError(
                 "the plateau schedule and config.optimizer.clip_norm look at one model; set "

@@ -81,6 +81,8 @@ class RCMLMethod(RelationalMethod):
             *pairs,
             related=shared["related"],
             intra_modal_weight=loss.intra_modal_weight,
+            block=loss.get("block", 0) or None,
+            pair_block=loss.get("pair_block", 0) or None,
             **common,
         )
         if loss.identification_weight:

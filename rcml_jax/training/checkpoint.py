@@ -1,6 +1,7 @@
 """Orbax checkpoints of the state, the data iterator's place and the loop's counters."""
 
 import errno
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -87,14 +88,15 @@ class Checkpoints:
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(_abstract, state)),
-            data=grain.checkpoint.CheckpointRestore(data),
             loop=ocp.args.JsonRestore(),
         )
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 saved = _saved_params(reader, self.directory / str(step) / "state")
             _check_shapes(saved, state.params)
+            place = _saved_place(self.directory / str(step) / "data")
             restored = self._manager.restore(step, args=args)
+            data.set_state(place)
         except Exception as error:
             raise self._damaged(step, error) from error
         return restored["state"], restored["loop"]
@@ -148,6 +150,11 @@ class Checkpoints:
 def _saved_params(reader: ocp.Checkpointer, directory: pathlib.Path) -> Any:
     """The tree of the saved parameters: their shapes and types, not their values."""
     return reader.metadata(directory).item_metadata.tree["params"]
+
+
+def _saved_place(directory: pathlib.Path) -> dict:
+    """The data iterator's state, the same in all processes, whose number may be another now."""
+    return json.loads(min(directory.glob("process_*.json")).read_text())
 
 
 def _check_shapes(saved: Any, params: Any) -> None:

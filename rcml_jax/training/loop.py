@@ -16,7 +16,7 @@ from rcml_jax.methods.base import Method
 from rcml_jax.training import optimizer as optimizers
 from rcml_jax.training import parallel
 from rcml_jax.training import workdir as workdirs
-from rcml_jax.training.accumulation import ACCUMULATIONS
+from rcml_jax.training.accumulation import ACCUMULATIONS, check, parts_of
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import MetricsWriter, Progress, read_history
@@ -56,7 +56,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     _check(config)
     workdir = _prepare(pathlib.Path(workdir), config)
     with jax.default_device(parallel.first_local(devices)):
-        method = build_method(config, workdir)
+        method = _build(config, workdir)
         with Interrupt() as interrupt:
             run = Run(config, workdir, method, parallel.build(config.parallel, devices))
             finished = run.train(interrupt)
@@ -102,6 +102,14 @@ def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:
     return workdirs.prepare(workdir, config)
 
 
+def _build(config: Any, workdir: pathlib.Path) -> Method:
+    """The primary process makes what all share on the disk, as a tokenizer; then the others."""
+    if parallel.is_primary():
+        method = build_method(config, workdir)
+    parallel.wait_for_all("data")
+    return method if parallel.is_primary() else build_method(config, workdir)
+
+
 def _check(config: Any) -> None:
     for name in ("steps", "validate_every", "log_every"):
         # Without a number of steps, the number of epochs says it.
@@ -112,6 +120,11 @@ def _check(config: Any) -> None:
         raise UserError(
             f"config.accumulation={config.accumulation!r} is unknown; choose "
             f"{' or '.join(ACCUMULATIONS)}"
+        )
+    if config.get("micro_batch", 0) < 0:
+        raise UserError(
+            f"config.micro_batch={config.micro_batch} must not be negative; 0 takes the whole "
+            "batch at once"
         )
     for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
         if seed < 0:
@@ -155,14 +168,10 @@ class Run:
                 f"a batch of {size} examples cannot be split over {count} devices; make "
                 "config.batch.size a multiple of their number, or lower config.devices"
             )
-        parts = config.batch.get("parts", 1)
-        if parts < 1 or size % parts:
-            raise UserError(
-                f"a batch of {size} examples cannot be accumulated in {parts} parts; make "
-                "config.batch.size a multiple of config.batch.parts"
-            )
-        if parts > 1 and config.parallel == "pmap":
-            raise UserError("config.batch.parts above 1 needs config.parallel=jit")
+        accumulation = config.get("accumulation", "exact")
+        parts = parts_of(size, config.get("micro_batch", 0))
+        gathered = count if config.parallel == "pmap" else 1
+        check(accumulation, self.method, batch, parts, gathered)
         self.examples = size
         self.data.set_state(place)
         params = self.method.init(init_key, batch)
@@ -173,7 +182,6 @@ class Run:
         transform, self.rate = optimizers.build(
             config.optimizer, self.steps, frozen, self.method.decayed(params)
         )
-        accumulation = config.get("accumulation", "exact")
         phases = [
             (first, make_step(method, transform, self.steps, accumulation, parts))
             for first, method in self.method.phases()
@@ -192,17 +200,18 @@ class Run:
         try:
             if self._over(step):
                 return True
-            self._steps(step, interrupt)
+            asked = self._steps(step, interrupt)
             self.checkpoints.wait()
-            return not interrupt.asked or self.stopped
+            return not asked or self.stopped
         finally:
             self.progress.close()
             self.writer.close()
             self.checkpoints.close()
 
-    def _steps(self, step: int, interrupt: Interrupt) -> None:
-        config = self.config
-        while not self._over(step) and not interrupt.asked:
+    def _steps(self, step: int, interrupt: Interrupt) -> bool:
+        """Whether a signal came; then everything up to it is saved."""
+        config, asked = self.config, parallel.any_process(interrupt.asked)
+        while not self._over(step) and not asked:
             batch = self.devices.put_batch(next(self.data))
             self.state, metrics = self.step_at(step)(self.state, batch)
             step += 1
@@ -212,10 +221,21 @@ class Run:
                 self._log(step)
             if validate:
                 self._validate(step)
-        if interrupt.asked and not self._over(step):
+            asked = self._asked(step, interrupt)
+        if asked and not self._over(step):
             self._log(step)
             self._save(step)
             self.progress.note(f"stopped after step {step}; start again to go on")
+        return asked
+
+    def _asked(self, step: int, interrupt: Interrupt) -> bool:
+        """Whether to stop. Several processes agree on it where they wait for the metrics anyway.
+
+        A signal reaches them in different steps, and the last checkpoint is written by all.
+        """
+        if jax.process_count() == 1:
+            return interrupt.asked
+        return step % self.config.log_every == 0 and parallel.any_process(interrupt.asked)
 
     def step_at(self, step: int) -> Any:
         """The compiled step of the phase that a step is in."""

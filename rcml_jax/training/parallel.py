@@ -1,5 +1,6 @@
-"""One step on one device or many: `jit` over sharded arrays, or `pmap`."""
+"""One step on one device or many: `jit` over sharded arrays, of the state, too, or `pmap`."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rcml_jax.errors import UserError
 
 AXIS = "data"
+# Smaller arrays are not worth their part of a collective.
+_SMALLEST_SPLIT = 1024
 
 
 def initialize_distributed() -> None:
@@ -46,6 +49,13 @@ def wait_for_all(what: str) -> None:
     """Where there are several processes, wait until each has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; where there are several, each has to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
@@ -135,6 +145,53 @@ class ShardedJit:
         )
 
 
+class FullyShardedJit(ShardedJit):
+    """Data parallel by `jit`, with parameters and optimizer state split over the devices, too.
+
+    An array is split along its largest axis that the number of devices divides; one of less than
+    1,024 elements, or without such an axis, is on every device whole. The compiler gathers weights
+    where they are used, and each device updates its own part.
+    """
+
+    def __init__(self, devices: list[jax.Device]):
+        super().__init__(devices)
+        self._whole = jax.jit(lambda tree: tree, out_shardings=self._replicated)
+
+    def sharding_of(self, x: Any) -> NamedSharding:
+        """Where an array of the state lies, by its shape alone."""
+        shape, count = np.shape(x), len(self.devices)
+        divisible = [axis for axis, size in enumerate(shape) if size % count == 0]
+        if not divisible or math.prod(shape) < _SMALLEST_SPLIT:
+            return self._replicated
+        axis = max(divisible, key=lambda axis: shape[axis])
+        return NamedSharding(self._split.mesh, PartitionSpec(*(None,) * axis, AXIS))
+
+    def put_state(self, state: Any) -> Any:
+        """One copy of a state, or one that is split already → each device's part of it."""
+
+        def put(x: Any) -> jax.Array:
+            sharding = self.sharding_of(x)
+            placed = isinstance(x, jax.Array) and x.sharding == sharding
+            return x if placed else _put(x, sharding)
+
+        return jax.tree.map(put, state)
+
+    def local(self, tree: Any) -> Any:
+        """All of it on the first of this process's devices; every process must ask for it."""
+        return super().local(self._whole(tree))
+
+    def compile(self, step: Callable) -> Callable:
+        """Jit `step(state, batch, across) -> (state, metrics)`, the state placed as before."""
+
+        def placed(state: Any, batch: dict) -> tuple:
+            state, metrics = step(state, batch, None)
+            place = lambda x: lax.with_sharding_constraint(x, self.sharding_of(x))  # noqa: E731
+            state = jax.tree.map(place, state)
+            return state, lax.with_sharding_constraint(metrics, self._replicated)
+
+        return jax.jit(placed, donate_argnums=donated(self.devices))
+
+
 class Pmap:
     """Data parallel by `pmap`: each device embeds its items, the embeddings are gathered."""
 
@@ -194,11 +251,11 @@ def _put(x: Any, sharding: NamedSharding, copies: int = 0) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-PARALLEL = {"jit": ShardedJit, "pmap": Pmap}
+PARALLEL = {"jit": ShardedJit, "pmap": Pmap, "fsdp": FullyShardedJit}
 
 
 def build(name: str, devices: list[jax.Device]) -> ShardedJit | Pmap:
     """The parallel mode of a name. Raises UserError for an unknown one."""
     if name not in PARALLEL:
-        raise UserError(f"config.parallel={name!r} is unknown; choose {' or '.join(PARALLEL)}")
+        raise UserError(f"config.parallel={name!r} is unknown; choose one of {', '.join(PARALLEL)}")
     return PARALLEL[name](devices)

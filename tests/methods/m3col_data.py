@@ -25,7 +25,7 @@ NEWS = {
     "epochs": 4,
     "devices": 1,
     "batch.size": 4,
-    "batch.parts": 1,
+    "micro_batch": 0,
     "model.image_pretrained": "",
     "model.text_pretrained": "",
     "model.width": 16,

@@ -8,6 +8,7 @@ import pytest
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.training import loop, parallel
+from rcml_jax.training.accumulation import parts_of
 from rcml_jax.training.optimizer import build as build_optimizer
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
@@ -66,7 +67,7 @@ def one_step(method, config, batch, devices, name):
     transform, _ = build_optimizer(
         config.optimizer, 10, method.frozen(params), method.decayed(params)
     )
-    parts = config.batch.parts
+    parts = parts_of(len(batch["shared"]["valid"]), config.micro_batch)
     step = mode.compile(make_step(method, transform, 10, config.accumulation, parts))
     state = mode.put_state(create(params, transform, jax.random.key(1)))
     state, metrics = step(state, mode.put_batch(batch))
@@ -95,7 +96,7 @@ def test_exact_accumulation_is_the_whole_batch(news, tmp_path):
     losses = {}
     for kind, parts in (("exact", 1), ("exact", 2), ("micro", 2)):
         config = news_config(
-            news, accumulation=kind, batch__parts=parts, optimizer__schedule="constant"
+            news, accumulation=kind, micro_batch=4 // parts, optimizer__schedule="constant"
         )
         method = build(config, tmp_path)
         batch = next(method.batches())

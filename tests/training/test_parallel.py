@@ -14,9 +14,9 @@ from rcml_jax.losses.contrastive import clip, info_nce, label_supervised, sigmoi
 from rcml_jax.losses.relation import relation_contrastive
 from rcml_jax.methods import build as build_method
 from rcml_jax.training import loop, parallel
-from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.parallel import across_devices, pick_devices
 from rcml_jax.training.step import create, make_step
+from tests.methods.m3col_data import omics_config, write_tables
 from tests.toy import read_metrics, tiny_config
 from tests.training.test_loop import at, train
 
@@ -92,7 +92,7 @@ def test_across_devices_makes_any_loss_right_under_pmap(name):
 
 
 @functools.cache
-def step_of(folder, directory, method, mode, devices):
+def step_of(folder, directory, method, mode, devices, parts=1):
     """The update of one SGD step (the gradient, with the sign turned) and the metrics."""
     config = tiny_config(folder, method=method, loss__learn_temperature=True, data__threads=0)
     built = build_method(config, directory)
@@ -102,11 +102,16 @@ def step_of(folder, directory, method, mode, devices):
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
     params["log_temperature"] = jnp.log(0.5)
+    return sgd_step(built, params, batch, mode, devices, parts)
+
+
+def sgd_step(method, params, batch, mode, devices, parts):
     sgd = optax.sgd(1.0)
     place = parallel.build(mode, pick_devices("cpu", devices))
     state = place.put_state(create(params, sgd, jax.random.key(2)))
     before = jax.device_get(params)
-    state, metrics = place.compile(make_step(built, sgd, steps=10))(state, place.put_batch(batch))
+    step = place.compile(make_step(method, sgd, steps=10, parts=parts))
+    state, metrics = step(state, place.put_batch(batch))
     after = jax.device_get(place.get_state(state).params)
     shift = jax.tree.map(lambda a, b: a - b, after, before)
     # All copies of the state are the same after the step.
@@ -118,15 +123,10 @@ def step_of(folder, directory, method, mode, devices):
     return shift, jax.tree.map(lambda x: float(np.ravel(x)[0]), jax.device_get(metrics))
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
-@pytest.mark.parametrize("method", ["rcml", "clip", "siglip", "unicl"])
-def test_eight_devices_give_the_loss_and_gradients_of_one(
-    catalogue, tmp_path_factory, method, mode
-):
-    directory = tmp_path_factory.getbasetemp() / f"tokenizer_{method}"
-    directory.mkdir(exist_ok=True)
-    one, metrics = step_of(catalogue, directory, method, "jit", 1)
-    many, others = step_of(catalogue, directory, method, mode, 8)
+def assert_same_step(found, expected):
+    """The same metrics and gradient up to rounding."""
+    one, metrics = expected
+    many, others = found
     assert metrics.keys() == others.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(others[name], value, rtol=2e-5, err_msg=name)
@@ -135,6 +135,58 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
     for whole, mine in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         # The update is a difference of parameters of size 1: its own rounding is about 1e-7.
         np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=2e-6 + 1e-5 * largest)
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("method", ["rcml", "clip", "siglip", "unicl"])
+def test_eight_devices_give_the_loss_and_gradients_of_one(
+    catalogue, tmp_path_factory, method, mode
+):
+    directory = tmp_path_factory.getbasetemp() / f"tokenizer_{method}"
+    directory.mkdir(exist_ok=True)
+    one = step_of(catalogue, directory, method, "jit", 1)
+    assert_same_step(step_of(catalogue, directory, method, mode, 8), one)
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "devices", "parts"),
+    [
+        ("rcml", "jit", 8, 2),
+        ("rcml", "pmap", 8, 2),
+        ("clip", "jit", 1, 3),  # 6, 6 and 4 examples
+        ("siglip", "jit", 1, 4),
+        ("unicl", "pmap", 8, 2),
+    ],
+)
+def test_parts_give_the_loss_and_gradients_of_the_whole_batch(
+    catalogue, tmp_path_factory, method, mode, devices, parts
+):
+    directory = tmp_path_factory.getbasetemp() / f"tokenizer_{method}"
+    directory.mkdir(exist_ok=True)
+    one = step_of(catalogue, directory, method, "jit", 1)
+    assert_same_step(step_of(catalogue, directory, method, mode, devices, parts), one)
+
+
+@functools.cache
+def m3col_step(folder, directory, mode, devices, parts):
+    """One of M3CoL with mixing and dropout, on 40 patients."""
+    options = {"seeds": 1, "data__folds": 0, "model__dropout": 0.5, "loss__contrastive": "m3co"}
+    method = build_method(omics_config(folder, **options), directory)
+    batch = next(method.batches())
+    params = method.init(jax.random.key(0), batch)
+    return sgd_step(method, params, batch, mode, devices, parts)
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "parts"),
+    [("jit", 1, 3), ("jit", 8, 1), ("jit", 8, 5), ("pmap", 8, 1), ("pmap", 8, 3)],
+)
+def test_mixing_and_dropout_are_those_of_the_whole_batch(tmp_path_factory, mode, devices, parts):
+    tables = tmp_path_factory.getbasetemp() / "tables"
+    if not tables.exists():
+        write_tables(tables)
+    one = m3col_step(tables, tables, "jit", 1, 1)
+    assert_same_step(m3col_step(tables, tables, mode, devices, parts), one)
 
 
 def test_a_batch_must_be_a_multiple_of_the_devices(catalogue, tmp_path):
@@ -192,7 +244,9 @@ def test_pick_devices_says_what_is_missing(platform, count, message):
 
 
 def test_an_unknown_parallel_mode_is_named():
-    with pytest.raises(UserError, match=r"config.parallel='ddp' is unknown; choose jit or pmap"):
+    with pytest.raises(
+        UserError, match=r"config.parallel='ddp' is unknown; choose one of jit, pmap, fsdp"
+    ):
         parallel.build("ddp", jax.devices())
 
 
@@ -203,22 +257,109 @@ def test_a_coordinator_without_counts_is_named(monkeypatch):
         parallel.initialize_distributed()
 
 
-def test_a_run_moves_between_devices(catalogue, tmp_path):
-    """A step on eight devices under jit, one on eight under pmap, one on one: as all on one."""
-    every = {"log_every": 1, "validate_every": 12}
-    straight, moved = tmp_path / "straight", tmp_path / "moved"
-    assert not train(tiny_config(catalogue, **every), straight, after=at(3, signal.SIGTERM))
-    places = ({"devices": 8}, {"devices": 8, "parallel": "pmap"}, {})
+# Both tests below compile the same steps: the second finds those of the first in the cache.
+RUN = {"steps": 24, "log_every": 1, "validate_every": 24}
+MODES = ("jit", "pmap", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def straight(catalogue, tmp_path_factory):
+    """The work directory of twenty steps on one device."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    assert not train(tiny_config(catalogue, **RUN), workdir, after=at(20, signal.SIGTERM))
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(1, 21))
+    return workdir
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eight_devices_have_the_losses_of_one_for_twenty_steps(straight, catalogue, tmp_path, mode):
+    config = tiny_config(catalogue, devices=8, parallel=mode, **RUN)
+    assert not train(config, tmp_path, after=at(20, signal.SIGTERM))
+    mine, theirs = ([x["loss"] for x in read_metrics(d)] for d in (tmp_path, straight))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+    assert theirs[-1] < 0.9 * theirs[0]
+
+
+def test_a_run_moves_between_devices(straight, catalogue, tmp_path):
+    """A step on eight devices in every mode and one on one: as all on one."""
+    places = [{"devices": 8, "parallel": mode} for mode in MODES] + [{}]
     for stop, options in enumerate(places, start=1):
-        config = tiny_config(catalogue, **every, **options)
-        assert not train(config, moved, after=at(stop, signal.SIGTERM))
-    lines = read_metrics(straight)
-    assert [line.pop("kind") for line in lines] == ["train"] * 3
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    for mine, theirs in zip(read_metrics(moved), lines, strict=True):
+        config = tiny_config(catalogue, **RUN, **options)
+        assert not train(config, tmp_path, after=at(stop, signal.SIGTERM))
+    lines = read_metrics(straight)[: len(places)]
+    for mine, theirs in zip(read_metrics(tmp_path), lines, strict=True):
+        assert mine.pop("kind") == theirs.pop("kind") == "train"
         for name, value in theirs.items():
             if "accuracy" not in name:  # Rounding may turn a win that hangs on it.
                 assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    for a, b in zip(*(jax.tree.leaves(read_params(d, 3)) for d in (moved, straight)), strict=True):
-        # Adam divides by the gradient's size: a gradient of rounding errors may turn an update.
-        np.testing.assert_allclose(a, b, atol=3e-3)
+
+
+def test_fsdp_splits_the_state_over_the_devices(catalogue, tmp_path):
+    config = tiny_config(catalogue, model__width=64, model__embed_dim=64, data__threads=0)
+    method = build_method(config, tmp_path)
+    batch = next(method.batches())
+    params = jax.eval_shape(method.init, jax.random.key(0), batch)
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+    state = create(params, optax.adamw(1e-3), jax.random.key(1))
+    place = parallel.build("fsdp", pick_devices("cpu", 8))
+    put = place.put_state(state)
+    bytes_of = dict.fromkeys(place.devices, 0)
+    for leaf in jax.tree.leaves((put.params, put.opt_state)):
+        for shard in leaf.addressable_shards:
+            bytes_of[shard.device] += shard.data.nbytes
+    total = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert len(set(bytes_of.values())) == 1
+    assert total / 8 < bytes_of[place.devices[0]] < 1.25 * total / 8
+    # It stays so, and is whole for one device.
+    again = jax.tree.map(lambda a, b: a is b, place.put_state(put), put)
+    assert all(jax.tree.leaves((again.params, again.opt_state)))
+    whole = place.local(put.params)
+    for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(params), strict=True):
+        assert len(ours.sharding.device_set) == 1
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((), ()),
+        ((2048,), ("data",)),
+        ((1016,), ()),  # small
+        ((64, 128), (None, "data")),
+        ((128, 64), ("data",)),
+        ((129, 64), (None, "data")),
+        ((3, 1025), ()),  # nothing to divide
+        ((4, 4, 3, 64), (None, None, None, "data")),
+    ],
+)
+def test_fsdp_splits_the_largest_axis_that_divides(shape, spec):
+    place = parallel.build("fsdp", pick_devices("cpu", 8))
+    assert place.sharding_of(np.zeros(shape)).spec == jax.sharding.PartitionSpec(*spec)
+
+
+def test_fsdp_leaves_a_step_with_its_parts():
+    """What a compiled step gives back lies as it did, and no device holds all of a split array."""
+    place = parallel.build("fsdp", pick_devices("cpu", 8))
+    adam = optax.adam(1e-2)
+    params = {"w": np.ones((64, 32), np.float32), "b": np.ones(3, np.float32)}
+    state = place.put_state(create(params, adam, jax.random.key(0)))
+    batch = place.put_batch({"items": normals(0, 16, 64), "shared": {}})
+
+    def step(state, batch, axis):
+        assert axis is None
+        loss = lambda p: jnp.sum((batch["items"] @ p["w"]) ** 2) + jnp.sum(p["b"] ** 2)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(state.params)
+        updates, opt_state = adam.update(grads, state.opt_state)
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), value
+
+    after, value = place.compile(step)(state, batch)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, after)) == jax.tree.leaves(before)
+    assert after.opt_state[0].mu["w"].sharding.shard_shape((64, 32)) == (8, 32)
+    assert value.is_fully_replicated
+    one, expected = jax.jit(step, static_argnums=2)(
+        create(params, adam, jax.random.key(0)), {"items": normals(0, 16, 64)}, None
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(after.params["w"], one.params["w"], rtol=1e-5)

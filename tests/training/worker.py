@@ -1,0 +1,85 @@
+"""What test_two_processes.py starts twice.
+
+    python -m tests.training.worker toy DIRECTORY
+    python -m tests.training.worker rcml DIRECTORY CATALOGUE
+
+The environment names the coordinator. Each parallel mode has its run in DIRECTORY/<mode>.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+import grain
+import jax
+import numpy as np
+import optax
+
+from rcml_jax.training import loop, parallel
+from rcml_jax.training.checkpoint import Checkpoints
+from rcml_jax.training.step import create, make_step
+from tests.toy import tiny_config
+
+MODES = tuple(parallel.PARALLEL)
+STOP = 4
+RCML = {"devices": 0, "steps": 24, "log_every": 1, "validate_every": 24}
+
+
+def places():
+    """A data iterator that has given as many batches as there are steps."""
+    data = iter(grain.MapDataset.range(100).to_iter_dataset())
+    for _ in range(STOP):
+        next(data)
+    return data
+
+
+def toy_run(mode, devices):
+    """Some steps with mixing, noise and parts: the mode, the state and the losses."""
+    # It makes a random key, which may not be before the processes have joined.
+    from tests.training.test_accumulation import BATCH, BOTH, KEY, normals
+
+    # Large enough to be split over devices.
+    params = {"w": normals(0, 64, 32), "scale": normals(1, 32)}
+    items = {"a": 0.2 * normals(2, 16, 64), "b": 0.2 * normals(3, 16, 64)}
+    place, adam = parallel.build(mode, devices), optax.adam(1e-2)
+    state = place.put_state(create(params, adam, KEY))
+    step = place.compile(make_step(BOTH, adam, 10, parts=2))
+    losses = []
+    for _ in range(STOP):
+        state, metrics = step(state, place.put_batch(BATCH | {"items": items}))
+        losses.append(float(np.ravel(jax.device_get(metrics["loss"]))[0]))
+    return place, state, losses
+
+
+def toy(mode, directory):
+    place, state, losses = toy_run(mode, jax.devices())
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(STOP, place.get_state(state), places(), {"losses": losses})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+class Signalled(loop.Run):
+    """Before the last step a signal reaches the last process alone."""
+
+    def step_at(self, step):
+        if step + 1 == STOP and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step_at(step)
+
+
+def rcml(mode, directory, catalogue):
+    loop.Run = Signalled
+    assert loop.train_and_evaluate(tiny_config(catalogue, parallel=mode, **RCML), directory) is None
+
+
+def main(kind: str, directory: str, *rest: str) -> None:
+    parallel.initialize_distributed()
+    for mode in MODES:
+        {"toy": toy, "rcml": rcml}[kind](mode, pathlib.Path(directory) / mode, *rest)
+        print(mode, jax.process_count(), len(jax.devices()), len(jax.local_devices()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
