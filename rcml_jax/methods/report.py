@@ -210,7 +210,7 @@ def _analyses(
     """
     data = method.task.data
     test = data.rows("test")
-    noise = _noise(method, params, len(test))
+    noise = noise_inputs(method, params, len(test))
     clean = {n: x[:, predictions._place[test]] for n, x in predictions.embeddings.items()}
 
     def classified(embeddings: dict) -> np.ndarray:
@@ -230,7 +230,7 @@ def _analyses(
     return result
 
 
-def _noise(method: Classifier, params: Params, count: int) -> dict[str, np.ndarray]:
+def noise_inputs(method: Classifier, params: Params, count: int) -> dict[str, np.ndarray]:
     """Embeddings (models, count, d) of Gaussian noise in place of each modality."""
     task = method.task
     rng = np.random.default_rng(task.config.data.split_seed)

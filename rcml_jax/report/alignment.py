@@ -7,19 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.errors import UserError
+from rcml_jax.report import style
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_BLUE, _ORANGE, _GREEN = style.COLOURS[:3]
 _CALIBRATIONS = {"none": ("o", _BLUE), "centred": ("s", _ORANGE), "whitened": ("^", _GREEN)}
-_COLUMNS = 3
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "rcml_jax",  # the same figures give the same file
-    "svg.fonttype": "none",
-}
+_COLUMNS = 2
+_HEIGHT = 2.7  # inches of one of several panels
 
 
 def draw(
@@ -32,31 +25,28 @@ def draw(
     modalities on their first two principal axes before and after centring. Raises UserError
     without matplotlib (extra `plots`).
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            'figures need matplotlib: pip install "rcml_jax[plots]"; the figures\' numbers are in '
-            "similarities.npz"
-        ) from error
+    style.require()
     directory.mkdir(parents=True, exist_ok=True)
+    count = len(result["sources"])
+    rows = math.ceil(count / _COLUMNS)
+    width = style.WIDE if count > 1 else style.PANEL
+    figures = (
+        ("similarities", _histograms, (width, _HEIGHT * rows + 0.5)),
+        ("gap", _gap, (style.WIDE, 4.6)),
+        ("plane", _planes, (style.WIDE, _HEIGHT * count + 0.5)),
+    )
     paths = []
-    with matplotlib.rc_context(_STYLE):
-        for name, function in (("similarities", _histograms), ("gap", _gap), ("plane", _planes)):
-            figure = Figure(layout="constrained")
+    for name, function, size in figures:
+        with style.drawing(*size) as figure:
             function(figure, result, arrays)
-            paths.append(directory / f"{name}.svg")
-            figure.savefig(paths[-1], metadata={"Date": None})
+            paths.append(style.save(figure, directory / f"{name}.svg"))
     return paths
 
 
 def _grid(figure: Any, sources: list[str]) -> list[Any]:
-    """An axis for each source, three beside each other."""
+    """An axis for each source, two beside each other."""
     columns = min(_COLUMNS, len(sources))
-    rows = math.ceil(len(sources) / columns)
-    figure.set_size_inches(2.7 * columns + 0.6, 2.2 * rows + 0.5)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    axes = figure.subplots(math.ceil(len(sources) / columns), columns, squeeze=False).ravel()
     for axis in axes[len(sources) :]:
         axis.remove()
     return list(axes[: len(sources)])
@@ -70,16 +60,13 @@ def _histograms(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> 
             share = 100 * arrays[f"{source}/{name}"]
             axis.stairs(share, edges, color=colour, fill=True, alpha=0.35)
             axis.stairs(share, edges, color=colour, label=f"{name} pairs")
-        axis.set(title=source, xlabel="cosine", xlim=(-1, 1))
-        axis.set_yticks([])
+        axis.set(title=style.short(source, 28), xlabel="cosine", xlim=(-1, 1), yticks=[])
         axis.set_ylabel("share of pairs")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    style.below(figure, *axis.get_legend_handles_labels(), columns=2)
 
 
 def _gap(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
     del arrays
-    figure.set_size_inches(6.4, 4.4)
     axis = figure.subplots()
     for number, (name, (marker, colour)) in enumerate(_CALIBRATIONS.items()):
         # A collapsed embedding has no whitened form.
@@ -96,14 +83,14 @@ def _gap(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
             for source, point in zip(of_source, points, strict=True):
                 axis.annotate(source, point, xytext=(6, 5), textcoords="offset points")
     axis.set(
-        xlabel="modality gap: distance between the centroids of unit vectors",
+        xlabel="modality gap: distance between centroids of unit vectors",
         ylabel="r@1, mean of both directions (%)",
     )
     axis.set_xlim(left=-0.03)
     axis.set_ylim(bottom=0)
     axis.margins(x=0.15, y=0.12)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    axis.grid(axis="both")
+    style.below(figure, *axis.get_legend_handles_labels(), columns=3)
 
 
 def _recall(found: dict) -> float:
@@ -112,7 +99,6 @@ def _recall(found: dict) -> float:
 
 def _planes(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
     sources = list(result["sources"])
-    figure.set_size_inches(6.0, 2.5 * len(sources) + 0.5)
     grid = figure.subplots(len(sources), 2, squeeze=False)
     for row, source in zip(grid, sources, strict=True):
         for axis, (name, title) in zip(
@@ -127,7 +113,6 @@ def _planes(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None
                 (sides[1], "^", _ORANGE, "texts"),
             ):
                 axis.scatter(*side.T, s=9, marker=marker, color=colour, label=label, alpha=0.7)
-            axis.set(title=f"{source}: {title}", xticks=[], yticks=[])
+            axis.set(title=f"{style.short(source, 18)}: {title}", xticks=[], yticks=[])
             axis.set_aspect("equal", adjustable="datalim")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    style.below(figure, *grid[0, 0].get_legend_handles_labels(), columns=2)

@@ -137,8 +137,12 @@ def assert_same_step(found, expected):
         np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=2e-6 + 1e-5 * largest)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
-@pytest.mark.parametrize("method", ["rcml", "clip", "siglip", "unicl"])
+@pytest.mark.parametrize("method", ["rcml", "clip", slow("siglip"), slow("unicl")])
 def test_eight_devices_give_the_loss_and_gradients_of_one(
     catalogue, tmp_path_factory, method, mode
 ):
@@ -154,8 +158,8 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
         ("rcml", "jit", 8, 2),
         ("rcml", "pmap", 8, 2),
         ("clip", "jit", 1, 3),  # 6, 6 and 4 examples
-        ("siglip", "jit", 1, 4),
-        ("unicl", "pmap", 8, 2),
+        slow("siglip", "jit", 1, 4),
+        slow("unicl", "pmap", 8, 2),
     ],
 )
 def test_parts_give_the_loss_and_gradients_of_the_whole_batch(
@@ -179,7 +183,7 @@ def m3col_step(folder, directory, mode, devices, parts):
 
 @pytest.mark.parametrize(
     ("mode", "devices", "parts"),
-    [("jit", 1, 3), ("jit", 8, 1), ("jit", 8, 5), ("pmap", 8, 1), ("pmap", 8, 3)],
+    [slow("jit", 1, 3), slow("jit", 8, 1), ("jit", 8, 5), slow("pmap", 8, 1), ("pmap", 8, 3)],
 )
 def test_mixing_and_dropout_are_those_of_the_whole_batch(tmp_path_factory, mode, devices, parts):
     tables = tmp_path_factory.getbasetemp() / "tables"

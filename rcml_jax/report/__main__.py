@@ -1,0 +1,144 @@
+"""A page of figures of finished runs, with the numbers behind each figure.
+
+    python -m rcml_jax.report --workdir runs/rcml
+    python -m rcml_jax.report --workdir runs/rcml --workdir runs/clip --workdir runs/beta
+    python -m rcml_jax.report --workdir runs/m3col --workdir runs/ablations --out report_m3col
+
+--workdir takes a work directory of train.py, the directory of a sweep, or that of an alignment
+study, as often as it is given; runs that are given together are shown side by side. The page is
+<out>/index.html, the numbers are under <out>/data. A figure that cannot be drawn is named on the
+page with the reason. Nothing is trained, and the work directories are not changed.
+"""
+
+import argparse
+import html
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+from rcml_jax.commands import guard
+from rcml_jax.errors import UserError
+from rcml_jax.report import common_section, style
+from rcml_jax.report.folder import Folder, Section
+from rcml_jax.report.page import is_ours, write_page
+from rcml_jax.report.sources import Sources, groups, read_sources
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the report that the command line asks for."""
+    return guard(_report, argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rcml_jax.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", action="append", default=[], type=pathlib.Path)
+    parser.add_argument("--out", default="report", type=pathlib.Path, help="folder of the page")
+    parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
+    parser.add_argument("--relation", default="", help="of the t-SNE: (a part of) its sentence")
+    parser.add_argument("--data-dir", default="", help="in place of the runs' config.data.dir")
+    parser.add_argument("--data-path", default="", help="in place of the runs' config.data.path")
+    args = parser.parse_args(argv[1:])
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must not be negative")
+    style.require()
+    sources = read_sources(args.workdir)
+    start = time.perf_counter()
+    page = write_report(
+        sources,
+        args.out,
+        command=shlex.join(["python", "-m", "rcml_jax.report", *argv[1:]]),
+        seed=args.seed,
+        relation=args.relation,
+        data_dir=args.data_dir,
+        data_path=args.data_path,
+    )
+    print(f"wrote {page} in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def write_report(
+    sources: Sources,
+    out: pathlib.Path,
+    *,
+    command: str = "",
+    seed: int = 0,
+    relation: str = "",
+    data_dir: str = "",
+    data_path: str = "",
+) -> pathlib.Path:
+    """Collect, draw and write the page `<out>/index.html`; an older report there is replaced.
+
+    Raises UserError for an `out` that holds anything else, or cannot be written.
+    """
+    out = pathlib.Path(out)
+    _check_free(out)
+    part = out.with_name(f"{out.name}.part{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        folder = Folder(part, lambda line: print(line, file=sys.stderr, flush=True))
+        options = {"seed": seed, "relation": relation, "data_dir": data_dir, "data_path": data_path}
+        sections = _sections(folder, sources, **options)
+        write_page(part / "index.html", _title(sources), _intro(sources, command), sections)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(part, out)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out / "index.html"
+
+
+def _check_free(out: pathlib.Path) -> None:
+    if not out.exists():
+        return
+    page = out / "index.html"
+    if not out.is_dir() or (any(out.iterdir()) and not (page.is_file() and is_ours(page))):
+        raise UserError(f"{out} holds something else than a report; give another --out")
+
+
+def _sections(
+    folder: Folder, sources: Sources, *, seed: int, relation: str, data_dir: str, data_path: str
+) -> list[Section]:
+    # Imported here: what is wrong with the arguments is said before the models' classes are loaded.
+    from rcml_jax.report import classification_section, relational_section
+    from rcml_jax.report.models import Models
+
+    models, sections = Models(data_dir, data_path), []
+    if sources.runs:
+        sections.append(common_section.results(folder, sources.runs))
+    for runs, sweeps in groups(sources, "relational").values():
+        runs = runs or [run for sweep in sweeps for run in sweep.firsts]
+        sections.append(
+            relational_section.section(folder, runs, models, seed=seed, relation=relation)
+        )
+    for runs, sweeps in groups(sources, "classification").values():
+        sections.append(classification_section.section(folder, runs, sweeps, models, seed=seed))
+    sections += [common_section.sweep(folder, sweep) for sweep in sources.sweeps]
+    sections += [common_section.study(folder, study) for study in sources.studies]
+    if sources.runs:
+        sections.append(common_section.training(folder, sources.runs))
+    return sections
+
+
+def _title(sources: Sources) -> str:
+    names = [x.label for x in (*sources.runs, *sources.sweeps, *sources.studies)]
+    return f"Report: {', '.join(names[:4])}{' and more' if len(names) > 4 else ''}"
+
+
+def _intro(sources: Sources, command: str) -> list[str]:
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    where = [x.path for x in (*sources.runs, *sources.sweeps, *sources.studies)]
+    listed = ", ".join(f"<code>{html.escape(str(path))}</code>" for path in where)
+    parts = [f"Made {made} from {listed}."]
+    if command:
+        parts.append(f"<code>{html.escape(command)}</code>")
+    return parts
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

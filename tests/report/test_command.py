@@ -1,0 +1,170 @@
+"""python -m rcml_jax.report: what it prints and leaves behind, and every kind of bad input."""
+
+import builtins
+import json
+
+import pytest
+
+from rcml_jax.report.__main__ import main
+from tests.report.runs import (
+    classification_result,
+    relational_lines,
+    relational_result,
+    small_config,
+    write_run,
+)
+
+
+def run(args, capsys):
+    capsys.readouterr()
+    status = main(["report", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def fails(args, capsys, *parts):
+    status, out, err = run(args, capsys)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run with an evaluation, but no checkpoint: nothing is computed and little drawn."""
+    return write_run(tmp_path / "m3col", small_config("m3col"), classification_result())
+
+
+def test_a_report_says_where_it_is(workdir, tmp_path, capsys):
+    status, out, err = run(["--workdir", workdir, "--out", tmp_path / "deep" / "report"], capsys)
+    assert status == 0, err
+    page = tmp_path / "deep" / "report" / "index.html"
+    assert out.startswith(f"wrote {page} in ")
+    assert "Accuracy by epoch" in err
+    text = page.read_text("utf-8")
+    assert "rcml_jax.report --workdir" in text
+    assert "Report: m3col" in text
+
+
+def test_a_report_takes_the_place_of_an_older_one(workdir, tmp_path, capsys):
+    args = ["--workdir", workdir, "--out", tmp_path / "report"]
+    assert run(args, capsys)[0] == 0
+    (tmp_path / "report" / "old.svg").touch()
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert run(args, capsys)[0] == 0
+    assert not (tmp_path / "report" / "old.svg").exists()
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "index.html"])
+def test_nothing_else_is_overwritten(workdir, tmp_path, capsys, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("<html>my own page</html>")
+    args = ["--workdir", workdir, "--out", tmp_path / "mine"]
+    fails(args, capsys, "holds something else than a report; give another --out")
+    assert (tmp_path / "mine" / name).read_text() == "<html>my own page</html>"
+
+
+def test_an_empty_folder_is_taken(workdir, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(["--workdir", workdir, "--out", tmp_path / "empty"], capsys)[0] == 0
+
+
+def test_a_file_in_the_way_is_said(workdir, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    fails(["--workdir", workdir, "--out", tmp_path / "file"], capsys, "give another --out")
+    inside = ["--workdir", workdir, "--out", tmp_path / "file" / "report"]
+    fails(inside, capsys, "cannot write the report")
+
+
+def test_bad_arguments(workdir, tmp_path, capsys):
+    out = ["--out", tmp_path / "report"]
+    fails(out, capsys, "give --workdir")
+    fails(["--workdir", tmp_path / "nowhere", *out], capsys, "there is no directory")
+    fails(["--workdir", workdir, "--seed", "-1", *out], capsys, "must not be negative")
+    (workdir / "eval.json").write_text('{"method": "m3')
+    fails(["--workdir", workdir, *out], capsys, "eval.json is not valid JSON", "evaluate again")
+    assert not (tmp_path / "report").exists()
+
+
+def test_without_matplotlib_the_extra_is_named(workdir, tmp_path, capsys, monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    fails(["--workdir", workdir, "--out", tmp_path / "r"], capsys, 'pip install "rcml_jax[plots]"')
+
+
+def test_a_run_that_is_still_training_has_its_curves(tmp_path, capsys):
+    workdir = write_run(tmp_path / "run", small_config(), None, relational_lines())
+    status, _, err = run(["--workdir", workdir, "--out", tmp_path / "report"], capsys)
+    assert status == 0, err
+    text = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert f"run has no eval.json yet: python eval.py --workdir {workdir}" in text
+    assert (tmp_path / "report" / "curve-relational-loss.svg").is_file()
+
+
+def test_an_evaluation_with_holes_leaves_figures_out(tmp_path, capsys):
+    result = relational_result()
+    result["retrieval"] = result["relation_type"] = {}
+    result["relation_validity"], result["protocol"] = {"accuracy": 0.5}, {}
+    workdir = write_run(tmp_path / "run", small_config(), result)
+    status, _, err = run(["--workdir", workdir, "--out", tmp_path / "report"], capsys)
+    assert status == 0, err
+    text = (tmp_path / "report" / "index.html").read_text("utf-8")
+    for what in ("retrieval/hit@5/tt", "relation_type/top3/tt", "relation_validity/probe"):
+        assert f"lacks {what}; evaluate again" in text
+    assert "metrics.jsonl is missing or empty in run" in text
+
+
+def test_a_sweep_alone_is_a_report(tmp_path, capsys):
+    for name, contrastive in (("full", "scheduled"), ("soft", "multi_soft_clip")):
+        config = small_config("m3col", loss__contrastive=contrastive)
+        result = classification_result((0.5, 0.7))
+        write_run(tmp_path / "sweep" / name / "seed42", config, result)
+    status, _, err = run(["--workdir", tmp_path / "sweep", "--out", tmp_path / "report"], capsys)
+    assert status == 0, err
+    text = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "Variants: sweep" in text
+    assert "lacks the variants full and “only &lt;modality&gt;”" in text
+    assert (tmp_path / "report" / "variants-sweep.svg").is_file()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
+    paths = [
+        write_run(tmp_path / x / "run", small_config(model__beta=b), relational_result())
+        for x, b in (("a", 0.1), ("b", 0.2))
+    ]
+    args = [part for path in paths for part in ("--workdir", path)]
+    assert run([*args, "--out", tmp_path / "report"], capsys)[0] == 0
+    rows = (tmp_path / "report" / "data" / "differences.csv").read_text().splitlines()
+    assert rows == ['option,"a, run","b, run"', "model.beta,0.1,0.2"]
+
+
+def test_an_error_analysis_needs_the_modalities_alone(tmp_path, capsys):
+    import numpy as np
+
+    right = {"full": [1, 1, 0, 0], "only_image": [1, 0, 1, 0], "only_text": [1, 0, 0, 0]}
+    for name, hits in right.items():
+        path = tmp_path / "sweep" / name / "seed42"
+        modalities = name.removeprefix("only_") if name != "full" else ""
+        config = small_config("m3col", data__modalities=modalities)
+        write_run(path, config, classification_result())
+        labels = np.array([0, 1, 2, 0])
+        heads = ("image", "text") if name == "full" else ()
+        arrays = {"seed42/rows": labels, "seed42/labels": labels}
+        arrays["seed42/fused"] = np.where(np.array(hits) == 1, labels, labels + 1)
+        np.savez(path / "predictions.npz", **arrays, **{f"seed42/{head}": labels for head in heads})
+    rows = [{"variant": name} for name in ("full", "only image", "only text")]
+    (tmp_path / "sweep" / "table.json").write_text(json.dumps({"rows": rows}))
+    assert run(["--workdir", tmp_path / "sweep", "--out", tmp_path / "report"], capsys)[0] == 0
+    rows = (tmp_path / "report" / "data" / "errors-sweep.csv").read_text().splitlines()
+    assert rows[:2] == ["image,text,multimodal right,multimodal wrong", "right,right,0.25,0.0"]
+    assert "Error analysis: sweep" in (tmp_path / "report" / "index.html").read_text("utf-8")

@@ -1,0 +1,214 @@
+"""What is computed of a relational run, on an untrained model of the toy catalogue."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rcml_jax.report import relational_data
+from rcml_jax.report.arrays import LeftOutError
+from rcml_jax.report.cost import cost, measure, parameters
+from rcml_jax.report.models import Models
+from rcml_jax.report.projection import silhouette, tsne, umap
+from rcml_jax.report.sources import Run
+
+
+def with_graph(opened, **changes):
+    """The same run on a changed graph."""
+    task = opened.method.task
+    graph = dataclasses.replace(task.graph, **changes)
+    method = type("Changed", (), {"task": dataclasses.replace(task, graph=graph)})
+    return opened._replace(method=method)
+
+
+def test_items_are_of_the_most_frequent_kinds(opened):
+    items = relational_data.chosen_items(opened, seed=0)
+    graph = opened.method.task.graph
+    kinds = graph.labels[items]
+    every = graph.labels[opened.method.task.splits.items("test")]
+    counts = np.sort(np.bincount(every))[::-1]
+    assert len(np.unique(kinds)) == relational_data.KINDS
+    assert sorted(np.bincount(kinds)[np.unique(kinds)])[::-1] == counts[:6].tolist()
+    np.testing.assert_array_equal(items, np.sort(items))
+    np.testing.assert_array_equal(items, relational_data.chosen_items(opened, seed=0))
+
+
+@pytest.mark.parametrize("label", [0, -1])
+def test_one_kind_is_nothing_to_colour_by(opened, label):
+    same = np.full(len(opened.method.task.graph), label, np.int32)
+    with pytest.raises(LeftOutError, match=r"fewer than two kinds .* give the items labels"):
+        relational_data.chosen_items(with_graph(opened, labels=same), seed=0)
+
+
+def test_the_relation_is_that_with_most_pairs_or_the_one_asked_for(opened):
+    task = opened.method.task
+    chosen = relational_data.chosen_relation(opened, "")
+    counts = np.bincount(task.splits.pairs("test")[:, 2])
+    assert counts[chosen] == counts.max()
+    assert (
+        task.graph.relations[relational_data.chosen_relation(opened, "BOTH kind1")] == "both kind1"
+    )
+    with pytest.raises(LeftOutError, match="is in 0 sentences"):
+        relational_data.chosen_relation(opened, "colour of money")
+    with pytest.raises(LeftOutError, match="is in 22 sentences"):
+        relational_data.chosen_relation(opened, "both")
+
+
+def test_the_same_items_of_two_runs(opened, opened_clip):
+    assert relational_data.same_items(opened, opened_clip)
+    items = relational_data.chosen_items(opened, seed=0)
+    if len(items) <= relational_data.PERPLEXITY:
+        items = opened.method.task.splits.items("test")
+    tables = [relational_data.table_of(run, items) for run in (opened, opened_clip)]
+    arrays = relational_data.embedding_map([opened, opened_clip], tables, items, 3)
+    assert arrays["points"].shape == (2, len(items), 2)
+    assert np.isfinite(arrays["points"]).all()
+    graph = opened.method.task.graph
+    for kind, item in zip(arrays["kind"], items, strict=True):
+        assert arrays["kinds"][kind] == graph.label_names[graph.labels[item]]
+    # The silhouette is that of the averaged embeddings under the relation.
+    rows = tables[0].rows(items)
+    both = tables[0].text[3, rows] + tables[0].image[3, rows]
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    assert arrays["silhouette"][0] == pytest.approx(
+        slow_silhouette(both, graph.labels[items]), abs=1e-4
+    )
+    # CLIP's does not depend on the relation.
+    assert arrays["silhouette"][1] == pytest.approx(arrays["mean_silhouette"][1])
+    with pytest.raises(LeftOutError, match="needs more than 30 items"):
+        relational_data.embedding_map([opened], tables[:1], items[:30], 3)
+
+
+def slow_silhouette(x, labels):
+    """Rousseeuw's, by cosine distance: the mean of (b − a) / max(a, b)."""
+    distance = 1 - x @ x.T
+    values = []
+    for i, label in enumerate(labels):
+        own = (labels == label) & (np.arange(len(x)) != i)
+        if not own.any():
+            values.append(0.0)
+            continue
+        a = distance[i, own].mean()
+        b = min(distance[i, labels == k].mean() for k in set(labels) - {label})
+        values.append((b - a) / max(a, b))
+    return np.mean(values)
+
+
+def test_silhouettes_and_planes_of_degenerate_embeddings():
+    x = np.eye(4)[[0, 0, 1, 1]]
+    assert silhouette(x, np.array([0, 0, 1, 1])) == pytest.approx(1)
+    assert np.isnan(silhouette(x, np.zeros(4)))
+    assert np.isnan(silhouette(x, np.arange(4)))
+    # On equal rows scikit-learn would end the whole process.
+    for plane in (tsne, umap):
+        with pytest.raises(LeftOutError, match="the model has collapsed"):
+            plane(np.ones((40, 4), np.float32))
+        with pytest.raises(LeftOutError, match="the training has diverged"):
+            plane(np.full((40, 4), np.nan))
+
+
+def test_case_studies_are_ranked_as_the_evaluation_ranks(opened):
+    task = opened.method.task
+    places = relational_data.drawn_queries(opened, seed=0)
+    items = relational_data.items_of_queries(opened, places)
+    table = relational_data.table_of(opened, items)
+    cases = relational_data.case_studies(opened, table, places)
+    outcomes = [case["outcome"] for case in cases]
+    assert outcomes == sorted(outcomes, reverse=True)  # successes first
+    assert max(outcomes.count(o) for o in set(outcomes)) <= relational_data.CASES
+    queries = task.retrieval_queries("test")
+    for case in cases:
+        rank = dict(zip(case["scores"], case["rank"], strict=True))
+        assert (rank["avg"] <= 3) == (case["outcome"] == "success")
+        assert case["drawn"] == len(places)
+        assert 1 <= min(case["rank"]) <= max(case["rank"]) <= len(case["candidates"])
+        for order, score, found in zip(case["order"], case["score"], case["rank"], strict=True):
+            assert list(score) == sorted(score, reverse=True)
+            assert (0 in order) == (found <= 3)
+            if 0 in order:
+                assert list(order).index(0) == found - 1
+        assert case["pictures"].shape == (len(case["candidates"]), 96, 96, 3)
+    # The text-text scores of the first case are the cosines of the table's embeddings.
+    first = cases[0]
+    row = next(
+        p for p in places
+        if task.graph.texts[queries.query[p]] == first["query"]
+        and [task.graph.texts[i] for i in queries.candidates[p]] == first["candidates"]
+        and task.sentences[queries.relation[p]] == first["relation"]
+    )  # fmt: skip
+    text = table.text[queries.relation[row]]
+    a = text[table.rows(queries.query[row : row + 1])]
+    cosine = (text[table.rows(queries.candidates[row])] @ a.T)[:, 0]
+    np.testing.assert_allclose(first["score"][0], np.sort(cosine)[::-1][:3], atol=1e-5)
+
+
+def test_attention_is_the_heads_own(opened):
+    arrays = relational_data.attention(opened, seed=0)
+    total = arrays["image"].sum(axis=(1, 2)) + arrays["image_summary"]
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+    np.testing.assert_allclose(arrays["text"].sum(axis=1), 1, atol=1e-5)
+    assert arrays["image"].shape[1:] == (2, 2)  # 16 pixels, patches of 8
+    assert arrays["tokens"][0] == "[start]"
+    assert arrays["tokens"][-1] == "[end]"
+    assert "".join(arrays["tokens"][1:-1]).replace(" ", "") == arrays["item"].replace(" ", "")
+    # Pooling the tokens with these weights gives the model's own embedding.
+    method, params = opened.method, opened.params
+    task = method.task
+    item = task.graph.texts.index(arrays["item"])
+    relation = task.sentences.index(arrays["relations"][0])
+    table = method.tables(params, np.array([item]))["relation"]
+    variables = {"params": {name: params[name] for name in ("towers", "head")}}
+    look = lambda m, ids: m.towers.text_states(ids)  # noqa: E731
+    states = jax.jit(lambda v, ids: method.model.apply(v, ids, method=look))(
+        variables, task.encode([arrays["item"]])
+    )
+    pooled = arrays["text"][0] @ np.asarray(states.states)[0, : len(arrays["tokens"])]
+    pooled = pooled @ np.asarray(params["head"]["value"]).T @ np.asarray(params["head"]["output"])
+    expected = pooled / np.linalg.norm(pooled)
+    np.testing.assert_allclose(table.text[relation, 0], expected, atol=1e-4)
+
+
+def test_a_baseline_has_no_pooling_head(opened_clip):
+    with pytest.raises(LeftOutError, match="has no pooling head"):
+        relational_data.attention(opened_clip, seed=0)
+    with pytest.raises(LeftOutError, match="has no pooling head"):
+        cost(opened_clip)
+
+
+def test_cost_counts_parameters_and_measures_each_model(opened, monkeypatch):
+    monkeypatch.setattr("rcml_jax.report.cost.REPEATS", 2)
+    monkeypatch.setattr("rcml_jax.report.cost.RELATIONS", 1)
+    found = cost(opened)
+    assert found["model"] == ["CLIP", "RCML, 1 relation"]
+    towers = parameters(opened.params["towers"])
+    assert found["parameters"] == [towers, towers + 4 * 16**2]
+    for low, mid, high in zip(
+        found["fastest"], found["milliseconds"], found["slowest"], strict=True
+    ):
+        assert 0 < low <= mid <= high
+
+
+def test_functions_are_measured_in_turn():
+    called = []
+    functions = {name: (lambda name=name: called.append(name)) for name in "ab"}
+    times = measure(functions, 3)
+    assert called == ["a", "b"] + ["a", "b"] * 3  # the first call of each compiles
+    assert {name: len(x) for name, x in times.items()} == {"a": 3, "b": 3}
+
+
+def test_a_run_without_checkpoint_has_no_model(rcml_dir, opened, tmp_path):
+    run = Run("rcml", tmp_path, opened.run.config, None)
+    models = Models()
+    for _ in range(2):  # the reason is kept, the data are not read again
+        with pytest.raises(
+            LeftOutError, match=r"the model of rcml cannot be opened: .* no checkpoints"
+        ):
+            models.open(run)
+
+
+def test_a_configuration_of_another_version_is_said(opened, tmp_path):
+    config = opened.run.config.copy_and_resolve_references()
+    del config.model.vocab_size
+    with pytest.raises(LeftOutError, match="of another version of this library"):
+        Models().open(Run("old", tmp_path, config, None))
