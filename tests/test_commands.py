@@ -169,7 +169,7 @@ def test_mistyped_options(catalogue, tmp_path, capsys, option, parts):
     ("options", "parts"),
     [
         ({"method": "clipp"}, ("config.method='clipp' is unknown", "rcml, clip, siglip, unicl")),
-        ({"parallel": "ddp"}, ("config.parallel='ddp' is unknown; choose jit or pmap",)),
+        ({"parallel": "ddp"}, ("config.parallel='ddp' is unknown; choose one of jit, pmap, fsdp",)),
         ({"data.name": "imagenet"}, ("config.data.name='imagenet' is unknown", "openmoji, folder")),
         ({"data.disjoint": "user"}, ("data.disjoint is 'user'",)),
         ({"model.dtype": "float16"}, ("config.model.dtype='float16' is unknown",)),

@@ -108,6 +108,7 @@ def test_planted_groups_are_recovered(prepared, planted):
     check_recovery(graph, planted, cache)
 
 
+@pytest.mark.slow
 def test_planted_groups_are_recovered_at_full_size(tmp_path):
     planted = planted_amazon.plant(20_000, 5_000)
     path = planted_amazon.write(planted, tmp_path / "full", pictures=False)

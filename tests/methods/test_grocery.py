@@ -31,7 +31,7 @@ def tiny(copy, **options):
     return config
 
 
-@pytest.mark.parametrize("method", ["rcml", "clip"])
+@pytest.mark.parametrize("method", [pytest.param("rcml", marks=pytest.mark.slow), "clip"])
 def test_the_official_test_split_is_scored(copy, tmp_path, method):
     method = build(tiny(copy, method=method), tmp_path)
     params = method.init(jax.random.key(0), next(method.batches()))

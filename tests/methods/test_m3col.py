@@ -216,7 +216,7 @@ def test_models_trained_together_are_those_trained_alone(tables, tmp_path):
             )
 
 
-@pytest.mark.parametrize("place", ["input", "embedding"])
+@pytest.mark.parametrize("place", ["input", pytest.param("embedding", marks=pytest.mark.slow)])
 def test_the_loss_is_equation_16(tables, tmp_path, place):
     """Against the NumPy twins of the model, M3Co, MultiSClip and cross-entropy."""
     config = omics_config(tables, seeds=1, data__folds=0, mixup__place=place)
@@ -271,7 +271,7 @@ VARIANTS = {
 
 
 #: What other variants' tests pass through, too.
-SLOW_VARIANTS = {"only M3Co", "weightless", "two", "bfloat16"}
+SLOW_VARIANTS = {"only M3Co", "none", "weightless", "no unimodal", "one", "two", "bfloat16"}
 
 
 @pytest.mark.parametrize(

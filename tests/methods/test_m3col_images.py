@@ -46,6 +46,7 @@ def test_the_evaluation_of_news_has_its_form(news_run):
     assert (workdir / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_news_run_is_repeatable(news_run, news, tmp_path):
     assert loop.train_and_evaluate(news_config(news), tmp_path / "run") == news_run[1]
     history = read_history(tmp_path / "run")
@@ -75,7 +76,8 @@ def one_step(method, config, batch, devices, name):
     return first(metrics["loss"]), first(metrics["gradient_norm"]), mode.local(state.params)
 
 
-@pytest.mark.parametrize("place", ["input", pytest.param("embedding", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["input", "embedding"])
 def test_eight_devices_take_the_step_of_one(news, tmp_path, place):
     config = news_config(
         news, mixup__place=place, loss__contrastive="m3co", optimizer__schedule="constant"
@@ -92,6 +94,7 @@ def test_eight_devices_take_the_step_of_one(news, tmp_path, place):
         del params
 
 
+@pytest.mark.slow
 def test_exact_accumulation_is_the_whole_batch(news, tmp_path):
     losses = {}
     for kind, parts in (("exact", 1), ("exact", 2), ("micro", 2)):

@@ -91,8 +91,15 @@ def test_the_learning_rate_in_the_metrics_is_that_of_the_step(whole, catalogue):
     assert len(set(expected)) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize(
+    ("stop", "number"),
+    [
+        (3, signal.SIGTERM),
+        (4, signal.SIGINT),
+        pytest.param(3, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_bit(whole, catalogue, tmp_path, stop, number, capsys):
     config = tiny_config(catalogue, **EVERY)
     handler = signal.getsignal(number)
