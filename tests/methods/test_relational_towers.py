@@ -162,6 +162,7 @@ def matrices(towers, *names):
     return [x for name in names for x in jax.tree.leaves(towers[name]) if x.ndim > 1]
 
 
+@pytest.mark.slow
 def test_rcml_learns_beside_a_frozen_bert(catalogue, checkpoints, tmp_path):
     bert = str(checkpoints / "bert")
     options = {"steps": 2, "validate_every": 2, "log_every": 1, "optimizer.warmup_steps": 0}

@@ -19,7 +19,7 @@ assert batch  # a fixture
 def build(batch, **pooling):
     ids, images = batch
     model = RCML(tiny(), FrozenDict(pooling))
-    return model, model.init(jax.random.key(0), ids, ids, images)
+    return model, jax.jit(model.init)(jax.random.key(0), ids, ids, images)
 
 
 def test_vit_b32_has_the_papers_parameters():
@@ -81,8 +81,9 @@ def test_reduces_to_clip_in_model_loss_and_gradient(batch):
         out = CLIPTowers(tiny()).apply({"params": towers}, ids, images)
         return clip(out["text"], out["image"], temperature=0.1)
 
-    value, grads = jax.value_and_grad(rcml_loss)(variables["params"])
-    expected, expected_grads = jax.value_and_grad(clip_loss)(variables["params"]["towers"])
+    params = variables["params"]
+    value, grads = jax.jit(jax.value_and_grad(rcml_loss))(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(clip_loss))(params["towers"])
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for ours, theirs in zip(
         jax.tree.leaves(grads["towers"]), jax.tree.leaves(expected_grads), strict=True

@@ -183,7 +183,7 @@ def m3col_step(folder, directory, mode, devices, parts):
 
 @pytest.mark.parametrize(
     ("mode", "devices", "parts"),
-    [slow("jit", 1, 3), slow("jit", 8, 1), ("jit", 8, 5), slow("pmap", 8, 1), ("pmap", 8, 3)],
+    [slow("jit", 1, 3), slow("jit", 8, 1), slow("jit", 8, 5), slow("pmap", 8, 1), ("pmap", 8, 3)],
 )
 def test_mixing_and_dropout_are_those_of_the_whole_batch(tmp_path_factory, mode, devices, parts):
     tables = tmp_path_factory.getbasetemp() / "tables"
