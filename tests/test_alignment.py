@@ -197,6 +197,7 @@ def test_towers_are_trained_first(tmp_path):
         for name, value in relational.items()
     ]
     classifier = {"epochs": 1, "devices": 1, "model.width": 16, "model.layers": 1, "model.heads": 2}
+    classifier |= {"optimizer.warmup_steps": 1}
     options += [
         f"--config.runs.apart_{side}.{name}={value}"
         for side in ("image", "text")
