@@ -1,10 +1,9 @@
 """Where the alignment study's embeddings come from: runs of ours, towers of checkpoints, files."""
 
-import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from rcml_jax.data import captions, openmoji
+from rcml_jax.data.captions import CaptionedImages
 from rcml_jax.data.embeddings import (
     Pairs,
     project_to_narrower,
@@ -21,6 +21,7 @@ from rcml_jax.data.embeddings import (
 )
 from rcml_jax.data.graph import SPLITS, ItemImages, split_graph
 from rcml_jax.data.images import ImageBank
+from rcml_jax.data.log import log_line
 from rcml_jax.data.stored_rows import stored_rows
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
@@ -66,12 +67,13 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
             f"the source {data.name} needs towers: --config.towers.names=CLIP, or IMAGE+TEXT for "
             "two that were trained apart; directories or names on the Hugging Face hub"
         )
+    data_once = functools.cache(lambda: _captioned(config))  # the same for all towers
     for name in towers:
         _check_towers(name)
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
-        found[label] = lambda name=name: _towers(name, config, workdir)
+        found[label] = lambda name=name: _towers(name, data_once(), config.towers, workdir)
     return found
 
 
@@ -135,35 +137,24 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
 # Towers of checkpoints, on any data
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Captioned:
-    """n images and m >= n texts; of each text its image, of each image its split."""
-
-    images: ItemImages
-    texts: Sequence[str]
-    image_of_text: np.ndarray
-    split: np.ndarray
-
-
-def _captioned(config: Any) -> _Captioned:
+def _captioned(config: Any) -> CaptionedImages:
+    """The pictures and texts that towers of checkpoints embed."""
     data = config.data
     if data.name in ("flickr30k", "coco"):
-        found = getattr(captions, data.name)(data.path, seed=data.split_seed)
-        return _Captioned(found.images, found.texts, found.image_of_text, found.split)
+        return getattr(captions, data.name)(data.path, seed=data.split_seed)
     graph = openmoji.load(cache_directory(data.dir))
     run = config.runs.rcml.data  # its items, so that all sources are asked the same
     splits = split_graph(graph, seed=run.split_seed, disjoint=run.disjoint)
     split = np.zeros(len(graph), np.int8)
     for place, name in enumerate(SPLITS):
         split[splits.items(name)] = place
-    return _Captioned(graph.images, graph.texts, np.arange(len(graph)), split)
+    return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
 
 
-def _towers(name: str, config: Any, workdir: pathlib.Path) -> Splits:
+def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
     """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
     from rcml_jax.models.encoders.towers import load_towers
 
-    data, asked = _captioned(config), config.towers
     image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
     length = min(text.size, asked.max_length)
     blocks = {
@@ -175,7 +166,7 @@ def _towers(name: str, config: Any, workdir: pathlib.Path) -> Splits:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     directory = workdir / "embeddings" / digest
     sides = {
-        side: stored_rows(directory / f"{side}.npy", rows, log=_say)
+        side: stored_rows(directory / f"{side}.npy", rows, log=log_line)
         for side, rows in blocks.items()
     }
     pairs = Pairs(sides["image"], sides["text"], data.image_of_text)
@@ -199,10 +190,6 @@ def _fingerprints(name: str) -> list:
 
 def _names(images: ItemImages) -> list:
     return list(getattr(images, "paths", ())) or [len(images)]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class ImageBlocks:

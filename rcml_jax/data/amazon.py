@@ -20,7 +20,6 @@ was stopped goes on where it was.
 """
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +40,7 @@ from rcml_jax.data.amazon_users import (
 )
 from rcml_jax.data.graph import RelationGraph
 from rcml_jax.data.images import EncodedImages
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
 SOURCE = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw"
@@ -132,7 +132,7 @@ def load(
     """
     options = _Options(strict, clusters, pairs_per_user, pairs_per_item, seed, fetch_images)
     _check(domain, options)
-    cache, log = Path(cache).expanduser(), log or _log_line
+    cache, log = Path(cache).expanduser(), log or log_line
     folder = cache / "amazon"
     source = _local(Path(path).expanduser(), domain) if path else _public(folder, domain)
     return store.load_or_prepare(
@@ -322,7 +322,3 @@ def _purchases(core: Arrays) -> Purchases:
 
 def _size(path: Path) -> str:
     return f"{path}, {path.stat().st_size / 1e6:,.1f} MB"
-
-
-def _log_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

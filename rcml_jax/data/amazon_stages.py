@@ -4,8 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rcml_jax.data.store import save_arrays
 from rcml_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -63,18 +62,6 @@ def pack(value: Any) -> np.ndarray:
 def unpack(array: np.ndarray) -> Any:
     """What `pack` was given."""
     return json.loads(array.tobytes())
-
-
-def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write a `.npz` file whole or not at all, whatever other processes do."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"incomplete.{path.stem}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

@@ -9,15 +9,15 @@ Flickr30K (Young et al., 2014): `flickr30k-images/*.jpg` with the captions of
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.graph import SPLITS
+from rcml_jax.data.graph import SPLITS, ItemImages
 from rcml_jax.data.imagetext import ImageFiles, reading, require_files
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
 _FLICKR_SPLITS = {"train": 0, "restval": 0, "val": 1, "test": 2}
@@ -45,7 +45,7 @@ class CaptionedImages:
     """
 
     name: str
-    images: ImageFiles
+    images: ItemImages
     texts: tuple[str, ...]
     image_of_text: np.ndarray
     split: np.ndarray
@@ -147,7 +147,7 @@ def _assemble(
     lost = set(no_file)
     no_text = [image for image in captions if image not in lost and not texts[image]]
     if lost or no_text:
-        (log or _log_line)(
+        (log or log_line)(
             f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} pictures are left out "
             f"({len(lost):,} without a file, {len(no_text):,} without a caption)"
         )
@@ -194,7 +194,3 @@ def _field(entry: Any, key: str, kind: type, where: str) -> Any:
         name = {str: "text", int: "number"}[kind]
         raise UserError(f"{where}: a record has no {name} {key!r}; get the file anew.")
     return value
-
-
-def _log_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

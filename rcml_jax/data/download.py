@@ -11,13 +11,13 @@ import json
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
 Log = Callable[[str], None]
@@ -302,8 +302,3 @@ def bytes_text(count: float | None) -> str:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def log_line(line: str) -> None:
-    """A line for the user, beside what the program puts out."""
-    print(line, file=sys.stderr, flush=True)

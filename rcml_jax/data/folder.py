@@ -16,7 +16,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -236,16 +235,7 @@ def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: st
 
 def _check_images(items: list[_Item], strict: bool) -> np.ndarray:
     """Whether each item's image can be decoded (N,) bool; with `strict` all can, or UserError."""
-
-    def problem(item: _Item) -> str:
-        try:
-            images.check_decodes(item.image.read_bytes())
-        except images.DECODE_ERRORS as error:
-            return str(error) or type(error).__name__
-        return ""
-
-    with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(problem, items))
+    problems = images.decode_problems([item.image.read_bytes for item in items])
     for item, text in zip(items, problems, strict=True):
         if text and strict:
             raise UserError(

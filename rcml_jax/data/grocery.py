@@ -16,13 +16,13 @@ product have the same text. The official lists are the splits of the items. The 
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -284,16 +284,9 @@ def _read_lists(root: Root, classes: dict[int, _Class]) -> list[_Photograph]:
 
 def _decodable(root: Root, listed: list[_Photograph], strict: bool) -> list[_Photograph]:
     """The photographs that can be decoded; with `strict` all can, or UserError."""
-
-    def problem(photograph: _Photograph) -> str:
-        try:
-            images.check_decodes(_bytes(root, photograph.path, photograph.where))
-        except images.DECODE_ERRORS as error:
-            return str(error) or type(error).__name__
-        return ""
-
-    with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(problem, listed))
+    problems = images.decode_problems(
+        [functools.partial(_bytes, root, p.path, p.where) for p in listed]
+    )
     for photograph, text in zip(listed, problems, strict=True):
         if text and strict:
             raise UserError(

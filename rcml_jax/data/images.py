@@ -78,6 +78,20 @@ def check_decodes(encoded: bytes) -> None:
     picture.load()
 
 
+def decode_problems(read: Sequence[Callable[[], bytes]]) -> list[str]:
+    """What is wrong with each picture, "" where nothing is; read: functions that give its bytes."""
+
+    def problem(one: Callable[[], bytes]) -> str:
+        try:
+            check_decodes(one())
+        except DECODE_ERRORS as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(problem, read))
+
+
 def to_array(picture: Image.Image, size: int) -> np.ndarray:
     """The picture as CLIP's processor makes it: uint8 (size, size, 3).
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from PIL import Image
 from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.graph import SPLITS, split_index
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
 
@@ -137,7 +137,7 @@ def assemble(
                 f"{first.where}: there is no {lacks}; add it, or leave `strict` off, so that the "
                 "record is skipped."
             )
-        (log or _log_line)(
+        (log or log_line)(
             f"{name}: {len(skipped):,} of {len(records):,} records are skipped "
             f"({np.sum(no_picture):,} without a picture, {np.sum(no_text & ~no_picture):,} without "
             f"a text); the first is {first.where}: there is no {lacks}"
@@ -168,7 +168,3 @@ def _check_most(
                 f"{name}: {len(lost):,} of the {np.sum(rows):,} {part} records, first "
                 f"{records[lost[0]].where}, have no {rest}"
             )
-
-
-def _log_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

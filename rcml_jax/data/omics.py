@@ -14,7 +14,6 @@ import http.client
 import math
 import os
 import re
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.graph import SPLITS
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
 SOURCE = "https://raw.githubusercontent.com/txWang/MOGONET/main"
@@ -97,7 +97,7 @@ def load(
         views = max((int(match[1]) for match in matches if match), default=1)
     else:
         folder, views = Path(cache_dir).expanduser() / "omics" / name.upper(), len(VIEWS)
-        _fetch(folder, BLOBS[name], log or _log_line)
+        _fetch(folder, BLOBS[name], log or log_line)
     return _read(name, folder, views, LABEL_NAMES[name])
 
 
@@ -288,7 +288,3 @@ def _number(cell: str) -> float:
         return math.nan if "_" in cell else float(cell)  # to Python, 1_0 is ten
     except ValueError:
         return math.nan
-
-
-def _log_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from PIL import Image
 
 from rcml_jax.data.graph import RelationGraph
 from rcml_jax.data.images import open_rgb
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
 _SPLIT = "items"
@@ -225,16 +225,12 @@ def load_or_prepare(
         graph = build()
         folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
         if log is None:
-            log = _log_line
+            log = log_line
         log(
             f"Prepared {name}: {len(graph):,} items, {len(graph.relations):,} relations, "
             f"{len(graph.pairs):,} pairs in {time.perf_counter() - start:.1f} s ({folder})."
         )
     return load(data_dir, name, fingerprint=fingerprint)
-
-
-def _log_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _write(folder: Path, graph: RelationGraph, about: dict) -> None:
@@ -310,7 +306,7 @@ def _read_graph(folder: Path) -> RelationGraph:
         if arrays is None or len(arrays["positions"]) != sum(counts):
             arrays = _scan(folder)
             with contextlib.suppress(OSError):  # a read-only cache is read by scanning
-                _save_arrays(path, arrays)
+                save_arrays(path, arrays)
         # Neither is in data sets of an older version.
         split, links = arrays.get("item_split", np.array([-1])), metadata.get("class_links")
         graph = RelationGraph(
@@ -384,8 +380,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None  # missing or cut short: the records have it all
 
 
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="incomplete.graph")
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a `.npz` file whole or not at all, whatever other processes do."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"incomplete.{path.stem}.")
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **arrays)

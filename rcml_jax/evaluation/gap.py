@@ -72,7 +72,7 @@ def modality_gap(
         distance = gaussian_wasserstein2(*gaussian)
     else:
         rng = np.random.default_rng(seed)
-        clouds = [_rows(_sample(x, points, rng), normalize) for x in (image, text)]
+        clouds = [scaled_rows(_sample(x, points, rng), normalize) for x in (image, text)]
         if wasserstein == "sinkhorn":
             distance = sinkhorn_wasserstein2(*clouds)
         else:
@@ -206,7 +206,7 @@ class Calibration:
             )
         out = np.empty(x.shape, np.float32)
         for part in _blocks(len(x)):
-            rows = _rows(x[part], self.normalize) - mean
+            rows = scaled_rows(x[part], self.normalize) - mean
             out[part] = rows if self.maps[modality] is None else rows @ self.maps[modality]
         return out
 
@@ -335,7 +335,7 @@ def _blocks(rows: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK))
 
 
-def _rows(x: np.ndarray, normalize: bool) -> np.ndarray:
+def scaled_rows(x: np.ndarray, normalize: bool) -> np.ndarray:
     """Rows as float64, of length one if `normalize`; a row of zeros stays zero."""
     x = np.asarray(x, np.float64)
     if not normalize:
@@ -346,10 +346,10 @@ def _rows(x: np.ndarray, normalize: bool) -> np.ndarray:
 
 def _moments(x: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d), over n, in float64 by blocks of rows."""
-    mean = sum(_rows(x[part], normalize).sum(axis=0) for part in _blocks(len(x))) / len(x)
+    mean = sum(scaled_rows(x[part], normalize).sum(axis=0) for part in _blocks(len(x))) / len(x)
     covariance = np.zeros((x.shape[1],) * 2)
     for part in _blocks(len(x)):
-        rows = _rows(x[part], normalize) - mean
+        rows = scaled_rows(x[part], normalize) - mean
         covariance += rows.T @ rows
     covariance /= len(x)
     # Rows that are all equal differ from their mean by its rounding.
@@ -387,7 +387,7 @@ def _first_share(spectrum: np.ndarray) -> float:
 def cosines(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Cosines of the rows x[i] and y[j], whatever their lengths; 0 where either is zero."""
     parts = [
-        np.sum(_rows(x[i[part]], True) * _rows(y[j[part]], True), axis=1)
+        np.sum(scaled_rows(x[i[part]], True) * scaled_rows(y[j[part]], True), axis=1)
         for part in _blocks(len(i))
     ]
     return np.concatenate(parts)

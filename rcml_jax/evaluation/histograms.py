@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rcml_jax.evaluation.gap import check_pairs, cosines, unmatched_pairs
+from rcml_jax.evaluation.gap import check_pairs, cosines, scaled_rows, unmatched_pairs
 
 BINS = 80
 #: Rows of each modality at most that the plane shows.
@@ -44,9 +44,7 @@ def plane(
     image, text, image_of_text = check_pairs(image, text, image_of_text, same_width=True)
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(text))[:POINTS])
-    sides = [np.asarray(x, np.float64) for x in (image[image_of_text[rows]], text[rows])]
-    lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in sides]
-    sides = [x / np.where(n > 0, n, 1) for x, n in zip(sides, lengths, strict=True)]
+    sides = [scaled_rows(x, True) for x in (image[image_of_text[rows]], text[rows])]
     both = np.concatenate(sides)
     both -= both.mean(axis=0)
     axes = np.linalg.svd(both, full_matrices=False)[2][:2]

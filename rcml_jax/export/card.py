@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 _DATA = {
@@ -139,7 +140,7 @@ def model_card(config: Any, params: Any, result: dict | None, *, temperature: fl
     temperature: of its loss, fixed or learned.
     """
     is_rcml, data = config.method == "rcml", config.data.name
-    count = sum(np.size(x) for x in _leaves(params["towers"]))
+    count = sum(np.size(x) for x in jax.tree.leaves(params["towers"]))
     code = _RCML_IMPORTS + _LOAD + _RCML_CODE if is_rcml else _CLIP_IMPORTS + _LOAD + _CLIP_CODE
     name = result["dataset"] if result else data
     parts = [
@@ -165,11 +166,6 @@ def model_card(config: Any, params: Any, result: dict | None, *, temperature: fl
     if is_rcml:
         parts.append(_HEAD.format(d=len(params["head"]["query"])))
     return "\n".join(parts)
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    for value in tree.values():
-        yield from _leaves(value) if hasattr(value, "values") else [value]
 
 
 def _started_from(model: Any) -> str:

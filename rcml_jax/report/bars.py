@@ -10,7 +10,8 @@ from rcml_jax.evaluation.scores import SCORES
 from rcml_jax.report import style
 from rcml_jax.report.arrays import Arrays, LeftOutError
 from rcml_jax.report.curves import labels
-from rcml_jax.report.sources import Run, Sweep, leaves
+from rcml_jax.report.sources import Run, Sweep
+from rcml_jax.training.workdir import leaves
 
 #: Names and paths into `eval.json` of what a sweep shows, by family.
 MEASURES = {

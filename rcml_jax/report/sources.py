@@ -9,7 +9,7 @@ from typing import Any
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL
-from rcml_jax.training.workdir import load_config
+from rcml_jax.training.workdir import leaves, load_config
 
 CLASSIFIERS = ("m3col",)
 _NEEDED = {
@@ -233,17 +233,6 @@ def _check(path: pathlib.Path, result: Mapping, method: str, family: str) -> Non
     missing = [name for name in _NEEDED[family] if name not in result]
     if missing:
         raise UserError(f"{path / 'eval.json'} lacks {', '.join(missing)}; {again}")
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as dotted names → values."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= leaves(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

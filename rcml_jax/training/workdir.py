@@ -68,8 +68,8 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib
 
 
 def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    old = _leaves(load_config(path.parent).to_dict())
-    new = _leaves(json.loads(json.dumps(config.to_dict())))
+    old = leaves(load_config(path.parent).to_dict())
+    new = leaves(json.loads(json.dumps(config.to_dict())))
     changed = [
         f"{name} ({old.get(name, 'unset')!r} there, {new.get(name, 'unset')!r} here)"
         for name in sorted(old.keys() | new.keys())
@@ -100,11 +100,12 @@ def _free(name: str) -> bool:
     return name in _FREE or name.split(".")[0] in _FREE
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted names → values."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _leaves(value, f"{prefix}{name}.")
+            flat |= leaves(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
