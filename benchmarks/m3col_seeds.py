@@ -10,10 +10,10 @@ model written as one would. A step is timed with M3Co and with MultiSClip, and a
 third of the one and two thirds of the other.
 """
 
-import functools
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -143,16 +143,27 @@ class Plain:
         return -(target * (rows + columns)).sum() / len(scores)
 
 
-def run_times(times: timing.Times, name: str, share: float, seeds: int) -> np.ndarray:
+def in_a_row(step: Callable, phase: str, count: int) -> Callable:
+    """`count` steps of a phase, one after the other as in a run."""
+
+    def steps() -> object:
+        for _ in range(count):
+            result = step(phase)
+        return result
+
+    return steps
+
+
+def run_times(times: timing.Times, name: str, share: float) -> np.ndarray:
     """Seconds of an average step of a run, a seed: `share` of M3Co, the rest of MultiSClip."""
-    first, second = times[f"{name}, m3co"], times[f"{name}, multi_soft_clip"]
-    return (share * first + (1 - share) * second) / seeds
+    return share * times[f"{name}, m3co"] + (1 - share) * times[f"{name}, multi_soft_clip"]
 
 
 def main() -> None:
     """Time both phases of both in turn, and print the ratio per seed."""
     parser = timing.parser(__doc__.splitlines()[0], repeats=20)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="timed in a row, of every seed")
     parser.add_argument("--width", type=int, default=0, help="0: the configuration's")
     args = parser.parse_args()
     options = {"model.width": args.width} if args.width else {}
@@ -164,20 +175,22 @@ def main() -> None:
         width = ours.config.model.width
         machine = timing.start(f"M3CoL on tables of ROSMAP's sizes, width {width}: seconds a step")
         machine["torch"] = torch.__version__
+        # One call trains every seed for as many steps: five at once, or one by one.
+        sides = {PLAIN: (plain, args.seeds * args.steps), OURS: (ours, args.steps)}
         functions = {
-            f"{name}, {phase}": functools.partial(side, phase)
-            for name, side in ((PLAIN, plain), (OURS, ours))
+            f"{name}, {phase}": in_a_row(side, phase, count)
+            for name, (side, count) in sides.items()
             for phase in PHASES
         }
-        times = timing.alternate(functions, repeats=args.repeats, warmup=3, pause=0.3)
+        times = timing.alternate(functions, repeats=args.repeats, warmup=2, pause=0.3)
+    times = {name: seconds / (args.seeds * args.steps) for name, seconds in times.items()}
     share = ours.config.loss.m3co_share
     per_seed = {
-        PLAIN: run_times(times, PLAIN, share, 1),
-        OURS: run_times(times, OURS, share, args.seeds),
+        PLAIN: run_times(times, PLAIN, share),
+        OURS: run_times(times, OURS, share),
     }
     ratios = [timing.ratio(per_seed, PLAIN, OURS)]
-    timing.print_times(times, unit="step")
-    timing.print_times(per_seed, unit="step and seed")
+    timing.print_times(times | per_seed, unit="step and seed")
     timing.print_ratios(ratios)
     figures = {"machine": machine, "seeds": args.seeds, "width": width, "ratios": ratios}
     timing.write_json(args.json, {**figures, "seconds": timing.summarise(times | per_seed)})

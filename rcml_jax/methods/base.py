@@ -85,6 +85,12 @@ class Method(abc.ABC):
         batch = self.prepare(batch, key)
         return self.objective(params, self.embed(params, batch, key), batch, progress)
 
+    def value_and_grad(
+        self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        """`loss` and its gradient; to be overridden where there is a faster way to them."""
+        return jax.value_and_grad(self.loss, has_aux=True)(params, batch, key, progress)
+
     def frozen(self, params: Params) -> Any:
         """A tree of booleans like `params`: true where a parameter is not trained."""
         return jax.tree.map(lambda _: False, params)

@@ -1,7 +1,7 @@
 """Several M3CoL models in one compiled step: one for each seed, and one for each seed and fold."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from rcml_jax.methods.report import Models, look, report
 
 
 class Members(Method):
-    """M3CoL models trained side by side by `vmap`; every leaf of the parameters is stacked.
+    """M3CoL models trained side by side in one compiled step; every leaf of the parameters is
+    stacked.
 
     The seeds are `config.seed` and the ones after it. On data without a validation split there are
     two models of each seed: one is trained on all of train, the other without a stratified fold of
@@ -94,15 +95,33 @@ class Members(Method):
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The sum of the models' losses, whose gradient is each one's own; the mean is logged."""
+        one = self._one(batch, key, progress)
+        return _summed(*jax.vmap(one)(params, self._keep, self._seeds))
 
-        def one(params: Params, keep: jax.Array, seed: jax.Array) -> tuple:
+    def value_and_grad(
+        self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        """`loss` and its gradient, on a CPU one model after the other.
+
+        There products of stacks of matrices are slower than those of the matrices, and one model's
+        arrays stay in the cache.
+        """
+        if (self.config.platform or jax.default_backend()) != "cpu":
+            return super().value_and_grad(params, batch, key, progress)
+        graded = jax.value_and_grad(self._one(batch, key, progress), has_aux=True)
+        found, grads = jax.lax.map(lambda one: graded(*one), (params, self._keep, self._seeds))
+        return _summed(*found), grads
+
+    def _one(self, batch: Batch, key: jax.Array, progress: jax.Array) -> Callable:
+        """The loss of one model of its parameters, rows and seed."""
+
+        def one(params: Params, keep: jax.Array, seed: jax.Array) -> tuple[jax.Array, Metrics]:
             shared = batch["shared"]
             valid = shared["valid"] & keep[shared["rows"]]
             mine = {**batch, "shared": {**shared, "valid": valid}}
             return self.single.loss(params, mine, jax.random.fold_in(key, seed), progress)
 
-        values, metrics = jax.vmap(one)(params, self._keep, self._seeds)
-        return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
+        return one
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
         """Not split in two: `loss` is the whole."""
@@ -142,6 +161,11 @@ class Members(Method):
     ) -> Metrics:
         """The three protocols and the analyses over all models."""
         return report(self, params, split, history)
+
+
+def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
+    """Losses and metrics of the models → the sum of the losses, and the means."""
+    return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
 
 def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:

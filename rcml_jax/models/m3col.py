@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rcml_jax.models.dropout import Dropout
+
 _GLOROT = nn.initializers.glorot_normal()
 
 
@@ -25,7 +27,7 @@ class MLP(nn.Module):
         for place, width in enumerate(self.widths):
             x = nn.Dense(width, kernel_init=_GLOROT, dtype=self.dtype)(x)
             if place + 1 < len(self.widths):
-                x = nn.Dropout(self.dropout)(nn.relu(x), deterministic=deterministic)
+                x = Dropout(self.dropout)(nn.relu(x), deterministic=deterministic)
         return x
 
 

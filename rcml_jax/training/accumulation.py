@@ -122,7 +122,7 @@ def whole(
     """((loss, metrics), gradient) of a batch at once; axis: that of its examples under `pmap`."""
     if axis:
         return exact(method, params, batch, key, progress, 1, axis)
-    return jax.value_and_grad(method.loss, has_aux=True)(params, batch, key, progress)
+    return method.value_and_grad(params, batch, key, progress)
 
 
 def exact(
