@@ -4,11 +4,12 @@ Status 0 means done, or stopped by a signal with everything saved; 2 a mistake t
 sentence tells how to mend.
 """
 
+import contextlib
 import importlib.util
 import logging as python_logging
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -17,6 +18,11 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from rcml_jax.errors import UserError
+
+#: The configuration files of a checkout; an installed package has none beside it.
+_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+#: Options that make no other model of a run: eval.py takes them.
+_OF_EVALUATION = ("evaluation.", "data.dir", "data.path", "data.threads", "platform")
 
 
 def train(argv: Sequence[str]) -> int:
@@ -86,15 +92,23 @@ def _evaluate(argv: Sequence[str]) -> int:
     from rcml_jax.training.workdir import load_config
 
     path, rest = take_option(["", *rest], "config")
-    config = load_config_file(path) if path else load_config(pathlib.Path(workdir))
-    if config.get("method") == "alignment":
-        return _study(config, workdir, rest)
     if path:
-        raise UserError(
-            "eval.py takes --config for the alignment study only (configs/alignment.py); for "
-            "anything else it takes the configuration of the work directory: leave --config out"
-        )
-    values = parse_flags(rest, load_config(pathlib.Path(workdir)), split="test")
+        config = load_config_file(path)
+        if config.get("method") != "alignment":
+            raise UserError(
+                "eval.py takes --config for the alignment study only (configs/alignment.py); for "
+                "anything else it takes the configuration of the work directory: leave --config out"
+            )
+        return _study(config, workdir, rest)
+    config = load_config(pathlib.Path(workdir))
+    with _naming(complete(config), workdir):
+        if config.method == "alignment":
+            return _study(config, workdir, rest)
+        return _evaluate_run(config, workdir, rest)
+
+
+def _evaluate_run(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
+    values = parse_flags(rest, config, split="test")
     _check_overrides(rest)
     from rcml_jax.data.graph import SPLITS
     from rcml_jax.evaluation.table import print_evaluation
@@ -104,6 +118,79 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise UserError(f"--split={values.split} is unknown; choose one of {', '.join(SPLITS)}")
     print_evaluation(evaluate_workdir(values.config, workdir, values.split))
     return 0
+
+
+def complete(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Give the configuration of an older run, in place, the options that came after it.
+
+    Those that are off by default, or that make no other model, take the default of the current
+    configuration file of the method. Returns the others that it lacks, as dotted names → today's
+    defaults: what the run had in their place is not known.
+    """
+    today = _current_defaults(config)
+    if today is None:
+        return {}
+    from flax.traverse_util import unflatten_dict
+
+    from rcml_jax.training.workdir import leaves
+
+    defaults = leaves(today.to_dict())
+    lacking = {name: value for name, value in defaults.items() if _lacks(config, name)}
+    known = {n: v for n, v in lacking.items() if not v or n.startswith(_OF_EVALUATION)}
+    with config.unlocked():
+        config.update(unflatten_dict(known, sep="."))
+    return {name: value for name, value in lacking.items() if name not in known}
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """A work directory's configuration, with the options that came after it: see `complete`.
+
+    Raises UserError where there is none.
+    """
+    from rcml_jax.training.workdir import load_config
+
+    config = load_config(workdir)
+    complete(config)
+    return config
+
+
+def _lacks(config: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(config, ml_collections.ConfigDict):
+            return False
+        if part not in config:
+            return True
+        config = config[part]
+    return False
+
+
+def _current_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
+    """The current configuration of the method and its data source, if their file is at hand."""
+    others = {"m3col": "m3col", "alignment": "alignment"}
+    path = _CONFIGS / f"{others.get(config.method, 'rcml')}.py"
+    if not path.is_file():
+        return None
+    try:
+        return load_config_file(f"{path}:{config.data.get('name', '')}")
+    except UserError:  # a source of the user's own
+        return load_config_file(str(path))
+
+
+@contextlib.contextmanager
+def _naming(unknown: dict[str, Any], workdir: str) -> Iterator[None]:
+    """Where an option that `complete` left out is needed, say so in a sentence."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        missing = [name for name in unknown if repr(name.split(".")[-1]) in str(error)]
+        if not missing:
+            raise
+        name = missing[0]
+        raise UserError(
+            f"{workdir} was trained by an older version, without config.{name}: write the value "
+            f"that it had into {pathlib.Path(workdir) / 'config.json'} (the default is "
+            f"{unknown[name]!r} now), or train anew"
+        ) from error
 
 
 def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
@@ -130,8 +217,8 @@ def _check_overrides(args: Sequence[str]) -> None:
     """Only what does not make another model of it may be given to eval.py."""
     for arg in args:
         name = arg.lstrip("-").split("=")[0]
-        allowed = ("config.evaluation.", "config.data.dir", "config.platform", "config.data.path")
-        if name.startswith("config.") and not name.startswith(allowed):
+        option = name.removeprefix("config.")
+        if name != option and not option.startswith(_OF_EVALUATION):
             raise UserError(
                 f"eval.py takes the configuration of the work directory; --{name} would evaluate "
                 "another one: train it with train.py"

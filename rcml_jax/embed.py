@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rcml_jax.catalogue import Embeddings, embed_catalogue, open_model
-from rcml_jax.commands import guard, parse_flags
+from rcml_jax.commands import guard, parse_flags, read_config
 from rcml_jax.data.embedding_store import DTYPES
 from rcml_jax.data.items import from_graph, read_items
 from rcml_jax.errors import UserError
-from rcml_jax.training.workdir import load_config
 
 _FREE = ("config.data.dir", "config.data.path", "config.platform")
 
@@ -49,7 +48,7 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
                 f"--{name} would make another model of {workdir}; only "
                 f"{', '.join(f'--{free}' for free in _FREE)} can be given"
             )
-    return parse_flags(overrides, load_config(workdir)).config
+    return parse_flags(overrides, read_config(workdir)).config
 
 
 def _embed(argv: Sequence[str]) -> int:

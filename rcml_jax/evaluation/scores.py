@@ -1,7 +1,9 @@
 """Embeddings of items under relations, and the five scores of a pair (TT, II, TI, IT, AVG)."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,9 @@ from rcml_jax.similarity import l2_normalize, paired
 #: Text-text, image-image, A's text with B's image, A's image with B's text, and the similarity of
 #: the averaged and renormalised embeddings.
 SCORES = ("tt", "ii", "ti", "it", "avg")
-_BLOCK_BYTES = 64 * 2**20
+#: Bytes of vectors gathered at a time: what a core's own cache holds; on accelerators more.
+_CACHE_BYTES, _DEVICE_BYTES = 2**19, 2**26
+_QUERIES = 2048  # whose scores are computed in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +46,26 @@ def _take(embeddings: jax.Array, relation: jax.Array, items: jax.Array) -> jax.A
 
 
 @functools.partial(jax.jit, static_argnames="similarity")
-def _similarity_block(text, image, a, b, relation, similarity):
-    score = paired(similarity)
-    ta, tb = _take(text, relation, a), _take(text, relation, b)
-    ia, ib = _take(image, relation, a), _take(image, relation, b)
+def _scores_of_blocks(text, image, sentence, a, b, relation, similarity):
+    """The five scores, (m · block, c) each, of indices (m, block, 1 or c), one block at a time."""
+    of_block = _product if similarity == "product" else functools.partial(_similarity, similarity)
+    shape = jnp.broadcast_shapes(a.shape, b.shape, relation.shape)
+
+    def scores(index):
+        a, b, relation = index
+        vectors = [_take(x, relation, rows) for rows in (a, b) for x in (text, image)]
+        # Of what does not depend on the relation there is one score for all relations.
+        found = of_block(*vectors, sentence[relation])
+        return {name: jnp.broadcast_to(x, shape[1:]) for name, x in found.items()}
+
+    found = jax.lax.map(scores, (a, b, relation))
+    return {name: x.reshape(-1, shape[-1]) for name, x in found.items()}
+
+
+def _similarity(similarity, ta, ia, tb, ib, sentence):
+    del sentence
+    # The vectors have length one: there is nothing to divide by.
+    score = paired("dot" if similarity == "cosine" else similarity)
     return {
         "tt": score(ta, tb),
         "ii": score(ia, ib),
@@ -55,14 +75,10 @@ def _similarity_block(text, image, a, b, relation, similarity):
     }
 
 
-@jax.jit
-def _product_block(text, image, sentence, a, b, relation):
+def _product(ta, ia, tb, ib, sentence):
     cosine = paired("cosine")
-    h = sentence[relation]
-    ta, tb = cosine(_take(text, relation, a), h), cosine(_take(text, relation, b), h)
-    ia, ib = cosine(_take(image, relation, a), h), cosine(_take(image, relation, b), h)
-    both_a = cosine(l2_normalize(_take(text, relation, a) + _take(image, relation, a)), h)
-    both_b = cosine(l2_normalize(_take(text, relation, b) + _take(image, relation, b)), h)
+    ta, ia, both_a = (cosine(x, sentence) for x in (ta, ia, l2_normalize(ta + ia)))
+    tb, ib, both_b = (cosine(x, sentence) for x in (tb, ib, l2_normalize(tb + ib)))
     return {"tt": ta * tb, "ii": ia * ib, "ti": ta * ib, "it": ia * tb, "avg": both_a * both_b}
 
 
@@ -74,26 +90,34 @@ def pair_scores(
     *,
     similarity: str = "cosine",
 ) -> dict[str, np.ndarray]:
-    """The five scores of pairs (a, b) under relations.
+    """The five scores, (q, c) each, of pairs (a, b) under relations.
 
-    a, b, relation: (q, c) after broadcasting; rows of the table (`EmbeddingTable.rows`) and
-    relation indices. similarity: a name of `rcml_jax.similarity`, or "product" for the
-    training-free cos(z_A, h_E)·cos(z_B, h_E). Worked off in blocks of queries, so that at most a
-    few hundred megabytes of gathered vectors are held.
+    a, b, relation: (q, 1) or (q, c), or with one row for all; rows of the table
+    (`EmbeddingTable.rows`) and relation indices. similarity: a name of `rcml_jax.similarity`, or
+    "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E). Vectors are gathered for a few
+    queries at a time, so that (q, c, d) is never held. A score depends on its two vectors and its
+    relation alone: equal candidates of a query tie to the last bit. Raises ValueError for an
+    unknown similarity.
     """
-    a, b, relation = (np.asarray(x) for x in np.broadcast_arrays(a, b, relation))
-    queries, width = a.shape
-    block = max(1, _BLOCK_BYTES // (width * table.text.shape[-1] * 4))
-    text, image, sentence = (jnp.asarray(x) for x in (table.text, table.image, table.relation))
-    out: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
-    for start in range(0, queries, block):
-        stop = min(start + block, queries)
-        rows = np.minimum(np.arange(start, start + min(block, queries)), queries - 1)
-        index = a[rows], b[rows], relation[rows]
-        if similarity == "product":
-            scores = _product_block(text, image, sentence, *index)
-        else:
-            scores = _similarity_block(text, image, *index, similarity=similarity)
-        for name in SCORES:
-            out[name].append(np.asarray(scores[name])[: stop - start])
-    return {name: np.concatenate(parts) for name, parts in out.items()}
+    queries = max(map(len, (a, b, relation)))
+    index = [np.broadcast_to(x, (queries, x.shape[1])).astype(np.int32) for x in (a, b, relation)]
+    arrays = [jnp.asarray(x) for x in (table.text, table.image, table.relation)]
+    (device,) = arrays[0].devices()
+    on_cpu = device.platform == "cpu"
+    # Each pair of a and b is a text and an image on both sides.
+    vectors = 2 * sum(np.broadcast_shapes(x.shape, relation.shape)[1] for x in (a, b))
+    most = _CACHE_BYTES if on_cpu else _DEVICE_BYTES
+    block = max(1, most // (vectors * table.text.shape[-1] * 4))
+    rows = block * max(1, min(_QUERIES // block, -(-queries // block)))
+
+    def run(start: int) -> dict[str, np.ndarray]:
+        places = np.arange(start, start + rows).clip(max=queries - 1)
+        blocks = (x[places].reshape(-1, block, x.shape[1]) for x in index)
+        with jax.default_device(device):  # which is each thread's own setting
+            scores = _scores_of_blocks(*arrays, *blocks, similarity=similarity)
+        return {name: np.asarray(x)[: queries - start] for name, x in scores.items()}
+
+    # A block is too small to be split over processors, so that several are worked on at once.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() if on_cpu else 1) as pool:
+        parts = list(pool.map(run, range(0, queries, rows)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in SCORES}

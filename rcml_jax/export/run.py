@@ -12,13 +12,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from rcml_jax.commands import read_config
 from rcml_jax.data.graph import INTRA_RELATION
 from rcml_jax.data.tokenizer_files import write_tokenizer_files
 from rcml_jax.errors import UserError
 from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.training.checkpoint import read_params
-from rcml_jax.training.workdir import load_config
 
 _MATRICES = ("query", "key", "value", "output")
 
@@ -30,7 +30,7 @@ def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
     not finished, and where the target is not empty or cannot be written.
     """
     workdir, target = pathlib.Path(workdir), pathlib.Path(target).resolve()
-    config = load_config(workdir)
+    config = read_config(workdir)
     if config.method not in RELATIONAL:
         raise UserError(
             f"{workdir} is a run of {config.method}; only the towers of {', '.join(RELATIONAL)} "

@@ -9,11 +9,10 @@ a time, and again in the backward pass, so that memory grows with block × candi
 rows × candidates. Value and gradient are the same up to rounding.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from rcml_jax.losses.blocks import all_valid, column_log_sums, map_rows
 from rcml_jax.similarity import as_float, cosine, dot, l2_normalize
 
 
@@ -107,7 +106,7 @@ def info_nce(
         # A row of weight 0 counts nowhere; such is the padding of the last block.
         return _softmax_sums(logits, own["targets"], own.get("where", where), own["weights"])
 
-    total, weight = _map_rows(sums, rows, block)
+    total, weight = map_rows(sums, rows, block)
     return _ratio(jnp.sum(total), jnp.sum(weight))
 
 
@@ -163,7 +162,7 @@ def sigmoid(
     """
     _check_paired(text, image)
     text, image = _comparable(text, image, normalize)
-    valid = _all_valid(where, text)
+    valid = all_valid(where, len(text))
     rows = {"text": text, "targets": _checked_targets(targets, len(text), len(text))}
     rows["valid"] = valid
 
@@ -175,7 +174,7 @@ def sigmoid(
         terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
         return jnp.sum(jnp.where(own["valid"][:, None] & valid, terms, 0))
 
-    sums = total(jnp.arange(len(text)), rows) if block is None else _map_rows(total, rows, block)
+    sums = total(jnp.arange(len(text)), rows) if block is None else map_rows(total, rows, block)
     return -jnp.sum(sums) / jnp.maximum(jnp.sum(valid), 1).astype(text.dtype)
 
 
@@ -222,10 +221,8 @@ def _blocked_clip(text, image, temperature, where, targets, block, matrix=None):
     lse_j − Σ_i t_ij l_ij / Σ_i t_ij. matrix(index, targets, logits) makes the target matrix of a
     block; without it `targets` are in one of the forms of `_target_matrix`.
     """
-    valid = _all_valid(where, text)
+    valid = all_valid(where, len(text))
     rows = {"text": text, "targets": targets, "valid": valid}
-    # Instead of −inf, so that a column without any row has a finite logarithm, and a gradient.
-    lowest = jnp.finfo(text.dtype).min / 2
 
     def parts(index, own):
         logits = _logits(own["text"], image, temperature, False)
@@ -235,38 +232,19 @@ def _blocked_clip(text, image, temperature, where, targets, block, matrix=None):
             target = matrix(index, own["targets"], logits)
         both = own["valid"][:, None] & valid
         target = jnp.where(both, target, 0)
-        log_sum = jax.nn.logsumexp(jnp.where(both, logits, lowest), axis=0)
-        by_image = log_sum, jnp.sum(target * logits, axis=0), jnp.sum(target, axis=0)
+        by_image = (
+            column_log_sums(logits, both),
+            jnp.sum(target * logits, axis=0),
+            jnp.sum(target, axis=0),
+        )
         return _softmax_sums(logits, target, both, None), by_image
 
-    by_text, (log_sums, sums, mass) = _map_rows(parts, rows, block)
+    by_text, (log_sums, sums, mass) = map_rows(parts, rows, block)
     sums, mass = jnp.sum(sums, axis=0), jnp.sum(mass, axis=0)
     live = mass > 0
     losses = jax.nn.logsumexp(log_sums, axis=0) - sums / jnp.where(live, mass, 1)
     backward = _ratio(jnp.sum(jnp.where(live, losses, 0)), jnp.sum(live).astype(losses.dtype))
     return (_ratio(*map(jnp.sum, by_text)) + backward) / 2
-
-
-def _map_rows(function: Callable, rows, block: int):
-    """Stack `function(index, rows of a block)` over blocks, each made again in the backward pass.
-
-    rows: a tree of arrays whose leading axis has the n rows; index: (block,), which rows a block
-    has. The last block is padded with zeros, of index n and above. Block b has the rows b,
-    b + blocks, ...: where rows are split over devices, so is every block.
-    """
-    if block < 1:
-        raise ValueError(f"block={block} must be at least 1, or None for all rows at once")
-    n = len(jax.tree.leaves(rows)[0])
-    blocks = -(-n // block)
-    block = -(-n // blocks)
-
-    def split(x):
-        x = jnp.pad(x, [(0, blocks * block - n)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(block, blocks, *x.shape[1:]).swapaxes(0, 1)
-
-    pieces = jnp.arange(blocks * block).reshape(block, blocks).T, jax.tree.map(split, rows)
-    again = jax.checkpoint(function, prevent_cse=False)
-    return jax.lax.map(lambda piece: again(*piece), pieces)
 
 
 def _comparable(x, y, normalize):
@@ -314,11 +292,6 @@ def _both_valid(where, logits):
         return jnp.ones(logits.shape, bool)
     where = jnp.asarray(where, bool)
     return where[:, None] & where
-
-
-def _all_valid(where, rows):
-    """(n,) bool: which rows are no padding."""
-    return jnp.ones(len(rows), bool) if where is None else jnp.asarray(where, bool)
 
 
 def _check_paired(text, image):

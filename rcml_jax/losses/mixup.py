@@ -1,15 +1,18 @@
 """M3CoL's losses (arXiv 2409.17777): M3Co over mixed samples, MultiSClip over soft targets.
 
 Both are pure functions of whole batches, right as they stand under `jit` with sharded inputs,
-`grad` and `vmap`, and computed in float32 at least.
+`grad` and `vmap`, and computed in float32 at least. With `block` so many samples are compared with
+all at a time, and again in the backward pass, so that memory grows with block × n and not with
+n × n. Value and gradient are the same up to rounding.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from rcml_jax.losses.blocks import all_valid, column_log_sums, lowest, map_rows, unstack
 from rcml_jax.similarity import l2_normalize
 
 
@@ -21,6 +24,7 @@ def m3co(
     *,
     temperature: float | jax.Array = 0.1,
     where: jax.Array | None = None,
+    block: int | None = None,
 ) -> jax.Array:
     """M3Co, bidirectional and mixup-contrastive, summed over pairs of modalities (Eq. 6–8, 12).
 
@@ -31,10 +35,23 @@ def m3co(
 
     clean, mixed: M ≥ 2 arrays (n, d), normalised here. coefficient: λ (n,). partner: M index arrays
     (n,), each a permutation. where: (n,) bool, false for padding, which must partner itself only.
+    block: samples compared at a time, or None. Raises ValueError for shapes that do not fit.
     """
     _check(clean, mixed, partner)
     clean, mixed = [l2_normalize(x) for x in clean], [l2_normalize(x) for x in mixed]
-    targets = [_valid_rows(_mixed_targets(coefficient, p), where) for p in partner]
+    everyone = jnp.arange(len(clean[0]))
+    if block is not None:
+        rows = mixed, coefficient, list(partner)
+
+        def compare(index, own, both):
+            mixed, coefficient, partner = own
+            for x, y in itertools.permutations(range(len(clean)), 2):
+                targets = _mixed_targets(coefficient, index, partner[x], everyone)
+                yield _logits(mixed[x], clean[y], temperature), jnp.where(both, targets, 0)
+
+        return _blocked_both_ways(compare, rows, where, block)
+    targets = [_mixed_targets(coefficient, everyone, p, everyone) for p in partner]
+    targets = [_valid_rows(t, where) for t in targets]
     total = jnp.float32(0)
     for x, y in itertools.permutations(range(len(clean)), 2):
         logits = _logits(mixed[x], clean[y], temperature)
@@ -48,6 +65,7 @@ def multi_soft_clip(
     temperature: float | jax.Array = 0.1,
     where: jax.Array | None = None,
     stop_gradient_targets: bool = False,
+    block: int | None = None,
 ) -> jax.Array:
     """MultiSClip: similarities within one modality are the targets across (Eq. 9–11, 13).
 
@@ -56,10 +74,13 @@ def multi_soft_clip(
     L² with the modalities swapped, and the loss (L¹ + L²)/2, summed over pairs of modalities.
 
     embeddings: M ≥ 2 arrays (n, d), normalised here. where: (n,) bool, false for padding.
-    stop_gradient_targets: no gradient through w; the paper's has it.
+    stop_gradient_targets: no gradient through w; the paper's has it. block: samples compared at a
+    time, or None. Raises ValueError for shapes that do not fit.
     """
     _check(embeddings)
     units = [l2_normalize(x) for x in embeddings]
+    if block is not None:
+        return _blocked_soft_clip(units, temperature, where, stop_gradient_targets, block)
     targets = [_valid_rows(_soft_targets(x, temperature, where), where) for x in units]
     if stop_gradient_targets:
         targets = jax.lax.stop_gradient(targets)
@@ -70,6 +91,60 @@ def multi_soft_clip(
         both = targets[a].T + targets[b]
         total += _both_ways(logits, both, where) / 2
     return total
+
+
+def _blocked_soft_clip(units, temperature, where, stop_gradient_targets, block):
+    """`multi_soft_clip` of unit vectors, whose targets are made block by block, too."""
+    valid = all_valid(where, len(units[0]))
+
+    def log_sums(index, own):
+        del index
+        logits = (_logits(x, y, temperature) for x, y in zip(own, units, strict=True))
+        return [jax.nn.logsumexp(jnp.where(valid, s, lowest(s.dtype)), axis=1) for s in logits]
+
+    normalizers = [unstack(r, len(valid)) for r in map_rows(log_sums, units, block)]
+
+    def compare(index, own, both):
+        del index
+        rows, of_rows = own
+        within = [_logits(x, y, temperature) for x, y in zip(rows, units, strict=True)]
+        for a, b in itertools.combinations(range(len(units)), 2):
+            # w^b_il = exp(s_il − r_i) and, as similarities are symmetric, w^a_li = exp(s_il − r_l).
+            # Masked before the exponential, which elsewhere may be infinite.
+            logs = within[a] - normalizers[a], within[b] - of_rows[b][:, None]
+            targets = sum(jnp.exp(jnp.where(both, x, lowest(x.dtype))) for x in logs)
+            if stop_gradient_targets:
+                targets = jax.lax.stop_gradient(targets)
+            yield _logits(rows[a], units[b], temperature), targets
+
+    return _blocked_both_ways(compare, (units, normalizers), where, block)
+
+
+def _blocked_both_ways(
+    compare: Callable[..., Iterator], rows, where: jax.Array | None, block: int
+) -> jax.Array:
+    """Half of `_both_ways` summed over comparisons, `block` rows of all of them at a time.
+
+    compare(index, rows of a block, both) yields the logits and targets, (block, n), of each
+    comparison, the targets 0 where `both` (block, n) is false: row or column is padding.
+    """
+    valid = all_valid(where, len(jax.tree.leaves(rows)[0]))
+
+    def parts(index, own):
+        rows, rows_valid = own
+        both = rows_valid[:, None] & valid
+        total, columns = jnp.float32(0), []
+        for logits, targets in compare(index, rows, both):
+            log_sums = jax.nn.logsumexp(jnp.where(both, logits, lowest(logits.dtype)), axis=1)
+            total += jnp.sum(log_sums * targets.sum(axis=1)) - 2 * jnp.sum(targets * logits)
+            columns.append((column_log_sums(logits, both), targets.sum(axis=0)))
+        return total, columns
+
+    totals, columns = map_rows(parts, (rows, valid), block)
+    total = jnp.sum(totals)
+    for log_sums, mass in columns:
+        total += jnp.sum(jax.nn.logsumexp(log_sums, axis=0) * mass.sum(axis=0))
+    return total / jnp.maximum(jnp.sum(valid), 1) / 2
 
 
 def _both_ways(logits: jax.Array, targets: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -90,11 +165,12 @@ def _logits(x: jax.Array, y: jax.Array, temperature: float | jax.Array) -> jax.A
     return x @ y.T / temperature
 
 
-def _mixed_targets(coefficient: jax.Array, partner: jax.Array) -> jax.Array:
-    """(n, n): λ_i at i and 1 − λ_i at the partner; they add up where a sample partners itself."""
-    columns = jnp.arange(len(partner))
+def _mixed_targets(
+    coefficient: jax.Array, index: jax.Array, partner: jax.Array, columns: jax.Array
+) -> jax.Array:
+    """Rows: λ_i at i and 1 − λ_i at the partner; they add up where a sample partners itself."""
     share = jnp.asarray(coefficient, jnp.float32)[:, None]
-    own, other = columns[:, None] == columns, jnp.asarray(partner)[:, None] == columns
+    own, other = index[:, None] == columns, jnp.asarray(partner)[:, None] == columns
     return share * own + (1 - share) * other
 
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rcml_jax.commands import read_config
 from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL
-from rcml_jax.training.workdir import leaves, load_config
+from rcml_jax.training.workdir import leaves
 
 CLASSIFIERS = ("m3col",)
 _NEEDED = {
@@ -112,7 +113,7 @@ def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
         if not (path / "config.json").is_file() and any(path.glob("*/seed*/config.json")):
             sweeps.append(_sweep(path, label))
             continue
-        config = load_config(path)
+        config = read_config(path)
         if config.method == "alignment":
             studies.append(_study(path, label))
         else:
@@ -159,7 +160,7 @@ def _sweep(path: pathlib.Path, label: str) -> Sweep:
         directory = config.parent
         folder = directory.parent.name
         name = names.get(folder, folder.replace("_", " "))
-        run = _run(directory, f"{name}, {directory.name}", load_config(directory))
+        run = _run(directory, f"{name}, {directory.name}", read_config(directory))
         if run.result is not None:
             variants.setdefault(name, []).append(run)
     if not variants:

@@ -1,4 +1,4 @@
-"""A small made-up graph, and OpenMoji prepared once for all tests."""
+"""A small made-up graph, OpenMoji prepared once for all tests, and planted Amazon corpora."""
 
 import dataclasses
 import io
@@ -10,6 +10,7 @@ from PIL import Image
 from rcml_jax.data import openmoji
 from rcml_jax.data.graph import RelationGraph, normalize_pairs, pairs_within
 from rcml_jax.data.images import EncodedImages
+from tests.data import planted_amazon
 
 
 def png(index: int, size: int = 8) -> bytes:
@@ -74,3 +75,21 @@ def openmoji_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def emoji(openmoji_dir) -> RelationGraph:
     return openmoji.load(openmoji_dir, log=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def planted():
+    """2,000 buyers and 400 items of Amazon's format; see planted_amazon."""
+    return planted_amazon.plant(2000, 400)
+
+
+@pytest.fixture(scope="session")
+def corpus(planted, tmp_path_factory):
+    """The folder of their files, compressed; not to be changed."""
+    return planted_amazon.write(planted, tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A planted corpus of 100 items, not compressed, to be changed by a test."""
+    return planted_amazon.write(planted_amazon.plant(500, 100), tmp_path / "tiny", compressed=False)

@@ -1,10 +1,12 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rcml_jax.evaluation import scores
-from rcml_jax.evaluation.scores import SCORES, pair_scores
+from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
 from tests import reference
-from tests.evaluation.tables import ITEMS, KINDS, NAMES, arrays, random_table
+from tests.evaluation.tables import ITEMS, KINDS, NAMES, arrays, random_table, units
 
 
 def twin(table, a, b, relation, similarity):
@@ -42,11 +44,37 @@ def test_blocks_of_queries_change_nothing(similarity, monkeypatch):
     )
     relation = relation.astype(int)
     whole = pair_scores(table, a, b, relation, similarity=similarity)
-    # Room for three queries at a time: the last block is a part of one.
-    monkeypatch.setattr(scores, "_BLOCK_BYTES", 3 * 4 * 5 * 4)
+    # Three queries at a time, two times in a call: the last call is a part of one.
+    monkeypatch.setattr(scores, "_CACHE_BYTES", 3 * 2 * (1 + 4) * 5 * 4)
+    monkeypatch.setattr(scores, "_QUERIES", 6)
     parts = pair_scores(table, a, b, relation, similarity=similarity)
     for name in SCORES:
-        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", NAMES)
+def test_equal_candidates_tie_to_the_last_bit(similarity):
+    """Wherever they stand among the others: their ranks must not hang on rounding."""
+    rng = np.random.default_rng(5)
+    kind = np.arange(10) % 3
+    text, image = units(rng, 2, 2, 3, 37)[:, :, kind]
+    table = EmbeddingTable(ITEMS, text, image, units(rng, 2, 37))
+    a, b = rng.integers(10, size=(30, 1)), rng.integers(10, size=(30, 21))
+    found = pair_scores(table, a, b, rng.integers(2, size=(30, 1)), similarity=similarity)
+    for name in SCORES:
+        for row, kinds in zip(found[name], kind[b], strict=True):
+            assert [len(np.unique(row[kinds == k])) for k in range(3)] == [1, 1, 1]
+            assert len(np.unique(row)) == 3
+
+
+def test_vectors_are_gathered_for_a_few_queries_at_a_time():
+    block, columns, queries, dim = 16, 21, 4096, 128
+    of = jax.ShapeDtypeStruct
+    table = [of((2, 50, dim), jnp.float32)] * 2 + [of((2, dim), jnp.float32)]
+    index = [of((queries // block, block, n), jnp.int32) for n in (1, columns, 1)]
+    lowered = scores._scores_of_blocks.lower(*table, *index, similarity="cosine")
+    plan = lowered.compile().memory_analysis()
+    assert plan.temp_size_in_bytes < queries * columns * dim * 4 / 10
 
 
 def test_an_unknown_similarity_is_named():

@@ -1,36 +1,23 @@
+"""The plain losses against their twins, and at the edges: masks, padding, extreme numbers."""
+
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcml_jax.losses import contrastive
 from tests import reference
-
-
-def embeddings(n, m, d, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(m, d)).astype(np.float32)
-
-
-def scores(n, m, seed=0):
-    return np.random.default_rng(seed).normal(size=(n, m)).astype(np.float32) * 3
-
-
-def soft_targets(n, m, seed=3):
-    targets = np.random.default_rng(seed).uniform(size=(n, m)).astype(np.float32)
-    return np.where(targets > 0.5, targets, 0)
-
-
-def value_and_slopes(loss):
-    """The loss and its gradients with respect to all arguments, compiled."""
-
-    def step(*arrays):
-        return jax.value_and_grad(loss, tuple(range(len(arrays))))(*arrays)
-
-    return jax.jit(step)
+from tests.losses.plain import (
+    ALL_LOSSES,
+    PAIRED_OPTIONS,
+    SOFTMAX_OPTIONS,
+    embeddings,
+    scores,
+    soft_targets,
+    value_and_slopes,
+)
 
 
 def check(ours, twin, *arrays):
@@ -40,19 +27,6 @@ def check(ours, twin, *arrays):
     for a, e in zip(gradients, reference.gradient(twin, *arrays), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5)
         assert np.any(a != 0)
-
-
-SOFTMAX_OPTIONS = {
-    "diagonal": {},
-    "indices": {"targets": np.array([5, 0, 0, 3])},
-    "indices, some rows without": {"targets": np.array([5, -1, 6, 3])},
-    "soft": {"targets": soft_targets(4, 6)},
-    "bool": {"targets": soft_targets(4, 6) > 0},
-    "row without mass": {"targets": soft_targets(4, 6) * np.array([[1], [0], [1], [1]], "f4")},
-    "columns masked": {"where": np.array([1, 1, 0, 1, 0, 1], bool)},
-    "entries masked": {"where": soft_targets(4, 6, seed=5) > 0, "targets": soft_targets(4, 6)},
-    "weights": {"weights": np.array([1, 0, 0.5, 2], np.float32)},
-}
 
 
 @pytest.mark.parametrize("options", SOFTMAX_OPTIONS.values(), ids=SOFTMAX_OPTIONS)
@@ -73,16 +47,6 @@ def test_info_nce(options, normalize):
         partial(reference.info_nce, **options),
         *embeddings(4, 6, 3),
     )
-
-
-PAIRED_OPTIONS = {
-    "plain": {},
-    "padded": {"where": np.array([1, 0, 1, 1, 0], bool)},
-    "one valid": {"where": np.array([1, 1, 0, 0, 0], bool)},
-    "indices": {"targets": np.array([1, 1, 4, 3, -1])},
-    "soft": {"targets": soft_targets(5, 5), "where": np.array([1, 1, 1, 1, 0], bool)},
-    "dot": {"normalize": False},
-}
 
 
 @pytest.mark.parametrize("name", ["clip", "sigmoid"])
@@ -265,16 +229,6 @@ def test_gradient_of_soft_targets():
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-ALL_LOSSES = {
-    "info_nce": contrastive.info_nce,
-    "clip": contrastive.clip,
-    "sigmoid": contrastive.sigmoid,
-    "label_supervised": lambda t, i: contrastive.label_supervised(
-        t, i, jnp.arange(t.shape[0]) // 3
-    ),
-}
-
-
 @pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
 def test_zero_embeddings_have_finite_gradients(loss):
     text, image = embeddings(4, 4, 3)
@@ -283,140 +237,6 @@ def test_zero_embeddings_have_finite_gradients(loss):
     for gradient in gradients:
         assert np.isfinite(gradient).all()
         assert np.any(gradient != 0)
-
-
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
-def test_bfloat16_is_computed_in_float32(loss):
-    text, image = (jnp.asarray(x, jnp.bfloat16) for x in embeddings(6, 6, 8))
-    value, gradients = value_and_slopes(loss)(text, image)
-    exact, slopes = value_and_slopes(loss)(*(x.astype("f4") for x in (text, image)))
-    assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, exact, rtol=1e-6)
-    for a, e in zip(gradients, slopes, strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype("f4"), e, rtol=1e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
-def test_vmap(loss):
-    text, image = (
-        np.stack(x) for x in zip(*(embeddings(4, 4, 3, seed) for seed in range(3)), strict=True)
-    )
-    single = jax.jit(loss)
-    expected = np.stack([single(t, i) for t, i in zip(text, image, strict=True)])
-    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(text, image), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
-def test_strict_promotion(loss):
-    pair = [jnp.asarray(x) for x in embeddings(4, 4, 3)]
-    with jax.numpy_dtype_promotion("strict"):
-        jax.jit(jax.grad(loss, (0, 1)))(*pair)
-
-
-BLOCKED_OPTIONS = {
-    "info_nce": [*SOFTMAX_OPTIONS.values(), {"normalize": False}],
-    "clip": [*PAIRED_OPTIONS.values(), {"where": np.zeros(5, bool)}],
-    "sigmoid": list(PAIRED_OPTIONS.values()),
-    "label_supervised": [
-        {"labels": np.array([2, -1, -1, 2, 0])},
-        {"labels": np.array([0, 1, 0, 0, 1]), "where": np.array([1, 0, 1, 1, 1], bool)},
-    ],
-}
-
-
-@pytest.mark.parametrize("name", BLOCKED_OPTIONS)
-def test_blocks_of_rows_are_the_plain_form(name):
-    """At a size that does not divide the rows, and for the temperature, too."""
-    loss = getattr(contrastive, name)
-    pair = embeddings(4, 6, 3) if name == "info_nce" else embeddings(5, 5, 3)
-
-    @partial(jax.jit, static_argnums=3)
-    def every(text, image, temperature, block):
-        return [
-            jax.value_and_grad(
-                lambda t, i, s, o=options: loss(t, i, temperature=s, **o, block=block), (0, 1, 2)
-            )(text, image, temperature)
-            for options in BLOCKED_OPTIONS[name]
-        ]
-
-    for block in (3, 99) if name == "label_supervised" else (3,):
-        plain = every(*pair, np.float32(0.4), None)
-        blocked = every(*pair, np.float32(0.4), block)
-        for options, ours, theirs in zip(BLOCKED_OPTIONS[name], blocked, plain, strict=True):
-            for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-                np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6, err_msg=str(options))
-            if np.any(options.get("where", True)):
-                assert all(np.abs(e).max() > 1e-3 for e in jax.tree.leaves(theirs))
-
-
-def test_blocks_of_no_rows_are_refused():
-    for loss in (contrastive.info_nce, contrastive.clip, contrastive.sigmoid):
-        with pytest.raises(ValueError, match="block=0 must be at least 1"):
-            loss(*embeddings(4, 4, 3), block=0)
-
-
-def test_gradient_of_soft_targets_in_blocks():
-    pair, targets = embeddings(5, 5, 3), soft_targets(5, 5)
-    one, two = (
-        jax.jit(jax.grad(lambda t, b=b: contrastive.clip(*pair, targets=t, block=b)))(targets)
-        for b in (None, 2)
-    )
-    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
-    assert np.abs(one).max() > 1e-2
-
-
-@pytest.mark.parametrize("name", ["info_nce", "clip", "sigmoid"])
-def test_blocks_hold_a_part_of_the_similarities(name):
-    n = 1024
-    pair = [jax.ShapeDtypeStruct((n, 8), jnp.float32)] * 2
-
-    def planned(block):
-        loss = partial(getattr(contrastive, name), block=block)
-        plan = value_and_slopes(loss).lower(*pair).compile().memory_analysis()
-        return plan.temp_size_in_bytes
-
-    assert planned(64) < planned(None) / 5
-    assert planned(None) > 4 * n * n
-
-
-BLOCKED = {
-    "info_nce, blocks": partial(contrastive.info_nce, block=5),
-    "clip, blocks": partial(contrastive.clip, block=5),
-    "sigmoid, blocks": partial(contrastive.sigmoid, block=5),
-    "label_supervised, blocks": lambda t, i: contrastive.label_supervised(
-        t, i, jnp.arange(t.shape[0]) // 3, block=5
-    ),
-}
-
-
-@pytest.mark.parametrize("loss", BLOCKED.values(), ids=BLOCKED)
-def test_blocks_under_vmap_and_strict_promotion(loss):
-    text, image = (
-        np.stack(x) for x in zip(*(embeddings(7, 7, 3, seed) for seed in range(3)), strict=True)
-    )
-    with jax.numpy_dtype_promotion("strict"):
-        single = value_and_slopes(loss)
-        expected = [single(t, i) for t, i in zip(text, image, strict=True)]
-        actual = jax.jit(jax.vmap(single))(text, image)
-    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *expected)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", (ALL_LOSSES | BLOCKED).values(), ids=ALL_LOSSES | BLOCKED)
-def test_eight_devices_equal_one(loss):
-    pair = embeddings(32, 32, 8)
-    devices = np.array(jax.devices())
-    assert len(devices) == 8
-    step = value_and_slopes(loss)
-    sharding = NamedSharding(Mesh(devices, ("batch",)), PartitionSpec("batch"))
-    value, gradients = step(*(jax.device_put(x, sharding) for x in pair))
-    expected, slopes = step(*(jax.device_put(x, devices[0]) for x in pair))
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for a, e in zip(gradients, slopes, strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7)
-        assert np.any(a != 0)
 
 
 def test_wrong_shapes_are_refused():

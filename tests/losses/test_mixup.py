@@ -1,6 +1,7 @@
 """M3Co and MultiSClip against their twins, and the identities that they must keep."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ def make(modalities=2, n=N, seed=0):
 @pytest.mark.parametrize("modalities", [2, 3])
 def test_m3co_equals_its_twin(modalities):
     clean, mixed, coefficient, partner = make(modalities)
-    value, slopes = jax.value_and_grad(
-        lambda c, m: m3co(c, m, coefficient, partner, temperature=0.3), (0, 1)
+    value, slopes = jax.jit(
+        jax.value_and_grad(lambda c, m: m3co(c, m, coefficient, partner, temperature=0.3), (0, 1))
     )(clean, mixed)
 
     def twin(c, m):
@@ -44,7 +45,7 @@ def test_m3co_equals_its_twin(modalities):
 @pytest.mark.parametrize("modalities", [2, 3])
 def test_multi_soft_clip_equals_its_twin(modalities):
     clean = make(modalities)[0]
-    value, slope = jax.value_and_grad(lambda c: multi_soft_clip(c, temperature=0.3))(clean)
+    value, slope = jax.jit(jax.value_and_grad(partial(multi_soft_clip, temperature=0.3)))(clean)
     np.testing.assert_allclose(value, reference.multi_soft_clip(clean, 0.3), rtol=1e-5)
     (expected,) = reference.gradient(lambda c: reference.multi_soft_clip(c, 0.3), clean)
     np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-5)
@@ -86,44 +87,53 @@ def test_padding_is_neither_row_nor_candidate():
 
     tail = np.broadcast_to(np.arange(N, N + 3), (2, 3))
     padded = np.concatenate([coefficient, [0.3] * 3]), np.concatenate([partner, tail], axis=1)
+    first, second = (jax.jit(partial(f, where=where)) for f in (m3co, multi_soft_clip))
     np.testing.assert_allclose(
-        m3co(pad(clean), pad(mixed), *padded, where=where),
-        m3co(clean, mixed, coefficient, partner),
+        first(pad(clean), pad(mixed), *padded),
+        jax.jit(m3co)(clean, mixed, coefficient, partner),
         rtol=1e-6,
     )
-    value, slope = jax.value_and_grad(lambda c: multi_soft_clip(c, where=where))(pad(clean))
-    np.testing.assert_allclose(value, multi_soft_clip(clean), rtol=1e-6)
+    value, slope = jax.jit(jax.value_and_grad(second))(pad(clean))
+    np.testing.assert_allclose(value, jax.jit(multi_soft_clip)(clean), rtol=1e-6)
     assert np.all(np.isfinite(slope))
     assert np.all(slope[:, N:] == 0)
 
 
 def test_extreme_temperatures_stay_finite():
     clean, mixed, coefficient, partner = make()
-    for temperature in (1e-3, 1e3):
-        value, slope = jax.value_and_grad(
-            lambda c, t=temperature: (
-                m3co(c, mixed, coefficient, partner, temperature=t)
-                + multi_soft_clip(c, temperature=t)
+    partner = np.stack([[0, 1, 3, 2, 4]] * 2)
+    where = np.array([0, 1, 1, 1, 1], bool)
+    for temperature, block in itertools.product((1e-3, 1e3), (None, 2)):
+        options = {"temperature": temperature, "where": where, "block": block}
+        value, slope = jax.jit(
+            jax.value_and_grad(
+                lambda c, o=options: (
+                    m3co(c, mixed, coefficient, partner, **o) + multi_soft_clip(c, **o)
+                )
             )
         )(clean)
         assert np.isfinite(value)
         assert np.all(np.isfinite(slope))
 
 
-def test_vmap_is_one_batch_at_a_time():
+@pytest.mark.parametrize("block", [None, 2])
+def test_vmap_is_one_batch_at_a_time(block):
     batches = [make(seed=s) for s in range(3)]
     stacked = [np.stack(parts) for parts in zip(*batches, strict=True)]
-    np.testing.assert_allclose(
-        jax.vmap(m3co)(*stacked), [m3co(*batch) for batch in batches], rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        jax.vmap(multi_soft_clip)(stacked[0]), [multi_soft_clip(b[0]) for b in batches], rtol=1e-5
-    )
+    first, second = partial(m3co, block=block), partial(multi_soft_clip, block=block)
+    expected = [m3co(*batch) for batch in batches], [multi_soft_clip(b[0]) for b in batches]
+    np.testing.assert_allclose(jax.vmap(first)(*stacked), expected[0], rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(second)(stacked[0]), expected[1], rtol=1e-5)
 
 
-def test_eight_devices_equal_one():
+@pytest.mark.parametrize("block", [None, 6])
+def test_eight_devices_equal_one(block):
     clean, mixed, coefficient, partner = make(n=16)
-    both = lambda e: m3co(e[0], e[1], coefficient, partner) + multi_soft_clip(e[0])  # noqa: E731
+
+    def both(e):
+        first = m3co(e[0], e[1], coefficient, partner, block=block)
+        return first + multi_soft_clip(e[0], block=block)
+
     value, slope = jax.value_and_grad(both)((clean, mixed))
 
     split = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec(None, "data"))
@@ -131,7 +141,7 @@ def test_eight_devices_equal_one():
     found, slopes = jax.jit(jax.value_and_grad(both))(sharded)
     np.testing.assert_allclose(found, value, rtol=1e-6)
     for ours, theirs in zip(slopes, slope, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6)
 
     def loss(scale, rows):
         # Rows lead, so that the gather of a sharded leaf puts the batch together again.
@@ -161,6 +171,60 @@ def test_wrong_shapes_are_named(wrong):
         mixed = [mixed[0], mixed[1][:, :2]]
     with pytest.raises(ValueError, match=r"arrays|shapes"):
         m3co(clean, mixed, coefficient, partner)
+
+
+PADDED = np.array([1, 0, 1, 1, 0], bool)
+
+
+@pytest.mark.parametrize(
+    ("modalities", "where", "block"), [(2, None, 2), (3, PADDED, 3), (2, PADDED, 99)]
+)
+def test_blocks_are_the_plain_form(modalities, where, block):
+    """In value and gradient, for the temperature and the coefficients, too."""
+    clean, mixed, coefficient, partner = make(modalities)
+    if where is not None:
+        partner = np.stack([np.where(where, [2, 1, 3, 0, 4], np.arange(N))] * modalities)
+
+    def losses(arrays, block):
+        clean, mixed, coefficient, temperature = arrays
+        options = {"temperature": temperature, "where": where, "block": block}
+        stopped = multi_soft_clip(clean, stop_gradient_targets=True, **options)
+        mixing = m3co(clean, mixed, coefficient, partner, **options)
+        found = jnp.stack([mixing, multi_soft_clip(clean, **options), stopped])
+        return found, found
+
+    slopes = jax.jit(jax.jacrev(losses, has_aux=True), static_argnums=1)
+    arrays = clean, mixed, coefficient, np.float32(0.3)
+    ours, theirs = (jax.tree.leaves(slopes(arrays, b)) for b in (block, None))
+    for a, e in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+        assert np.abs(e).max() > 1e-3
+
+
+def test_blocks_of_no_samples_are_refused():
+    for loss in (lambda **o: m3co(*make(), **o), lambda **o: multi_soft_clip(make()[0], **o)):
+        with pytest.raises(ValueError, match="block=0 must be at least 1"):
+            loss(block=0)
+
+
+@pytest.mark.parametrize("name", ["m3co", "multi_soft_clip"])
+def test_blocks_hold_a_part_of_the_similarities(name):
+    n = 2048
+    rows = jax.ShapeDtypeStruct((2, n, 8), jnp.float32)
+    others = jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((2, n), jnp.int32)
+
+    def planned(block):
+        def loss(clean, mixed, coefficient, partner):
+            if name == "m3co":
+                return m3co(clean, mixed, coefficient, partner, block=block)
+            return multi_soft_clip(clean, block=block)
+
+        graded = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        plan = graded.lower(rows, rows, *others).compile().memory_analysis()
+        return plan.temp_size_in_bytes
+
+    assert planned(64) < planned(None) / 5
+    assert planned(None) > 4 * n * n
 
 
 def test_mix_equals_its_twin_for_every_leaf():
