@@ -63,6 +63,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.image_pretrained = ""  # a ViT, and
     config.model.text_pretrained = ""  # a BERT or RoBERTa: directories or names on the hub
     config.model.dtype = "float32"  # of the computation, or bfloat16
+    # Less memory, more time: "layers" computes each layer of a tower again for the backward pass,
+    # "dots" all of it but the products with weights.
+    config.model.remat = ""
     config.model.width = 128
     config.model.layers = 3
     config.model.heads = 4
@@ -88,6 +91,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.temperature = 0.1
     config.loss.soft_temperature = 0.1  # of MultiSClip
     config.loss.stop_gradient_targets = False
+    config.loss.block = 0  # samples compared at a time, for less memory; 0: all of them
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"  # or adam, with weight decay added to the gradient

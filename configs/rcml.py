@@ -86,6 +86,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.init_from = ""  # a work directory of ours whose towers to start from
     config.model.freeze = ""  # text, image, both
     config.model.dtype = "float32"  # of the computation, or bfloat16
+    # Less memory, more time: "layers" computes each layer of a tower again for the backward pass,
+    # "dots" all of it but the products with weights.
+    config.model.remat = ""
     config.model.width = 128
     config.model.layers = 3
     config.model.heads = 4

@@ -21,11 +21,17 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from rcml_jax.commands import call_config_file, guard, load_config_file, parse_flags
+from rcml_jax.commands import (
+    call_config_file,
+    guard,
+    load_config_file,
+    parse_flags,
+    read_config,
+)
 from rcml_jax.errors import UserError
 from rcml_jax.sweep_table import collect, markdown
 from rcml_jax.training.loop import train_and_evaluate
-from rcml_jax.training.workdir import load_config, write_json
+from rcml_jax.training.workdir import write_json
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,7 +114,7 @@ def _finished(directory: pathlib.Path, config: ml_collections.ConfigDict) -> boo
     """Whether the very same configuration was already run to its end there."""
     if not (directory / "eval.json").is_file():
         return False
-    return load_config(directory).to_dict() == json.loads(json.dumps(config.to_dict()))
+    return read_config(directory).to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
 if __name__ == "__main__":

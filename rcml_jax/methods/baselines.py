@@ -11,6 +11,7 @@ from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod
+from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.encoders.pair import build_towers
 
@@ -23,7 +24,7 @@ class BaselineMethod(RelationalMethod):
 
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
-        self.model = model = build_towers(self.towers_config, self.dtype)
+        self.model = model = build_towers(self.towers_config, self.dtype, remat(config.model))
         self._texts = jax.jit(lambda towers, ids: model.apply({"params": towers}, ids)["text"])
         self._images = jax.jit(
             lambda towers, images: model.apply({"params": towers}, None, images)["image"]

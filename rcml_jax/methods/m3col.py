@@ -195,7 +195,8 @@ class M3CoLMethod(Method):
     def _contrastive(self, clean: dict, mixed: dict, shared: dict) -> jax.Array:
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
-        loss, where = self.config.loss, shared["valid"]
+        loss = self.config.loss
+        options = {"where": shared["valid"], "block": loss.get("block", 0) or None}
         if self.contrastive == "m3co":
             return m3co(
                 z,
@@ -203,18 +204,18 @@ class M3CoLMethod(Method):
                 shared["coefficient"],
                 list(shared["partner"].T),
                 temperature=loss.temperature,
-                where=where,
+                **options,
             )
         if self.contrastive == "multi_soft_clip":
             return multi_soft_clip(
                 z,
                 temperature=loss.soft_temperature,
-                where=where,
                 stop_gradient_targets=loss.stop_gradient_targets,
+                **options,
             )
         # Twice the average of both directions, which is M3Co at λ = 1.
         pairs = itertools.combinations([l2_normalize(x) for x in z], 2)
-        one = functools.partial(clip, temperature=loss.temperature, where=where)
+        one = functools.partial(clip, temperature=loss.temperature, **options)
         return 2 * sum((one(a, b) for a, b in pairs), start=jnp.float32(0))
 
     # Evaluation
@@ -284,6 +285,11 @@ def _check(config: Any) -> None:
         raise UserError(f"config.mixup.place={config.mixup.place!r}: choose input or embedding")
     if not 0 <= config.mixup.fraction <= 1 or config.mixup.alpha <= 0:
         raise UserError("config.mixup.fraction must be from 0 to 1 and config.mixup.alpha above 0")
+    if config.loss.get("block", 0) < 0:
+        raise UserError(
+            f"config.loss.block={config.loss.block} must not be negative; 0 compares all samples "
+            "at once"
+        )
     if config.mixup.labels and config.loss.contrastive != "none":
         raise UserError(
             "config.mixup.labels=True is vanilla mixup, which has no contrastive term; set "

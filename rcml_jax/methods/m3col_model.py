@@ -17,6 +17,7 @@ from rcml_jax.models.encoders.classification import (
     small_bert_config,
     small_vit_config,
 )
+from rcml_jax.models.encoders.remat import check_remat
 from rcml_jax.models.m3col import M3CoL, TableEncoder
 
 _PRETRAINED = {"image": "image_pretrained", "text": "text_pretrained"}
@@ -28,6 +29,8 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
     Raises UserError for sizes that do not fit: a contrastive loss needs embeddings of one width.
     """
     model, dtype = config.model, compute_dtype(config.model.dtype)
+    # The configurations of older runs have not this name.
+    remat = check_remat(model.get("remat", ""))
     encoders, widths = {}, {}
     for modality in task.data.modalities:
         if modality.kind == "table":
@@ -37,7 +40,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
         else:
             sizes = _transformer(modality.kind, model, task)
             encoder = ImageEncoder if modality.kind == "image" else TextEncoder
-            encoders[modality.name] = encoder(sizes, dtype)
+            encoders[modality.name] = encoder(sizes, dtype, remat)
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(

@@ -13,6 +13,7 @@ from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.relation import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod
+from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
 from rcml_jax.similarity import l2_normalize
@@ -34,6 +35,7 @@ class RCMLMethod(RelationalMethod):
                 head_init=head.head_init,
             ),
             self.dtype,
+            remat(config.model),
         )
         self._relations = jax.jit(self._embed_relations)
         self._pool = jax.jit(self._pool_items)

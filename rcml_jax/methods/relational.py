@@ -55,6 +55,7 @@ class RelationalMethod(Method):
                 f"unknown; choose {' or '.join(PROBES)}"
             )
         self.selection = _selection(config)
+        _check_blocks(config.loss)
         self.towers_config = towers_config(config.model, task.tokenizer)
         self.frozen_parts = frozen_parts(self.towers_config, config.model.freeze)
 
@@ -268,6 +269,14 @@ def _similarities(name: str) -> tuple[str, ...]:
             f"{', '.join(SIMILARITIES)}"
         )
     return (name,)
+
+
+def _check_blocks(loss: Any) -> None:
+    for name in ("block", "pair_block"):
+        if loss.get(name, 0) < 0:
+            raise UserError(
+                f"config.loss.{name}={loss[name]} must not be negative; 0 compares all at once"
+            )
 
 
 def _selection(config: Any) -> str:

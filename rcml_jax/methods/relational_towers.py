@@ -9,6 +9,7 @@ from rcml_jax.models.encoders.classification import encoder_config, load_encoder
 from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config, small_config
 from rcml_jax.models.encoders.minilm import resolve
 from rcml_jax.models.encoders.pair import PairConfig, TowersConfig
+from rcml_jax.models.encoders.remat import check_remat
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
 _PROJECTION = {"text": "text_projection", "image": "visual_projection"}
@@ -113,6 +114,12 @@ def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
     if not isinstance(config, PairConfig):
         parts |= {_PROJECTION[modality] for modality in _FROZEN[freeze]}
     return frozenset(parts)
+
+
+def remat(model: Any) -> str:
+    """What `config.model.remat` says is computed again. Raises UserError for an unknown name."""
+    # The configurations of older runs have not this name.
+    return check_remat(model.get("remat", ""))
 
 
 def _given(model: Any) -> tuple[str, str]:

@@ -16,17 +16,18 @@ class RCML(nn.Module):
     """Embeds texts and images under relations written in plain language (Eq. 3–6).
 
     config: a `transformers.CLIPConfig`, or a `PairConfig` of two other towers; pooling: options of
-    `RelationPooling`. On ViT-B/32 the model has 152,325,889 parameters: CLIP's and four 512×512
-    matrices.
+    `RelationPooling`; remat: as of `CLIPTowers`. On ViT-B/32 the model has 152,325,889 parameters:
+    CLIP's and four 512×512 matrices.
     """
 
     config: Any
     pooling: FrozenDict = FrozenDict()
     dtype: jnp.dtype = jnp.float32
+    remat: str = ""
 
     def setup(self):
         """Create the towers and the head."""
-        self.towers = build_towers(self.config, self.dtype)
+        self.towers = build_towers(self.config, self.dtype, self.remat)
         self.head = RelationPooling(
             dim=self.config.projection_dim, dtype=self.dtype, **self.pooling
         )

@@ -18,6 +18,7 @@ from rcml_jax.training import parallel
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.accumulation import ACCUMULATIONS, check, parts_of
 from rcml_jax.training.checkpoint import Checkpoints, read_params
+from rcml_jax.training.prefetch import Prefetched
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import MetricsWriter, Progress, read_history
 
@@ -137,14 +138,15 @@ class Run:
     def __init__(self, config: Any, workdir: pathlib.Path, method: Method, devices: Any):
         self.config, self.method, self.devices = config, method, devices
         self.steps, self.validate_every = method.steps, method.validate_every
-        self.data = method.batches()
+        source = method.batches()
+        self.data = Prefetched(source, devices.put_batch)
         self.checkpoints = Checkpoints(workdir)
         # The counters of early stopping travel in the checkpoint.
         self.best, self.bad, self.stopped = -math.inf, 0, False
         # Metrics of the steps since the last line of metrics.jsonl: they travel in it, too.
         self.pending: list = []
         latest = self.checkpoints.latest()
-        self.state, phases = self._first_state(workdir)
+        self.state, phases = self._first_state(source)
         if latest is not None:
             self.state, loop = self.checkpoints.restore(latest, self._saved(), self.data)
             self.state = self.devices.put_state(self.state)
@@ -157,11 +159,12 @@ class Run:
         if latest is not None and not self._over(self.first):
             self.progress.note(f"resuming from step {latest}")
 
-    def _first_state(self, workdir: pathlib.Path) -> tuple[Any, Any]:
+    def _first_state(self, source: Any) -> tuple[Any, Any]:
+        """The state before the first step, by the first batch, and the step of each phase."""
         config = self.config
         init_key, run_key = jax.random.split(jax.random.key(config.seed))
-        place = self.data.get_state()
-        batch = next(self.data)
+        place = source.get_state()
+        batch = next(source)
         size, count = _examples(batch), len(self.devices.devices)
         if size % count:
             raise UserError(
@@ -173,11 +176,11 @@ class Run:
         gathered = count if config.parallel == "pmap" else 1
         check(accumulation, self.method, batch, parts, gathered)
         self.examples = size
-        self.data.set_state(place)
+        source.set_state(place)
         params = self.method.init(init_key, batch)
-        source = config.model.get("init_from", "")
-        if source and self.checkpoints.latest() is None:
-            params = self.method.adopt(params, read_params(source))
+        towers = config.model.get("init_from", "")
+        if towers and self.checkpoints.latest() is None:
+            params = self.method.adopt(params, read_params(towers))
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(
             config.optimizer, self.steps, frozen, self.method.decayed(params)
@@ -212,9 +215,13 @@ class Run:
         """Whether a signal came; then everything up to it is saved."""
         config, asked = self.config, parallel.any_process(interrupt.asked)
         while not self._over(step) and not asked:
-            batch = self.devices.put_batch(next(self.data))
-            self.state, metrics = self.step_at(step)(self.state, batch)
+            self.state, metrics = self.step_at(step)(self.state, next(self.data))
             step += 1
+            if step < self.steps:
+                # While the devices compute, and before anything below waits for them.
+                self.data.fetch()
+            # One step may wait behind the one that runs: each of them holds its batch.
+            jax.block_until_ready(self.pending[-1:])
             self.pending.append(metrics)
             validate = step % self.validate_every == 0 or step == self.steps
             if step % config.log_every == 0 or step == self.first + 1 or validate:
@@ -245,6 +252,7 @@ class Run:
         """Write the mean of the pending metrics; stop the run where a loss is not finite."""
         if not self.pending:
             return
+        rate = float(self.rate(step - 1))  # Before the metrics are waited for.
         self.pending = [jax.tree.map(_scalar, m) for m in jax.device_get(self.pending)]
         mean = {name: float(np.mean([m[name] for m in self.pending])) for name in self.pending[0]}
         # A finite loss with such a gradient has ruined the parameters all the same.
@@ -260,8 +268,7 @@ class Run:
         self.progress.update(step, mean["loss"])
         if step % self.config.log_every == 0 or step == self.steps:
             scale = jax.device_get(optimizers.reduction(self.state.opt_state))
-            rate = float(self.rate(step - 1)) * _scalar(scale)
-            self.writer.write(step, "train", mean | {"learning_rate": rate})
+            self.writer.write(step, "train", mean | {"learning_rate": rate * _scalar(scale)})
             self.pending = []
 
     def _validate(self, step: int) -> None:

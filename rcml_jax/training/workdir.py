@@ -11,7 +11,9 @@ import numpy as np
 from rcml_jax.errors import UserError
 
 _ALWAYS = ("seed", "steps", "method", "parallel", "data")
-# What may change between two starts of one run: nothing here touches the figures.
+# What may change between two starts of one run: nothing here touches the figures. The last four
+# change the order of sums and so their rounding, as other devices do: a run that goes on with the
+# same ones goes on to the bit.
 _FREE = {
     "data.dir",
     "data.threads",
@@ -22,6 +24,10 @@ _FREE = {
     "platform",
     "devices",
     "parallel",
+    "model.remat",
+    "micro_batch",
+    "loss.block",
+    "loss.pair_block",
 }
 
 
@@ -74,7 +80,7 @@ def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         f"{name} ({old.get(name, 'unset')!r} there, {new.get(name, 'unset')!r} here)"
         for name in sorted(old.keys() | new.keys())
         if old.get(name, ...) != new.get(name, ...)
-        and not _free(name)
+        and not _free(name, new)
         # An option that an older version did not have, and that is off.
         and (name in old or new[name])
     ]
@@ -96,7 +102,10 @@ def _has_checkpoint(workdir: pathlib.Path) -> bool:
     return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
-def _free(name: str) -> bool:
+def _free(name: str, config: dict[str, Any]) -> bool:
+    """Whether an option may change in a run of a configuration, given as dotted names → values."""
+    if name == "micro_batch" and config.get("accumulation", "exact") != "exact":
+        return False  # Then it is the batch that is contrasted.
     return name in _FREE or name.split(".")[0] in _FREE
 
 

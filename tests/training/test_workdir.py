@@ -6,6 +6,7 @@ import pytest
 
 from rcml_jax.errors import UserError
 from rcml_jax.training.workdir import load_config, prepare, write_json
+from tests.methods.m3col_data import news_config
 from tests.toy import tiny_config
 
 
@@ -38,11 +39,21 @@ def test_a_new_work_directory_holds_its_configuration(tmp_path):
         {"platform": "cpu"},
         {"devices": 8},
         {"parallel": "pmap"},
+        {"model.remat": "layers"},
+        {"micro_batch": 4},
+        {"loss.block": 2},
+        {"loss.pair_block": 2},
     ],
 )
 def test_what_does_not_touch_the_figures_may_change(tmp_path, options):
     trained(tmp_path / "run", tiny_config(tmp_path))
     prepare(tmp_path / "run", tiny_config(tmp_path, **options))
+
+
+def test_parts_that_are_contrasted_by_themselves_may_not_change(tmp_path):
+    workdir = trained(tmp_path / "run", news_config(tmp_path, accumulation="micro", micro_batch=4))
+    with pytest.raises(UserError, match=r"micro_batch \(4 there, 2 here\)"):
+        prepare(workdir, news_config(tmp_path, accumulation="micro", micro_batch=2))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers.models.vit.modeling_flax_vit import FlaxViTModel, FlaxViTModul
 
 from rcml_jax.errors import UserError
 from rcml_jax.models.encoders.checkpoints import check_directory, read, unreachable
+from rcml_jax.models.encoders.remat import recomputed
 from rcml_jax.models.encoders.sizes import check_sizes, transformer_sizes
 
 _MODELS = {"vit": FlaxViTModel, "bert": FlaxBertModel, "roberta": FlaxRobertaModel}
@@ -33,11 +34,12 @@ class ImageEncoder(nn.Module):
 
     The parameter tree is that of Hugging Face's `FlaxViTModel(config, add_pooling_layer=False)`;
     ViT-B/16 has 85,798,656 parameters. Training (`deterministic=False`) draws from the "dropout"
-    key.
+    key. remat: as of `CLIPTowers`.
     """
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str = ""
 
     def setup(self):
         """Create the transformer, whose parameters lie directly under this module."""
@@ -55,7 +57,8 @@ class ImageEncoder(nn.Module):
             raise UserError(f"the image encoder takes {size}×{size} images, not {pixels.shape[1:]}")
         if pixels.dtype == jnp.uint8:
             pixels = normalize_pixels(pixels)
-        return self.model(pixels.astype(self.dtype), deterministic)[0]
+        with recomputed(self.remat):
+            return self.model(pixels.astype(self.dtype), deterministic)[0]
 
     def __call__(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Images as `tokens` takes them → (n, width)."""
@@ -67,11 +70,12 @@ class TextEncoder(nn.Module):
 
     The parameter tree is that of Hugging Face's Flax model of the same configuration without its
     pooling layer; bert-base-uncased has 108,891,648 parameters. Training (`deterministic=False`)
-    draws from the "dropout" key.
+    draws from the "dropout" key. remat: as of `CLIPTowers`.
     """
 
     config: BertConfig | RobertaConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str = ""
 
     def setup(self):
         """Create the transformer, whose parameters lie directly under this module."""
@@ -92,7 +96,8 @@ class TextEncoder(nn.Module):
         else:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         mask = mask.astype(jnp.int32)
-        return self.model(ids, mask, None, positions, deterministic=deterministic)[0]
+        with recomputed(self.remat):
+            return self.model(ids, mask, None, positions, deterministic=deterministic)[0]
 
     def __call__(self, ids: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Token ids and mask as `tokens` takes them, [CLS] or <s> first → (n, width)."""

@@ -15,6 +15,7 @@ from transformers.models.clip.modeling_flax_clip import (
 
 from rcml_jax.errors import UserError
 from rcml_jax.models.encoders.checkpoints import check_directory, read, unreachable
+from rcml_jax.models.encoders.remat import recomputed
 from rcml_jax.models.encoders.sizes import check_sizes, transformer_sizes
 from rcml_jax.similarity import l2_normalize
 
@@ -55,10 +56,12 @@ class CLIPTowers(nn.Module):
 
     The parameter tree has the names and shapes of Hugging Face's `FlaxCLIPModel`, so that its
     checkpoints load as they are; ViT-B/32 has 151,277,313 parameters, logit scale included.
+    remat: "layers" or "dots" for a backward pass in less memory, see `remat.recomputed`.
     """
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str = ""
 
     def setup(self):
         """Create the submodules under Hugging Face's names."""
@@ -81,7 +84,8 @@ class CLIPTowers(nn.Module):
         The tower is causal, so what follows EOT changes nothing before it and needs no mask inside.
         Not `projected`, they have the tower's own width.
         """
-        hidden = self.text_model(ids, None, jnp.arange(ids.shape[1])[None])[0]
+        with recomputed(self.remat):
+            hidden = self.text_model(ids, None, jnp.arange(ids.shape[1])[None])[0]
         eos = self.config.text_config.eos_token_id
         # Before transformers 4.31 EOT was found as the largest id; such configurations say 2.
         summary = jnp.argmax(ids if eos == _LEGACY_EOS else ids == eos, axis=1).astype(jnp.int32)
@@ -96,7 +100,8 @@ class CLIPTowers(nn.Module):
         if pixels.dtype == jnp.uint8:
             mean, std = jnp.asarray(IMAGE_MEAN), jnp.asarray(IMAGE_STD)
             pixels = (pixels.astype(jnp.float32) / 255.0 - mean) / std
-        states = self.vision_model(pixels.astype(self.dtype))
+        with recomputed(self.remat):
+            states = self.vision_model(pixels.astype(self.dtype))
         if projected:
             states = self.visual_projection(states)
         n, tokens = states.shape[:2]

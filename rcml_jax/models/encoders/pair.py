@@ -18,6 +18,7 @@ from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextTransformer
 
 from rcml_jax.models.encoders.classification import ImageEncoder, TextEncoder
 from rcml_jax.models.encoders.clip import CLIPTowers, TokenStates, VisionTokens
+from rcml_jax.models.encoders.remat import check_remat, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,8 @@ class PairTowers(CLIPTowers):
             return super().text_states(ids, projected=projected)
         # The first token is never padding, whatever its id: so a mean is never that of nothing.
         mask = jnp.asarray(ids != config.pad_token_id).at[:, 0].set(True)
-        states = self.text_model.tokens(ids, mask)
+        with recomputed(self.remat):
+            states = self.text_model.tokens(ids, mask)
         if projected:
             states = self.text_projection(states)
         mean = jnp.mean(states, axis=1, keepdims=True, where=mask[..., None])
@@ -89,7 +91,8 @@ class PairTowers(CLIPTowers):
         """
         if _is_clip(self.config.vision_config):
             return super().image_states(pixels, projected=projected)
-        states = self.vision_model.tokens(pixels)
+        with recomputed(self.remat):
+            states = self.vision_model.tokens(pixels)
         if projected:
             states = self.visual_projection(states)
         mask = jnp.ones(states.shape[:2], bool)
@@ -100,9 +103,12 @@ class PairTowers(CLIPTowers):
 TowersConfig = CLIPConfig | PairConfig
 
 
-def build_towers(config: TowersConfig, dtype: jnp.dtype = jnp.float32) -> CLIPTowers:
-    """The towers that a configuration describes."""
-    return (PairTowers if isinstance(config, PairConfig) else CLIPTowers)(config, dtype)
+def build_towers(
+    config: TowersConfig, dtype: jnp.dtype = jnp.float32, remat: str = ""
+) -> CLIPTowers:
+    """The towers that a configuration describes. Raises UserError for an unknown `remat`."""
+    towers = PairTowers if isinstance(config, PairConfig) else CLIPTowers
+    return towers(config, dtype, check_remat(remat))
 
 
 def _is_clip(config: object) -> bool:

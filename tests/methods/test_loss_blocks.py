@@ -1,0 +1,103 @@
+"""`config.loss.block` and `.pair_block` reach the loss of every method, which stays the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcml_jax.errors import UserError
+from rcml_jax.methods import baselines, build, m3col, rcml
+from tests.methods.m3col_data import omics_config, write_tables
+from tests.toy import tiny_config
+
+LOSSES = {
+    "rcml": (rcml, "relation_contrastive"),
+    "clip": (baselines, "clip"),
+    "siglip": (baselines, "sigmoid"),
+    "unicl": (baselines, "label_supervised"),
+}
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Watch a loss: (module, name) → a list of the (block, pair_block) that it is given."""
+
+    def watch(module, name):
+        real, seen = getattr(module, name), []
+
+        def watched(*args, **options):
+            seen.append((options["block"], options.get("pair_block")))
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+        return seen
+
+    return watch
+
+
+def check(config, z, loss, seen, ways, expected):
+    """Value and gradient of `loss` are the same with each (block, pair_block), which is given."""
+    found = []
+    for way in ways:
+        config.loss.update(dict(zip(("block", "pair_block"), way, strict=False)))
+        # Traced anew, so that the options are read again.
+        found.append(jax.jit(jax.value_and_grad(lambda z: loss(z)))(z))
+    assert seen == expected
+    for other in found[1:]:
+        for a, e in zip(jax.tree.leaves(other), jax.tree.leaves(found[0]), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_of_relational_methods(catalogue, tmp_path, name, given):
+    seen = given(*LOSSES[name])
+    config = tiny_config(catalogue, method=name)
+    method = build(config, tmp_path)
+    batch = next(method.batches())
+    z = np.random.default_rng(0).normal(size=(2, 16, 4, 6) if name == "rcml" else (2, 16, 6))
+    z = jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.float32)
+    params = {"bias": jnp.float32(-2)}
+
+    def loss(z):
+        return method.objective(params, {"text": z[0], "image": z[1]}, batch, 0.0)[0]
+
+    if name == "rcml":
+        ways, expected = [(0, 0), (2, 0), (1, 1)], [(None, None), (2, None), (1, 1)]
+    else:
+        ways, expected = [(0,), (5,)], [(None, None), (5, None)]
+    check(config, z, loss, seen, ways, expected)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return write_tables(tmp_path_factory.mktemp("omics"))
+
+
+@pytest.mark.parametrize("name", ["m3co", "multi_soft_clip", "clip"])
+def test_of_m3col(tables, tmp_path, name, given):
+    seen = given(m3col, name)
+    config = omics_config(tables, seeds=1, data__folds=0, loss__contrastive=name)
+    method = build(config, tmp_path)
+
+    @jax.jit
+    def embedded(key, batch):
+        params, batch = method.init(key, batch), method.prepare(batch, key)
+        return params, batch, method.embed(params, batch, key)
+
+    params, batch, z = embedded(jax.random.key(0), next(method.batches()))
+
+    def loss(z):
+        return method.objective(params, z, batch, 0.0)[0]
+
+    calls = 1 if name != "clip" else 3  # CLIP compares two of the three modalities at a time.
+    check(config, z, loss, seen, [(0,), (7,)], [(None, None)] * calls + [(7, None)] * calls)
+
+
+def test_a_block_that_cannot_be(tables, catalogue, tmp_path):
+    with pytest.raises(UserError, match=r"config.loss.block=-1 must not be negative"):
+        build(omics_config(tables, loss__block=-1), tmp_path)
+    for name in ("block", "pair_block"):
+        config = tiny_config(catalogue, method="rcml")
+        config.loss.update({name: -1})
+        with pytest.raises(UserError, match=rf"config.loss.{name}=-1 must not be negative"):
+            build(config, tmp_path)
