@@ -25,6 +25,8 @@ from rcml_jax.models.encoders.pair import PairConfig
 from rcml_jax.similarity import SIMILARITIES
 
 _CHUNK = 256
+#: The measure by which the better of several ways to score is picked, for each task.
+_DECIDES = {"retrieval": "hit@5", "relation_type": "top3", "retrieval_all": "map"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +187,10 @@ class RelationalMethod(Method):
         if len(variants) > 1:
             result["variants"] = variants
         if self.similarities != ("cosine",):
-            best = max(variants, key=lambda name: variants[name]["retrieval"]["hit@5"]["avg"])
+            best = {task: _best_name(variants, task) for task in ("retrieval", "relation_type")}
             result["similarities"] = {
-                name: score(tables[best], similarity=name) for name in self.similarities
+                name: _best_scores(tables, best, functools.partial(score, similarity=name))
+                for name in self.similarities
             }
         return result
 
@@ -316,15 +319,17 @@ def _variants(tables: dict, score: Callable, gallery: Any) -> dict:
 
 def _best(variants: dict) -> dict:
     """Of each task the variant that does best in it."""
+    return {task: variants[_best_name(variants, task)][task] for task in _DECIDES}
 
-    def best(task: str, measure: str) -> dict:
-        return max((v[task] for v in variants.values()), key=lambda m: m[measure]["avg"])
 
-    return {
-        "retrieval": best("retrieval", "hit@5"),
-        "relation_type": best("relation_type", "top3"),
-        "retrieval_all": best("retrieval_all", "map"),
-    }
+def _best_name(variants: dict, task: str) -> str:
+    return max(variants, key=lambda name: variants[name][task][_DECIDES[task]]["avg"])
+
+
+def _best_scores(tables: dict, best: dict[str, str], score: Callable) -> dict:
+    """Of each task the scores of the table that `best` names for it."""
+    found = {name: score(tables[name]) for name in sorted(set(best.values()))}
+    return {task: found[name][task] for task, name in best.items()}
 
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:

@@ -1,6 +1,7 @@
 """RCML and its baselines from data to eval.json, on a graph with planted relations."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rcml_jax.methods import build
 from rcml_jax.models.encoders.clip import small_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
+from rcml_jax.training.workdir import load_config
 from tests.toy import cache_of, read_metrics, tiny_config
 from tests.training.test_loop import train
 
@@ -170,6 +172,17 @@ def test_frozen_towers_of_another_run_under_every_similarity_and_an_mlp(runs, ca
             mine = similarities[name]["retrieval"]["mrr"][score]
             assert mine == pytest.approx(result["retrieval"]["mrr"][score], abs=0.03)
     assert result["relation_validity"]["probe"] == "mlp"
+
+
+def test_a_baselines_similarities_are_of_the_better_way_in_each_task(runs, tmp_path):
+    workdir, result = runs("clip")
+    shutil.copytree(workdir, tmp_path / "run")
+    config = load_config(workdir)
+    config.evaluation.similarity = "all"
+    again = loop.evaluate(config, tmp_path / "run")
+    assert again["variants"] == result["variants"]
+    for task in ("retrieval", "relation_type"):
+        assert again["similarities"]["cosine"][task] == result[task]
 
 
 def test_towers_of_other_sizes_are_not_taken(runs, catalogue, tmp_path):
