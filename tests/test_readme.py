@@ -22,3 +22,7 @@ def test_named_files_exist():
         assert (README.parent / name).is_file()
     for name in re.findall(r"python (\w+\.py)", text):
         assert (README.parent / name).is_file()
+    figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert figures
+    for name in figures:
+        assert (README.parent / name).is_file()
