@@ -55,15 +55,21 @@ def pair_indices(
     anchor = rng.integers(0, items, shape).astype(np.int32)
     positive = ((anchor + rng.integers(1, items, shape)) % items).astype(np.int32)
     anchor[0] = positive[0] = np.arange(shape[1]) % items
-    pair_valid = (
-        np.arange(shape[1]) < np.where(np.arange(shape[0]) > 0, pairs, intra_pairs)[:, None]
-    )
-    linked = np.zeros((*shape, relations + 1), bool)
-    linked[1:] = np.eye(relations + 1, dtype=bool)[1:, None]
+    return pair_tables(anchor, positive, items, pairs, intra_pairs)
+
+
+def pair_tables(
+    anchor: np.ndarray, positive: np.ndarray, items: int, pairs: int, intra_pairs: int
+) -> dict[str, np.ndarray]:
+    """What a relation batch says of given pairs (R, G), of which the first row is intra-sample."""
+    rows, columns = np.arange(anchor.shape[0]), np.arange(anchor.shape[1])
+    pair_valid = columns < np.where(rows > 0, pairs, intra_pairs)[:, None]
+    linked = np.zeros((*anchor.shape, len(rows)), bool)
+    linked[1:] = np.eye(len(rows), dtype=bool)[1:, None]
     related = np.eye(items, dtype=bool)
     related[anchor[pair_valid], positive[pair_valid]] = True
     return {
-        "intra": np.arange(shape[0]) == 0,
+        "intra": rows == 0,
         "anchor": anchor,
         "positive": positive,
         "pair_valid": pair_valid,

@@ -64,22 +64,8 @@ def pair_indices(rng: np.random.Generator) -> dict[str, np.ndarray]:
     items = places.size
     anchor[0, :SELF_PAIRS] = rng.choice(items, SELF_PAIRS, replace=False)
     positive[0] = anchor[0]
-    counts = np.where(np.arange(shape[0]) > 0, PAIRS, SELF_PAIRS)
-    pair_valid = np.arange(shape[1]) < counts[:, None]
-    related = np.eye(items, dtype=bool)
-    related[anchor[pair_valid], positive[pair_valid]] = True
-    linked = np.zeros((*shape, shape[0]), bool)
-    linked[1:] = np.eye(shape[0], dtype=bool)[1:, None]
-    return {
-        "intra": np.arange(shape[0]) == 0,
-        "anchor": anchor,
-        "positive": positive,
-        "pair_valid": pair_valid,
-        "linked": linked,
-        "related": related | related.T,
-        "valid": np.ones(items, bool),
-        "labels": np.zeros(items, np.int32),
-    }
+    tables = inputs.pair_tables(anchor, positive, items, PAIRS, SELF_PAIRS)
+    return tables | {"labels": np.zeros(items, np.int32)}
 
 
 def build_workload(small: bool) -> Workload:

@@ -135,7 +135,8 @@ def complete(config: ml_collections.ConfigDict) -> dict[str, Any]:
     from rcml_jax.training.workdir import leaves
 
     defaults = leaves(today.to_dict())
-    lacking = {name: value for name, value in defaults.items() if _lacks(config, name)}
+    has = leaves(config.to_dict())
+    lacking = {name: value for name, value in defaults.items() if name not in has}
     known = {n: v for n, v in lacking.items() if not v or n.startswith(_OF_EVALUATION)}
     with config.unlocked():
         config.update(unflatten_dict(known, sep="."))
@@ -152,16 +153,6 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     config = load_config(workdir)
     complete(config)
     return config
-
-
-def _lacks(config: Any, name: str) -> bool:
-    for part in name.split("."):
-        if not isinstance(config, ml_collections.ConfigDict):
-            return False
-        if part not in config:
-            return True
-        config = config[part]
-    return False
 
 
 def _current_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:

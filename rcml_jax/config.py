@@ -1,6 +1,7 @@
 """Reading configurations: the argument of a file, and names that stand for other things."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -32,6 +33,17 @@ def parse_argument(
             )
         found[name] = value
     return source, found
+
+
+def block_size(loss: Any, name: str = "block") -> int | None:
+    """`config.loss.block`, or another of its kind, as the losses take it: None for all at once.
+
+    The configurations of older runs have none. Raises UserError for a negative one.
+    """
+    size = loss.get(name, 0)
+    if size < 0:
+        raise UserError(f"config.loss.{name}={size} must not be negative; 0 compares all at once")
+    return size or None
 
 
 def compute_dtype(name: str) -> jnp.dtype:

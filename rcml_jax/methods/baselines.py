@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
 from rcml_jax.methods.base import Batch, Metrics, Params
@@ -51,7 +52,7 @@ class BaselineMethod(RelationalMethod):
         del progress
         shared, config = batch["shared"], self.config
         options = {"temperature": self.temperature(params), "where": shared["valid"]}
-        options["block"] = config.loss.get("block", 0) or None
+        options["block"] = block_size(config.loss)
         text, image = embedded["text"], embedded["image"]
         if config.method == "siglip":
             return sigmoid(text, image, bias=params["bias"], **options), {}

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from rcml_jax import mixup
+from rcml_jax.config import block_size
 from rcml_jax.errors import UserError
 from rcml_jax.losses.contrastive import clip
 from rcml_jax.losses.mixup import m3co, multi_soft_clip
@@ -196,7 +197,7 @@ class M3CoLMethod(Method):
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss = self.config.loss
-        options = {"where": shared["valid"], "block": loss.get("block", 0) or None}
+        options = {"where": shared["valid"], "block": block_size(loss)}
         if self.contrastive == "m3co":
             return m3co(
                 z,
@@ -285,11 +286,7 @@ def _check(config: Any) -> None:
         raise UserError(f"config.mixup.place={config.mixup.place!r}: choose input or embedding")
     if not 0 <= config.mixup.fraction <= 1 or config.mixup.alpha <= 0:
         raise UserError("config.mixup.fraction must be from 0 to 1 and config.mixup.alpha above 0")
-    if config.loss.get("block", 0) < 0:
-        raise UserError(
-            f"config.loss.block={config.loss.block} must not be negative; 0 compares all samples "
-            "at once"
-        )
+    block_size(config.loss)
     if config.mixup.labels and config.loss.contrastive != "none":
         raise UserError(
             "config.mixup.labels=True is vanilla mixup, which has no contrastive term; set "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rcml_jax.config import compute_dtype
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
+from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.samples import ClassificationTask
 from rcml_jax.models.encoders.classification import (
     ImageEncoder,
@@ -17,7 +18,6 @@ from rcml_jax.models.encoders.classification import (
     small_bert_config,
     small_vit_config,
 )
-from rcml_jax.models.encoders.remat import check_remat
 from rcml_jax.models.m3col import M3CoL, TableEncoder
 
 _PRETRAINED = {"image": "image_pretrained", "text": "text_pretrained"}
@@ -29,8 +29,6 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
     Raises UserError for sizes that do not fit: a contrastive loss needs embeddings of one width.
     """
     model, dtype = config.model, compute_dtype(config.model.dtype)
-    # The configurations of older runs have not this name.
-    remat = check_remat(model.get("remat", ""))
     encoders, widths = {}, {}
     for modality in task.data.modalities:
         if modality.kind == "table":
@@ -40,7 +38,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
         else:
             sizes = _transformer(modality.kind, model, task)
             encoder = ImageEncoder if modality.kind == "image" else TextEncoder
-            encoders[modality.name] = encoder(sizes, dtype, remat)
+            encoders[modality.name] = encoder(sizes, dtype, remat(model))
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(

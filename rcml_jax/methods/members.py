@@ -16,8 +16,7 @@ from rcml_jax.methods.report import Models, look, report
 
 
 class Members(Method):
-    """M3CoL models trained side by side in one compiled step; every leaf of the parameters is
-    stacked.
+    """M3CoL models trained in one compiled step, every leaf of their parameters stacked.
 
     The seeds are `config.seed` and the ones after it. On data without a validation split there are
     two models of each seed: one is trained on all of train, the other without a stratified fold of

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.relation import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
@@ -83,8 +84,8 @@ class RCMLMethod(RelationalMethod):
             *pairs,
             related=shared["related"],
             intra_modal_weight=loss.intra_modal_weight,
-            block=loss.get("block", 0) or None,
-            pair_block=loss.get("pair_block", 0) or None,
+            block=block_size(loss),
+            pair_block=block_size(loss, "pair_block"),
             **common,
         )
         if loss.identification_weight:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rcml_jax.config import compute_dtype
+from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
@@ -57,7 +57,8 @@ class RelationalMethod(Method):
                 f"unknown; choose {' or '.join(PROBES)}"
             )
         self.selection = _selection(config)
-        _check_blocks(config.loss)
+        for name in ("block", "pair_block"):
+            block_size(config.loss, name)
         self.towers_config = towers_config(config.model, task.tokenizer)
         self.frozen_parts = frozen_parts(self.towers_config, config.model.freeze)
 
@@ -272,14 +273,6 @@ def _similarities(name: str) -> tuple[str, ...]:
             f"{', '.join(SIMILARITIES)}"
         )
     return (name,)
-
-
-def _check_blocks(loss: Any) -> None:
-    for name in ("block", "pair_block"):
-        if loss.get(name, 0) < 0:
-            raise UserError(
-                f"config.loss.{name}={loss[name]} must not be negative; 0 compares all at once"
-            )
 
 
 def _selection(config: Any) -> str:
