@@ -15,10 +15,12 @@ from transformers import CLIPConfig
 from benchmarks import inputs
 from benchmarks.torch_rcml import Tensors
 from configs.rcml import get_config
+from rcml_jax.data.packing import pack, pack_order
 from rcml_jax.data.text import LENGTHS
 from rcml_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD
 
 RELATIONS, PAIRS, SELF_PAIRS = 10, 3, 2
+TEXTS_PER_ROW = 4
 MEDIAN_TITLE, TITLE_SIGMA, SHORTEST_TITLE = 20, 0.5, 4
 SENTENCES, SELF_SENTENCE = (30, 60), 16
 
@@ -26,13 +28,15 @@ SENTENCES, SELF_SENTENCE = (30, 60), 16
 class Workload(NamedTuple):
     """One batch in the three forms, with random texts and pictures.
 
-    ours: as `rcml_jax.data.batches.collator` makes it; factored: the same as tensors; plain: pair
-    by pair and padded to `limit` tokens. All hold the same `items` distinct items.
+    ours: as `rcml_jax.data.batches.collator` makes it; packed: the same with TEXTS_PER_ROW titles
+    in a row, as in configs/rcml.py:amazon; factored: ours as tensors; plain: pair by pair and
+    padded to `limit` tokens. All hold the same `items` distinct items.
     """
 
     config: Any
     clip_config: CLIPConfig
     ours: dict
+    packed: dict
     factored: Tensors
     plain: Tensors
     items: int
@@ -76,6 +80,7 @@ def build_workload(small: bool) -> Workload:
     pairs = pair_indices(rng)
     items = len(pairs["valid"])
     titles = title_lengths(rng, items, limit)
+    titles = titles[pack_order(titles, TEXTS_PER_ROW)]
     sentences = rng.integers(*SENTENCES, RELATIONS + 1, endpoint=True)
     sentences[0] = SELF_SENTENCE
     ours = {
@@ -94,7 +99,20 @@ def build_workload(small: bool) -> Workload:
     pad = clip_config.text_config.pad_token_id
     plain = plain_batch(factored, limit, pad)
     config = configuration(items)
-    return Workload(config, clip_config, ours, factored, plain, items, limit, titles)
+    packed = packed_batch(ours, titles)
+    return Workload(config, clip_config, ours, packed, factored, plain, items, limit, titles)
+
+
+def packed_batch(ours: dict, titles: np.ndarray) -> dict:
+    """Our batch with several titles, of these lengths, in each row."""
+    ids, images = ours["items"]["ids"], ours["items"]["images"]
+    mask = np.arange(ids.shape[1]) < titles[:, None]
+    return ours | {
+        "items": {
+            "ids": pack(ids, mask, TEXTS_PER_ROW),
+            "images": images.reshape(-1, TEXTS_PER_ROW, *images.shape[1:]),
+        }
+    }
 
 
 def configuration(items: int):

@@ -53,7 +53,7 @@ def training(load: Workload, args: Any) -> dict:
     method = train_step.build_method("rcml", load.config, load.clip_config, args.small)
     params = jax.jit(method.init_params)(jax.random.key(0), load.ours)
     model = peer_model(load, params).train()
-    functions: Functions = {OURS: loss_of(train_step.step_function(method, params, load.ours))}
+    functions: Functions = {OURS: loss_of(train_step.step_function(method, params, load.packed))}
     # The peers share their parameters and the moments of AdamW, to save memory.
     adamw, options = torch_adamw(model, load.config), loss_options(load.config)
     for name, loss, batch in (

@@ -183,6 +183,15 @@ def test_mistyped_options(catalogue, tmp_path, capsys, option, parts):
         ({"platform": "tpu"}, ("no device of the kind 'tpu'",)),
         ({"devices": 99}, ("config.devices=99, but there are 8 devices",)),
         ({"devices": 5}, ("batch of 16 examples cannot be split over 5 devices",)),
+        ({"batch.texts_per_row": 3}, ("batch.texts_per_row=3 must divide config.batch.size=16",)),
+        (
+            {"batch.texts_per_row": 4, "devices": 8},
+            ("split over 8 devices; make config.batch.size a multiple of 32",),
+        ),
+        (
+            {"batch.texts_per_row": 4, "micro_batch": 3},
+            ("config.micro_batch=3 is less than a row of 4 examples",),
+        ),
         ({"batch.size": 64}, ("batch of 64 items is larger than the training split",)),
         ({"batch.relations": 9}, ("need room for 36 items; raise config.batch.size",)),
         ({"batch.relations": 30, "batch.pairs_per_relation": 0}, ("batch.relations=30",)),

@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 from rcml_jax.data.graph import RelationGraph, Splits
+from rcml_jax.data.packing import pack, pack_order
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
 
@@ -162,16 +163,23 @@ def collator(
     sentence: Callable[[int], str],
     max_length: int,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    texts_per_row: int = 1,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
-    `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8;
-    `shared` what every device needs whole: relation_ids (R, T'), intra (R,), anchor, positive and
-    pair_valid (R, G), linked (R, G, R), whether a pair is linked under each of the batch's
-    relations, related (N, N), valid (N,) and labels (N,).
+    `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
+    k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
+    come in another order. `shared` has what every device needs whole: relation_ids (R, T'),
+    intra (R,), anchor, positive and pair_valid (R, G), linked (R, G, R), whether a pair is linked
+    under each of the batch's relations, related (N, N), valid (N,) and labels (N,).
     """
 
     def collate(plan: dict) -> dict:
+        ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
+        if texts_per_row > 1:
+            order = pack_order(mask.sum(axis=1), texts_per_row)
+            plan = _reordered(plan, order)
+            ids = pack(ids[order], mask[order], texts_per_row)
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked(anchor[..., None], positive[..., None], relations.clip(min=0))
@@ -179,7 +187,8 @@ def collator(
         pictures = images(items)
         if augment is not None:
             pictures = augment(pictures, np.random.default_rng(plan["noise"]))
-        ids, _ = tokenizer.encode([graph.texts[i] for i in items], max_length)
+        if texts_per_row > 1:
+            pictures = pictures.reshape(-1, texts_per_row, *pictures.shape[1:])
         relation_ids, _ = tokenizer.encode([sentence(int(r)) for r in relations], max_length)
         return {
             "items": {"ids": ids, "images": pictures},
@@ -197,6 +206,13 @@ def collator(
         }
 
     return collate
+
+
+def _reordered(plan: dict, order: np.ndarray) -> dict:
+    """The same plan with its items in another order."""
+    place = np.argsort(order).astype(np.int32)
+    pairs = {name: place[plan[name]] for name in ("anchor", "positive")}
+    return {**plan, **pairs, "items": plan["items"][order]}
 
 
 def batch_iterator(sampler: RelationSampler, collate: Callable[[dict], dict], threads: int = 1):

@@ -14,10 +14,11 @@ Metrics = dict[str, Any]
 class Method(abc.ABC):
     """A model, a loss, its batches and its evaluation.
 
-    A batch has two parts: `items`, whose leaves have the examples on their leading axis and are
-    split over devices, and `shared`, which every device holds whole. The loss has two steps, so
-    that it is right on any number of devices: `embed` looks at each example alone, `objective` at
-    the embeddings of the whole batch. What must see all raw examples goes before both: `prepare`.
+    A batch has two parts: `items`, whose leaves have the examples, or rows of so many, on their
+    leading axis and are split over devices, and `shared`, which every device holds whole. The loss
+    has two steps, so that it is right on any number of devices: `embed` looks at each example
+    alone, `objective` at the embeddings of the whole batch. What must see all raw examples goes
+    before both: `prepare`.
     """
 
     config: Any
@@ -28,6 +29,8 @@ class Method(abc.ABC):
     evaluated = "best"
     #: Whether `prepare` does anything.
     prepares = False
+    #: Of how many examples a row of a batch's items is.
+    examples_per_row = 1
 
     @property
     def steps(self) -> int:
@@ -67,7 +70,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
-        """Embeddings of `batch["items"]`, examples on the leading axis of every leaf."""
+        """Embeddings of `batch["items"]`, their rows on the leading axis of every leaf."""
 
     @abc.abstractmethod
     def objective(

@@ -11,7 +11,7 @@ from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import Embedder, RelationalMethod
+from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.encoders.pair import build_towers
@@ -33,17 +33,17 @@ class BaselineMethod(RelationalMethod):
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers, and SigLIP's bias."""
-        items = batch["items"]
-        params = {"towers": self.model.init(key, items["ids"][:1], items["images"][:1])["params"]}
+        params = {"towers": self.model.init(key, *self.one_example(batch))["params"]}
         if self.config.method == "siglip":
             params["bias"] = jnp.asarray(_BIAS, jnp.float32)
         return params
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """The towers' own embeddings of the items, (N, d) each."""
+        """The towers' own embeddings of the items, (N, d) each; in rows of k (N/k, k, d)."""
         del key  # The towers have no dropout.
-        towers = self.stop_frozen(params)["towers"]
-        return self.model.apply({"params": towers}, batch["items"]["ids"], batch["items"]["images"])
+        towers, items = self.stop_frozen(params)["towers"], batch["items"]
+        out = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
+        return out | {"image": out["image"].reshape(out["text"].shape)}
 
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
@@ -53,7 +53,8 @@ class BaselineMethod(RelationalMethod):
         shared, config = batch["shared"], self.config
         options = {"temperature": self.temperature(params), "where": shared["valid"]}
         options["block"] = block_size(config.loss)
-        text, image = embedded["text"], embedded["image"]
+        # From rows of items to items.
+        text, image = (x.reshape(-1, x.shape[-1]) for x in (embedded["text"], embedded["image"]))
         if config.method == "siglip":
             return sigmoid(text, image, bias=params["bias"], **options), {}
         if config.method == "unicl":
@@ -72,8 +73,8 @@ class BaselineMethod(RelationalMethod):
         text = np.empty((1, len(items), relation.shape[1]), np.float32)
         image = np.empty_like(text)
         for rows, ids, images in self.chunks(items):
-            text[0, rows] = self._texts(towers, ids)[: len(rows)]
-            image[0, rows] = self._images(towers, images)[: len(rows)]
+            text[0, rows] = self._texts(towers, ids).reshape(len(rows), -1)
+            image[0, rows] = self._images(towers, images)
         tables = {"plain": EmbeddingTable(items, text, image, relation)}
         if needed is not None:
             with_sentence = self._with_sentence(towers, items, needed, relation.shape[1])

@@ -13,7 +13,7 @@ from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.relation import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import Embedder, RelationalMethod
+from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
@@ -45,13 +45,14 @@ class RCMLMethod(RelationalMethod):
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
-        items, shared = batch["items"], batch["shared"]
-        return self.model.init(
-            key, shared["relation_ids"][:1], items["ids"][:1], items["images"][:1]
-        )["params"]
+        ids, image = self.one_example(batch)
+        return self.model.init(key, ids, ids, image)["params"]
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """z_T and z_I, (N, R, d) each, of the items under the batch's relations."""
+        """z_T and z_I, (N, R, d) each, of the items under the batch's relations.
+
+        Those of items in rows of k are (N/k, k, R, d).
+        """
         del key  # The towers have no dropout.
         items, shared = batch["items"], batch["shared"]
         params = self.stop_frozen(params)
@@ -59,10 +60,10 @@ class RCMLMethod(RelationalMethod):
             {"params": {name: params[name] for name in ("towers", "head")}},
             shared["relation_ids"],
             items["ids"],
-            items["images"],
+            flat_images(items["images"]),
             shared["intra"],
         )
-        return {"text": out["text"], "image": out["image"]}
+        return {"text": out["text"], "image": out["image"].reshape(out["text"].shape)}
 
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
@@ -70,7 +71,7 @@ class RCMLMethod(RelationalMethod):
         """Eq. 1–2 over the whole batch, and the identification of relations if it has a weight."""
         del progress
         shared, loss = batch["shared"], self.config.loss
-        text, image = (jnp.swapaxes(embedded[name], 0, 1) for name in ("text", "image"))
+        text, image = (_relations_first(embedded[name]) for name in ("text", "image"))
         pairs = shared["anchor"], shared["positive"]
         common = {
             "pair_valid": shared["pair_valid"],
@@ -107,8 +108,7 @@ class RCMLMethod(RelationalMethod):
         text, image = np.empty(shape, np.float32), np.empty(shape, np.float32)
         for rows, ids, images in self.chunks(items):
             z_text, z_image = self._pool(variables, ids, images, relation)
-            text[:, rows] = z_text[:, : len(rows)]
-            image[:, rows] = z_image[:, : len(rows)]
+            text[:, rows], image[:, rows] = z_text, z_image
         table = EmbeddingTable(items, text, image, np.asarray(l2_normalize(relation)))
         return {"relation": table}
 
@@ -116,22 +116,25 @@ class RCMLMethod(RelationalMethod):
         """Pooled under the intra-sample relation."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         relation = self._relations(variables, self.task.encode([self.task.sentence(-1)]))
-        parts = []
-        for _, ids, images in self.chunks(items):
-            text, image = self._pool(variables, ids, images, relation, True)
-            parts.append((image[0], text[0]))
-        images, texts = (np.concatenate(side)[: len(items)] for side in zip(*parts, strict=True))
-        return images, texts
+        image, text = np.empty((2, len(items), relation.shape[1]), np.float32)
+        for rows, ids, images in self.chunks(items):
+            z_text, z_image = self._pool(variables, ids, images, relation, True)
+            text[rows], image[rows] = z_text[0], z_image[0]
+        return image, text
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
         """Pooled under the intra-sample relation, then under each sentence."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
-        encode = self.task.encode
-        relation = self._relations(variables, encode([self.task.sentence(-1), *sentences]))
+        task = self.task
+        sentences = [task.sentence(-1), *sentences]
+        relation = self._relations(variables, task.encode(sentences))
         intra = jnp.arange(len(relation)) == 0
 
         def text(texts: Sequence[str]) -> np.ndarray:
-            return np.asarray(self._pool_text(variables, encode(texts), relation, intra))
+            places, tokens = self.packed(*task.tokenizer.encode(texts, task.max_length))
+            z = np.empty((len(relation), len(texts), relation.shape[1]), np.float32)
+            z[:, places] = self._pool_text(variables, tokens, relation, intra)
+            return z
 
         def image(pixels: np.ndarray) -> np.ndarray:
             return np.asarray(self._pool_image(variables, pixels, relation, intra))
@@ -169,4 +172,9 @@ class RCMLMethod(RelationalMethod):
     ) -> jax.Array:
         """z_T or z_I with the relations first, (R, n, d)."""
         out = self.model.apply(variables, inputs, relation, intra, method=pool)
-        return jnp.swapaxes(out, 0, 1)
+        return _relations_first(out)
+
+
+def _relations_first(z: jax.Array) -> jax.Array:
+    """Embeddings (N, R, d), or in rows (N/k, k, R, d) → (R, N, d)."""
+    return jnp.swapaxes(z.reshape(-1, *z.shape[-2:]), 0, 1)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,20 @@ import numpy as np
 from flax import traverse_util
 
 from rcml_jax.config import block_size, compute_dtype
+from rcml_jax.data.packing import PackedTexts, pack, pack_order
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
 from rcml_jax.evaluation.retrieval import gallery_retrieval, retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
-from rcml_jax.methods.relational_towers import frozen_parts, load_checkpoints, towers_config
-from rcml_jax.methods.task import RelationTask
+from rcml_jax.methods.relational_towers import (
+    check_packing,
+    frozen_parts,
+    load_checkpoints,
+    towers_config,
+)
+from rcml_jax.methods.task import RelationTask, texts_per_row
 from rcml_jax.models.encoders.clip import load_pretrained
 from rcml_jax.models.encoders.pair import PairConfig
 from rcml_jax.similarity import SIMILARITIES
@@ -61,10 +67,17 @@ class RelationalMethod(Method):
             block_size(config.loss, name)
         self.towers_config = towers_config(config.model, task.tokenizer)
         self.frozen_parts = frozen_parts(self.towers_config, config.model.freeze)
+        self.examples_per_row = texts_per_row(config.batch)
+        if self.examples_per_row > 1:
+            check_packing(self.towers_config)
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
         return self.task.batches()
+
+    def one_example(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """A text (1, T) and an image (1, H, W, 3) of a batch, whose shapes parameters depend on."""
+        return batch["shared"]["relation_ids"][:1], flat_images(batch["items"]["images"])[:1]
 
     @abc.abstractmethod
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
@@ -254,14 +267,39 @@ class RelationalMethod(Method):
         """Tokens of all relation sentences."""
         return self.task.encode(self.task.sentences)
 
-    def chunks(self, items: np.ndarray):
-        """Yield (rows, ids, images) of items, each chunk padded to one of a few lengths."""
+    def packed(
+        self, ids: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | PackedTexts]:
+        """Padded texts, ids and mask (n, T), in rows as in training, and which text is where.
+
+        Returns places (N,) in the texts, and what the tower takes of the texts there: packing
+        changes their order, and where they do not fill the last row the last one is repeated.
+        """
+        count, per_row = len(ids), self.examples_per_row
+        if per_row == 1 or count < per_row:
+            return np.arange(count), ids
+        places = np.arange(count + -count % per_row).clip(max=count - 1)
+        places = places[pack_order(mask[places].sum(axis=1), per_row)]
+        return places, pack(ids[places], mask[places], per_row)
+
+    def chunks(self, items: np.ndarray) -> Iterator[tuple]:
+        """Yield (rows, texts, images) of items: places in `items`, and what is there.
+
+        All chunks are of one size: in the last one the last item is repeated.
+        """
         size = min(_CHUNK, 1 << (len(items) - 1).bit_length())
-        ids = self.task.encode([self.task.graph.texts[i] for i in items])
+        texts = [self.task.graph.texts[i] for i in items]
+        ids, mask = self.task.tokenizer.encode(texts, self.task.max_length)
         for start in range(0, len(items), size):
-            rows = np.arange(start, min(start + size, len(items)))
-            padded = np.minimum(np.arange(start, start + size), len(items) - 1)
-            yield rows, ids[padded], self.task.images(items[padded])
+            rows = np.arange(start, start + size).clip(max=len(items) - 1)
+            places, tokens = self.packed(ids[rows], mask[rows])
+            rows = rows[places]
+            yield rows, tokens, self.task.images(items[rows])
+
+
+def flat_images(images: jax.Array) -> jax.Array:
+    """Images (N, H, W, 3), or in rows (N/k, k, H, W, 3) → (N, H, W, 3)."""
+    return images.reshape(-1, *images.shape[-3:])
 
 
 def _similarities(name: str) -> tuple[str, ...]:

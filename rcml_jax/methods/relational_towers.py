@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from transformers import CLIPTextConfig
+
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
@@ -114,6 +116,15 @@ def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
     if not isinstance(config, PairConfig):
         parts |= {_PROJECTION[modality] for modality in _FROZEN[freeze]}
     return frozenset(parts)
+
+
+def check_packing(config: TowersConfig) -> None:
+    """Raise UserError for a text tower that cannot take several texts in one row."""
+    if not isinstance(config.text_config, CLIPTextConfig):
+        raise UserError(
+            "config.batch.texts_per_row above 1 is for CLIP's text tower, not for BERT or RoBERTa; "
+            "set it to 1"
+        )
 
 
 def remat(model: Any) -> str:

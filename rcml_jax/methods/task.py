@@ -19,6 +19,20 @@ from rcml_jax.errors import UserError
 SOURCES = ("openmoji", "folder", "grocery", "amazon")
 
 
+def texts_per_row(batch: Any) -> int:
+    """`config.batch.texts_per_row`, which the configurations of older runs do not have.
+
+    Raises UserError where the batch's items do not fill rows of so many.
+    """
+    count = batch.get("texts_per_row", 1)
+    if count < 1 or batch.size % count:
+        raise UserError(
+            f"config.batch.texts_per_row={count} must divide config.batch.size={batch.size}; 1 "
+            "gives each text a row of its own"
+        )
+    return count
+
+
 def load_graph(data: Any) -> RelationGraph:
     """The relation graph that `config.data` names. Raises UserError for an unknown source."""
     directory = cache_directory(data.dir)
@@ -118,6 +132,7 @@ class RelationTask:
             self.sentence,
             self.max_length,
             moved if batch.image_shift or batch.image_flip else None,
+            texts_per_row(batch),
         )
         return batch_iterator(sampler, collate, self.config.data.threads)
 

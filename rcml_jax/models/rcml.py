@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from rcml_jax.data.packing import PackedTexts
 from rcml_jax.models.encoders.pair import build_towers
 from rcml_jax.models.relation_pooling import RelationPooling
 from rcml_jax.similarity import l2_normalize
@@ -36,8 +37,10 @@ class RCML(nn.Module):
         """Relation sentences (R, T) → h_E (R, d): the text tower's summary states (CLIP's EOT)."""
         return self.towers.text_states(ids).summary_states()
 
-    def pool_text(self, ids: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:
-        """Texts (n, T) under relation embeddings (R, d) → z_T (n, R, d)."""
+    def pool_text(
+        self, ids: jax.Array | PackedTexts, relation: jax.Array, intra: jax.Array
+    ) -> jax.Array:
+        """Texts (n, T) under relation embeddings (R, d) → z_T (n, R, d); packed: (n, k, R, d)."""
         return self.head(self.towers.text_states(ids), relation, intra)
 
     def pool_image(self, pixels: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:
@@ -47,7 +50,7 @@ class RCML(nn.Module):
     def __call__(
         self,
         relation_ids: jax.Array,
-        ids: jax.Array | None = None,
+        ids: jax.Array | PackedTexts | None = None,
         pixels: jax.Array | None = None,
         intra: jax.Array | None = None,
     ) -> dict:
@@ -55,7 +58,7 @@ class RCML(nn.Module):
 
         relation_ids: (R, T) tokens of the sentences; intra: (R,) bool, all false if left out.
         Returns `relation` (R, d), normalised, and `text` and `image`, (n, R, d) each, for the
-        inputs that are given.
+        inputs that are given; those of texts in n rows of k are (n, k, R, d).
         """
         if intra is None:
             intra = jnp.zeros(relation_ids.shape[0], bool)

@@ -60,23 +60,29 @@ class RelationPooling(nn.Module):
         """Attention weights (n, R, T) of n items under R relations (Eq. 5–6).
 
         relation: (R, d) embeddings h_E; intra: (R,) bool, true for the intra-sample relation.
-        Padding gets no weight.
+        Padding gets no weight. Of rows of k packed texts the weights are (n, k, R, T), each text's
+        on its own tokens.
         """
         # (W_Q h)·(W_K H) = (W_Kᵀ W_Q h)·H: no key is ever formed, however many tokens there are.
         query = relation.astype(self.dtype) @ self.query.T.astype(self.dtype)
         query = query @ self.key.astype(self.dtype)
         scores = jnp.einsum("ntd,rd->nrt", tokens.states, query).astype(jnp.float32)
+        if tokens.mask.ndim > 2:
+            scores = scores[:, None]  # The same tokens for every text of a row.
         positions = jnp.arange(tokens.states.shape[1])
-        summary = (positions == tokens.summary[:, None])[:, None, :]
+        summary = (positions == tokens.summary[..., None])[..., None, :]
         logits = (1.0 - self.beta) * scores / math.sqrt(self.dim)
         logits += self.beta * self.summary_logit * (summary & intra[None, :, None])
         logits += self.prior * summary
-        return nn.softmax(logits, axis=-1, where=tokens.mask[:, None, :])
+        return nn.softmax(logits, axis=-1, where=tokens.mask[..., None, :])
 
     def __call__(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
-        """L2-normalised float32 embeddings (n, R, d) of n items under each of R relations."""
+        """L2-normalised float32 embeddings (n, R, d) of n items under each of R relations.
+
+        Those of rows of k packed texts are (n, k, R, d).
+        """
         weights = self.attention(tokens, relation, intra).astype(self.dtype)
-        pooled = jnp.einsum("nrt,ntd->nrd", weights, tokens.states)
+        pooled = jnp.einsum("n...rt,ntd->n...rd", weights, tokens.states)
         # The values are linear in the tokens, so W_V and W_o act once a relation, after pooling.
         pooled = pooled @ self.value.T.astype(self.dtype)
         return l2_normalize(pooled @ self.output.astype(self.dtype))

@@ -165,17 +165,24 @@ class Run:
         init_key, run_key = jax.random.split(jax.random.key(config.seed))
         place = source.get_state()
         batch = next(source)
-        size, count = _examples(batch), len(self.devices.devices)
-        if size % count:
+        rows, each = _rows(batch), self.method.examples_per_row
+        count = len(self.devices.devices)
+        if rows % count:
             raise UserError(
-                f"a batch of {size} examples cannot be split over {count} devices; make "
-                "config.batch.size a multiple of their number, or lower config.devices"
+                f"a batch of {rows * each} examples cannot be split over {count} devices; make "
+                f"config.batch.size a multiple of {each * count}, or lower config.devices"
             )
         accumulation = config.get("accumulation", "exact")
-        parts = parts_of(size, config.get("micro_batch", 0))
+        micro_batch = config.get("micro_batch", 0)
+        if 0 < micro_batch < each:
+            raise UserError(
+                f"config.micro_batch={micro_batch} is less than a row of {each} examples; raise it "
+                "or lower config.batch.texts_per_row"
+            )
+        parts = parts_of(rows, micro_batch // each)
         gathered = count if config.parallel == "pmap" else 1
         check(accumulation, self.method, batch, parts, gathered)
-        self.examples = size
+        self.examples = rows * each
         source.set_state(place)
         params = self.method.init(init_key, batch)
         towers = config.model.get("init_from", "")
@@ -297,7 +304,7 @@ class Run:
         self.checkpoints.save(step, self._saved(), self.data, loop, selection)
 
 
-def _examples(batch: dict) -> int:
+def _rows(batch: dict) -> int:
     return len(jax.tree.leaves(batch["items"])[0])
 
 

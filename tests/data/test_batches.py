@@ -300,3 +300,26 @@ def test_epochs_go_through_the_iterator_and_its_state():
     other = batch_iterator(EpochSampler(ROWS, 4, seed=0), lambda plan: plan)
     other.set_state(state)
     assert same(next(other), sampler[4])
+
+
+def test_packed_texts_change_the_order_of_the_items_alone(toy, collated):
+    """The same pairs of the same items under the same relations, with their texts and pictures."""
+    plan, tokenizer, collate = collated
+    images = ImageBank(toy.images, 8)
+    packed = collator(toy, tokenizer, images, lambda r: toy.relations[r], 32, texts_per_row=3)(plan)
+    padded = collate(plan)["shared"]
+    texts, pictures, shared = *packed["items"].values(), packed["shared"]
+    assert pictures.shape == (10, 3, 8, 8, 3)
+    items = pictures[..., 0, 0, 0].reshape(-1)  # see `png`
+    found = [part for row, ends in zip(*texts, strict=True) for part in np.split(row, ends + 1)]
+    del found[3::4]  # padding
+    assert [tokenizer.decode(text) for text in found] == [toy.texts[item] for item in items]
+    order = [plan["items"].tolist().index(item) for item in items]
+    assert order != sorted(order)
+    for name in ("anchor", "positive"):
+        live = plan["pair_valid"]
+        np.testing.assert_array_equal(items[shared[name]][live], plan["items"][plan[name]][live])
+    np.testing.assert_array_equal(shared["related"], padded["related"][np.ix_(order, order)])
+    np.testing.assert_array_equal(shared["labels"], padded["labels"][order])
+    for name in ("intra", "pair_valid", "linked"):
+        np.testing.assert_array_equal(shared[name], padded[name])

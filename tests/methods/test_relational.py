@@ -284,3 +284,34 @@ def test_a_pretrained_directory_sets_image_size_and_text_length(catalogue, pretr
     batch = next(build(config, tmp_path).batches())
     assert batch["items"]["images"].shape == (16, 24, 24, 3)
     assert batch["items"]["ids"].shape[1] <= 12
+
+
+@pytest.mark.parametrize("method", ["rcml", "clip"])
+def test_packed_texts_are_evaluated_as_padded_ones(catalogue, tmp_path, method):
+    """Thirty items: the last chunk of 32 is filled up, and packing changes the order."""
+    options = {"method": method, "batch__size": 16}
+    padded, packed = (
+        build(tiny_config(catalogue, **options, batch__texts_per_row=k), tmp_path) for k in (1, 4)
+    )
+    params = padded.init(jax.random.key(0), next(padded.batches()))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params,
+        packed.init(jax.random.key(0), next(packed.batches())),
+    )
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+    items = np.random.default_rng(0).permutation(60)[:30]
+    (rows, texts, _), *_ = packed.chunks(items)
+    assert texts.ends.shape == (8, 4)
+    assert not np.array_equal(rows, np.sort(rows))
+    ours, theirs = (next(iter(m.tables(params, items).values())) for m in (packed, padded))
+    np.testing.assert_allclose(ours.text, theirs.text, atol=1e-5)
+    np.testing.assert_allclose(ours.image, theirs.image, atol=1e-5)
+    for a, b in zip(
+        packed.own_embeddings(params, items), padded.own_embeddings(params, items), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    texts = [padded.task.graph.texts[i] for i in items[:5]]  # one more than a row has
+    ours, theirs = (m.embedder(params, ["both kind1"]).text(texts) for m in (packed, padded))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)

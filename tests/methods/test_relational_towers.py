@@ -215,6 +215,12 @@ def test_clip_on_a_roberta_and_a_frozen_vit(catalogue, checkpoints, tmp_path):
     assert np.abs(tables["sentence"].text[3] - tables["plain"].text[0]).max() > 1e-3
 
 
+def test_texts_share_a_row_in_clips_tower_alone(catalogue, checkpoints, tmp_path):
+    options = {"model.text_pretrained": str(checkpoints / "bert"), "batch.texts_per_row": 2}
+    with pytest.raises(UserError, match=r"texts_per_row above 1 is for CLIP's text tower"):
+        build(tiny_config(catalogue, **options), tmp_path)
+
+
 def test_towers_of_clip_are_not_taken_for_a_pair(catalogue, checkpoints, tmp_path):
     bert = str(checkpoints / "bert")
     method = build(tiny_config(catalogue, model__text_pretrained=bert), tmp_path)

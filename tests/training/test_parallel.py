@@ -92,9 +92,14 @@ def test_across_devices_makes_any_loss_right_under_pmap(name):
 
 
 @functools.cache
-def step_of(folder, directory, method, mode, devices, parts=1):
-    """The update of one SGD step (the gradient, with the sign turned) and the metrics."""
+def step_of(folder, directory, method, mode, devices, parts=1, texts_per_row=0):
+    """The update of one SGD step (the gradient, with the sign turned) and the metrics.
+
+    texts_per_row: 1 or more without augmentation, which packing gives to other images.
+    """
     config = tiny_config(folder, method=method, loss__learn_temperature=True, data__threads=0)
+    if texts_per_row:
+        config.batch.update(texts_per_row=texts_per_row, image_shift=0)
     built = build_method(config, directory)
     batch = next(built.batches())
     params = built.init(jax.random.key(0), batch)
@@ -169,6 +174,28 @@ def test_parts_give_the_loss_and_gradients_of_the_whole_batch(
     directory.mkdir(exist_ok=True)
     one = step_of(catalogue, directory, method, "jit", 1)
     assert_same_step(step_of(catalogue, directory, method, mode, devices, parts), one)
+
+
+@pytest.mark.parametrize(
+    ("method", "texts_per_row", "mode", "devices", "parts"),
+    [
+        ("rcml", 4, "jit", 1, 1),
+        ("rcml", 2, "pmap", 4, 2),
+        ("clip", 2, "jit", 8, 1),
+        slow("rcml", 2, "jit", 8, 1),
+        slow("rcml", 4, "jit", 1, 3),
+        slow("unicl", 2, "pmap", 8, 1),
+        slow("siglip", 4, "jit", 2, 2),
+    ],
+)
+def test_packed_texts_give_the_loss_and_gradients_of_padded_ones(
+    catalogue, tmp_path_factory, method, texts_per_row, mode, devices, parts
+):
+    directory = tmp_path_factory.getbasetemp() / f"tokenizer_{method}"
+    directory.mkdir(exist_ok=True)
+    one = step_of(catalogue, directory, method, "jit", 1, texts_per_row=1)
+    found = step_of(catalogue, directory, method, mode, devices, parts, texts_per_row)
+    assert_same_step(found, one)
 
 
 @functools.cache

@@ -13,8 +13,10 @@ from transformers.models.clip.modeling_flax_clip import (
     FlaxCLIPVisionTransformer,
 )
 
+from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.encoders.checkpoints import check_directory, read, unreachable
+from rcml_jax.models.encoders.packed import apart, owners, positions
 from rcml_jax.models.encoders.remat import recomputed
 from rcml_jax.models.encoders.sizes import check_sizes, transformer_sizes
 from rcml_jax.similarity import l2_normalize
@@ -30,6 +32,7 @@ class TokenStates(NamedTuple):
 
     states: (n, T, d) projected hidden states; mask: (n, T) bool, false on padding;
     summary: (n,) int32, the position of the summary token (EOT for text, CLS for images).
+    Of n rows of k packed texts mask is (n, k, T), the tokens of each text, and summary (n, k).
     """
 
     states: jax.Array
@@ -37,8 +40,10 @@ class TokenStates(NamedTuple):
     summary: jax.Array
 
     def summary_states(self) -> jax.Array:
-        """The (n, d) states of the summary tokens: CLIP's own embedding, not normalised."""
-        return jnp.take_along_axis(self.states, self.summary[:, None, None], axis=1)[:, 0]
+        """The states of the summary tokens, (n, d) or (n, k, d): CLIP's own embedding, raw."""
+        places = self.summary.reshape(len(self.states), -1, 1)
+        found = jnp.take_along_axis(self.states, places, axis=1)
+        return found.reshape(*self.summary.shape, -1)
 
 
 class VisionTokens(FlaxCLIPVisionTransformer):
@@ -78,12 +83,15 @@ class CLIPTowers(nn.Module):
         scale = jnp.float32(self.config.logit_scale_init_value)
         self.logit_scale = self.param("logit_scale", lambda _: scale)
 
-    def text_states(self, ids: jax.Array, *, projected: bool = True) -> TokenStates:
+    def text_states(self, ids: jax.Array | PackedTexts, *, projected: bool = True) -> TokenStates:
         """Token ids (n, T) → states of every token up to EOT (spec: H_T).
 
         The tower is causal, so what follows EOT changes nothing before it and needs no mask inside.
-        Not `projected`, they have the tower's own width.
+        Of packed texts each has the states that it has alone. Not `projected`, they have the
+        tower's own width.
         """
+        if isinstance(ids, PackedTexts):
+            return self._packed_states(ids, projected)
         with recomputed(self.remat):
             hidden = self.text_model(ids, None, jnp.arange(ids.shape[1])[None])[0]
         eos = self.config.text_config.eos_token_id
@@ -91,6 +99,14 @@ class CLIPTowers(nn.Module):
         summary = jnp.argmax(ids if eos == _LEGACY_EOS else ids == eos, axis=1).astype(jnp.int32)
         mask = jnp.arange(ids.shape[1]) <= summary[:, None]
         return TokenStates(self.text_projection(hidden) if projected else hidden, mask, summary)
+
+    def _packed_states(self, texts: PackedTexts, projected: bool) -> TokenStates:
+        owner = owners(texts)
+        with recomputed(self.remat), apart(owner):
+            hidden = self.text_model(texts.ids, None, positions(texts, owner))[0]
+        mask = owner[:, None, :] == jnp.arange(texts.ends.shape[1])[:, None]
+        states = self.text_projection(hidden) if projected else hidden
+        return TokenStates(states, mask, texts.ends)
 
     def image_states(self, pixels: jax.Array, *, projected: bool = True) -> TokenStates:
         """Images (n, H, W, 3), uint8 or already normalised floats → states of CLS and patches.
@@ -110,7 +126,7 @@ class CLIPTowers(nn.Module):
     def __call__(self, ids: jax.Array | None = None, pixels: jax.Array | None = None) -> dict:
         """CLIP itself: L2-normalised summary embeddings `text` and `image`, (n, d) each.
 
-        Either input may be left out; its key is then absent.
+        Those of packed texts are (n, k, d). Either input may be left out; its key is then absent.
         """
         out = {}
         if ids is not None:

@@ -1,0 +1,50 @@
+"""Several texts in one row of tokens, so that short ones are not padded to the longest."""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+from rcml_jax.data.text import LENGTHS
+
+_STEP = 8  # Beyond LENGTHS rows have a multiple of it: few lengths, each of which is compiled.
+
+
+class PackedTexts(NamedTuple):
+    """Rows of k texts each, one after the other, then padding.
+
+    ids: (n, L) int32 tokens; ends: (n, k) int32, the place of each text's last token in its row.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+
+def pack_order(lengths: np.ndarray, per_row: int) -> np.ndarray:
+    """An order (N,) of texts whose consecutive groups of `per_row` have about equal sums of tokens.
+
+    Each text, the longest first, goes to the emptiest row with a free place. N is a multiple of
+    `per_row`.
+    """
+    rows = [[] for _ in range(len(lengths) // per_row)]
+    emptiest = [(0, number) for number in range(len(rows))]
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        total, number = heapq.heappop(emptiest)
+        rows[number].append(text)
+        if len(rows[number]) < per_row:
+            heapq.heappush(emptiest, (total + int(lengths[text]), number))
+    return np.asarray(rows, int).reshape(-1)
+
+
+def pack(ids: np.ndarray, mask: np.ndarray, per_row: int) -> PackedTexts:
+    """Padded texts, ids and mask (N, T), to rows of `per_row` consecutive ones, N/per_row of them.
+
+    The rows' length L is the smallest of a few that fits the fullest one. Padding is 0.
+    """
+    ends = mask.sum(axis=1).reshape(-1, per_row).cumsum(axis=1)
+    fullest = int(ends.max())
+    width = next((x for x in LENGTHS if x >= fullest), -(-fullest // _STEP) * _STEP)
+    packed = np.zeros((len(ends), width), np.int32)
+    # Both run through texts and their tokens in the same order.
+    packed[np.arange(width) < ends[:, -1:]] = ids[mask.astype(bool)]
+    return PackedTexts(packed, (ends - 1).astype(np.int32))

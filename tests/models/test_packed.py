@@ -1,0 +1,115 @@
+"""Texts that share a row of tokens: the states, embeddings and gradients of texts alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+
+from rcml_jax.data.packing import PackedTexts, pack
+from rcml_jax.models.encoders.clip import CLIPTowers
+from rcml_jax.models.rcml import RCML
+from tests.models.test_encoders import tiny
+
+LENGTHS, PER_ROW, LIMIT, END = (10, 2, 5, 9, 10, 10, 3, 4, 2, 2, 7, 10), 3, 10, 3
+
+
+@functools.cache
+def texts():
+    """Twelve texts of 2 to 10 tokens, padded, and the same packed; rows are longer than 10."""
+    rng = np.random.default_rng(0)
+    lengths = np.asarray(LENGTHS)[:, None]
+    places = np.arange(LIMIT)
+    ids = rng.integers(4, 50, (len(lengths), LIMIT))
+    ids = np.select([places < lengths - 1, places == lengths - 1], [ids, END], 0).astype(np.int32)
+    packed = pack(ids, places < lengths, PER_ROW)
+    assert packed.ids.shape[1] > LIMIT
+    return jnp.asarray(ids), PackedTexts(*map(jnp.asarray, packed))
+
+
+def shaken(params):
+    """Far from the small weights of the beginning, where attention is uniform."""
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params)
+
+
+def assert_close(found, expected):
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6 * largest),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_each_token_has_the_state_that_it_has_alone(projected):
+    ids, packed = texts()
+    towers = CLIPTowers(tiny())
+    params = shaken(towers.init(jax.random.key(0), ids[:1], jnp.zeros((1, 16, 16, 3)))["params"])
+    states = functools.partial(
+        towers.apply, {"params": params}, projected=projected, method="text_states"
+    )
+    alone, together = states(ids), states(packed)
+    assert together.mask.shape == (4, PER_ROW, packed.ids.shape[1])
+    for number, length in enumerate(LENGTHS):
+        row, slot = divmod(number, PER_ROW)
+        own = together.states[row][together.mask[row, slot]]
+        np.testing.assert_allclose(own, alone.states[number, :length], rtol=1e-4, atol=1e-5)
+    summary = together.summary_states()
+    assert summary.shape == (4, PER_ROW, alone.states.shape[-1])
+    np.testing.assert_allclose(
+        summary.reshape(alone.summary_states().shape), alone.summary_states(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("remat", "pooling"),
+    [("", {}), ("layers", {}), ("dots", {}), ("", {"summary_prior": 2.0, "beta": 0.9})],
+)
+def test_embeddings_and_gradients_are_those_of_texts_alone(remat, pooling):
+    ids, packed = texts()
+    relations, intra = ids[:3], jnp.asarray([True, False, False])
+
+    def graded(remat, inputs):
+        model = RCML(tiny(), FrozenDict(pooling), remat=remat)
+
+        def value(params):
+            out = model.apply({"params": params}, relations, inputs, None, intra)
+            z = out["text"].reshape(len(LENGTHS), 3, -1)
+            return jnp.sum(jnp.sin(3 * z + jnp.arange(z.size).reshape(z.shape))), z
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+    init = RCML(tiny(), FrozenDict(pooling)).init
+    params = shaken(init(jax.random.key(0), relations, ids[:1])["params"])
+    (_, alone), gradient = graded("", ids)(params)
+    (_, together), found = graded(remat, packed)(params)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+    assert_close(found, gradient)
+
+
+def test_the_other_texts_of_a_row_change_nothing():
+    _, packed = texts()
+    towers = CLIPTowers(tiny())
+    params = shaken(
+        towers.init(jax.random.key(0), packed.ids[:1, :LIMIT], jnp.zeros((1, 16, 16, 3)))["params"]
+    )
+    embed = jax.jit(lambda texts: towers.apply({"params": params}, texts)["text"])
+    before = embed(packed)
+    # Another word in the second text of the first row.
+    changed = embed(packed._replace(ids=packed.ids.at[0, packed.ends[0, 1] - 1].set(49)))
+    same = np.ones((4, PER_ROW), bool)
+    same[0, 1] = False
+    np.testing.assert_array_equal(before[same], changed[same])
+    assert np.abs(before[0, 1] - changed[0, 1]).max() > 1e-3
+
+
+def test_clip_in_bfloat16_stays_close():
+    ids, packed = texts()
+    towers = CLIPTowers(tiny(), jnp.bfloat16)
+    params = towers.init(jax.random.key(0), ids[:1], jnp.zeros((1, 16, 16, 3)))["params"]
+    alone, together = (towers.apply({"params": params}, x)["text"] for x in (ids, packed))
+    np.testing.assert_allclose(together.reshape(alone.shape), alone, atol=0.03)
