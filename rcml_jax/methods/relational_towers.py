@@ -2,15 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from transformers import CLIPTextConfig
-
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
 from rcml_jax.models.encoders.classification import encoder_config, load_encoder, max_text_length
 from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config, small_config
 from rcml_jax.models.encoders.minilm import resolve
-from rcml_jax.models.encoders.pair import PairConfig, TowersConfig
+from rcml_jax.models.encoders.pair import PairConfig, TowersConfig, takes_packed
 from rcml_jax.models.encoders.remat import check_remat
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
@@ -120,7 +118,7 @@ def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
 
 def check_packing(config: TowersConfig) -> None:
     """Raise UserError for a text tower that cannot take several texts in one row."""
-    if not isinstance(config.text_config, CLIPTextConfig):
+    if not takes_packed(config):
         raise UserError(
             "config.batch.texts_per_row above 1 is for CLIP's text tower, not for BERT or RoBERTa; "
             "set it to 1"

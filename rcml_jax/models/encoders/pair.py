@@ -111,5 +111,10 @@ def build_towers(
     return towers(config, dtype, check_remat(remat))
 
 
+def takes_packed(config: TowersConfig) -> bool:
+    """Whether the text tower takes several texts in a row (`PackedTexts`); only CLIP's does."""
+    return _is_clip(config.text_config)
+
+
 def _is_clip(config: object) -> bool:
     return isinstance(config, CLIPTextConfig | CLIPVisionConfig)
