@@ -5,10 +5,11 @@
     python -m benchmarks.peers --parts embedding     # or training, clip; several with commas
     python -m benchmarks.peers --small --repeats 1   # the towers of configs/rcml.py, to try it
 
-The batch is that of `benchmarks/peer_batches.py`. *Plain* PyTorch pads all texts to 77 tokens,
-encodes items and sentence of each pair and pools pair by pair; *factored* has our trimming, each
-distinct item and sentence once, and our form of the head and the loss. Both use scaled
-dot-product attention and fused AdamW. Before anything is timed, what should be equal is compared.
+The batch is that of `benchmarks/peer_batches.py`, for ours with four titles in a row of tokens, as
+configs/rcml.py:amazon has them. *Plain* PyTorch pads all texts to 77 tokens, encodes items and
+sentence of each pair and pools pair by pair; *factored* trims texts to the longest, has each
+distinct item and sentence once, and our form of the head and the loss. Both use scaled dot-product
+attention and fused AdamW. Before anything is timed, what should be equal is compared.
 The part "clip" is our CLIP step beside open_clip's, which pads to 77 tokens; it is left out where
 open_clip cannot be imported.
 """
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 
 from benchmarks import embedding, timing, torch_rcml, train_step
-from benchmarks.peer_batches import RELATIONS, Workload, build_workload
+from benchmarks.peer_batches import RELATIONS, TEXTS_PER_ROW, Workload, build_workload
+from rcml_jax.data.packing import pack
 from rcml_jax.data.text import LENGTHS
 
 OURS, PLAIN, FACTORED = "ours", "plain PyTorch", "factored PyTorch"
@@ -81,12 +83,13 @@ def embeddings(load: Workload, args: Any) -> dict:
     keep = min(EMBEDDED_ITEMS, load.items)
     longest = max(load.title_lengths[:keep])
     width = next(x for x in (*LENGTHS, load.limit) if longest <= x <= load.limit)
-    ids, images = items["ids"][:keep, :width], items["images"][:keep]
+    mask = np.arange(items["ids"].shape[1]) < load.title_lengths[:keep, None]
+    texts = jax.tree.map(jnp.asarray, pack(items["ids"][:keep], mask, TEXTS_PER_ROW))
     method = train_step.build_method("rcml", load.config, load.clip_config, args.small)
     params = jax.jit(method.init_params)(jax.random.key(0), load.ours)
     relations = jnp.asarray(load.ours["shared"]["relation_ids"][1:])
     ours = embedding.rcml_functions(
-        method.model, {"params": params}, jnp.asarray(ids), jnp.asarray(images), relations
+        method.model, {"params": params}, texts, jnp.asarray(items["images"][:keep]), relations
     )
     model = peer_model(load, params).eval()
     del params
@@ -95,7 +98,7 @@ def embeddings(load: Workload, args: Any) -> dict:
         functions: Functions = {OURS: ours[embedding.rcml(count, True)]}
         peers = peer_embeddings(model, load, keep, width, count, compiler(args))
         functions |= {name: torch.inference_mode()(function) for name, function in peers.items()}
-        expected = functions[OURS]()
+        expected = [z.reshape(keep, count, -1) for z in functions[OURS]()]
         for name in peers:
             for ours_z, theirs in zip(expected, functions[name](), strict=True):
                 np.testing.assert_allclose(theirs, ours_z, atol=EMBEDDING_TOLERANCE, err_msg=name)
@@ -288,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     towers = "small towers" if args.small else "ViT-B/32"
     machine = timing.start(
         f"32 pairs of {load.items} items under {RELATIONS + 1} relations, {towers}: titles of "
-        f"{np.mean(load.title_lengths):.1f} tokens on average, trimmed to {texts} of {load.limit}; "
+        f"{np.mean(load.title_lengths):.1f} tokens on average, trimmed to {texts} of {load.limit}, "
+        f"{TEXTS_PER_ROW} of them in {load.packed['items']['ids'].ids.shape[1]} for ours; "
         f"sentences trimmed to {sentences}"
     )
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -96,10 +96,19 @@ class BaselineMethod(RelationalMethod):
             chunk = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(distinct) - 1)
             texts, numbers = zip(*(distinct[i] for i in chunk), strict=True)
             sentences = [task.sentences[r] for r in numbers]
-            ids, _ = task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
-            part = np.asarray(self._texts(towers, ids))
+            part = self._embedded(
+                towers, *task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
+            )
             embedded[start : start + len(part)] = part[: len(distinct) - start]
         out[relations, rows] = embedded[[place[pair] for pair in asked]]
+        return out
+
+    def _embedded(self, towers: Params, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Padded texts, ids and mask (n, T) → (n, d)."""
+        places, tokens = self.packed(ids, mask)
+        found = np.asarray(self._texts(towers, tokens)).reshape(len(places), -1)
+        out = np.empty((len(ids), found.shape[1]), np.float32)
+        out[places] = found
         return out
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,12 +121,13 @@ class BaselineMethod(RelationalMethod):
         towers, task = params["towers"], self.task
 
         def text(texts: Sequence[str]) -> np.ndarray:
-            parts = [self._texts(towers, task.encode(texts))]
-            for sentence in sentences:
-                suffixes = [sentence] * len(texts)
-                ids, _ = task.tokenizer.encode_with_suffix(texts, suffixes, task.max_length)
-                parts.append(self._texts(towers, ids))
-            return np.stack(parts)
+            tokenizer, limit = task.tokenizer, task.max_length
+            encoded = [tokenizer.encode(texts, limit)]
+            encoded += [
+                tokenizer.encode_with_suffix(texts, [sentence] * len(texts), limit)
+                for sentence in sentences
+            ]
+            return np.stack([self._embedded(towers, *padded) for padded in encoded])
 
         def image(pixels: np.ndarray) -> np.ndarray:
             return np.asarray(self._images(towers, pixels))[None]
