@@ -123,7 +123,9 @@ class CLIPTowers(nn.Module):
         n, tokens = states.shape[:2]
         return TokenStates(states, jnp.ones((n, tokens), bool), jnp.zeros((n,), jnp.int32))
 
-    def __call__(self, ids: jax.Array | None = None, pixels: jax.Array | None = None) -> dict:
+    def __call__(
+        self, ids: jax.Array | PackedTexts | None = None, pixels: jax.Array | None = None
+    ) -> dict:
         """CLIP itself: L2-normalised summary embeddings `text` and `image`, (n, d) each.
 
         Those of packed texts are (n, k, d). Either input may be left out; its key is then absent.

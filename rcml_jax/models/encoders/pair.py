@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextTransformer
 
+from rcml_jax.data.packing import PackedTexts
 from rcml_jax.models.encoders.classification import ImageEncoder, TextEncoder
 from rcml_jax.models.encoders.clip import CLIPTowers, TokenStates, VisionTokens
 from rcml_jax.models.encoders.remat import check_remat, recomputed
@@ -60,8 +61,8 @@ class PairTowers(CLIPTowers):
         self.text_projection = project()
         self.visual_projection = project()
 
-    def text_states(self, ids: jax.Array, *, projected: bool = True) -> TokenStates:
-        """Token ids (n, T) → states of every token that is no padding.
+    def text_states(self, ids: jax.Array | PackedTexts, *, projected: bool = True) -> TokenStates:
+        """Token ids (n, T), packed texts for CLIP's → states of every token that is no padding.
 
         BERT and RoBERTa have no token that was trained to stand for the text. Their summary is the
         mean of the token states, sentence-transformers' own embedding, which comes first: (n, T +
