@@ -37,7 +37,7 @@ from rcml_jax.training import workdir as workdirs
 
 LIMIT = 0.03
 LOOP, ALONE = "the loop", "its steps alone"
-READ, PUT, DISPATCH, LOG, SAVE = PARTS = ("read", "put", "dispatch", "log", "save")
+READ, PUT, DISPATCH, LOG, TAKE, SAVE = PARTS = ("read", "put", "dispatch", "log", "take", "save")
 START = "start"  # of a round; the idle time before its first step is none of the loop's
 
 
@@ -100,6 +100,8 @@ class Profiled(loop.Run):
         self.rounds: dict[str, list[np.ndarray]] = {LOOP: [], ALONE: []}
         self._batches: list[Any] = []
         self._after, self._begin, self._compiled = START, np.zeros(2), 0
+        self._taken, self._start_save = False, self.checkpoints.start
+        self.checkpoints.start = self._save_taken
 
     @property
     def compilations(self) -> int:
@@ -155,9 +157,18 @@ class Profiled(loop.Run):
         self._after = LOG
 
     def _save(self, *args: Any) -> None:
-        jax.block_until_ready(self.state)
-        with self.clock.part(SAVE):
+        with self.clock.part(TAKE):
             super()._save(*args)
+        self._after, self._taken = TAKE, True
+
+    def _save_taken(self) -> None:
+        """Of the loop's calls, those that have something to save are its work."""
+        taken, self._taken = self._taken, False
+        if not taken:
+            self._start_save()
+            return
+        with self.clock.part(SAVE):
+            self._start_save()
         self._after = SAVE
 
 
@@ -203,20 +214,24 @@ def profiled(config: Any, workdir: pathlib.Path, rounds: int, size: int) -> Prof
     return run
 
 
-def idle_shares(steps: list[Step]) -> dict[str, np.ndarray]:
-    """Of steps in order, by what the loop did before them: the idle share of the time of each."""
-    shares: dict[str, list[float]] = {"": [], LOG: [], SAVE: []}
+def times_of(steps: list[Step]) -> dict[str, np.ndarray]:
+    """Of steps in order, by what the loop did before them: (n, 2) seconds from the result before.
+
+    The first column is idle time, to the dispatch; the second is all of it, to the result.
+    """
+    times: dict[str, list] = {"": [], LOG: [], TAKE: [], SAVE: []}
     for before, step in itertools.pairwise(steps):
         if step.after != START:
             idle = max(0.0, step.dispatched - before.ready)
-            shares[step.after].append(idle / (step.ready - before.ready))
-    return {after: np.array(values) for after, values in shares.items()}
+            times[step.after].append((idle, step.ready - before.ready))
+    return {after: np.array(rows) for after, rows in times.items() if rows}
 
 
 def summarise(run: Profiled) -> dict:
     """The figures: idle shares of steps, work by part, and the loop beside its steps alone."""
-    shares = idle_shares(run.clock.steps)
-    every = np.concatenate(list(shares.values()))
+    kinds = times_of(run.clock.steps)
+    kinds["all"] = np.concatenate(list(kinds.values()))
+    plain = float(np.median(kinds[""][:, 1]))
     times = {name: np.array(rounds) for name, rounds in run.rounds.items()}
     steps = len(run.clock.steps)
     step = float(np.median(times[ALONE][:, 0])) / run.size
@@ -235,8 +250,7 @@ def summarise(run: Profiled) -> dict:
         "steps": steps,
         "seconds_per_step": step,
         "compilations": run.compilations,
-        "idle": {name or "plain": _shares(s) for name, s in shares.items() if len(s)}
-        | {"all": _shares(every)},
+        "idle": {name or "plain": _shares(rows, plain) for name, rows in kinds.items()},
         "work": work,
         "work_share": sum(row["share"] for row in work.values()),
         "ratio": timing.ratio(times, LOOP, ALONE, 1 / (1 - LIMIT)),
@@ -244,8 +258,9 @@ def summarise(run: Profiled) -> dict:
     }
 
 
-def _shares(values: np.ndarray) -> dict:
-    """The spread of the idle shares of steps, and how many are above the limit."""
+def _shares(rows: np.ndarray, plain: float) -> dict:
+    """The spread of idle shares, how many exceed the limit, and the time beside a plain step's."""
+    values = rows[:, 0] / rows[:, 1]
     return {
         "steps": len(values),
         "median": float(np.median(values)),
@@ -253,18 +268,26 @@ def _shares(values: np.ndarray) -> dict:
         "max": float(values.max()),
         "mean": float(values.mean()),
         "above": int((values > LIMIT).sum()),
+        "time": float(np.median(rows[:, 1])) / plain,
     }
 
 
 def show(figures: dict) -> None:
     """Print the tables."""
-    names = ("steps", "median", "p90", "max", "mean", "above")
-    columns = ("steps", "median %", "p90 %", "max %", "mean %", f"above {100 * LIMIT:.0f} %")
-    print(f"\n{'idle before a step, of its time':<40}" + "".join(f"{c:>11}" for c in columns))
-    titles = {"plain": "a plain step", LOG: "after metrics", SAVE: "after a checkpoint"}
+    names = ("median", "p90", "max", "mean")
+    columns = (*(f"{name} %" for name in names), f"above {100 * LIMIT:.0f} %", "time")
+    print(f"\n{'idle before a step, of its time':<34}{'steps':>7}", end="")
+    print("".join(f"{c:>11}" for c in columns))
+    titles = {
+        "plain": "a plain step",
+        LOG: "after metrics",
+        TAKE: "after a checkpoint was taken",
+        SAVE: "after the step beside its saving",
+    }
     for kind, row in figures["idle"].items():
-        cells = [row[n] if n in ("steps", "above") else f"{100 * row[n]:.2f}" for n in names]
-        print(f"{titles.get(kind, 'all steps'):<40}" + "".join(f"{c:>11}" for c in cells))
+        cells = [*(f"{100 * row[n]:.2f}" for n in names), row["above"], f"{row['time']:.3f}"]
+        print(f"{titles.get(kind, 'all steps'):<34}{row['steps']:>7}", end="")
+        print("".join(f"{c:>11}" for c in cells))
     columns = ("calls", "median", "max", "per step", "of a step %")
     print(f"\n{'work of the loop, ms':<40}" + "".join(f"{c:>12}" for c in columns))
     for part, row in figures["work"].items():

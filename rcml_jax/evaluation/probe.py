@@ -1,5 +1,6 @@
 """Small classifiers on frozen features."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,22 +32,30 @@ def fit_classifier(
         raise ValueError(f"probe {kind!r} is unknown; choose one of {PROBES}")
     mean = features.mean(axis=0)
     scale = features.std(axis=0) + 1e-6
-    forward, params = (_linear if kind == "linear" else _mlp)(features.shape[1], width, seed)
+    logits, first = (_linear, _first_linear) if kind == "linear" else (_mlp, _first_mlp)
     x = jnp.asarray((features - mean) / scale, jnp.float32)
     y = jnp.asarray(labels, jnp.float32)
+    params = _fit(logits, first(features.shape[1], width, seed), x, y, l2, steps=steps)
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        scores = logits(params, jnp.asarray((features - mean) / scale, jnp.float32))
+        return np.asarray(scores > 0).astype(np.int32)
+
+    return predict
+
+
+@functools.partial(jax.jit, static_argnames=("logits", "steps"))
+def _fit(
+    logits: Callable, params: dict, x: jax.Array, y: jax.Array, l2: float, *, steps: int
+) -> dict:
+    """The parameters at the end; compiled once for a form of classifier and a shape of data."""
 
     def loss(params):
-        fit = jnp.sum(optax.sigmoid_binary_cross_entropy(forward(params, x), y))
+        fit = jnp.sum(optax.sigmoid_binary_cross_entropy(logits(params, x), y))
         decay = sum(jnp.sum(p * p) for p in jax.tree.leaves(params) if p.ndim > 1)
         return (fit + 0.5 * l2 * decay) / len(y)
 
-    params = minimise(loss, params, steps)
-
-    def predict(features: np.ndarray) -> np.ndarray:
-        logits = forward(params, jnp.asarray((features - mean) / scale, jnp.float32))
-        return np.asarray(logits > 0).astype(np.int32)
-
-    return predict
+    return minimise(loss, params, steps)
 
 
 def minimise(loss: Callable, params: Any, steps: int, tolerance: float = 1e-5) -> Any:
@@ -75,23 +84,25 @@ def minimise(loss: Callable, params: Any, steps: int, tolerance: float = 1e-5) -
     return run(params)
 
 
-def _linear(width_in: int, width: int, seed: int) -> tuple[Callable, dict]:
+def _first_linear(width_in: int, width: int, seed: int) -> dict:
     del width, seed
-    params = {"w": jnp.zeros((width_in, 1)), "b": jnp.zeros((1,))}
-    return lambda p, x: (x @ p["w"] + p["b"])[:, 0], params
+    return {"w": jnp.zeros((width_in, 1)), "b": jnp.zeros((1,))}
 
 
-def _mlp(width_in: int, width: int, seed: int) -> tuple[Callable, dict]:
+def _linear(p: dict, x: jax.Array) -> jax.Array:
+    return (x @ p["w"] + p["b"])[:, 0]
+
+
+def _first_mlp(width_in: int, width: int, seed: int) -> dict:
     first, second = jax.random.split(jax.random.key(seed))
     init = jax.nn.initializers.he_normal()
-    params = {
+    return {
         "w1": init(first, (width_in, width)),
         "b1": jnp.zeros((width,)),
         "w2": init(second, (width, 1)),
         "b2": jnp.zeros((1,)),
     }
 
-    def forward(p, x):
-        return (jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])[:, 0]
 
-    return forward, params
+def _mlp(p: dict, x: jax.Array) -> jax.Array:
+    return (jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])[:, 0]

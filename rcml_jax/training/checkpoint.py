@@ -1,9 +1,11 @@
 """Orbax checkpoints of the state, the data iterator's place and the loop's counters."""
 
 import errno
+import functools
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -22,6 +24,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._waiting: Callable[[], None] | None = None
         measure = lambda metrics: metrics[_METRIC]  # noqa: E731
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -49,10 +52,37 @@ class Checkpoints:
         best = self._manager.best_step()
         return self.latest() if best is None else best
 
-    def save(
+    def put_off(
         self, step: int, state: Any, data: Any, loop: dict, selection: float | None = None
     ) -> None:
-        """Start to write a checkpoint; the one before it must have been written whole."""
+        """Take what a checkpoint holds now; `start`, `wait` or `close` has it written.
+
+        state: arrays that nothing uses up until then; data: the iterator, which may go on; loop:
+        what JSON can hold and nobody changes.
+        """
+        self.start()
+        place = data.get_state()
+        self._waiting = functools.partial(self._save, step, state, place, loop, selection)
+
+    def start(self) -> None:
+        """Start to write what was put off, if there is something.
+
+        It takes Orbax some time on the host, a third of a millisecond for each array of the state:
+        while the devices compute is the time for it. Raises UserError where the disk is full.
+        """
+        save, self._waiting = self._waiting, None
+        if save is not None:
+            save()
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Start to write a checkpoint at once; the arguments are those of `put_off`."""
+        self.put_off(*args, **kwargs)
+        self.start()
+
+    def _save(
+        self, step: int, state: Any, place: dict, loop: dict, selection: float | None
+    ) -> None:
+        """Start to write a checkpoint; Orbax waits until the one before it is whole."""
         if step in self._manager.all_steps():
             return
         metrics = None if selection is None else {_METRIC: float(selection)}
@@ -64,7 +94,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(data),
+                    data=grain.checkpoint.CheckpointSave(_Place(place)),
                     loop=ocp.args.JsonSave(loop),
                 ),
                 metrics=metrics,
@@ -73,7 +103,8 @@ class Checkpoints:
             raise self._explain(error) from error
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, and report its failure if there is one."""
+        """Wait until all checkpoints are written, and report a failure if there is one."""
+        self.start()
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -140,11 +171,24 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Wait for what is being written and release the threads."""
+        """Write what was put off, wait for all that is being written and release the threads."""
         try:
-            self._manager.close()
-        except Exception as error:
-            raise self._explain(error) from error
+            self.start()
+        finally:
+            try:
+                self._manager.close()
+            except Exception as error:
+                raise self._explain(error) from error
+
+
+class _Place:
+    """The place of a data iterator that has gone on since, as grain's handler asks for it."""
+
+    def __init__(self, place: dict):
+        self._place = place
+
+    def get_state(self) -> bytes:
+        return json.dumps(self._place, indent=4).encode()
 
 
 def _saved_params(reader: ocp.Checkpointer, directory: pathlib.Path) -> Any:

@@ -224,11 +224,12 @@ class Run:
         while not self._over(step) and not asked:
             self.state, metrics = self.step_at(step)(self.state, next(self.data))
             step += 1
+            # While the devices compute, and before anything below waits for them.
+            self.checkpoints.start()
             if step < self.steps:
-                # While the devices compute, and before anything below waits for them.
                 self.data.fetch()
             # One step may wait behind the one that runs: each of them holds its batch.
-            jax.block_until_ready(self.pending[-1:])
+            self._fetch_metrics()
             self.pending.append(metrics)
             validate = step % self.validate_every == 0 or step == self.steps
             if step % config.log_every == 0 or step == self.first + 1 or validate:
@@ -255,12 +256,17 @@ class Run:
         """The compiled step of the phase that a step is in."""
         return next(compiled for first, compiled in reversed(self.phases) if step >= first)
 
+    def _fetch_metrics(self) -> None:
+        """Wait for the latest pending metrics; the others have been numbers since their turn."""
+        self.pending[-1:] = jax.tree.map(_scalar, jax.device_get(self.pending[-1:]))
+
     def _log(self, step: int) -> None:
         """Write the mean of the pending metrics; stop the run where a loss is not finite."""
         if not self.pending:
             return
-        rate = float(self.rate(step - 1))  # Before the metrics are waited for.
-        self.pending = [jax.tree.map(_scalar, m) for m in jax.device_get(self.pending)]
+        # Before the metrics are waited for.
+        rate, scale = float(self.rate(step - 1)), optimizers.reduction(self.state.opt_state)
+        self._fetch_metrics()
         mean = {name: float(np.mean([m[name] for m in self.pending])) for name in self.pending[0]}
         # A finite loss with such a gradient has ruined the parameters all the same.
         if not math.isfinite(mean["loss"] + mean["gradient_norm"]):
@@ -274,8 +280,8 @@ class Run:
             )
         self.progress.update(step, mean["loss"])
         if step % self.config.log_every == 0 or step == self.steps:
-            scale = jax.device_get(optimizers.reduction(self.state.opt_state))
-            self.writer.write(step, "train", mean | {"learning_rate": rate * _scalar(scale)})
+            rate *= _scalar(jax.device_get(scale))
+            self.writer.write(step, "train", mean | {"learning_rate": rate})
             self.pending = []
 
     def _validate(self, step: int) -> None:
@@ -299,9 +305,11 @@ class Run:
             self._save(step, value)
 
     def _save(self, step: int, selection: float | None = None) -> None:
+        """Take what a checkpoint holds; it is written while the next step runs, or at the end."""
         counters = {"best": self.best, "bad": self.bad, "stopped": self.stopped}
-        loop = counters | {"pending": self.pending}
-        self.checkpoints.save(step, self._saved(), self.data, loop, selection)
+        loop = counters | {"pending": list(self.pending)}
+        state = self.devices.snapshot(self.state)
+        self.checkpoints.put_off(step, state, self.data, loop, selection)
 
 
 def _rows(batch: dict) -> int:

@@ -1,11 +1,13 @@
 """One step on one device or many: `jit` over sharded arrays, of the state, too, or `pmap`."""
 
+import functools
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
@@ -117,6 +119,7 @@ class ShardedJit:
         mesh = Mesh(np.asarray(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
     def put_state(self, state: Any) -> Any:
         """One copy of a state → one copy a device."""
@@ -126,15 +129,26 @@ class ShardedJit:
         """The state as one logical copy, fit for a checkpoint and for evaluation."""
         return state
 
+    def snapshot(self, state: Any) -> Any:
+        """What `get_state` gives, in arrays that the next step does not use up.
+
+        Where the state is donated it is a copy on the devices: of it twice there must be room.
+        """
+        return self._copy(state) if donated(self.devices) else state
+
     def local(self, tree: Any) -> Any:
         """The first of this process's devices' copy, for what one device does, as evaluation."""
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
     def put_batch(self, batch: dict) -> dict:
         """A host batch → arrays on the devices; every process passes the whole batch."""
-        items = jax.tree.map(lambda x: _put(x, self._split), batch["items"])
-        shared = jax.tree.map(lambda x: _put(x, self._replicated), batch["shared"])
-        return {"items": items, "shared": shared}
+        places = {"items": self._split, "shared": self._replicated}
+        if jax.process_count() == 1:
+            return jax.device_put({name: batch[name] for name in places}, places)
+        return {
+            name: jax.tree.map(functools.partial(_put, sharding=place), batch[name])
+            for name, place in places.items()
+        }
 
     def compile(self, step: Callable) -> Callable:
         """Jit `step(state, batch, across) -> (state, metrics)`, with the state donated."""
@@ -212,6 +226,10 @@ class Pmap:
         if jax.process_count() == 1:
             return copy
         return jax.tree.map(lambda x: _put(x, self._everywhere), copy)
+
+    def snapshot(self, state: Any) -> Any:
+        """What `get_state` gives, in arrays that the next step does not use up."""
+        return self.get_state(state)  # It makes arrays of its own.
 
     def local(self, tree: Any) -> Any:
         """The first of this process's devices' copy."""

@@ -114,6 +114,26 @@ def test_a_step_is_saved_once(checkpoints):
     assert_same(state, make_state(1))
 
 
+@pytest.mark.parametrize("end", ["start", "wait", "close", "put_off", "save"])
+def test_what_was_put_off_is_written_as_it_was(tmp_path, end):
+    checkpoints, data = Checkpoints(tmp_path), make_data()
+    next(data)
+    checkpoints.put_off(1, make_state(1), data, {"bad": 3}, 0.5)
+    expected = [next(data) for _ in range(3)]
+    assert checkpoints.latest() is None
+    more = (2, make_state(2), data, {}, 0.1) if end in ("put_off", "save") else ()
+    getattr(checkpoints, end)(*more)
+    assert checkpoints.latest() == (2 if end == "save" else 1)
+    checkpoints.close()
+    other, again = make_data(), Checkpoints(tmp_path)
+    state, loop = again.restore(1, make_state(0), other)
+    assert (again.latest(), again.best()) == (2 if more else 1, 1)
+    again.close()
+    assert_same(state, make_state(1))
+    assert loop == {"bad": 3}
+    assert [next(other) for _ in range(3)] == expected
+
+
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_saved_on_eight_devices_restored_on_any(checkpoints, mode):
     eight = parallel.build(mode, pick_devices("cpu", 8))

@@ -133,21 +133,83 @@ def test_a_run_stopped_by_a_signal_is_not_evaluated(catalogue, tmp_path, monkeyp
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_a_killed_run_goes_on_to_the_bit_from_its_last_checkpoint(whole, catalogue, tmp_path):
-    config = tiny_config(catalogue, **EVERY)
+class Killed(BaseException):
+    """What no handler of the loop catches: the run ends as if it had been killed."""
 
-    class Killed(BaseException):
-        """What no handler of the loop catches: the run ends as if it had been killed."""
 
-    def kill(step):
-        if step == 5:
+def kill(at):
+    """A callback that ends the run once a step has been dispatched."""
+
+    def after(step):
+        if step == at:
             raise Killed
 
+    return after
+
+
+def test_a_killed_run_goes_on_to_the_bit_from_its_last_checkpoint(whole, catalogue, tmp_path):
+    config = tiny_config(catalogue, **EVERY)
     with pytest.raises(Killed):
-        train(config, tmp_path, after=kill)
+        train(config, tmp_path, after=kill(5))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "kind": "train", "loss": 1.0}\n{"step": 5, "ki')
     assert max(steps_of(tmp_path)) == 4
+    assert train(config, tmp_path)
+    assert_same_end(tmp_path, whole[0])
+
+
+def test_a_run_killed_before_its_checkpoint_was_begun(whole, catalogue, tmp_path, monkeypatch):
+    """The validation of step 4 is in the metrics, its checkpoint is not on the disk."""
+    config, saving = tiny_config(catalogue, **EVERY), Checkpoints._save
+
+    def dying(self, step, *args):
+        if step == 4:
+            raise Killed
+        saving(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_save", dying)
+        with pytest.raises(Killed):
+            train(config, tmp_path)
+    assert read_metrics(tmp_path)[-1] == read_metrics(whole[0])[3]
+    assert max(steps_of(tmp_path)) == 2
+    assert train(config, tmp_path)
+    assert_same_end(tmp_path, whole[0])
+
+
+def test_a_checkpoint_is_of_its_step_though_the_next_one_uses_its_state_up(
+    whole, catalogue, tmp_path, monkeypatch
+):
+    """As on accelerators: the state is donated to a step that runs while it is being saved."""
+    config = tiny_config(catalogue, **EVERY)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "donated", lambda devices: (0,))
+        with pytest.raises(Killed):
+            train(config, tmp_path, after=kill(6))
+    assert max(steps_of(tmp_path)) == 4
+    trained = []
+    assert train(config, tmp_path, after=trained.append)
+    assert trained[0] == 5
+    assert_same_end(tmp_path, whole[0])
+
+
+def test_a_signal_during_a_validation(whole, catalogue, tmp_path, monkeypatch):
+    """Its checkpoint is saved once, with its measure, by which it may be the best."""
+    config, writing = tiny_config(catalogue, **EVERY), loop.MetricsWriter.write
+
+    def signalled(self, step, kind, metrics):
+        writing(self, step, kind, metrics)
+        if (step, kind) == (4, "validation"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricsWriter, "write", signalled)
+        assert not train(config, tmp_path)
+    measures = [x["hit@5/avg"] for x in read_metrics(tmp_path) if x["kind"] == "validation"]
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 4
+    assert checkpoints.best() == (4 if measures[1] >= measures[0] else 2)
+    checkpoints.close()
     assert train(config, tmp_path)
     assert_same_end(tmp_path, whole[0])
 

@@ -253,6 +253,34 @@ def test_a_state_goes_to_the_devices_and_back():
         assert int(back["step"]) == 3
 
 
+@pytest.mark.parametrize("mode", parallel.PARALLEL)
+@pytest.mark.parametrize("donating", [True, False])
+def test_a_snapshot_outlives_the_next_step(mode, donating, monkeypatch):
+    monkeypatch.setattr(parallel, "donated", lambda devices: (0,) if donating else ())
+    place = parallel.build(mode, pick_devices("cpu", 8))
+    params = {"w": normals(0, 64, 32), "b": normals(1, 3)}
+    before = place.put_state(create(params, optax.adam(1e-2), jax.random.key(7)))
+
+    def step(state, batch, axis):
+        del batch, axis
+        return state._replace(
+            step=state.step + 1, params=jax.tree.map(jnp.negative, state.params)
+        ), {}
+
+    kept = place.snapshot(before)
+    after, _ = place.compile(step)(before, {})
+    jax.block_until_ready(after)
+    # It has used up what it writes anew: a check of this test.
+    assert before.params["w"].is_deleted() == donating
+    np.testing.assert_array_equal(place.get_state(after).params["w"], -params["w"])
+    np.testing.assert_array_equal(jax.random.key_data(kept.key), [0, 7])
+    assert int(kept.step) == 0
+    for name, leaf in params.items():
+        np.testing.assert_array_equal(kept.params[name], leaf)
+    if mode == "fsdp":
+        assert kept.opt_state[0].mu["w"].sharding.shard_shape((64, 32)) == (8, 32)
+
+
 def test_pick_devices():
     assert pick_devices("cpu") == jax.devices("cpu")
     assert pick_devices() == jax.devices()

@@ -1,7 +1,5 @@
 """Batches read ahead: the same ones, in time, and at the place of those that were taken."""
 
-import itertools
-
 import grain
 import jax
 import numpy as np
@@ -116,14 +114,14 @@ def test_a_checkpoint_holds_the_place_of_what_was_taken(tmp_path):
     checkpoints.close()
 
 
-def test_the_loop_puts_a_batch_before_it_waits_for_the_step(catalogue, tmp_path, monkeypatch):
-    config = tiny_config(catalogue, steps=5, log_every=1, validate_every=5)
+def test_the_loop_saves_and_puts_before_it_waits_for_the_step(catalogue, tmp_path, monkeypatch):
+    config = tiny_config(catalogue, steps=5, log_every=1, validate_every=2)
     workdirs.prepare(tmp_path, config)
     method = build_method(config, tmp_path)
     monkeypatch.setattr(method, "validate", lambda params: {"hit@5": {"avg": 0.5}})
     run = loop.Run(config, tmp_path, method, parallel.build("jit", parallel.pick_devices("cpu", 1)))
     events = []
-    log, putting = run._log, run.devices.put_batch
+    log, putting, saving = run._log, run.devices.put_batch, run.checkpoints._save
 
     def stepping(step):
         """A step that leaves the state as it is and need not be compiled."""
@@ -138,10 +136,20 @@ def test_the_loop_puts_a_batch_before_it_waits_for_the_step(catalogue, tmp_path,
         events.append("put")
         return putting(batch)
 
+    def saved(step, *args):
+        events.append(f"save {step}")
+        saving(step, *args)
+
     monkeypatch.setattr(run, "step_at", stepping)
+    monkeypatch.setattr(run.checkpoints, "_save", saved)
     monkeypatch.setattr(run, "_log", logging)
     monkeypatch.setattr(run.data, "_put", counting)
     with loop.Interrupt() as interrupt:
         assert run.train(interrupt)
-    steps = [["put", f"wait {step}", f"step {step + 1}"] for step in range(1, 5)]
-    assert events == ["step 1", "put", *itertools.chain(*steps), "wait 5"]
+    assert events == [
+        *("step 1", "put", "put", "wait 1"),
+        *("step 2", "put", "wait 2"),
+        *("step 3", "save 2", "put", "wait 3"),
+        *("step 4", "put", "wait 4"),
+        *("step 5", "save 4", "wait 5", "save 5"),
+    ]
