@@ -65,8 +65,12 @@ class Clock:
         """Time what is done meanwhile."""
         start = time.perf_counter()
         yield
+        self.note(name, time.perf_counter() - start)
+
+    def note(self, name: str, seconds: float) -> None:
+        """Add to a part what was timed elsewhere."""
         if self.running:
-            self.seconds[name].append(time.perf_counter() - start)
+            self.seconds[name].append(seconds)
 
     def dispatched(self, after: str, result: Any) -> None:
         """Note that a step has been given to the devices."""
@@ -100,7 +104,7 @@ class Profiled(loop.Run):
         self.rounds: dict[str, list[np.ndarray]] = {LOOP: [], ALONE: []}
         self._batches: list[Any] = []
         self._after, self._begin, self._compiled = START, np.zeros(2), 0
-        self._taken, self._start_save = False, self.checkpoints.start
+        self._fetching, self._taken, self._start_save = 0.0, False, self.checkpoints.start
         self.checkpoints.start = self._save_taken
 
     @property
@@ -149,11 +153,15 @@ class Profiled(loop.Run):
         jax.block_until_ready((state, metrics))
         return _now() - begin
 
+    def _fetch_metrics(self) -> None:
+        # As it does itself: that is the step, and no work of the loop's own.
+        jax.block_until_ready(self.pending[-1:])
+        self._fetching = time.perf_counter()
+        super()._fetch_metrics()
+
     def _log(self, step: int) -> None:
-        # As it does itself: that is the step, and no work of its own.
-        jax.block_until_ready(self.pending)
-        with self.clock.part(LOG):
-            super()._log(step)
+        super()._log(step)
+        self.clock.note(LOG, time.perf_counter() - self._fetching)
         self._after = LOG
 
     def _save(self, *args: Any) -> None:
