@@ -6,6 +6,7 @@ all at a time, and again in the backward pass, so that memory grows with block �
 n × n. Value and gradient are the same up to rounding.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +15,10 @@ import jax.numpy as jnp
 
 from rcml_jax.losses.blocks import all_valid, column_log_sums, lowest, map_rows, unstack
 from rcml_jax.similarity import l2_normalize
+
+#: Cosines over a temperature from here on have exponentials and sums of them within the range of
+#: float32, so that none need be shifted by the largest.
+_NO_SHIFT = 0.025
 
 
 def m3co(
@@ -55,7 +60,7 @@ def m3co(
     total = jnp.float32(0)
     for x, y in itertools.permutations(range(len(clean)), 2):
         logits = _logits(mixed[x], clean[y], temperature)
-        total += _both_ways(logits, targets[x], where) / 2
+        total += _both_ways(logits, targets[x], where, temperature) / 2
     return total
 
 
@@ -81,15 +86,18 @@ def multi_soft_clip(
     units = [l2_normalize(x) for x in embeddings]
     if block is not None:
         return _blocked_soft_clip(units, temperature, where, stop_gradient_targets, block)
-    targets = [_valid_rows(_soft_targets(x, temperature, where), where) for x in units]
-    if stop_gradient_targets:
-        targets = jax.lax.stop_gradient(targets)
+    valid = all_valid(where, len(units[0]))
+    within = [_gram(x) / temperature for x in units]
+    normalizers = [_log_sums(x, valid, temperature, axis=1) for x in within]
     total = jnp.float32(0)
     for a, b in itertools.combinations(range(len(units)), 2):
         # With x_a as rows, L² has its targets w^b on these logits, L¹ w^a on the transposed ones.
+        logs = within[a] - normalizers[a], within[b] - normalizers[b][:, None]
+        targets = _soft_targets(logs, None if where is None else valid[:, None] & valid)
+        if stop_gradient_targets:
+            targets = jax.lax.stop_gradient(targets)
         logits = _logits(units[a], units[b], temperature)
-        both = targets[a].T + targets[b]
-        total += _both_ways(logits, both, where) / 2
+        total += _both_ways(logits, targets, where, temperature) / 2
     return total
 
 
@@ -109,10 +117,8 @@ def _blocked_soft_clip(units, temperature, where, stop_gradient_targets, block):
         rows, of_rows = own
         within = [_logits(x, y, temperature) for x, y in zip(rows, units, strict=True)]
         for a, b in itertools.combinations(range(len(units)), 2):
-            # w^b_il = exp(s_il − r_i) and, as similarities are symmetric, w^a_li = exp(s_il − r_l).
-            # Masked before the exponential, which elsewhere may be infinite.
             logs = within[a] - normalizers[a], within[b] - of_rows[b][:, None]
-            targets = sum(jnp.exp(jnp.where(both, x, lowest(x.dtype))) for x in logs)
+            targets = _soft_targets(logs, both)
             if stop_gradient_targets:
                 targets = jax.lax.stop_gradient(targets)
             yield _logits(rows[a], units[b], temperature), targets
@@ -147,22 +153,56 @@ def _blocked_both_ways(
     return total / jnp.maximum(jnp.sum(valid), 1) / 2
 
 
-def _both_ways(logits: jax.Array, targets: jax.Array, where: jax.Array | None) -> jax.Array:
+def _both_ways(
+    logits: jax.Array,
+    targets: jax.Array,
+    where: jax.Array | None,
+    temperature: float | jax.Array,
+) -> jax.Array:
     """1/N Σ_il t_il [L_sim(row i; l) + L_sim(column l; i)]; targets are 0 on padding.
 
     With r and c the logarithms of the sums of exponentials of rows and columns, the bracket is
     r_i + c_l − 2 logit_il: no (n, n) array of log-probabilities is made.
     """
-    valid = jnp.ones(len(logits), bool) if where is None else jnp.asarray(where, bool)
-    rows = jax.nn.logsumexp(logits, axis=1, where=valid)
-    columns = jax.nn.logsumexp(logits, axis=0, where=valid[:, None])
-    sums = jnp.where(valid, rows * targets.sum(axis=1) + columns * targets.sum(axis=0), 0)
-    return (jnp.sum(sums) - 2 * jnp.sum(targets * logits)) / jnp.maximum(jnp.sum(valid), 1)
+    valid = all_valid(where, len(logits))
+    rows, columns = (_log_sums(logits, valid, temperature, axis) for axis in (1, 0))
+    sums = rows * _sums(targets, valid, axis=1) + columns * _sums(targets, valid, axis=0)
+    total = jnp.sum(jnp.where(valid, sums - 2 * _sums(targets * logits, valid, axis=1), 0))
+    return total / jnp.maximum(jnp.sum(valid), 1)
+
+
+def _log_sums(
+    logits: jax.Array, valid: jax.Array, temperature: float | jax.Array, axis: int
+) -> jax.Array:
+    """log Σ exp(logit) along an axis of (n, n) cosines over τ, over what is valid."""
+    if isinstance(temperature, int | float) and temperature >= _NO_SHIFT:
+        sums = _sums(jnp.exp(logits), valid, axis)
+        return jnp.log(jnp.maximum(sums, jnp.finfo(sums.dtype).tiny))
+    return jax.nn.logsumexp(logits, axis=axis, where=jnp.expand_dims(valid, 1 - axis))
+
+
+def _sums(x: jax.Array, valid: jax.Array, axis: int) -> jax.Array:
+    """Sums of x (n, n) along an axis over what is valid.
+
+    As a product with the mask: on a CPU faster than a reduction, and nothing is masked before.
+    """
+    ones = valid.astype(x.dtype)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return product(x, ones) if axis == 1 else product(ones, x)
 
 
 def _logits(x: jax.Array, y: jax.Array, temperature: float | jax.Array) -> jax.Array:
     """Cosine similarities of unit vectors over τ, (n, n)."""
     return x @ y.T / temperature
+
+
+@jax.custom_vjp
+def _gram(x: jax.Array) -> jax.Array:
+    """Dot products (n, n) of x's rows, whose gradient is one product, (G + Gᵀ) x, and not two."""
+    return x @ x.T
+
+
+_gram.defvjp(lambda x: (x @ x.T, x), lambda x, g: ((g + g.T) @ x,))
 
 
 def _mixed_targets(
@@ -174,14 +214,15 @@ def _mixed_targets(
     return share * own + (1 - share) * other
 
 
-def _soft_targets(
-    x: jax.Array, temperature: float | jax.Array, where: jax.Array | None
-) -> jax.Array:
-    """w_il = softmax_l(x_i·x_l/τ) over valid l, (n, n)."""
-    logits = _logits(x, x, temperature)
-    if where is None:
-        return jax.nn.softmax(logits, axis=1)
-    return jax.nn.softmax(logits, axis=1, where=jnp.asarray(where, bool))
+def _soft_targets(logs: Sequence[jax.Array], both: jax.Array | None) -> jax.Array:
+    """The sum of two modalities' targets, 0 where `both` (rows, n) is false, from their logarithms.
+
+    With s_il = x_i·x_l/τ and r_i = log Σ_l exp(s_il), w_il = exp(s_il − r_i); similarities are
+    symmetric, so w_li = exp(s_il − r_l), and nothing is transposed.
+    """
+    if both is not None:  # Before the exponential, which elsewhere may be infinite.
+        logs = [jnp.where(both, x, lowest(x.dtype)) for x in logs]
+    return sum(jnp.exp(x) for x in logs)
 
 
 def _valid_rows(targets: jax.Array, where: jax.Array | None) -> jax.Array:

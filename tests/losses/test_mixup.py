@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcml_jax.losses.contrastive import clip
 from rcml_jax.losses.mixup import m3co, multi_soft_clip
-from rcml_jax.mixup import coefficients, mix, partners
+from rcml_jax.mixup import coefficients, mix, partners, symmetric_beta
 from rcml_jax.training.parallel import across_devices
 from tests import reference
 
 N, D = 5, 4
+PADDED = np.array([1, 0, 1, 1, 0], bool)
 
 
 def make(modalities=2, n=N, seed=0):
@@ -116,6 +118,28 @@ def test_extreme_temperatures_stay_finite():
         assert np.all(np.isfinite(slope))
 
 
+@pytest.mark.parametrize("temperature", [0.025, 0.1])
+def test_exponentials_without_a_shift_are_those_with_one(temperature):
+    """A temperature that is known takes the first way, a traced one the other."""
+    clean, mixed, coefficient, partner = make(3)
+    # Identical and opposite vectors have the largest exponents.
+    clean[:, 1], clean[1, 2] = clean[:, 0], -clean[0, 2]
+    partner = np.stack([[2, 1, 3, 0, 4]] * 3)
+
+    def both(arrays, temperature):
+        clean, mixed = arrays
+        options = {"temperature": temperature, "where": PADDED}
+        found = m3co(clean, mixed, coefficient, partner, **options)
+        return found + multi_soft_clip(clean, **options)
+
+    graded = jax.value_and_grad(both)
+    known = jax.jit(partial(graded, temperature=temperature))((clean, mixed))
+    traced = jax.jit(graded)((clean, mixed), temperature)
+    for a, e in zip(jax.tree.leaves(known), jax.tree.leaves(traced), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=2e-5)
+        assert np.abs(e).max() > 1e-2
+
+
 @pytest.mark.parametrize("block", [None, 2])
 def test_vmap_is_one_batch_at_a_time(block):
     batches = [make(seed=s) for s in range(3)]
@@ -171,9 +195,6 @@ def test_wrong_shapes_are_named(wrong):
         mixed = [mixed[0], mixed[1][:, :2]]
     with pytest.raises(ValueError, match=r"arrays|shapes"):
         m3co(clean, mixed, coefficient, partner)
-
-
-PADDED = np.array([1, 0, 1, 1, 0], bool)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +269,36 @@ def test_coefficients_are_beta_and_partners_a_permutation():
     some = coefficients(jax.random.key(0), 20_000, fraction=0.25)
     assert abs(float((some < 1).mean()) - 0.25) < 0.02
     np.testing.assert_array_equal(np.sort(partners(jax.random.key(1), 50)), np.arange(50))
+
+
+@pytest.mark.parametrize("alpha", [0.15, 0.5, 1.0, 2.0, 8.0])
+def test_symmetric_beta_has_the_distribution_of_its_name(alpha):
+    n = 50_000
+    draw = jax.jit(partial(symmetric_beta, alpha=alpha, shape=(n,)))
+    drawn = np.asarray(draw(jax.random.key(0)), np.float64)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    # Near 1 float32 is coarse: there the distribution of 1 − λ, which is the same, is compared.
+    for values in (drawn[drawn < 0.5], 1 - drawn[drawn > 0.5]):
+        assert abs(len(values) / n - 0.5) < 0.01
+        values = np.maximum(values, 2.0**-24)
+        steps = np.sort(values)
+        expected = 2 * scipy.stats.beta.cdf(steps, alpha, alpha)
+        # Draws below the resolution of numbers next to 1 have one place.
+        seen = np.searchsorted(steps, steps, side="right") / len(steps)
+        # The 1 % point of Kolmogorov and Smirnov's statistic is 1.63 / √n.
+        assert np.abs(seen - expected)[steps > 2.0**-20].max() < 1.63 / np.sqrt(len(steps))
+    for power in (1, 2, 3, 4):
+        moment = scipy.stats.beta.moment(power, alpha, alpha)
+        assert abs(np.mean(drawn**power) - moment) < 4 * np.std(drawn**power) / np.sqrt(n)
+
+
+def test_extreme_beta_draws_stay_numbers():
+    draw = jax.jit(jax.vmap(lambda key, alpha: symmetric_beta(key, alpha, (1000,))))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 3), jnp.array([1e-6, 1e-2, 1e6])))
+    assert np.all((drawn >= 0) & (drawn <= 1))
+    assert np.mean((drawn[0] < 1e-30) | (drawn[0] == 1)) > 0.99
+    np.testing.assert_allclose(drawn[2], 0.5, atol=0.01)
 
 
 def test_padding_is_its_own_partner_and_nobody_elses():
