@@ -170,7 +170,7 @@ def clip_step(load: Workload, args: Any) -> dict:
     model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None, output_dict=True).train()
     count = sum(x.size for x in jax.tree.leaves(params))
     assert count == sum(p.numel() for p in model.parameters())
-    functions: Functions = {OURS: loss_of(train_step.step_function(method, params, load.ours))}
+    functions: Functions = {OURS: loss_of(train_step.step_function(method, params, load.packed))}
     del params
     pad = (0, load.limit - load.factored["ids"].shape[1])
     texts = torch.nn.functional.pad(load.factored["ids"], pad)  # open_clip pads with 0

@@ -11,7 +11,7 @@ from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images
+from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.encoders.pair import build_towers
@@ -43,7 +43,7 @@ class BaselineMethod(RelationalMethod):
         del key  # The towers have no dropout.
         towers, items = self.stop_frozen(params)["towers"], batch["items"]
         out = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
-        return out | {"image": out["image"].reshape(out["text"].shape)}
+        return out | {"image": in_rows(out["image"], items["images"])}
 
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array

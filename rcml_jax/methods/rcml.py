@@ -13,7 +13,7 @@ from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.relation import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images
+from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
@@ -63,7 +63,7 @@ class RCMLMethod(RelationalMethod):
             flat_images(items["images"]),
             shared["intra"],
         )
-        return {"text": out["text"], "image": out["image"].reshape(out["text"].shape)}
+        return {"text": out["text"], "image": in_rows(out["image"], items["images"])}
 
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array

@@ -302,6 +302,11 @@ def flat_images(images: jax.Array) -> jax.Array:
     return images.reshape(-1, *images.shape[-3:])
 
 
+def in_rows(embedded: jax.Array, images: jax.Array) -> jax.Array:
+    """Embeddings (N, ...) of flat images → (N/k, k, ...) where the images are in rows."""
+    return embedded.reshape(*images.shape[:-3], *embedded.shape[1:])
+
+
 def _similarities(name: str) -> tuple[str, ...]:
     if name == "all":
         return tuple(SIMILARITIES)
