@@ -1,14 +1,13 @@
 """train.py and eval.py: what they print, what they leave behind, and every kind of bad input."""
 
 import json
-import pathlib
 import shutil
 import signal
 
 import pytest
 
 from rcml_jax import commands
-from tests.toy import CONFIG, arguments, read_metrics, start, write_rows
+from tests.toy import CONFIG, arguments, read_metrics, start
 
 
 def run(command, args, capsys):
@@ -365,45 +364,3 @@ def test_wrong_options_of_eval_py(trained, capsys, option, parts):
     before = files(trained[0])
     fails(commands.evaluate, [f"--workdir={trained[0]}", option], capsys, *parts)
     assert files(trained[0]) == before
-
-
-@pytest.fixture
-def own_catalogue(catalogue, tmp_path):
-    """A copy of the catalogue to be spoilt."""
-    folder = tmp_path / "catalogue"
-    shutil.copytree(catalogue, folder, ignore=shutil.ignore_patterns(".cache"))
-    return folder
-
-
-def rows_of(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_an_empty_relation(own_catalogue, tmp_path, capsys):
-    path = own_catalogue / "relations.jsonl"
-    rows = rows_of(path)
-    rows[4]["sentence"] = "  "
-    write_rows(path, rows)
-    args = arguments(own_catalogue, tmp_path / "run")
-    fails(commands.train, args, capsys, "relations.jsonl, line 5: 'sentence' is empty")
-
-
-def test_a_corrupt_image_is_an_error_when_strict(own_catalogue, tmp_path, capsys):
-    image = own_catalogue / "images" / "7.png"
-    image.write_bytes(image.read_bytes()[:40])
-    args = arguments(own_catalogue, tmp_path / "run", **{"data.strict": True})
-    fails(commands.train, args, capsys, "items.jsonl, line 8", image, "cannot be decoded")
-
-
-def test_a_corrupt_image_is_left_out_and_reported(own_catalogue, tmp_path):
-    image = own_catalogue / "images" / "7.png"
-    image.write_bytes(image.read_bytes()[:40])
-    workdir = tmp_path / "run"
-    # A process of its own, stopped at once by an option that is found wrong after the data.
-    process = start("train.py", arguments(own_catalogue, workdir, **{"batch.size": 60}))
-    _, err = process.communicate(timeout=400)
-    assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("error: a batch of 60 items is larger than")
-    (line,) = [line for line in err.splitlines() if "left out" in line]
-    assert "1 of 60 items were left out with their pairs" in line
-    assert "i7" in line
