@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from rcml_jax.data.graph import RelationGraph, Splits
-from rcml_jax.data.packing import pack, pack_order
+from rcml_jax.data.packing import pack_texts
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
 
@@ -177,9 +177,8 @@ def collator(
     def collate(plan: dict) -> dict:
         ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
         if texts_per_row > 1:
-            order = pack_order(mask.sum(axis=1), texts_per_row)
+            order, ids = pack_texts(ids, mask, texts_per_row)
             plan = _reordered(plan, order)
-            ids = pack(ids[order], mask[order], texts_per_row)
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked(anchor[..., None], positive[..., None], relations.clip(min=0))

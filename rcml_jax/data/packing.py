@@ -36,6 +36,18 @@ def pack_order(lengths: np.ndarray, per_row: int) -> np.ndarray:
     return np.asarray(rows, int).reshape(-1)
 
 
+def pack_texts(ids: np.ndarray, mask: np.ndarray, per_row: int) -> tuple[np.ndarray, PackedTexts]:
+    """Padded texts, ids and mask (n, T), in rows of about equal length, and which text is where.
+
+    Returns places (N,) in the texts, in the order of the rows; where the texts do not fill the last
+    row the last one is repeated.
+    """
+    count = len(ids)
+    places = np.arange(count + -count % per_row).clip(max=count - 1)
+    places = places[pack_order(mask[places].sum(axis=1), per_row)]
+    return places, pack(ids[places], mask[places], per_row)
+
+
 def pack(ids: np.ndarray, mask: np.ndarray, per_row: int) -> PackedTexts:
     """Padded texts, ids and mask (N, T), to rows of `per_row` consecutive ones, N/per_row of them.
 

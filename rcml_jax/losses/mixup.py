@@ -87,13 +87,14 @@ def multi_soft_clip(
     if block is not None:
         return _blocked_soft_clip(units, temperature, where, stop_gradient_targets, block)
     valid = all_valid(where, len(units[0]))
+    both = None if where is None else valid[:, None] & valid
     within = [_gram(x) / temperature for x in units]
     normalizers = [_log_sums(x, valid, temperature, axis=1) for x in within]
     total = jnp.float32(0)
     for a, b in itertools.combinations(range(len(units)), 2):
         # With x_a as rows, L² has its targets w^b on these logits, L¹ w^a on the transposed ones.
         logs = within[a] - normalizers[a], within[b] - normalizers[b][:, None]
-        targets = _soft_targets(logs, None if where is None else valid[:, None] & valid)
+        targets = _soft_targets(logs, both)
         if stop_gradient_targets:
             targets = jax.lax.stop_gradient(targets)
         logits = _logits(units[a], units[b], temperature)

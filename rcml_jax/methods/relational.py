@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from rcml_jax.config import block_size, compute_dtype
-from rcml_jax.data.packing import PackedTexts, pack, pack_order
+from rcml_jax.data.packing import PackedTexts, pack_texts
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
@@ -270,17 +270,13 @@ class RelationalMethod(Method):
     def packed(
         self, ids: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | PackedTexts]:
-        """Padded texts, ids and mask (n, T), in rows as in training, and which text is where.
+        """Places (N,) in padded texts, ids and mask (n, T), and what the tower takes of those.
 
-        Returns places (N,) in the texts, and what the tower takes of the texts there: packing
-        changes their order, and where they do not fill the last row the last one is repeated.
+        They are packed as in training (see `pack_texts`), unless they do not fill a row.
         """
-        count, per_row = len(ids), self.examples_per_row
-        if per_row == 1 or count < per_row:
-            return np.arange(count), ids
-        places = np.arange(count + -count % per_row).clip(max=count - 1)
-        places = places[pack_order(mask[places].sum(axis=1), per_row)]
-        return places, pack(ids[places], mask[places], per_row)
+        if self.examples_per_row == 1 or len(ids) < self.examples_per_row:
+            return np.arange(len(ids)), ids
+        return pack_texts(ids, mask, self.examples_per_row)
 
     def chunks(self, items: np.ndarray) -> Iterator[tuple]:
         """Yield (rows, texts, images) of items: places in `items`, and what is there.

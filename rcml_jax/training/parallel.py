@@ -144,7 +144,7 @@ class ShardedJit:
         """A host batch → arrays on the devices; every process passes the whole batch."""
         places = {"items": self._split, "shared": self._replicated}
         if jax.process_count() == 1:
-            return jax.device_put({name: batch[name] for name in places}, places)
+            return jax.device_put(batch, places)
         return {
             name: jax.tree.map(functools.partial(_put, sharding=place), batch[name])
             for name, place in places.items()
