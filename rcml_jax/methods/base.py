@@ -29,6 +29,8 @@ class Method(abc.ABC):
     evaluated = "best"
     #: Whether `prepare` does anything.
     prepares = False
+    #: Whether a step writes the new state over the old one on CPUs, too.
+    in_place = False
     #: Of how many examples a row of a batch's items is.
     examples_per_row = 1
 

@@ -26,6 +26,7 @@ class Members(Method):
 
     selection = "accuracy"
     prepares = True
+    in_place = True
 
     def __init__(self, single: M3CoLMethod):
         self.single, self.config, self.task = single, single.config, single.task

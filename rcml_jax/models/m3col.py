@@ -47,6 +47,8 @@ class TableEncoder(nn.Module):
         """Features (n, f) → embeddings (n, widths[-1])."""
         low = self.param("low", nn.initializers.zeros, x.shape[-1:])
         span = self.param("range", nn.initializers.ones, x.shape[-1:])
+        # Not trained; their gradient would cost as much as the first layer's forward pass.
+        low, span = jax.lax.stop_gradient((low, span))
         mlp = MLP(self.widths, self.dropout, self.dtype, name="mlp")
         return mlp((x - low) / span, deterministic=deterministic)
 

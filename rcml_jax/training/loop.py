@@ -59,7 +59,8 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     with jax.default_device(parallel.first_local(devices)):
         method = _build(config, workdir)
         with Interrupt() as interrupt:
-            run = Run(config, workdir, method, parallel.build(config.parallel, devices))
+            place = parallel.build(config.parallel, devices, method.in_place)
+            run = Run(config, workdir, method, place)
             finished = run.train(interrupt)
         if not finished:
             return None

@@ -119,6 +119,15 @@ def test_column_range_is_of_the_rows_that_count():
         assert constant[1]
 
 
+def test_the_scaling_has_no_gradient():
+    encoder, x = TableEncoder((6, 2)), tables(("mrna",))["mrna"][0]
+    params = encoder.init(jax.random.key(0), x)["params"]
+    grads = jax.grad(lambda p: jnp.sum(encoder.apply({"params": p}, x) ** 2))(params)
+    assert not np.any(grads["low"])
+    assert not np.any(grads["range"])
+    assert all(np.any(layer["kernel"]) for layer in grads["mlp"].values())
+
+
 def test_weights_start_glorot_normal_and_biases_at_0():
     model = M3CoL({"mrna": TableEncoder((500, 300))}, 100, (200,), unimodal=False)
     x = {"mrna": (jnp.zeros((1, 400)),)}

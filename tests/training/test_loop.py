@@ -30,7 +30,8 @@ def train(config, workdir, after=lambda step: None) -> bool:
     devices = parallel.pick_devices(config.platform, config.devices)
     with loop.Interrupt() as interrupt:
         method = build_method(config, workdir)
-        run = loop.Run(config, workdir, method, parallel.build(config.parallel, devices))
+        place = parallel.build(config.parallel, devices, method.in_place)
+        run = loop.Run(config, workdir, method, place)
         step_at = run.step_at
 
         def stepping(step):
@@ -183,7 +184,7 @@ def test_a_checkpoint_is_of_its_step_though_the_next_one_uses_its_state_up(
     """As on accelerators: the state is donated to a step that runs while it is being saved."""
     config = tiny_config(catalogue, **EVERY)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "donated", lambda devices: (0,))
+        patch.setattr(parallel, "donated", lambda *_: (0,))
         with pytest.raises(Killed):
             train(config, tmp_path, after=kill(6))
     assert max(steps_of(tmp_path)) == 4

@@ -54,7 +54,7 @@ def toy_run(mode, devices):
 
 def toy(mode, directory):
     # As on accelerators, a step uses the state up; a checkpoint of it is written thereafter.
-    parallel.donated = lambda devices: (0,)
+    parallel.donated = lambda *_: (0,)
     place, state, losses = toy_run(mode, jax.devices())
     checkpoints, data = Checkpoints(directory), places()
     checkpoints.put_off(STOP, place.snapshot(state), data, {"losses": losses})
