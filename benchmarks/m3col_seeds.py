@@ -7,15 +7,16 @@
 Random tables of ROSMAP's sizes. Both sides do the paper's step: input mixing, M3Co or MultiSClip,
 uni-modal and fused cross-entropy, Adam with coupled weight decay; the PyTorch side is the same
 model written as one would. A step is timed with M3Co and with MultiSClip, and a run counted as a
-third of the one and two thirds of the other. Both train anew after as many steps as a run has: much
-later Adam's moments are too small for normal numbers, and PyTorch would take twice the time.
+third of the one and two thirds of the other. Both start anew after as many steps as a run has: much
+later subnormal numbers would make PyTorch's step twice as long.
 """
 
-import functools
+import abc
 import itertools
 import pathlib
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,29 @@ def write_tables(folder: pathlib.Path) -> None:
         np.savetxt(folder / f"labels_{part}.csv", np.arange(rows) % 2)
 
 
-class Ours:
+class Side(abc.ABC):
+    """One of the two that are compared, trained anew after every `steps` steps."""
+
+    steps: int
+    _done = 0
+
+    def __call__(self, phase: str) -> Any:
+        """One step of a phase; its loss."""
+        if self._done % self.steps == 0:
+            self.start()
+        self._done += 1
+        return self.step(phase)
+
+    @abc.abstractmethod
+    def start(self) -> None:
+        """Go back to random parameters."""
+
+    @abc.abstractmethod
+    def step(self, phase: str) -> Any:
+        """Take a step and return its loss."""
+
+
+class Ours(Side):
     """The compiled step of the product, at a step with M3Co or with MultiSClip."""
 
     def __init__(self, folder: pathlib.Path, seeds: int, options: dict):
@@ -58,20 +81,19 @@ class Ours:
             config.optimizer, method.steps, method.frozen(params), method.decayed(params)
         )
         steps = [make_step(phase, transform, method.steps) for _, phase in method.phases()]
-        place = parallel.build("jit", jax.devices(), method.in_place)
-        self._steps = dict(zip(PHASES, map(place.compile, steps), strict=True))
+        self._place = parallel.build("jit", jax.devices(), method.in_place)
+        self._compiled = dict(zip(PHASES, map(self._place.compile, steps), strict=True))
         self._batch = jax.device_put(batch)
+        self._first = self._place.put_state(create(params, transform, jax.random.key(1)))
         self.config, self.steps = config, method.steps
-        first = place.put_state(create(params, transform, jax.random.key(1)))
-        # A copy, as a step uses its state up.
-        self._start, self._done = functools.partial(place.snapshot, first), 0
 
-    def __call__(self, phase: str) -> jax.Array:
-        """One step of a phase."""
-        if self._done % self.steps == 0:
-            self._state = self._start()
-        self._done += 1
-        self._state, metrics = self._steps[phase](self._state, self._batch)
+    def start(self) -> None:
+        """From a copy of the first state, as a step uses its state up."""
+        self._state = self._place.snapshot(self._first)
+
+    def step(self, phase: str) -> jax.Array:
+        """One compiled step of all models."""
+        self._state, metrics = self._compiled[phase](self._state, self._batch)
         return metrics["loss"]
 
 
@@ -86,7 +108,7 @@ def mlp(sizes: list[int], dropout: float) -> nn.Sequential:
     return nn.Sequential(*layers[:-2])
 
 
-class Plain:
+class Plain(Side):
     """M3CoL in PyTorch, one seed."""
 
     def __init__(self, folder: pathlib.Path, config, steps: int):
@@ -94,9 +116,10 @@ class Plain:
         tables = [np.loadtxt(folder / f"{v}_tr.csv", delimiter=",") for v in range(1, VIEWS + 1)]
         self.inputs = [torch.tensor((x - x.min(0)) / np.ptp(x, 0)).float() for x in tables]
         self.labels = torch.tensor(np.loadtxt(folder / "labels_tr.csv")).long()
-        self.config, self.steps, self._done = config, steps, 0
+        self.config, self.steps = config, steps
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """New modules and a new optimizer."""
         width, dropout = self.config.model.width, self.config.model.dropout
         self.encoders = nn.ModuleList(mlp([FEATURES, width, width], dropout) for _ in range(VIEWS))
         self.heads = nn.ModuleList(mlp([width, width, 2], dropout) for _ in range(VIEWS))
@@ -108,11 +131,8 @@ class Plain:
             weight_decay=self.config.optimizer.weight_decay,
         )
 
-    def __call__(self, phase: str) -> np.ndarray:
-        """One step of a phase."""
-        if self._done % self.steps == 0:
-            self._start()
-        self._done += 1
+    def step(self, phase: str) -> np.ndarray:
+        """One step, written as one would."""
         z = [encode(x) for encode, x in zip(self.encoders, self.inputs, strict=True)]
         logits = [head(x) for head, x in zip(self.heads, z, strict=True)]
         loss = F.cross_entropy(self.fusion(torch.cat(z, dim=1)), self.labels)
