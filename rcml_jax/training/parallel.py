@@ -152,7 +152,7 @@ class ShardedJit:
         }
 
     def compile(self, step: Callable) -> Callable:
-        """Jit `step(state, batch, across) -> (state, metrics)`, with the state donated."""
+        """Jit `step(state, batch, across) -> (state, metrics)`; see `donated` for its state."""
         return jax.jit(
             lambda state, batch: step(state, batch, None),
             donate_argnums=self._donated,
@@ -248,7 +248,7 @@ class Pmap:
         return {"items": jax.tree.map(split, batch["items"]), "shared": shared}
 
     def compile(self, step: Callable) -> Callable:
-        """Pmap `step(state, batch, across) -> (state, metrics)`, with the state donated."""
+        """Pmap `step(state, batch, across) -> (state, metrics)`; see `donated` for its state."""
         return jax.pmap(
             lambda state, batch: step(state, batch, AXIS),
             axis_name=AXIS,
