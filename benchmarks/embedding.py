@@ -3,7 +3,7 @@
     python -m benchmarks.embedding
     python -m benchmarks.embedding --small
 
-Peers: CLIP on the same towers (`CLIPTowers`, which projects every token) and Hugging Face's own
+Peers: CLIP on the same towers (`TwoTowers`, which projects every token) and Hugging Face's own
 Flax CLIP (which projects the summary token alone). Each call embeds texts and images of a batch.
 """
 
@@ -17,8 +17,9 @@ from transformers.models.clip.modeling_flax_clip import FlaxCLIPModule
 
 from benchmarks import inputs, timing
 from configs.rcml import get_config
-from rcml_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPTowers
+from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import TwoTowers
 
 TARGETS = {1: 1.05, 10: 1.15}
 CLIP, HUGGING_FACE = "CLIP", "CLIP (Hugging Face)"
@@ -35,7 +36,7 @@ def clip_functions(config, towers, ids, pixels) -> dict:
 
     Raises AssertionError where the two differ.
     """
-    ours = CLIPTowers(config)
+    ours = TwoTowers(config)
     theirs = FlaxCLIPModule(config)
 
     def hugging_face(params, ids, pixels):

@@ -7,7 +7,7 @@ import numpy as np
 from transformers import CLIPConfig
 
 from configs.rcml import get_config
-from rcml_jax.models.encoders.clip import small_config
+from rcml_jax.models.clip import small_clip_config
 
 # The ids of the largest tokenizer that configs/rcml.py allows.
 TOKENIZER = types.SimpleNamespace(
@@ -21,7 +21,7 @@ def clip_config(small: bool) -> CLIPConfig:
         return CLIPConfig()
     model = get_config().model
     names = ("width", "layers", "heads", "embed_dim", "image_size", "patch_size", "max_length")
-    return small_config(
+    return small_clip_config(
         vocab_size=TOKENIZER.vocab_size,
         eos_token_id=TOKENIZER.end_id,
         **{name: model[name] for name in names},

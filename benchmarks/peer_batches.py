@@ -17,7 +17,7 @@ from benchmarks.torch_rcml import Tensors
 from configs.rcml import get_config
 from rcml_jax.data.packing import pack, pack_order
 from rcml_jax.data.text import LENGTHS
-from rcml_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD
+from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 
 RELATIONS, PAIRS, SELF_PAIRS = 10, 3, 2
 TEXTS_PER_ROW = 4

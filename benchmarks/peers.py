@@ -124,7 +124,7 @@ def peer_embeddings(
     sentence_mask = torch.nn.functional.pad(full["relation_mask"][1 : count + 1], room)
     no = torch.zeros(max(items, count), dtype=torch.bool)
     with torch.inference_mode():
-        ahead = model.text_states(sentence_ids, sentence_mask).summary_states()
+        ahead = model.text_states(sentence_ids, sentence_mask).pooled
 
     def factored() -> tuple:
         states = model.text_states(trimmed["ids"], trimmed["mask"], masked=False)
@@ -145,7 +145,7 @@ def peer_embeddings(
 
     def sentence_of_each_row(e: int) -> torch.Tensor:
         rows = [x[e : e + 1].repeat(items, 1) for x in (sentence_ids, sentence_mask)]
-        return model.text_states(*rows).summary_states()
+        return model.text_states(*rows).pooled
 
     functions = {
         FACTORED: factored,

@@ -24,8 +24,9 @@ from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.methods.rcml import RCMLMethod
 from rcml_jax.methods.relational_towers import inputs as tower_inputs
 from rcml_jax.methods.samples import ClassificationTask
-from rcml_jax.models.encoders.classification import encoder_config, max_text_length
-from rcml_jax.models.encoders.minilm import resolve
+from rcml_jax.models.backbones import encoder_config
+from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.minilm import resolve
 
 # Checkpoints of configs/ whose sizes are known, so that they need not be fetched.
 _SIZES = {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, CLIPConfig
 
-from rcml_jax.models.encoders.torch_layout import to_torch
+from rcml_jax.models.checkpoints import to_torch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,7 +28,8 @@ class States(NamedTuple):
     mask: torch.Tensor
     summary: torch.Tensor
 
-    def summary_states(self) -> torch.Tensor:
+    @property
+    def pooled(self) -> torch.Tensor:
         """CLIP's own embeddings (n, d), not normalised."""
         return self.tokens[torch.arange(len(self.tokens)), self.summary]
 
@@ -83,7 +84,7 @@ class TorchRCML(nn.Module):
         a sentence a pair, intra (B,).
         """
         sentences = self.text_states(batch["relation_ids"], batch["relation_mask"])
-        relation = sentences.summary_states().repeat(2, 1)
+        relation = sentences.pooled.repeat(2, 1)
         intra = batch["intra"].repeat(2)
         text = self.pool_rows(self.text_states(batch["ids"], batch["mask"]), relation, intra)
         return text, self.pool_rows(self.image_states(batch["pixels"]), relation, intra)
@@ -107,7 +108,7 @@ class TorchRCML(nn.Module):
         intra (R,).
         """
         sentences = self.text_states(batch["relation_ids"], batch["relation_mask"], masked=False)
-        relation, intra = sentences.summary_states(), batch["intra"]
+        relation, intra = sentences.pooled, batch["intra"]
         texts = self.text_states(batch["ids"], batch["mask"], masked=False)
         text = self.pool_all(texts, relation, intra)
         return text, self.pool_all(self.image_states(batch["pixels"]), relation, intra)

@@ -153,7 +153,7 @@ def _captioned(config: Any) -> CaptionedImages:
 
 def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
     """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
-    from rcml_jax.models.encoders.towers import load_towers
+    from rcml_jax.models.frozen import load_towers
 
     image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
     length = min(text.size, asked.max_length)
@@ -175,7 +175,7 @@ def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path)
 
 def _check_towers(name: str) -> None:
     """Say what is wrong with a name before anything is trained or embedded."""
-    from rcml_jax.models.encoders.towers import tower_types
+    from rcml_jax.models.frozen import tower_types
 
     tower_types(name)
 
@@ -212,7 +212,7 @@ class TextBlocks:
 
     def __init__(self, tower: Any, texts: Sequence[str], max_length: int):
         self.width, self._texts, self._max_length = tower.width, texts, max_length
-        self._clip, self._embed = tower.kind == "clip", tower.embed
+        self._embed = tower.embed
         self._tokenizer = Tokenizer.from_pretrained_dir(tower.directory)
 
     def __len__(self) -> int:
@@ -224,7 +224,7 @@ class TextBlocks:
 
     def _rows(self, rows: np.ndarray) -> jax.Array:
         ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
-        return self._embed(ids) if self._clip else self._embed(ids, mask)
+        return self._embed(ids, mask)
 
 
 def _in_chunks(embed: Callable[[np.ndarray], jax.Array], start: int, stop: int) -> np.ndarray:

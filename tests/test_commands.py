@@ -175,7 +175,10 @@ def test_mistyped_options(catalogue, tmp_path, capsys, option, parts):
         ({"model.freeze": "head"}, ("config.model.freeze='head' is unknown",)),
         ({"model.heads": 3}, ("model.width=16 is not a multiple of model.heads=3",)),
         ({"model.vocab_size": 10}, ("vocabulary of 10 is too small",)),
-        ({"model.pretrained": "no/such/model"}, ("cannot load a CLIP checkpoint", "no/such/model")),
+        (
+            {"model.pretrained": "no/such/model"},
+            ("cannot load a CLIP or SigLIP", "no/such/model"),
+        ),
         ({"model.init_from": "nowhere"}, ("nowhere holds no checkpoints",)),
         ({"evaluation.similarity": "cosin"}, ("evaluation.similarity='cosin' is unknown",)),
         ({"evaluation.validity_probe": "svm"}, ("evaluation.validity_probe='svm' is unknown",)),

@@ -22,10 +22,10 @@ from rcml_jax.errors import UserError
 from rcml_jax.export import run as run_module
 from rcml_jax.export.__main__ import main as export_main
 from rcml_jax.export.run import export_run
+from rcml_jax.export.towers import save_clip
 from rcml_jax.methods import build
-from rcml_jax.models.encoders.clip import CLIPTowers, load_pretrained
-from rcml_jax.models.encoders.torch_layout import save_clip
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 from rcml_jax.training import step, workdir
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from tests.toy import ROOT, tiny_config
@@ -125,7 +125,7 @@ def test_towers_come_back_to_the_bit(runs):
     ids, _ = tokenizer.encode(TEXTS, 16)
     np.testing.assert_array_equal(ids, method.task.encode(TEXTS))
     images = pictures(method)
-    towers = CLIPTowers(config).apply({"params": found | {"logit_scale": scale}}, ids, images)
+    towers = TwoTowers(config).apply({"params": found | {"logit_scale": scale}}, ids, images)
     params = jax.tree.map(jnp.asarray, read_params(directory))
     batch = {"items": {"ids": ids, "images": images}}
     ours = method.embed(params, batch, jax.random.key(0))
@@ -334,7 +334,7 @@ def test_an_end_token_that_pytorch_would_not_find(runs, tmp_path):
 
 def test_towers_that_are_not_clips(capsys, copy, tmp_path, monkeypatch):
     from rcml_jax.methods import relational_towers
-    from rcml_jax.models.encoders.pair import PairConfig
+    from rcml_jax.models.two_towers import PairConfig
 
     pair = PairConfig(None, None, 16)
     monkeypatch.setattr(relational_towers, "towers_config", lambda model, tokenizer: pair)

@@ -13,10 +13,11 @@ from benchmarks import throughput_measure as measure
 from benchmarks import throughput_models as models
 from benchmarks.throughput_work import Plan
 from rcml_jax.commands import load_config_file
-from rcml_jax.models.encoders.classification import ImageEncoder, TextEncoder
-from rcml_jax.models.encoders.clip import CLIPTowers
+from rcml_jax.models.bert import Bert
 from rcml_jax.models.m3col import M3CoL
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import TwoTowers
+from rcml_jax.models.vit import ViT
 from tests.toy import CONFIG, ROOT
 
 M3COL = ROOT / "configs" / "m3col.py"
@@ -222,7 +223,7 @@ def test_clip_by_formula_is_what_xla_counts():
     ours = throughput_flops.relational(config, items=2, text_length=32)
     # By hand, a text: 12 layers of 24 w² a token and 4 T w, of width 512.
     assert ours["text_model"] == 2 * 12 * 32 * (24 * 512**2 + 4 * 32 * 512)
-    model, inputs = CLIPTowers(config), (ids(2, 32), pixels(2, 224))
+    model, inputs = TwoTowers(config), (ids(2, 32), pixels(2, 224))
     counted = xla_count(model, shapes_of(model, *inputs), *inputs)
     assert sum(ours.values()) == pytest.approx(counted, rel=0.05)
 
@@ -251,7 +252,7 @@ def test_m3col_by_formula_is_what_xla_counts():
     big = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
     vision = ViTConfig(**_small("vision") | big)
     text = BertConfig(**_small("text") | big, max_position_embeddings=16)
-    encoders = {"image": ImageEncoder(vision), "text": TextEncoder(text)}
+    encoders = {"image": ViT(vision), "text": Bert(text)}
     model = M3CoL(encoders, classes=9, hidden=(40,))
     inputs = {"image": (pixels(4, 16),), "text": (ids(4, 16), ids(4, 16))}
     ours = throughput_flops.classifier(

@@ -14,13 +14,17 @@ from rcml_jax.errors import UserError
 # and then looks for the highest id instead of the end token.
 SPECIAL_TOKENS = ("<pad>", "<start>", "<unused>", "<end>")
 LENGTHS = (8, 16, 24, 32, 48, 64, 77)
-# The names of the start, end and padding tokens in our own, CLIP's, BERT's and RoBERTa's files.
+# The names of the start, end and padding tokens in our own, CLIP's, BERT's, RoBERTa's, SigLIP 2's
+# and SigLIP's files; "": texts have no start token.
 _KNOWN = (
     ("<start>", "<end>", "<pad>"),
     ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
     ("[CLS]", "[SEP]", "[PAD]"),
     ("<s>", "</s>", "<pad>"),
+    ("", "<eos>", "<pad>"),
+    ("", "</s>", "</s>"),
 )
+_BY_TRANSFORMERS = ("siglip",)  # model types whose normalisation is not in tokenizer.json alone
 _MEMO_TEXTS = 500_000
 # CLIP's split into words, contractions, single digits and runs of signs.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -29,18 +33,19 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class Tokenizer:
     """Texts to ids with a start and an end token, padded to one of a few fixed lengths.
 
-    Wraps a `tokenizers.Tokenizer`; its own post-processing, padding and truncation are not used.
+    SigLIP's texts have no start token, and `start_id` is None. Wraps a `tokenizers.Tokenizer`; its
+    own post-processing, padding and truncation are not used.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str = "tokenizer"):
         for names in _KNOWN:
-            ids = [tokenizer.token_to_id(name) for name in names]
+            ids = [tokenizer.token_to_id(name) if name else -1 for name in names]
             if None not in ids:
                 break
         else:
             raise UserError(
                 f"{source} has no known start, end and padding tokens; use a tokenizer of the "
-                "CLIP or BERT family, or train one."
+                "CLIP, SigLIP or BERT family, or train one."
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -48,6 +53,8 @@ class Tokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.start_id, self.end_id, self.pad_id = ids
+        if self.start_id < 0:
+            self.start_id = None
         self._memo: dict[str, np.ndarray] = {}
 
     @property
@@ -72,10 +79,14 @@ class Tokenizer:
     def from_pretrained_dir(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer of a checkpoint: `tokenizer.json`, or CLIP's `vocab.json`, `merges.txt`.
 
+        SigLIP's is read by transformers' `AutoTokenizer`, which knows how it changes a text.
+
         Raises:
           UserError: the folder has neither, or a file is damaged.
         """
         folder = Path(folder)
+        if _model_type(folder) in _BY_TRANSFORMERS:
+            return cls(_by_transformers(folder), source=str(folder))
         if (folder / "tokenizer.json").is_file():
             return cls.load(folder / "tokenizer.json")
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -92,7 +103,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the special tokens."""
-        special = {self.pad_id, self.start_id, self.end_id}
+        special = {self.pad_id, self.start_id, self.end_id} - {None}
         kept = [int(i) for i in ids if int(i) not in special]
         text = self._tokenizer.decode(kept)
         if getattr(self._tokenizer.model, "end_of_word_suffix", None) == "</w>":
@@ -110,15 +121,17 @@ class Tokenizer:
         """
         if max_length < 2:
             raise UserError(f"A text length of {max_length} has no room for start and end tokens.")
-        bodies = [body[: max_length - 2] for body in self._bodies(texts)]
-        longest = max((len(body) for body in bodies), default=0) + 2
+        start = [] if self.start_id is None else [self.start_id]
+        around = len(start) + 1
+        bodies = [body[: max_length - around] for body in self._bodies(texts)]
+        longest = max((len(body) for body in bodies), default=0) + around
         fixed = sorted({length for length in lengths if length < max_length} | {max_length})
         width = next(length for length in fixed if length >= longest)
         ids = np.full((len(bodies), width), self.pad_id, np.int32)
         mask = np.zeros((len(bodies), width), np.int32)
         for row, body in enumerate(bodies):
-            end = len(body) + 1
-            ids[row, 0], ids[row, 1:end], ids[row, end] = self.start_id, body, self.end_id
+            end = len(start) + len(body)
+            ids[row, : end + 1] = [*start, *body, self.end_id]
             mask[row, : end + 1] = 1
         return ids, mask
 
@@ -234,6 +247,24 @@ def _clip_tokenizer(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return tokenizer
+
+
+def _model_type(folder: Path) -> str:
+    """What the checkpoint's `config.json` says it is, "" where it says nothing."""
+    try:
+        return str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _by_transformers(folder: Path) -> tokenizers.Tokenizer:
+    """The fast tokenizer that `AutoTokenizer` makes of a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # of many kinds, and ImportError without sentencepiece
+        raise _damaged(folder, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

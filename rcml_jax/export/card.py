@@ -118,16 +118,16 @@ _HEAD = """\
 
 `relation_pooling.safetensors`, float32, one token a row of H:
 z = norm(softmax((1 − β) · (W_Q h_E)·(H W_Kᵀ)ᵀ/√d + (β · summary_logit · intra + summary_prior) · B)
-· H W_Vᵀ · W_o), where B is 1 at the summary token (the text's end, the image's CLS).
+· H W_Vᵀ · W_o), where B is 1 at the pooled token (the text's end, the image's CLS).
 
 | name | shape | what it is |
 |---|---|---|
 | `query`, `key`, `value`, `output` | ({d}, {d}) | W_Q, W_K, W_V, W_o |
-| `summary_prior` | () | the summary token's logit under every relation |
+| `summary_prior` | () | the pooled token's logit under every relation |
 | metadata `options`, JSON | | `beta` and `summary_logit`, β and the logit of B under the \
 intra-sample relation, and `intra_relation`, that relation's sentence |
 
-In JAX, `rcml_jax.models.encoders.clip.load_pretrained(folder)` gives the towers' configuration and
+In JAX, `rcml_jax.models.two_towers.load_pretrained(folder)` gives the towers' configuration and
 parameters, and `safetensors.numpy.load_file` the head's, for `rcml_jax.models.rcml.RCML` with
 `beta`, `summary_logit` and `learn_summary_prior=True`.
 """

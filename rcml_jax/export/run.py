@@ -90,8 +90,8 @@ def _write_files(
     directory: pathlib.Path, workdir: pathlib.Path, config: Any, params: Any, result: dict | None
 ) -> None:
     # Imported here, so that a wrong option is said before Hugging Face's classes are loaded.
+    from rcml_jax.export.towers import save_clip
     from rcml_jax.methods.relational_towers import inputs, towers_config
-    from rcml_jax.models.encoders.torch_layout import save_clip
 
     temperature = _temperature(config, params)
     max_length = inputs(config.model).max_length

@@ -14,7 +14,7 @@ from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.encoders.pair import build_towers
+from rcml_jax.models.two_towers import build_towers
 
 _BIAS = -10.0  # SigLIP's initial bias: most pairs are negative.
 _SENTENCE_CHUNK = 2048
@@ -25,7 +25,9 @@ class BaselineMethod(RelationalMethod):
 
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
-        self.model = model = build_towers(self.towers_config, self.dtype, remat(config.model))
+        self.model = model = build_towers(
+            self.towers_config, self.dtype, remat(config.model), config.model.get("towers", "")
+        )
         self._texts = jax.jit(lambda towers, ids: model.apply({"params": towers}, ids)["text"])
         self._images = jax.jit(
             lambda towers, images: model.apply({"params": towers}, None, images)["image"]

@@ -20,8 +20,8 @@ from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.m3col_model import build_model, load_pretrained_parts
 from rcml_jax.methods.report import Models, look, report
 from rcml_jax.methods.samples import ClassificationTask
-from rcml_jax.models.encoders.classification import normalize_pixels
 from rcml_jax.models.m3col import column_range
+from rcml_jax.models.vit import normalize_pixels
 from rcml_jax.similarity import l2_normalize
 
 CONTRASTIVE = ("scheduled", "m3co", "multi_soft_clip", "clip", "none")

@@ -10,15 +10,10 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.samples import ClassificationTask
-from rcml_jax.models.encoders.classification import (
-    ImageEncoder,
-    TextEncoder,
-    encoder_config,
-    load_encoder,
-    small_bert_config,
-    small_vit_config,
-)
+from rcml_jax.models.backbones import encoder_config, load_encoder
+from rcml_jax.models.bert import Bert, small_bert_config
 from rcml_jax.models.m3col import M3CoL, TableEncoder
+from rcml_jax.models.vit import ViT, small_vit_config
 
 _PRETRAINED = {"image": "image_pretrained", "text": "text_pretrained"}
 
@@ -37,7 +32,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
             widths[modality.name] = model.width
         else:
             sizes = _transformer(modality.kind, model, task)
-            encoder = ImageEncoder if modality.kind == "image" else TextEncoder
+            encoder = ViT if modality.kind == "image" else Bert
             encoders[modality.name] = encoder(sizes, dtype, remat(model))
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":

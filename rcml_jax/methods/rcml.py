@@ -37,6 +37,7 @@ class RCMLMethod(RelationalMethod):
             ),
             self.dtype,
             remat(config.model),
+            config.model.get("towers", ""),
         )
         self._relations = jax.jit(self._embed_relations)
         self._pool = jax.jit(self._pool_items)

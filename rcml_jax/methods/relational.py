@@ -26,8 +26,7 @@ from rcml_jax.methods.relational_towers import (
     towers_config,
 )
 from rcml_jax.methods.task import RelationTask, texts_per_row
-from rcml_jax.models.encoders.clip import load_pretrained
-from rcml_jax.models.encoders.pair import PairConfig
+from rcml_jax.models.two_towers import PairConfig, load_pretrained
 from rcml_jax.similarity import SIMILARITIES
 
 _CHUNK = 256

@@ -5,11 +5,20 @@ from typing import Any, NamedTuple
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
-from rcml_jax.models.encoders.classification import encoder_config, load_encoder, max_text_length
-from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config, small_config
-from rcml_jax.models.encoders.minilm import resolve
-from rcml_jax.models.encoders.pair import PairConfig, TowersConfig, takes_packed
-from rcml_jax.models.encoders.remat import check_remat
+from rcml_jax.models.backbones import encoder_config, load_encoder
+from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.clip import end_token, small_clip_config
+from rcml_jax.models.minilm import resolve
+from rcml_jax.models.transformer import check_remat
+from rcml_jax.models.two_towers import (
+    PairConfig,
+    TowersConfig,
+    joint_width,
+    load_pretrained,
+    pretrained_config,
+    set_special_tokens,
+    takes_packed,
+)
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
 _PROJECTION = {"text": "text_projection", "image": "visual_projection"}
@@ -35,6 +44,7 @@ def inputs(model: Any) -> Inputs:
     kind, tokenizer = "CLIP", model.pretrained
     image_size, longest = model.image_size, model.max_length
     if model.pretrained and not (text and image):
+        kind = "CLIP or SigLIP"
         sizes = pretrained_config(model.pretrained)
         image_size = sizes.vision_config.image_size
         longest = sizes.text_config.max_position_embeddings
@@ -49,15 +59,18 @@ def inputs(model: Any) -> Inputs:
 def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
     """The towers of `config.model`: CLIP's, each of them replaced where another is named.
 
-    `pretrained` names a CLIP checkpoint, without which CLIP's towers are small ones;
+    `pretrained` names a CLIP or SigLIP checkpoint, without which CLIP's towers are small ones;
     `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower. Raises
     UserError for what does not fit each other.
     """
     text, image = _given(model)
     if model.pretrained:
         clip = pretrained_config(model.pretrained)
+        if not text:
+            set_special_tokens(clip, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
+            _check_vocabulary(model.pretrained, clip.text_config, tokenizer)
     else:
-        clip = small_config(
+        clip = small_clip_config(
             vocab_size=tokenizer.vocab_size,
             # The rule that CLIP has for the id of this token is no concern of another tower.
             eos_token_id=0 if text else tokenizer.end_id,
@@ -74,7 +87,7 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
     pair = PairConfig(
         encoder_config(text, modality="text") if text else clip.text_config,
         encoder_config(image, modality="image") if image else clip.vision_config,
-        clip.projection_dim,
+        joint_width(clip),
     )
     if text:
         _check_tokenizer(text, pair.text_config, tokenizer)
@@ -96,7 +109,7 @@ def load_checkpoints(model: Any, towers: Params) -> Params:
             for name in (_TOWER[modality], _PROJECTION[modality])
         }
         found = load_pretrained(model.pretrained)[1]
-        towers |= {name: found[name] for name in towers if name not in own}
+        towers |= {name: found[name] for name in towers if name in found and name not in own}
     for modality, given in (("text", text), ("image", image)):
         if given:
             towers[_TOWER[modality]] = load_encoder(given, modality=modality)[1]
@@ -137,6 +150,21 @@ def _given(model: Any) -> tuple[str, str]:
     names = (model.get(f"{modality}_pretrained", "") for modality in ("text", "image"))
     text, image = (resolve(name) for name in names)
     return text, image
+
+
+def _check_vocabulary(name: str, config: Any, tokenizer: Tokenizer) -> None:
+    # An id beyond the table would silently be another word, and another end token no end.
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name!r} has {tokenizer.vocab_size} ids, its text tower embeds "
+            f"{config.vocab_size}; save both again into one directory"
+        )
+    if config.model_type == "clip_text_model" and end_token(config) != tokenizer.end_id:
+        raise UserError(
+            f"the text tower of {name!r} ends a text at token {end_token(config)}, its tokenizer "
+            f"with token {tokenizer.end_id}; give both the same end token (eos_token_id in "
+            "config.json)"
+        )
 
 
 def _check_tokenizer(name: str, config: Any, tokenizer: Tokenizer) -> None:

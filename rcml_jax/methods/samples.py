@@ -15,7 +15,8 @@ from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.task import cache_directory, work_tokenizer
-from rcml_jax.models.encoders.classification import encoder_config, max_text_length
+from rcml_jax.models.backbones import encoder_config
+from rcml_jax.models.bert import max_text_length
 
 SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
 

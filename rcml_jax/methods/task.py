@@ -193,7 +193,7 @@ def work_tokenizer(
     if path.is_file():
         return Tokenizer.load(path)
     if pretrained:
-        from rcml_jax.models.encoders.checkpoints import pretrained_directory
+        from rcml_jax.models.checkpoints import pretrained_directory
 
         tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained, kind=kind))
     else:

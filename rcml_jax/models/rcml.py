@@ -8,34 +8,33 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from rcml_jax.data.packing import PackedTexts
-from rcml_jax.models.encoders.pair import build_towers
 from rcml_jax.models.relation_pooling import RelationPooling
+from rcml_jax.models.two_towers import build_towers, joint_width
 from rcml_jax.similarity import l2_normalize
 
 
 class RCML(nn.Module):
     """Embeds texts and images under relations written in plain language (Eq. 3–6).
 
-    config: a `transformers.CLIPConfig`, or a `PairConfig` of two other towers; pooling: options of
-    `RelationPooling`; remat: as of `CLIPTowers`. On ViT-B/32 the model has 152,325,889 parameters:
-    CLIP's and four 512×512 matrices.
+    config: a `CLIPConfig` or `SiglipConfig` of transformers, or a `PairConfig` of two other towers;
+    pooling: options of `RelationPooling`; remat and implementation: as of `build_towers`. On
+    ViT-B/32 the model has 152,325,889 parameters: CLIP's and four 512×512 matrices.
     """
 
     config: Any
     pooling: FrozenDict = FrozenDict()
     dtype: jnp.dtype = jnp.float32
     remat: str = ""
+    implementation: str = ""
 
     def setup(self):
         """Create the towers and the head."""
-        self.towers = build_towers(self.config, self.dtype, self.remat)
-        self.head = RelationPooling(
-            dim=self.config.projection_dim, dtype=self.dtype, **self.pooling
-        )
+        self.towers = build_towers(self.config, self.dtype, self.remat, self.implementation)
+        self.head = RelationPooling(dim=joint_width(self.config), dtype=self.dtype, **self.pooling)
 
     def relation(self, ids: jax.Array) -> jax.Array:
-        """Relation sentences (R, T) → h_E (R, d): the text tower's summary states (CLIP's EOT)."""
-        return self.towers.text_states(ids).summary_states()
+        """Relation sentences (R, T) → h_E (R, d): the text tower's pooled states (CLIP's EOT)."""
+        return self.towers.text_states(ids).pooled
 
     def pool_text(
         self, ids: jax.Array | PackedTexts, relation: jax.Array, intra: jax.Array

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.models.encoders.clip import TokenStates
+from rcml_jax.models.transformer import TokenStates
 from rcml_jax.similarity import l2_normalize
 
 
@@ -19,11 +19,15 @@ class RelationPooling(nn.Module):
     """Pool token states under relations: z = norm(a · H W_Vᵀ · W_o) (Eq. 4–6).
 
     a = softmax((1 − β) · (W_Q h_E)·(W_K H)/√d + β · summary_logit · B + summary_prior · S), where S
-    is 1 at the summary token and B = S under an intra-sample relation, 0 under any other. The four
+    is 1 at the pooled state and B = S under an intra-sample relation, 0 under any other. The four
     d×d matrices have no bias and serve both modalities.
 
-    β = 1 with a large `summary_logit` (1e4) selects the summary token: CLIP's own pooling.
-    `summary_prior` is no part of the paper: with it the summary token leads under every relation,
+    In the paper's Eq. 5 the pooled state is one of CLIP's tokens, EOT or CLS. Of a tower whose
+    pooled state is no token (SigLIP's attention pooling, the mean of BERT) H is its tokens and that
+    state: the relation then weighs the tower's own embedding against each token, as it does CLIP's.
+
+    β = 1 with a large `summary_logit` (1e4) selects the pooled state: the tower's own embedding.
+    `summary_prior` is no part of the paper: with it the pooled state leads under every relation,
     so that a pretrained tower starts from the embedding it was trained for. 0 is the paper's form.
     `head_init` is "identity" (W_V and W_o the identity, W_Q and W_K small and random) or "plain"
     (all four Xavier uniform).
@@ -70,10 +74,10 @@ class RelationPooling(nn.Module):
         if tokens.mask.ndim > 2:
             scores = scores[:, None]  # The same tokens for every text of a row.
         positions = jnp.arange(tokens.states.shape[1])
-        summary = (positions == tokens.summary[..., None])[..., None, :]
+        pooled = (positions == tokens.pooled_index[..., None])[..., None, :]
         logits = (1.0 - self.beta) * scores / math.sqrt(self.dim)
-        logits += self.beta * self.summary_logit * (summary & intra[None, :, None])
-        logits += self.prior * summary
+        logits += self.beta * self.summary_logit * (pooled & intra[None, :, None])
+        logits += self.prior * pooled
         return nn.softmax(logits, axis=-1, where=tokens.mask[..., None, :])
 
     def __call__(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def _functions(opened: Opened) -> dict[str, Callable[[], Any]]:
 
     def own(module: Any, ids: jax.Array, pixels: jax.Array) -> tuple:
         states = module.towers.text_states(ids), module.towers.image_states(pixels)
-        return tuple(l2_normalize(x.summary_states()) for x in states)
+        return tuple(l2_normalize(x.pooled) for x in states)
 
     clip = jax.jit(lambda v, ids, pixels: method.model.apply(v, ids, pixels, method=own))
     rcml = jax.jit(lambda v, r, ids, pixels: method.model.apply(v, r, ids, pixels))

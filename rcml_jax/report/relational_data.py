@@ -263,7 +263,7 @@ def _item_with_relations(task: Any, seed: int, wanted: int) -> tuple[int, np.nda
 
 
 def _weights(model: Any, variables: Mapping, relation_ids: Any, ids: Any, pixels: Any) -> dict:
-    """Attention (n, R, T), mask (n, T) and summary position (n,) of texts and of images."""
+    """Attention (n, R, T), mask (n, T) and pooled index (n,) of texts and of images."""
 
     def look(module: Any, relation_ids: Any, ids: Any, pixels: Any) -> dict:
         relation = module.relation(relation_ids)
@@ -275,7 +275,7 @@ def _weights(model: Any, variables: Mapping, relation_ids: Any, ids: Any, pixels
         }
         for name, tokens in states.items():
             weights = module.head.attention(tokens, relation, intra)
-            found[name] = weights, tokens.mask, tokens.summary
+            found[name] = weights, tokens.mask, tokens.pooled_index
         return found
 
     apply = jax.jit(lambda *inputs: model.apply(*inputs, method=look))

@@ -126,7 +126,8 @@ def test_pretrained_encoders_are_taken(news, tmp_path):
     from transformers import FlaxBertModel, FlaxViTModel
 
     from rcml_jax.data.text import train_tokenizer
-    from rcml_jax.models.encoders.classification import small_bert_config, small_vit_config
+    from rcml_jax.models.bert import small_bert_config
+    from rcml_jax.models.vit import small_vit_config
 
     texts = [f"headline train{n}" for n in range(6)]
     tokenizer = train_tokenizer(texts, 300)

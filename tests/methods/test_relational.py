@@ -13,7 +13,7 @@ from rcml_jax.data.folder import load as load_folder
 from rcml_jax.data.text import train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.models.encoders.clip import small_config
+from rcml_jax.models.clip import small_clip_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.workdir import load_config
@@ -237,7 +237,7 @@ def pretrained(catalogue, tmp_path_factory):
     graph = load_folder(catalogue, cache_of(catalogue), log=lambda line: None)
     tokenizer = train_tokenizer(graph.texts + graph.relations, 300)
     sizes = {"width": 16, "layers": 1, "heads": 2, "embed_dim": 12, "image_size": 24}
-    config = small_config(
+    config = small_clip_config(
         vocab_size=300, eos_token_id=tokenizer.end_id, patch_size=8, max_length=12, **sizes
     )
     FlaxCLIPModel(config, seed=3).save_pretrained(folder)

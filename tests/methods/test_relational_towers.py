@@ -18,9 +18,9 @@ from rcml_jax.methods.relational_towers import (
     load_checkpoints,
     towers_config,
 )
-from rcml_jax.models.encoders.classification import load_encoder
-from rcml_jax.models.encoders.clip import load_pretrained, small_config
-from rcml_jax.models.encoders.pair import PairConfig
+from rcml_jax.models.backbones import load_encoder
+from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.two_towers import PairConfig, load_pretrained
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from tests.models.test_classification_encoders import tiny
@@ -45,7 +45,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     sizes = {"vocab_size": len(WORDS) + 4, "layers": 1, "max_length": 14}
     clip = {"width": 8, "layers": 1, "heads": 2, "embed_dim": 12, "image_size": 24, "patch_size": 8}
-    clip = small_config(vocab_size=40, eos_token_id=3, max_length=12, **clip)
+    clip = small_clip_config(vocab_size=40, eos_token_id=3, max_length=12, **clip)
     towers = {
         "bert": (FlaxBertModel, tiny("bert", **sizes, pad_token_id=0)),
         "roberta": (FlaxRobertaModel, tiny("roberta", **sizes)),
@@ -88,7 +88,7 @@ def test_the_checkpoints_say_what_the_towers_take(checkpoints):
     ask = lambda **names: inputs(model_of(checkpoints, **names))  # noqa: E731
     bert, clip = str(checkpoints / "bert"), str(checkpoints / "clip")
     assert ask() == Inputs("", "CLIP", 16, 16)
-    assert ask(pretrained="clip") == Inputs(clip, "CLIP", 24, 12)
+    assert ask(pretrained="clip") == Inputs(clip, "CLIP or SigLIP", 24, 12)
     assert ask(text_pretrained="bert") == Inputs(bert, "BERT or RoBERTa", 16, 14)
     assert ask(text_pretrained="roberta")[2:] == (16, 12)
     assert ask(image_pretrained="vit") == Inputs("", "CLIP", 12, 16)
@@ -134,7 +134,7 @@ def test_a_tower_of_a_pretrained_clip_is_replaced(checkpoints):
 
 
 def test_clips_projections_are_frozen_with_their_towers():
-    config = small_config(vocab_size=8, eos_token_id=3)
+    config = small_clip_config(vocab_size=8, eos_token_id=3)
     assert frozen_parts(config, "") == set()
     assert frozen_parts(config, "image") == {"vision_model", "visual_projection"}
     with pytest.raises(UserError, match=r"config.model.freeze='all' is unknown; choose text, imag"):

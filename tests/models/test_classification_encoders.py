@@ -26,17 +26,10 @@ from transformers import (
 
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders.checkpoints import pretrained_directory
-from rcml_jax.models.encoders.classification import (
-    ImageEncoder,
-    TextEncoder,
-    encoder_config,
-    load_encoder,
-    max_text_length,
-    normalize_pixels,
-    small_bert_config,
-    small_vit_config,
-)
+from rcml_jax.models.backbones import encoder_config, load_encoder
+from rcml_jax.models.bert import Bert, max_text_length, small_bert_config
+from rcml_jax.models.checkpoints import pretrained_directory
+from rcml_jax.models.vit import ViT, normalize_pixels, small_vit_config
 from tests.models.test_encoders import save_as_torch_would
 
 WIDTH, VOCABULARY, LENGTH = 16, 30, 9
@@ -81,7 +74,7 @@ def inputs():
 
 
 def encoder(family, config, dtype=jnp.float32):
-    return (ImageEncoder if family == "vit" else TextEncoder)(config, dtype)
+    return (ViT if family == "vit" else Bert)(config, dtype)
 
 
 def theirs(model, family, inputs):
@@ -150,7 +143,7 @@ def test_pixels_are_normalised_as_vits_processor_does(hugging_face, inputs):
     pixels = normalize_pixels(images)
     assert pixels.dtype == jnp.float32
     np.testing.assert_allclose(pixels, (np.asarray(images) / 255 - 0.5) / 0.5, atol=1e-6)
-    encode = ImageEncoder(model.config).apply
+    encode = ViT(model.config).apply
     variables = {"params": model.params}
     np.testing.assert_allclose(encode(variables, pixels), encode(variables, images), atol=1e-6)
 
@@ -163,7 +156,7 @@ def test_image_statistics_are_vits():
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_padding_changes_nothing(family, hugging_face, inputs):
     model, (ids, mask) = hugging_face[family], inputs[family]
-    encode, variables = TextEncoder(model.config).apply, {"params": model.params}
+    encode, variables = Bert(model.config).apply, {"params": model.params}
     out = encode(variables, ids, mask)
     np.testing.assert_allclose(encode(variables, ids[:1, :4], mask[:1, :4]), out[:1], atol=2e-5)
     longer = jnp.pad(ids, ((0, 0), (0, 1)), constant_values=1), jnp.pad(mask, ((0, 0), (0, 1)))
@@ -176,7 +169,7 @@ def test_the_longest_text_has_positions_and_no_longer_one(family, hugging_face):
     model = hugging_face[family]
     longest = max_text_length(model.config)
     assert longest == {"bert": 12, "roberta": 12 - 2}[family]
-    encode, variables = TextEncoder(model.config).apply, {"params": model.params}
+    encode, variables = Bert(model.config).apply, {"params": model.params}
     ids = jnp.full((1, longest + 1), 5)
     assert np.isfinite(encode(variables, ids[:, 1:], ids[:, 1:] > 0)).all()
     with pytest.raises(UserError, match=f"{longest + 1} tokens is too long"):
@@ -227,7 +220,7 @@ def test_gradients_reach_every_parameter(family, hugging_face, inputs):
 
 def test_small_vit_starts_with_matrices_of_the_usual_size(inputs):
     config = tiny("vit", width=64)
-    params = ImageEncoder(config).init(jax.random.key(0), *inputs["vit"])["params"]
+    params = ViT(config).init(jax.random.key(0), *inputs["vit"])["params"]
     query = params["encoder"]["layer"]["0"]["attention"]["attention"]["query"]["kernel"]
     np.testing.assert_allclose(np.std(query), 0.02, rtol=0.1)
 
@@ -286,12 +279,12 @@ def test_a_checkpoint_that_lacks_a_layer_is_refused(tmp_path, hugging_face):
         ({}, "no config.json"),
         ({"config.json": "{}"}, "no model.safetensors"),
         ({"config.json": "{}", "pytorch_model.bin": "x"}, "never unpickled"),
-        ({"config.json": "{}", "model.safetensors.index.json": "{}"}, "sharded"),
+        ({"config.json": "{}", "model.safetensors.index.json": "{}"}, "names no shards"),
         ({"config.json": "{", "model.safetensors": "x"}, "cannot load"),
         ({"config.json": '{"model_type": "new"}', "model.safetensors": "x"}, "cannot load.*new"),
         (
             {"config.json": json.dumps(CLIPConfig().to_dict()), "model.safetensors": "x"},
-            "type 'clip', which is no known encoder; use vit",
+            "type 'clip', which is no known encoder; give one of the type bert",
         ),
         ({"config.json": tiny("vit").to_json_string(), "model.safetensors": "x"}, "cannot load"),
         ({"config.json": tiny("vit").to_json_string(), "flax_model.msgpack": "x"}, "cannot load"),
@@ -336,7 +329,7 @@ def test_sizes_that_do_not_fit(family, sizes, message):
 def test_images_of_another_size(shape, hugging_face):
     model = hugging_face["vit"]
     with pytest.raises(UserError, match="takes 8×8 images, not"):
-        ImageEncoder(model.config).apply({"params": model.params}, jnp.zeros(shape))
+        ViT(model.config).apply({"params": model.params}, jnp.zeros(shape))
 
 
 TEXTS = ["A man is eating food.", "someone [SEP] eats </s> it", ""]

@@ -11,19 +11,14 @@ from safetensors.numpy import save_file
 from transformers import FlaxCLIPModel
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders.clip import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    CLIPTowers,
-    load_pretrained,
-    small_config,
-)
+from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD, small_clip_config
+from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 
 
 def tiny(**sizes):
     options = {"vocab_size": 50, "eos_token_id": 3, "width": 16, "layers": 2, "heads": 2}
     options |= {"embed_dim": 12, "image_size": 16, "patch_size": 8, "max_length": 10}
-    return small_config(**(options | sizes))
+    return small_clip_config(**(options | sizes))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +57,7 @@ def save_as_torch_would(model, directory, prefix=()):
 
 def test_equals_hugging_face(batch, hugging_face):
     ids, images = batch
-    towers = CLIPTowers(hugging_face.config)
+    towers = TwoTowers(hugging_face.config)
     out = towers.apply({"params": hugging_face.params}, ids, images)
     attention = (jnp.cumsum(ids == 3, axis=1) - (ids == 3)) == 0
     text = hugging_face.get_text_features(ids, attention_mask=attention.astype(jnp.int32))
@@ -80,7 +75,7 @@ def test_image_statistics_are_clips():
 
 def test_tokens_after_the_end_change_nothing(batch, hugging_face):
     ids, _ = batch
-    towers = CLIPTowers(hugging_face.config)
+    towers = TwoTowers(hugging_face.config)
     variables = {"params": hugging_face.params}
     short = towers.apply(variables, ids[:1, :5])["text"]
     np.testing.assert_allclose(towers.apply(variables, ids[:1])["text"], short, atol=1e-6)
@@ -88,14 +83,14 @@ def test_tokens_after_the_end_change_nothing(batch, hugging_face):
 
 def test_one_modality_may_be_missing(batch, hugging_face):
     ids, images = batch
-    towers, variables = CLIPTowers(hugging_face.config), {"params": hugging_face.params}
+    towers, variables = TwoTowers(hugging_face.config), {"params": hugging_face.params}
     assert set(towers.apply(variables, ids)) == {"text"}
     assert set(towers.apply(variables, None, images)) == {"image"}
 
 
 def test_every_image_token_passes_the_post_layer_norm(batch, hugging_face):
     _, images = batch
-    towers = CLIPTowers(hugging_face.config)
+    towers = TwoTowers(hugging_face.config)
     tokens = towers.apply({"params": hugging_face.params}, images, method="image_states")
     assert tokens.states.shape == (3, 5, 12)
     hidden = hugging_face.module.apply(
@@ -114,15 +109,15 @@ def test_legacy_end_token_is_the_largest_id(hugging_face):
     config = tiny()
     config.text_config.eos_token_id = 2
     ids = jnp.asarray([[1, 5, 49, 0, 0], [1, 49, 0, 0, 0]])
-    tokens = CLIPTowers(config).apply({"params": hugging_face.params}, ids, method="text_states")
-    np.testing.assert_array_equal(tokens.summary, [2, 1])
+    tokens = TwoTowers(config).apply({"params": hugging_face.params}, ids, method="text_states")
+    np.testing.assert_array_equal(tokens.pooled_index, [2, 1])
 
 
 def test_bfloat16_computes_near_float32(batch, hugging_face):
     ids, images = batch
     variables = {"params": hugging_face.params}
-    full = CLIPTowers(hugging_face.config).apply(variables, ids, images)
-    half = CLIPTowers(hugging_face.config, jnp.bfloat16).apply(variables, ids, images)
+    full = TwoTowers(hugging_face.config).apply(variables, ids, images)
+    half = TwoTowers(hugging_face.config, jnp.bfloat16).apply(variables, ids, images)
     for name in full:
         assert half[name].dtype == jnp.float32
         assert np.sum(full[name] * half[name], axis=1).min() > 0.99
@@ -130,12 +125,12 @@ def test_bfloat16_computes_near_float32(batch, hugging_face):
 
 def test_loads_flax_and_pytorch_named_checkpoints(tmp_path, batch, hugging_face):
     ids, images = batch
-    expected = CLIPTowers(hugging_face.config).apply({"params": hugging_face.params}, ids, images)
+    expected = TwoTowers(hugging_face.config).apply({"params": hugging_face.params}, ids, images)
     hugging_face.save_pretrained(tmp_path / "flax")
     save_as_torch_would(hugging_face, tmp_path / "torch")
     for name in ("flax", "torch"):
         config, params = load_pretrained(str(tmp_path / name))
-        found = CLIPTowers(config).apply({"params": params}, ids, images)
+        found = TwoTowers(config).apply({"params": params}, ids, images)
         for key in expected:
             np.testing.assert_allclose(found[key], expected[key], atol=1e-6)
 
@@ -146,7 +141,7 @@ def test_loads_flax_and_pytorch_named_checkpoints(tmp_path, batch, hugging_face)
         ({}, "no config.json"),
         ({"config.json": "{}"}, "no model.safetensors"),
         ({"config.json": "{}", "pytorch_model.bin": "x"}, "never unpickled"),
-        ({"config.json": "{}", "model.safetensors.index.json": "{}"}, "sharded"),
+        ({"config.json": "{}", "model.safetensors.index.json": "{}"}, "names no shards"),
         ({"config.json": json.dumps(tiny().to_dict()), "model.safetensors": "x"}, "cannot load"),
     ],
 )
@@ -158,7 +153,7 @@ def test_unusable_checkpoints_are_named(tmp_path, files, message):
 
 
 def test_unreachable_hub_name_is_one_sentence():
-    with pytest.raises(UserError, match="cannot load a CLIP checkpoint from 'nobody/nothing'"):
+    with pytest.raises(UserError, match=r"cannot load a CLIP or SigLIP .* 'nobody/nothing'"):
         load_pretrained("nobody/nothing")
 
 
@@ -173,7 +168,7 @@ def test_sizes_that_do_not_fit(sizes, message):
 
 def test_gradients_reach_every_parameter(batch, hugging_face):
     ids, images = batch
-    towers = CLIPTowers(hugging_face.config)
+    towers = TwoTowers(hugging_face.config)
 
     def loss(params):
         out = towers.apply({"params": params}, ids, images)

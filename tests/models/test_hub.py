@@ -22,8 +22,8 @@ SCRIPT = """
 import sys
 import jax
 from rcml_jax.data.text import Tokenizer
-from rcml_jax.models.encoders.checkpoints import pretrained_directory
-from rcml_jax.models.encoders.clip import load_pretrained, pretrained_config
+from rcml_jax.models.checkpoints import pretrained_directory
+from rcml_jax.models.two_towers import load_pretrained, pretrained_config
 name = sys.argv[1]
 config, params = load_pretrained(name)
 assert pretrained_config(name).projection_dim == config.projection_dim
@@ -108,7 +108,7 @@ def test_a_hub_name_is_downloaded_without_torch(hub, tmp_path):
 
 def test_a_name_the_hub_does_not_have(hub, tmp_path):
     done = run(hub[0], "someone/else", tmp_path / "cache")
-    assert "cannot load a CLIP checkpoint from 'someone/else'" in done.stderr
+    assert "cannot load a CLIP or SigLIP checkpoint from 'someone/else'" in done.stderr
 
 
 def _leaves(tree):

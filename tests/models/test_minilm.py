@@ -10,11 +10,10 @@ import pytest
 
 from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders import minilm
-from rcml_jax.models.encoders.checkpoints import check_directory
-from rcml_jax.models.encoders.classification import load_encoder
-from rcml_jax.models.encoders.clip import small_config
-from rcml_jax.models.encoders.pair import PairConfig, PairTowers
+from rcml_jax.models import minilm
+from rcml_jax.models.backbones import load_encoder
+from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.two_towers import PairConfig, TwoTowers
 from tests.toy import ROOT
 
 installed = pytest.mark.skipif(
@@ -57,7 +56,7 @@ def test_other_names_stay_as_they_are():
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from rcml_jax.models.encoders import minilm\n"
+        "import sys; from rcml_jax.models import minilm\n"
         "try: minilm.packaged_directory()\n"
         "except minilm.UserError: pass\n"
         "print({'jax', 'flax', 'transformers', 'torch', minilm._PACKAGE} & set(sys.modules))"
@@ -72,18 +71,19 @@ def test_nothing_heavy_is_imported():
 def test_the_installed_package_is_a_bert_that_knows_meanings():
     """The summary of its token states is the embedding that it was trained for."""
     folder = minilm.packaged_directory()
-    check_directory(folder, "BERT")
     tokenizer = Tokenizer.from_pretrained_dir(folder)
     text_config, params = load_encoder(str(folder), modality="text")
     assert (text_config.model_type, text_config.hidden_size) == ("bert", 384)
     assert (tokenizer.pad_id, tokenizer.vocab_size) == (text_config.pad_token_id, 30522)
     ids, _ = tokenizer.encode(["a red heart", "love and affection", "a diesel locomotive"], 8)
-    vision = small_config(vocab_size=8, eos_token_id=0).vision_config
-    towers = PairTowers(PairConfig(text_config, vision, 16))
+    vision = small_clip_config(vocab_size=8, eos_token_id=0).vision_config
+    towers = TwoTowers(PairConfig(text_config, vision, 16))
     states = jax.jit(
-        lambda params, ids: towers.apply(
-            {"params": {"text_model": params}}, ids, projected=False, method="text_states"
-        ).summary_states()
+        lambda params, ids: (
+            towers.apply(
+                {"params": {"text_model": params}}, ids, projected=False, method="text_states"
+            ).pooled
+        )
     )(params, ids)
     z = states / np.linalg.norm(states, axis=1, keepdims=True)
     similar = z @ z.T

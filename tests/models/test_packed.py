@@ -9,8 +9,8 @@ import pytest
 from flax.core import FrozenDict
 
 from rcml_jax.data.packing import PackedTexts, pack
-from rcml_jax.models.encoders.clip import CLIPTowers
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import TwoTowers
 from tests.models.test_encoders import tiny
 
 LENGTHS, PER_ROW, LIMIT, END = (10, 2, 5, 9, 10, 10, 3, 4, 2, 2, 7, 10), 3, 10, 3
@@ -47,7 +47,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("projected", [True, False])
 def test_each_token_has_the_state_that_it_has_alone(projected):
     ids, packed = texts()
-    towers = CLIPTowers(tiny())
+    towers = TwoTowers(tiny())
     params = shaken(towers.init(jax.random.key(0), ids[:1], jnp.zeros((1, 16, 16, 3)))["params"])
     states = functools.partial(
         towers.apply, {"params": params}, projected=projected, method="text_states"
@@ -58,10 +58,10 @@ def test_each_token_has_the_state_that_it_has_alone(projected):
         row, slot = divmod(number, PER_ROW)
         own = together.states[row][together.mask[row, slot]]
         np.testing.assert_allclose(own, alone.states[number, :length], rtol=1e-4, atol=1e-5)
-    summary = together.summary_states()
+    summary = together.pooled
     assert summary.shape == (4, PER_ROW, alone.states.shape[-1])
     np.testing.assert_allclose(
-        summary.reshape(alone.summary_states().shape), alone.summary_states(), rtol=1e-4, atol=1e-5
+        summary.reshape(alone.pooled.shape), alone.pooled, rtol=1e-4, atol=1e-5
     )
 
 
@@ -93,7 +93,7 @@ def test_embeddings_and_gradients_are_those_of_texts_alone(remat, pooling):
 
 def test_the_other_texts_of_a_row_change_nothing():
     _, packed = texts()
-    towers = CLIPTowers(tiny())
+    towers = TwoTowers(tiny())
     params = shaken(
         towers.init(jax.random.key(0), packed.ids[:1, :LIMIT], jnp.zeros((1, 16, 16, 3)))["params"]
     )
@@ -109,7 +109,7 @@ def test_the_other_texts_of_a_row_change_nothing():
 
 def test_clip_in_bfloat16_stays_close():
     ids, packed = texts()
-    towers = CLIPTowers(tiny(), jnp.bfloat16)
+    towers = TwoTowers(tiny(), jnp.bfloat16)
     params = towers.init(jax.random.key(0), ids[:1], jnp.zeros((1, 16, 16, 3)))["params"]
     alone, together = (towers.apply({"params": params}, x)["text"] for x in (ids, packed))
     np.testing.assert_allclose(together.reshape(alone.shape), alone, atol=0.03)

@@ -10,10 +10,9 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 from transformers import FlaxBertModel, FlaxRobertaModel, FlaxViTModel
 
-from rcml_jax.models.encoders.classification import normalize_pixels
-from rcml_jax.models.encoders.clip import CLIPTowers
-from rcml_jax.models.encoders.pair import PairConfig, PairTowers, build_towers
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import PairConfig, TwoTowers, build_towers
+from rcml_jax.models.vit import normalize_pixels
 from tests.models import test_classification_encoders as encoders
 from tests.models import test_encoders as clip
 
@@ -92,7 +91,7 @@ def test_text_states_are_the_encoders_projected_and_their_mean(text, image, buil
     tokens = out["text projected"]
     assert tokens.states.shape == (3, 10, DIM)
     np.testing.assert_allclose(tokens.states[:, 1:], expected, atol=2e-5)
-    np.testing.assert_allclose(tokens.summary_states(), mean, atol=2e-5)
+    np.testing.assert_allclose(tokens.pooled, mean, atol=2e-5)
     np.testing.assert_array_equal(tokens.mask[:, 1:], mask)
     assert tokens.mask[:, 0].all()
     assert tokens.mask.dtype == bool
@@ -109,7 +108,7 @@ def test_image_states_are_the_encoders_projected(text, image, built, inputs):
     tokens = out["image projected"]
     assert tokens.states.shape == (3, 5, DIM)
     np.testing.assert_allclose(tokens.states, expected, atol=2e-5)
-    np.testing.assert_allclose(tokens.summary_states(), expected[:, 0], atol=2e-5)
+    np.testing.assert_allclose(tokens.pooled, expected[:, 0], atol=2e-5)
     assert tokens.mask.all()
     np.testing.assert_allclose(out["image"].states, theirs, atol=2e-5)
 
@@ -118,7 +117,7 @@ def test_a_pair_of_clips_towers_is_clip(built, inputs):
     parts = [built("clip", "vit")[1]["params"], built("bert", "clip")[1]["params"]]
     params = {name: parts[0][name] for name in ("text_model", "text_projection")}
     params |= {name: parts[1][name] for name in ("vision_model", "visual_projection")}
-    pair, whole = PairTowers(config_of("clip", "clip")), CLIPTowers(CLIP)
+    pair, whole = TwoTowers(config_of("clip", "clip")), TwoTowers(CLIP)
     ours = jax.jit(pair.apply)({"params": params}, *inputs)
     theirs = jax.jit(whole.apply)({"params": params | {"logit_scale": jnp.float32(1)}}, *inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
@@ -127,7 +126,7 @@ def test_a_pair_of_clips_towers_is_clip(built, inputs):
     np.testing.assert_allclose(
         built("bert", "clip")[2]["both"]["image"], theirs["image"], atol=1e-6
     )
-    np.testing.assert_array_equal(built("clip", "vit")[2]["text"].summary, [3, 8, 5])
+    np.testing.assert_array_equal(built("clip", "vit")[2]["text"].pooled_index, [3, 8, 5])
 
 
 @pytest.mark.parametrize(("text", "image"), PAIRS)
@@ -150,7 +149,7 @@ def test_parameters_have_clips_names_and_each_encoders_own_under_them(text, imag
 
 def test_towers_of_different_widths_meet_in_one_space(inputs):
     config = PairConfig(encoders.tiny("bert", width=24), encoders.tiny("vit", width=8), DIM)
-    out, variables = jax.eval_shape(PairTowers(config).init_with_output, jax.random.key(0), *inputs)
+    out, variables = jax.eval_shape(TwoTowers(config).init_with_output, jax.random.key(0), *inputs)
     assert out["text"].shape == out["image"].shape == (3, DIM)
     shapes = [variables["params"][f"{n}_projection"]["kernel"].shape for n in ("text", "visual")]
     assert shapes == [(24, DIM), (8, DIM)]

@@ -9,8 +9,8 @@ from transformers import CLIPConfig
 
 from rcml_jax.losses.contrastive import clip
 from rcml_jax.losses.relation import relation_contrastive
-from rcml_jax.models.encoders.clip import CLIPTowers
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import TwoTowers
 from tests.models.test_encoders import batch, tiny
 
 assert batch  # a fixture
@@ -78,7 +78,7 @@ def test_reduces_to_clip_in_model_loss_and_gradient(batch):
         )[0]
 
     def clip_loss(towers):
-        out = CLIPTowers(tiny()).apply({"params": towers}, ids, images)
+        out = TwoTowers(tiny()).apply({"params": towers}, ids, images)
         return clip(out["text"], out["image"], temperature=0.1)
 
     params = variables["params"]
@@ -97,7 +97,7 @@ def test_summary_prior_starts_from_clips_own_embedding(batch):
     model, variables = build(batch, summary_prior=12.0)
     with_head = model.apply(variables, ids[:2], ids, images)
     towers = {"params": variables["params"]["towers"]}
-    without = CLIPTowers(tiny()).apply(towers, ids, images)
+    without = TwoTowers(tiny()).apply(towers, ids, images)
     for name in ("text", "image"):
         for r in range(2):
             np.testing.assert_allclose(with_head[name][:, r], without[name], atol=1e-3)

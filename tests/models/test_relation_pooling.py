@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.models.encoders.clip import TokenStates
 from rcml_jax.models.relation_pooling import RelationPooling
+from rcml_jax.models.transformer import TokenStates
 from tests import reference
 
 N, T, R, D = 5, 7, 3, 8
@@ -19,7 +19,7 @@ def inputs():
     tokens = TokenStates(
         states=jnp.asarray(rng.normal(size=(N, T, D)), jnp.float32),
         mask=jnp.asarray(np.arange(T) <= summary[:, None]),
-        summary=jnp.asarray(summary),
+        pooled_index=jnp.asarray(summary),
     )
     relation = jnp.asarray(rng.normal(size=(R, D)), jnp.float32)
     return tokens, relation, jnp.asarray([True, False, False])
@@ -39,7 +39,7 @@ def twin(params, inputs, **options):
     return reference.relation_pooling(
         tokens.states,
         tokens.mask.astype(bool),
-        tokens.summary.astype(int),
+        tokens.pooled_index.astype(int),
         relation,
         intra.astype(bool),
         **{name: np.asarray(params[name], np.float64) for name in params},
@@ -89,7 +89,7 @@ def test_summary_bias_acts_under_the_intra_relation_alone(inputs):
     head = RelationPooling(D, beta=0.5, summary_logit=50.0)
     weights = head.apply({"params": random_params(head, inputs)}, *inputs, method="attention")
     on_summary = np.take_along_axis(
-        np.asarray(weights), np.asarray(tokens.summary)[:, None, None], axis=2
+        np.asarray(weights), np.asarray(tokens.pooled_index)[:, None, None], axis=2
     )[..., 0]
     assert np.all(on_summary[:, 0] > 0.999)
     assert np.all(on_summary[:, 1:] < 0.999)
@@ -99,7 +99,7 @@ def test_hard_selection_is_the_summary_token(inputs):
     head = RelationPooling(D, beta=1.0, summary_logit=1e4)
     params = head.init(jax.random.key(0), *inputs)["params"]
     z = head.apply({"params": params}, *inputs)
-    summary = inputs[0].summary_states()
+    summary = inputs[0].pooled
     expected = summary / jnp.linalg.norm(summary, axis=1, keepdims=True)
     np.testing.assert_allclose(z[:, 0], expected, atol=1e-6)
 

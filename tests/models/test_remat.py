@@ -11,14 +11,10 @@ from transformers import RobertaConfig
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
-from rcml_jax.models.encoders.classification import (
-    ImageEncoder,
-    TextEncoder,
-    small_bert_config,
-    small_vit_config,
-)
-from rcml_jax.models.encoders.clip import CLIPTowers, small_config
-from rcml_jax.models.encoders.pair import PairConfig, build_towers
+from rcml_jax.models.bert import Bert, small_bert_config
+from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.two_towers import PairConfig, TwoTowers, build_towers
+from rcml_jax.models.vit import ViT, small_vit_config
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import news_config
 from tests.toy import tiny_config
@@ -34,7 +30,7 @@ KEY = jax.random.key(7)
 
 def clip_config(**sizes):
     options = {"vocab_size": 50, "eos_token_id": 3, "embed_dim": 12, "image_size": 16}
-    return small_config(**(options | {"patch_size": 8, "max_length": 10} | SIZES | sizes))
+    return small_clip_config(**(options | {"patch_size": 8, "max_length": 10} | SIZES | sizes))
 
 
 def roberta_config():
@@ -51,7 +47,7 @@ def roberta_config():
 
 
 def clip(remat):
-    return CLIPTowers(clip_config(), remat=remat), (IDS, IMAGES), {}
+    return TwoTowers(clip_config(), remat=remat), (IDS, IMAGES), {}
 
 
 def pair(remat):
@@ -62,12 +58,12 @@ def pair(remat):
 def text(config, remat):
     mask = np.arange(8) < np.array([[8], [5], [3], [8]])
     options = {"deterministic": False, "rngs": {"dropout": KEY}}
-    return TextEncoder(config, remat=remat), (IDS, mask), options
+    return Bert(config, remat=remat), (IDS, mask), options
 
 
 def image(remat):
     options = {"deterministic": False, "rngs": {"dropout": KEY}}
-    return ImageEncoder(VIT, remat=remat), (IMAGES,), options
+    return ViT(VIT, remat=remat), (IMAGES,), options
 
 
 MODELS = {
@@ -160,7 +156,7 @@ def test_models_side_by_side():
 def test_sharded_over_devices():
     params, (value, gradient) = start("clip")
     split = NamedSharding(Mesh(np.asarray(jax.devices()[:4]), ("data",)), PartitionSpec("data"))
-    model = CLIPTowers(clip_config(), remat="layers")
+    model = TwoTowers(clip_config(), remat="layers")
 
     def loss(params, *inputs):
         out = model.apply({"params": params}, *inputs)
@@ -185,7 +181,7 @@ def test_less_memory_for_activations():
     images = np.random.default_rng(1).random((32, 32, 32, 3))
 
     def make(remat):
-        return CLIPTowers(config, remat=remat), (None, images), {}
+        return TwoTowers(config, remat=remat), (None, images), {}
 
     plain, dots, layers = (temporaries(make, remat) for remat in ("", "dots", "layers"))
     assert layers < dots < plain
@@ -199,7 +195,7 @@ def test_less_memory_with_dropout():
     options = {"deterministic": False, "rngs": {"dropout": KEY}}
 
     def make(remat):
-        return ImageEncoder(config, remat=remat), (images,), options
+        return ViT(config, remat=remat), (images,), options
 
     assert temporaries(make, "layers") < 0.6 * temporaries(make, "")
 

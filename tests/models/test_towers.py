@@ -5,7 +5,7 @@ import pytest
 from transformers import ResNetConfig
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders.towers import load_towers
+from rcml_jax.models.frozen import load_towers
 from tests.models import towers as saved
 
 
@@ -47,9 +47,10 @@ def test_clip_projected_is_clips_embedding(directories, pixels):
     assert (text.directory / "tokenizer.json").is_file()
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     expected = model.get_image_features(nchw(pixels, mean, std))
-    np.testing.assert_allclose(image.embed(pixels), expected, rtol=1e-4, atol=1e-5)
+    # Their quick_gelu has a sigmoid in the place of our tanh, which rounds otherwise.
+    np.testing.assert_allclose(image.embed(pixels), expected, rtol=1e-4, atol=3e-5)
     expected = model.get_text_features(ids)
-    np.testing.assert_allclose(text.embed(ids), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(text.embed(ids), expected, rtol=1e-4, atol=3e-5)
 
 
 def test_clip_penultimate_is_what_is_projected(directories, pixels):

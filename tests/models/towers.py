@@ -13,8 +13,9 @@ from transformers import (
 )
 
 from rcml_jax.data.text import train_tokenizer
-from rcml_jax.models.encoders.classification import small_bert_config, small_vit_config
-from rcml_jax.models.encoders.clip import small_config
+from rcml_jax.models.bert import small_bert_config
+from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.vit import small_vit_config
 from tests.models.test_classification_encoders import bert_tokenizer
 
 WORDS = ["a dog runs", "two cats sleep", "a man is eating food"]
@@ -32,7 +33,7 @@ def shaken(model):
 
 def save_clip(directory, projection=8):
     tokenizer = train_tokenizer(WORDS, 300)
-    config = small_config(
+    config = small_clip_config(
         vocab_size=tokenizer.vocab_size,
         eos_token_id=tokenizer.end_id,
         embed_dim=projection,

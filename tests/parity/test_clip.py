@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPTowers, load_pretrained
+from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,7 +102,7 @@ def compare(config, folder, count=4):
     ids, pixels, ends = inputs(config, count)
     expected = torch_states(model, ids, pixels, ends)
     loaded, params = load_pretrained(str(folder))
-    towers, variables = CLIPTowers(loaded), {"params": jax.tree.map(jnp.asarray, params)}
+    towers, variables = TwoTowers(loaded), {"params": jax.tree.map(jnp.asarray, params)}
     text = towers.apply(variables, ids, method="text_states")
     image = towers.apply(variables, pixels, method="image_states")
     np.testing.assert_array_equal(text.summary, ends)
@@ -111,8 +112,8 @@ def compare(config, folder, count=4):
     # After the end token nothing is used, and only PyTorch is told what padding is.
     mask = np.asarray(text.mask)
     for ours, theirs in (
-        (text.summary_states(), expected["text"]),
-        (image.summary_states(), expected["image"]),
+        (text.pooled, expected["text"]),
+        (image.pooled, expected["image"]),
         (np.asarray(text.states)[mask], expected["text_tokens"][mask]),
         (image.states, expected["image_tokens"]),
     ):
@@ -135,8 +136,8 @@ def test_uint8_pictures_are_normalised_as_in_pytorch(tmp_path):
         pixels = torch.from_numpy(pixels.astype(np.float32)).permute(0, 3, 1, 2)
         expected = model.get_image_features(pixel_values=pixels).numpy()
     config, params = load_pretrained(str(tmp_path))
-    states = CLIPTowers(config).apply({"params": params}, images, method="image_states")
-    np.testing.assert_allclose(states.summary_states(), expected, atol=TOLERANCE, rtol=0)
+    states = TwoTowers(config).apply({"params": params}, images, method="image_states")
+    np.testing.assert_allclose(states.pooled, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.slow

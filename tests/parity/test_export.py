@@ -10,7 +10,7 @@ from PIL import Image
 
 from rcml_jax.data.images import to_array
 from rcml_jax.export.run import export_run
-from rcml_jax.models.encoders.clip import CLIPTowers, load_pretrained
+from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 from rcml_jax.training.checkpoint import read_params
 from tests.parity.vocabulary import write_vocabulary
 from tests.test_export import SENTENCES, TEXTS, write_run
@@ -92,7 +92,7 @@ def test_clip_model_and_processor(run, request):
     inputs = processor(text=TEXTS, images=items, return_tensors="pt", padding=True, truncation=True)
     out = model(**inputs)
     ids, images = method.task.encode(TEXTS), arrays_of(method, items)
-    towers = CLIPTowers(load_pretrained(str(folder))[0])
+    towers = TwoTowers(load_pretrained(str(folder))[0])
     ours = towers.apply({"params": params["towers"]}, ids, images)
     np.testing.assert_allclose(ours["text"], out.text_embeds.numpy(), atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(ours["image"], out.image_embeds.numpy(), atol=TOLERANCE, rtol=0)

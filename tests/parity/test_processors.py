@@ -9,7 +9,7 @@ from PIL import Image
 
 from rcml_jax.data import images
 from rcml_jax.data.text import LENGTHS, Tokenizer
-from rcml_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD
+from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 from tests.parity.vocabulary import write_vocabulary
 
 transformers = pytest.importorskip("transformers")

@@ -6,38 +6,21 @@ import math
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
-from transformers import CLIPConfig
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders.clip import _LEGACY_EOS, IMAGE_MEAN, IMAGE_STD, CLIPTowers
+from rcml_jax.models.checkpoints import to_torch
+from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD, end_token
+from rcml_jax.models.two_towers import towers_shapes
 
 _BICUBIC = 3  # as Pillow numbers its filters
 
 
-def to_torch(params: Any) -> dict[str, np.ndarray]:
-    """Parameters of `CLIPTowers` under PyTorch's names and in its layout.
-
-    Matrices (in, out) become (out, in), the patch embedding (H, W, in, out) becomes
-    (out, in, H, W); `kernel`, `scale` and `embedding` are called `weight`.
-    """
-    tensors = {}
-    for path, value in flatten_dict(params).items():
-        value = np.asarray(value)
-        if path[-1] == "kernel":
-            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        last = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
-        tensors[".".join((*path[:-1], last))] = np.ascontiguousarray(value).reshape(value.shape)
-    return tensors
-
-
 def save_clip(
     directory: pathlib.Path,
-    config: CLIPConfig,
+    config: Any,
     params: Any,
     *,
     start_id: int,
@@ -47,7 +30,7 @@ def save_clip(
 ) -> None:
     """Write `config.json`, `model.safetensors` and `preprocessor_config.json` of a `CLIPModel`.
 
-    params: those of `CLIPTowers(config)`; the ids are the tokenizer's, and the logit scale is that
+    params: those of `TwoTowers(config)`; the ids are the tokenizer's, and the logit scale is that
     of the temperature. Torch is not needed. Raises UserError for towers that are not CLIP's, for
     parameters of another configuration, and where PyTorch would look for another end token than
     the tokenizer has.
@@ -67,15 +50,12 @@ def save_clip(
 
 
 def _check_clip(config: Any, params: Any) -> None:
-    if not isinstance(config, CLIPConfig):
+    if getattr(config, "model_type", "") != "clip":
         raise UserError(
             "only CLIP's own towers are exported, and this run has another in the place of one; "
             "train it without text= and image=, from scratch or with pretrained="
         )
-    size = config.vision_config.image_size
-    inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3), jnp.uint8)
-    expected = jax.eval_shape(CLIPTowers(config).init, jax.random.key(0), *inputs)["params"]
-    expected = {name: x.shape for name, x in flatten_dict(expected).items()}
+    expected = {name: x.shape for name, x in flatten_dict(towers_shapes(config)).items()}
     found = {name: np.shape(x) for name, x in flatten_dict(params).items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -88,11 +68,11 @@ def _check_clip(config: Any, params: Any) -> None:
 
 def _check_end(text: Any, end_id: int) -> None:
     """The end token of the towers, of the tokenizer and of PyTorch must be the same one."""
-    eos = text.vocab_size - 1 if text.eos_token_id == _LEGACY_EOS else text.eos_token_id
-    if eos != end_id:
+    if end_token(text) != end_id:
         raise UserError(
-            f"the towers end a text at token {eos}, the tokenizer with token {end_id}; give both "
-            "the same end token (eos_token_id in the checkpoint's config.json) and train anew"
+            f"the towers end a text at token {end_token(text)}, the tokenizer with token {end_id}; "
+            "give both the same end token (eos_token_id in the checkpoint's config.json) and train "
+            "anew"
         )
 
 

@@ -8,32 +8,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, ResNetConfig
-from transformers.models.resnet.modeling_flax_resnet import FlaxResNetModel, FlaxResNetModule
 
+from rcml_jax.data.text import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.models.encoders.checkpoints import (
-    check_directory,
-    pretrained_directory,
-    read,
-    unreachable,
+from rcml_jax.models.backbones import build_backbone, load_encoder
+from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.checkpoints import pretrained_directory, read_config
+from rcml_jax.models.minilm import resolve
+from rcml_jax.models.resnet import ResNet, load_resnet
+from rcml_jax.models.two_towers import (
+    TwoTowers,
+    joint_width,
+    load_pretrained,
+    set_special_tokens,
 )
-from rcml_jax.models.encoders.classification import (
-    ImageEncoder,
-    TextEncoder,
-    load_encoder,
-    max_text_length,
-)
-from rcml_jax.models.encoders.clip import CLIPTowers, load_pretrained
-from rcml_jax.models.encoders.minilm import resolve
 
 LAYERS = ("projected", "penultimate")
 POOLINGS = ("auto", "first", "mean")
-_TYPES = {"image": ("clip", "vit", "resnet"), "text": ("clip", "bert", "roberta")}
-_KIND = "CLIP, ViT, ResNet, BERT or RoBERTa"
+_JOINT = ("clip", "siglip")
+_TYPES = {
+    "image": (*_JOINT, "vit", "resnet"),
+    "text": (*_JOINT, "bert", "roberta"),
+}
+_KIND = "CLIP, SigLIP, ViT, ResNet, BERT or RoBERTa"
 # Where a checkpoint does not say how its pictures are normalised.
 _STATISTICS = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -48,8 +45,8 @@ class Tower:
 
     modality: "image" or "text"; kind: the type of its model; width: of its embeddings; size: the
     side of its square images in pixels, or the most tokens of a text; directory: of a text tower,
-    where its tokenizer is. embed: images (n, size, size, 3) uint8, or ids and mask (n, T), CLIP's
-    ids alone, to (n, width) float32; jitted, not normalised.
+    where its tokenizer is. embed: images (n, size, size, 3) uint8, or ids and mask (n, T), to
+    (n, width) float32; jitted, not normalised.
     """
 
     modality: str
@@ -65,11 +62,12 @@ def load_towers(
 ) -> tuple[Tower, Tower]:
     """The image and the text tower that a name asks for.
 
-    name: a CLIP checkpoint, whose two towers were trained together, or "IMAGE+TEXT", two that were
-    trained apart: CLIP, ViT or ResNet, and CLIP, BERT or RoBERTa; each a directory, a name on the
-    hub, or "minilm". layer: of CLIP, the joint space or what is projected to it ("penultimate").
-    pooling: of the others' tokens, the first one or the mean; "auto": the mean where the checkpoint
-    says so, as those of sentence-transformers do. A ResNet has its own, the mean of all places.
+    name: a CLIP or SigLIP checkpoint, whose two towers were trained together, or "IMAGE+TEXT", two
+    that were trained apart: CLIP, SigLIP, ViT or ResNet, and CLIP, SigLIP, BERT or RoBERTa; each a
+    directory, a name on the hub, or "minilm". layer: of CLIP, the joint space or what is projected
+    to it ("penultimate"); of SigLIP, which projects nothing, always the joint space. pooling: of
+    the others' tokens, the first one or the mean; "auto": the mean where the checkpoint says so, as
+    those of sentence-transformers do. A ResNet has its own, the mean of all positions.
     Raises UserError for an option that is unknown and a checkpoint that cannot be read.
     """
     for option, value, known in (("layer", layer, LAYERS), ("pooling", pooling, POOLINGS)):
@@ -77,8 +75,8 @@ def load_towers(
             raise UserError(f"{option}={value!r} is unknown; choose one of {', '.join(known)}")
     towers = []
     for modality, (kind, side) in tower_types(name).items():
-        if kind == "clip":
-            towers.append(_clip(side, modality, layer))
+        if kind in _JOINT:
+            towers.append(_joint(side, modality, layer))
         elif kind == "resnet":
             towers.append(_resnet(side))
         else:
@@ -100,11 +98,7 @@ def tower_types(name: str) -> dict[str, tuple[str, str]]:
 def _type(name: str, modality: str) -> tuple[str, str]:
     """The model type of a checkpoint, and its directory or name."""
     name = resolve(name)
-    check_directory(pathlib.Path(name), _KIND)
-    try:
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    except (OSError, ValueError) as error:
-        raise unreachable(name, error, _KIND) from error
+    kind = read_config(name, _KIND, {x for types in _TYPES.values() for x in types}).model_type
     if kind not in _TYPES[modality]:
         # One name was given for both sides, or the sides are the wrong way round.
         raise UserError(
@@ -114,29 +108,34 @@ def _type(name: str, modality: str) -> tuple[str, str]:
     return kind, name
 
 
-def _clip(name: str, modality: str, layer: str) -> Tower:
+def _joint(name: str, modality: str, layer: str) -> Tower:
+    """One side of CLIP or SigLIP."""
     config, params = load_pretrained(name)
-    model, projected = CLIPTowers(config), layer == "projected"
+    directory = None
+    if modality == "text":
+        directory = pretrained_directory(name, kind=_KIND)
+        tokenizer = Tokenizer.from_pretrained_dir(directory)
+        set_special_tokens(config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
+    model, projected = TwoTowers(config), layer == "projected"
     own = config.vision_config if modality == "image" else config.text_config
 
     def embed(params, *inputs):
-        variables, options = {"params": params}, {"projected": projected}
-        states = model.apply(variables, inputs[0], **options, method=f"{modality}_states")
-        return states.summary_states()
+        options = {"projected": projected, "method": f"{modality}_states"}
+        return model.apply({"params": params}, inputs[0], **options).pooled
 
     return Tower(
         modality,
-        "clip",
-        config.projection_dim if projected else own.hidden_size,
+        config.model_type,
+        joint_width(config) if projected else own.hidden_size,
         own.image_size if modality == "image" else own.max_position_embeddings,
         _with(embed, jax.tree.map(jnp.asarray, params)),
-        pretrained_directory(name) if modality == "text" else None,
+        directory,
     )
 
 
 def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
     config, params = load_encoder(name, modality=modality)
-    model = (ImageEncoder if modality == "image" else TextEncoder)(config)
+    model = build_backbone(config)
     mean = pooling == "mean" or (pooling == "auto" and _wants_mean(name))
     normalize = _normalizer(name, kind)
 
@@ -162,63 +161,14 @@ def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
 
 
 def _resnet(name: str) -> Tower:
-    config, variables = _read_resnet(name)
-    model, normalize = FlaxResNetModule(config), _normalizer(name, "resnet")
-
-    def embed(variables, pixels):
-        found = model.apply(variables, normalize(pixels), True)
-        return found.pooler_output.reshape(len(pixels), -1)
-
+    config, variables = load_resnet(name)
+    model, normalize = ResNet(config), _normalizer(name, "resnet")
     size = _preprocessor(name).get("size", _RESNET_SIZE)
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height", _RESNET_SIZE))
+    embed = lambda variables, pixels: model.apply(variables, normalize(pixels))  # noqa: E731
     variables = jax.tree.map(jnp.asarray, variables)
     return Tower("image", "resnet", config.hidden_sizes[-1], int(size), _with(embed, variables))
-
-
-def _read_resnet(name: str) -> tuple[ResNetConfig, dict]:
-    """The configuration and the variables, batch statistics included.
-
-    transformers misnames some statistics of PyTorch's layout, so that one is converted here.
-    """
-    config = ResNetConfig.from_pretrained(name)
-    directory = pathlib.Path(name)
-    if not directory.is_dir():
-        directory = _fetched(name, "model.safetensors")
-    try:
-        with safe_open(directory / "model.safetensors", "numpy") as file:
-            if (file.metadata() or {}).get("format") == "pt":
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return config, _from_torch(arrays, basic=config.layer_type == "basic")
-    except (OSError, SafetensorError):
-        pass  # another layout, or what `read` says better
-    return read(FlaxResNetModel, name, "ResNet", config=config)
-
-
-_RESNET_NAMES = {
-    "running_mean": ("batch_stats", "mean"),
-    "running_var": ("batch_stats", "var"),
-    "bias": ("params", "bias"),
-}
-
-
-def _from_torch(arrays: dict[str, np.ndarray], *, basic: bool) -> dict:
-    """PyTorch's ResNet by names → Flax's variables, without a head."""
-    flat = {}
-    for name, array in arrays.items():
-        # Flax names blocks of two convolutions (ResNet-18, -34) otherwise than those of three.
-        name = name.replace(".layer.", ".layer.layer_") if basic else name
-        path = name.removeprefix("resnet.").split(".")
-        if path[0] == "classifier" or path[-1] == "num_batches_tracked":
-            continue
-        if path[-1] == "weight":
-            path[-1:] = ["kernel"] if array.ndim == 4 else ["scale"]
-            kind = "params"
-        else:
-            kind, path[-1] = _RESNET_NAMES[path[-1]]
-        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-        flat[kind, *path] = np.asarray(array, np.float32)
-    return unflatten_dict(flat)
 
 
 def _with(function: Callable, params: Any) -> Callable[..., jax.Array]:
@@ -245,16 +195,8 @@ def _wants_mean(name: str) -> bool:
 
 def _json(name: str, file: str) -> dict:
     """A small file of a checkpoint, {} where it has none."""
-    directory = pathlib.Path(name)
     try:
-        if not directory.is_dir():
-            directory = _fetched(name, file)
+        directory = pretrained_directory(name, kind=_KIND, files=[file])
         return json.loads((directory / file).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return {}
-
-
-def _fetched(name: str, file: str) -> pathlib.Path:
-    from huggingface_hub import snapshot_download
-
-    return pathlib.Path(snapshot_download(name, allow_patterns=[file]))

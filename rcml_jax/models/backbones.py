@@ -1,0 +1,84 @@
+"""The towers by the model type of their configurations, and checkpoints of single ones."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rcml_jax.models.bert import Bert
+from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
+from rcml_jax.models.clip import CLIPText, CLIPVision
+from rcml_jax.models.siglip import SiglipText, SiglipVision
+from rcml_jax.models.vit import ViT
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A tower: its module, and its modality, "image" or "text".
+
+    alone: whether it has checkpoints of its own, instead of being a half of CLIP or SigLIP. packs:
+    whether it takes several texts in a row. prefix: what may stand before PyTorch's names.
+    """
+
+    module: type[nn.Module]
+    modality: str
+    alone: bool = False
+    packs: bool = False
+    prefix: str = ""
+
+
+#: The towers by `model_type`; a new one is a module with `tokens` and `token_states`, and a line.
+BACKBONES = {
+    "clip_text_model": Backbone(CLIPText, "text", packs=True),
+    "clip_vision_model": Backbone(CLIPVision, "image"),
+    "siglip_text_model": Backbone(SiglipText, "text"),
+    "siglip_vision_model": Backbone(SiglipVision, "image"),
+    "vit": Backbone(ViT, "image", alone=True, prefix="vit"),
+    "bert": Backbone(Bert, "text", alone=True, prefix="bert"),
+    "roberta": Backbone(Bert, "text", alone=True, prefix="roberta"),
+}
+
+_KIND = "ViT, BERT or RoBERTa"
+
+
+def build_backbone(config: Any, dtype: jnp.dtype = jnp.float32, remat: str = "") -> nn.Module:
+    """The tower that a configuration describes."""
+    return BACKBONES[config.model_type].module(config, dtype, remat)
+
+
+def encoder_config(name: str, *, modality: str | None = None) -> Any:
+    """The configuration of a ViT, BERT or RoBERTa checkpoint, without its weights.
+
+    Raises UserError where it cannot be read, for a checkpoint of another model, and, with
+    `modality` "image" or "text", for one that encodes the other.
+    """
+    types = [
+        name
+        for name, backbone in BACKBONES.items()
+        if backbone.alone and modality in (None, backbone.modality)
+    ]
+    return read_config(name, _KIND, types, f"{modality or 'known'} encoder")
+
+
+def load_encoder(name: str, *, modality: str | None = None) -> tuple[Any, dict]:
+    """Read a ViT, BERT or RoBERTa checkpoint, a directory or a name on the hub.
+
+    Returns the configuration and the parameters as float32 NumPy arrays in the layout of `ViT` or
+    `Bert`, which is Hugging Face's own (`embeddings`, `encoder` and, for ViT, `layernorm`); a
+    pooling layer or a head that the checkpoint may have is left out. Raises UserError as
+    `encoder_config` and `checkpoints.read_params`.
+    """
+    check_directory(pathlib.Path(name), _KIND)
+    config = encoder_config(name, modality=modality)
+    backbone = BACKBONES[config.model_type]
+    expected = expected_params(build_backbone(config), *example_input(config), method="__call__")
+    return config, read_params(name, expected, _KIND, prefixes=[backbone.prefix])
+
+
+def example_input(config: Any) -> tuple[jnp.ndarray, ...]:
+    """The smallest input of an encoder: an image, or ids and mask of a text."""
+    if BACKBONES[config.model_type].modality == "image":
+        return (jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8),)
+    return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

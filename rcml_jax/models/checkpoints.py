@@ -1,0 +1,268 @@
+"""Checkpoints on disk or on the hub: files, PyTorch's names, and what is wrong with them said."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.serialization import msgpack_restore
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from rcml_jax.errors import UserError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MSGPACK = "flax_model.msgpack"
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def unreachable(name: str, error: Exception, kind: str) -> UserError:
+    """The error for a checkpoint that cannot be found, fetched or read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = textwrap.shorten(reason, 200, placeholder=" ...")
+    return UserError(
+        f"cannot load a {kind} checkpoint from {name!r} ({reason}); give a directory written by "
+        "save_pretrained, or a name on the Hugging Face hub that this machine can reach"
+    )
+
+
+def pretrained_directory(
+    name: str, *, kind: str = "CLIP", files: Iterable[str] = TOKENIZER_FILES
+) -> pathlib.Path:
+    """A local checkpoint directory, or a copy of such files from the hub.
+
+    files: patterns, by default of the tokenizer's; kind: what an error calls the checkpoint.
+    """
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=["config.json", *files]))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise unreachable(name, error, kind) from error
+
+
+def read_config(name: str, kind: str, types: Iterable[str], wanted: str = "") -> Any:
+    """The configuration of a checkpoint, a directory or a name on the hub, without its weights.
+
+    Raises UserError where it cannot be read, or is of a model type that is not among `types`; the
+    sentence says what was `wanted` instead.
+    """
+    directory = pathlib.Path(name)
+    if directory.exists() and not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no config.json, so it is no {kind} checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise unreachable(name, error, kind) from error
+    if config.model_type not in types:
+        raise UserError(
+            f"{name!r} is a checkpoint of the type {config.model_type!r}, which is no "
+            f"{wanted or kind}; give one of the type {', '.join(sorted(types))}"
+        )
+    return config
+
+
+def read_params(
+    checkpoint: str,
+    expected: Mapping[str, Any],
+    kind: str,
+    *,
+    prefixes: Iterable[str] = (),
+    names: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None,
+) -> dict:
+    """The parameters of a checkpoint as float32 NumPy arrays in the tree of a module of ours.
+
+    expected: the tree of shapes, as `jax.eval_shape` gives it. Read are `model.safetensors`, also
+    sharded, with PyTorch's names (float32, float16 or bfloat16), and `flax_model.msgpack`.
+    prefixes: what may stand before a name, such as "bert"; names: PyTorch's names of a path in the
+    tree, `torch_names` by default. What the tree does not have is left out.
+
+    Raises UserError where a file is missing or damaged, an array is missing or has another shape.
+    """
+    directory = _weights(checkpoint, kind)
+    try:
+        arrays = _open(directory)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise unreachable(checkpoint, error, kind) from error
+    prefixes = ("", *(f"{prefix}." for prefix in prefixes))
+    found, missing = {}, []
+    for path, shape in flatten_dict(expected).items():
+        candidates = [
+            p + n for n in (*(names or torch_names)(path), ".".join(path)) for p in prefixes
+        ]
+        name = next((n for n in candidates if n in arrays), None)
+        if name is None:
+            missing.append(".".join(path))
+            continue
+        try:
+            array = arrays[name]()
+        except (OSError, SafetensorError) as error:
+            raise unreachable(checkpoint, error, kind) from error
+        if path[-1] == "kernel" and not name.endswith("kernel"):  # PyTorch's layout
+            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        array = np.ascontiguousarray(array, np.float32).reshape(array.shape)
+        if array.shape != shape.shape:
+            raise UserError(
+                f"the {kind} checkpoint {checkpoint!r} has {name} in the shape {array.shape}, its "
+                f"config.json asks for {shape.shape}; save model and configuration again"
+            )
+        found[path] = array
+    if missing:
+        raise UserError(
+            f"the {kind} checkpoint {checkpoint!r} lacks {len(missing)} arrays that its "
+            f"configuration asks for, {missing[0]} among them; save the whole model again"
+        )
+    return unflatten_dict(found)
+
+
+def expected_params(module: Any, *inputs: Any, method: str | None = None) -> dict:
+    """The tree of shapes of a module's parameters; nothing is computed."""
+    init = lambda key: module.init(key, *inputs, method=method)  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0))["params"]
+
+
+# Names and layouts
+
+
+def torch_names(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that PyTorch's checkpoints have for a parameter, today's first."""
+    *parents, last = path
+    if parents and parents[-1] == "in_proj":  # of torch.nn.MultiheadAttention
+        last = {"kernel": "weight", "bias": "bias"}[last]
+        return (".".join((*parents[:-1], f"in_proj_{last}")),)
+    name = "weight" if last in ("kernel", "scale", "embedding") else last
+    names = [".".join((*parents, name))]
+    if parents and parents[-1] == "LayerNorm":  # as the oldest BERT checkpoints have it
+        names.append(".".join((*parents, {"weight": "gamma", "bias": "beta"}[name])))
+    return tuple(names)
+
+
+def to_torch(params: Any) -> dict[str, np.ndarray]:
+    """Parameters under PyTorch's names and in its layout.
+
+    Matrices (in, out) become (out, in), the patch embedding (H, W, in, out) becomes
+    (out, in, H, W); `kernel`, `scale` and `embedding` are called `weight`.
+    """
+    tensors = {}
+    for path, value in flatten_dict(params).items():
+        value = np.asarray(value)
+        if path[-1] == "kernel":
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        tensors[torch_names(path)[0]] = np.ascontiguousarray(value).reshape(value.shape)
+    return tensors
+
+
+# Files
+
+
+def _weights(name: str, kind: str) -> pathlib.Path:
+    """The directory with the weights of a checkpoint, fetched where it is a name on the hub."""
+    directory = pathlib.Path(name)
+    if directory.exists():
+        return check_directory(directory, kind)
+    directory = pretrained_directory(name, kind=kind, files=[_SINGLE, _INDEX])
+    if (directory / _INDEX).is_file() and not (directory / _SINGLE).is_file():
+        shards = _weight_map(directory).values()
+        return pretrained_directory(name, kind=kind, files=sorted(set(shards)))
+    if not (directory / _SINGLE).is_file():
+        directory = pretrained_directory(name, kind=kind, files=[_MSGPACK])
+    return check_directory(directory, kind)
+
+
+def check_directory(directory: pathlib.Path, kind: str) -> pathlib.Path:
+    """A local checkpoint directory as it is. Raises UserError where no file of it can be read.
+
+    What does not exist is a name on the hub.
+    """
+    if not directory.exists():
+        return directory
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no config.json, so it is no {kind} checkpoint")
+    names = {path.name for path in directory.iterdir()}
+    if _INDEX in names and _SINGLE not in names:
+        _weight_map(directory)
+    if names & {_SINGLE, _INDEX, _MSGPACK}:
+        return directory
+    pickled = sorted(x for x in names if x.endswith((".bin", ".pth", ".pt", ".ckpt")))
+    if pickled:
+        raise UserError(
+            f"{directory} holds pickled weights only ({pickled[0]}), which are never "
+            "unpickled here; save it again with safe_serialization=True"
+        )
+    raise UserError(f"{directory} holds no model.safetensors and no flax_model.msgpack")
+
+
+def _weight_map(directory: pathlib.Path) -> dict[str, str]:
+    """The file of each array of a sharded checkpoint. Raises UserError for a damaged index."""
+    try:
+        found = json.loads((directory / _INDEX).read_text("utf-8"))["weight_map"]
+        if found and all(isinstance(x, str) and "/" not in x for x in found.values()):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{directory / _INDEX} names no shards; copy the checkpoint anew")
+
+
+def _open(directory: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
+    """By the names of the arrays in a directory what reads each."""
+    if (directory / _SINGLE).is_file():
+        return _safetensors(directory, None)
+    if (directory / _INDEX).is_file():
+        return _safetensors(directory, _weight_map(directory))
+    tree = msgpack_restore((directory / _MSGPACK).read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{_MSGPACK} holds no parameters")
+    flat = flatten_dict(tree)
+    return {".".join(path): functools.partial(np.asarray, x) for path, x in flat.items()}
+
+
+def _safetensors(
+    directory: pathlib.Path, weight_map: dict[str, str] | None
+) -> dict[str, Callable[[], np.ndarray]]:
+    """One file, or the shards that the index names, each checked."""
+    by_name = {}
+    for file in sorted(set(weight_map.values())) if weight_map else [_SINGLE]:
+        path = directory / file
+        if not path.is_file():
+            raise UserError(f"{directory} lacks {file}, a shard that {_INDEX} names; copy it, too")
+        _check_digest(path)
+        try:
+            opened = safe_open(path, "numpy")
+        except SafetensorError as error:
+            if weight_map is None:
+                raise
+            raise UserError(
+                f"{path} is cut off or damaged ({error}); copy or download it anew"
+            ) from error
+        by_name |= {n: functools.partial(opened.get_tensor, n) for n in opened.keys()}  # noqa: SIM118
+    lost = sorted(set(weight_map or ()) - set(by_name))
+    if lost:
+        raise UserError(
+            f"the shards in {directory} lack {len(lost)} of the arrays that {_INDEX} names, "
+            f"{lost[0]} among them; copy the checkpoint anew"
+        )
+    return by_name
+
+
+def _check_digest(path: pathlib.Path) -> None:
+    """Compare a file of the hub's cache with the SHA-256 under which it is stored there."""
+    digest = path.resolve().name
+    if path.is_symlink() and _SHA256.fullmatch(digest):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            raise UserError(
+                f"{path} has another SHA-256 than the hub gave for it; delete {path.resolve()} "
+                "and start again"
+            )
