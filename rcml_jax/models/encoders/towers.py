@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, ResNetConfig
-from transformers.models.resnet.modeling_flax_resnet import FlaxResNetModel, FlaxResNetModule
+from transformers.models.resnet.modeling_flax_resnet import FlaxResNetModel
 
 from rcml_jax.errors import UserError
 from rcml_jax.models.encoders.checkpoints import (
@@ -29,6 +27,7 @@ from rcml_jax.models.encoders.classification import (
 )
 from rcml_jax.models.encoders.clip import CLIPTowers, load_pretrained
 from rcml_jax.models.encoders.minilm import resolve
+from rcml_jax.models.resnet import IMAGE_MEAN, IMAGE_STD, ResNet, variables_from_torch
 
 LAYERS = ("projected", "penultimate")
 POOLINGS = ("auto", "first", "mean")
@@ -37,7 +36,7 @@ _KIND = "CLIP, ViT, ResNet, BERT or RoBERTa"
 # Where a checkpoint does not say how its pictures are normalised.
 _STATISTICS = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "resnet": (IMAGE_MEAN, IMAGE_STD),
 }
 _RESNET_SIZE = 224
 
@@ -163,11 +162,10 @@ def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
 
 def _resnet(name: str) -> Tower:
     config, variables = _read_resnet(name)
-    model, normalize = FlaxResNetModule(config), _normalizer(name, "resnet")
+    model, normalize = ResNet(config), _normalizer(name, "resnet")
 
     def embed(variables, pixels):
-        found = model.apply(variables, normalize(pixels), True)
-        return found.pooler_output.reshape(len(pixels), -1)
+        return model.apply(variables, normalize(pixels))
 
     size = _preprocessor(name).get("size", _RESNET_SIZE)
     if isinstance(size, dict):
@@ -189,36 +187,10 @@ def _read_resnet(name: str) -> tuple[ResNetConfig, dict]:
         with safe_open(directory / "model.safetensors", "numpy") as file:
             if (file.metadata() or {}).get("format") == "pt":
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return config, _from_torch(arrays, basic=config.layer_type == "basic")
+                return config, variables_from_torch(arrays, basic=config.layer_type == "basic")
     except (OSError, SafetensorError):
         pass  # another layout, or what `read` says better
     return read(FlaxResNetModel, name, "ResNet", config=config)
-
-
-_RESNET_NAMES = {
-    "running_mean": ("batch_stats", "mean"),
-    "running_var": ("batch_stats", "var"),
-    "bias": ("params", "bias"),
-}
-
-
-def _from_torch(arrays: dict[str, np.ndarray], *, basic: bool) -> dict:
-    """PyTorch's ResNet by names → Flax's variables, without a head."""
-    flat = {}
-    for name, array in arrays.items():
-        # Flax names blocks of two convolutions (ResNet-18, -34) otherwise than those of three.
-        name = name.replace(".layer.", ".layer.layer_") if basic else name
-        path = name.removeprefix("resnet.").split(".")
-        if path[0] == "classifier" or path[-1] == "num_batches_tracked":
-            continue
-        if path[-1] == "weight":
-            path[-1:] = ["kernel"] if array.ndim == 4 else ["scale"]
-            kind = "params"
-        else:
-            kind, path[-1] = _RESNET_NAMES[path[-1]]
-        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-        flat[kind, *path] = np.asarray(array, np.float32)
-    return unflatten_dict(flat)
 
 
 def _with(function: Callable, params: Any) -> Callable[..., jax.Array]:
