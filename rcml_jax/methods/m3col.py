@@ -20,8 +20,8 @@ from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.m3col_model import build_model, load_pretrained_parts
 from rcml_jax.methods.report import Models, look, report
 from rcml_jax.methods.samples import ClassificationTask
+from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.m3col import column_range
-from rcml_jax.models.vit import normalize_pixels
 from rcml_jax.similarity import l2_normalize
 
 CONTRASTIVE = ("scheduled", "m3co", "multi_soft_clip", "clip", "none")
@@ -99,11 +99,13 @@ class M3CoLMethod(Method):
         return jax.tree.map(jnp.asarray, params)
 
     def frozen(self, params: Params) -> Any:
-        """True for the scaling of tables."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[0].key.startswith("encoders_") and path[1].key in ("low", "range"),
-            params,
-        )
+        """True for the scaling of tables and the statistics of batch norm."""
+
+        def fixed(path: tuple, _: jax.Array) -> bool:
+            encoder = path[0].key.startswith("encoders_")
+            return encoder and (path[1].key in ("low", "range") or path[-1].key in STATISTICS)
+
+        return jax.tree_util.tree_map_with_path(fixed, params)
 
     # One training step
 
@@ -137,7 +139,9 @@ class M3CoLMethod(Method):
         return self.config.mixup.labels or self.contrastive == "m3co"
 
     def _floats(self, name: str, inputs: tuple) -> tuple:
-        return (normalize_pixels(inputs[0]),) if self.kinds[name] == "image" else inputs
+        if self.kinds[name] != "image":
+            return inputs
+        return (self.model.encoders[name].normalize(inputs[0]),)
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """Raw embeddings by modality, (n, d) each: "clean" and, of mixed inputs, "mixed"."""

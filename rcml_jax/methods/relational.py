@@ -26,6 +26,7 @@ from rcml_jax.methods.relational_towers import (
     towers_config,
 )
 from rcml_jax.methods.task import RelationTask, texts_per_row
+from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.two_towers import PairConfig, load_pretrained
 from rcml_jax.similarity import SIMILARITIES
 
@@ -116,10 +117,14 @@ class RelationalMethod(Method):
         return {**params, "towers": jax.tree.map(jnp.asarray, theirs)}
 
     def frozen(self, params: Params) -> Any:
-        """True for the parameters of frozen towers."""
+        """True for the parameters of frozen towers, and for the statistics of batch norm."""
         flat = traverse_util.flatten_dict(params)
         return traverse_util.unflatten_dict(
-            {path: path[0] == "towers" and path[1] in self.frozen_parts for path in flat}
+            {
+                path: path[0] == "towers"
+                and (path[1] in self.frozen_parts or path[-1] in STATISTICS)
+                for path in flat
+            }
         )
 
     def stop_frozen(self, params: Params) -> Params:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,23 +11,36 @@ import jax.numpy as jnp
 from rcml_jax.models.bert import Bert
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
 from rcml_jax.models.clip import CLIPText, CLIPVision
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.efficientnet import (
+    EfficientNetConfig,
+    EfficientNetLite0,
+    load_efficientnet_lite0,
+)
 from rcml_jax.models.siglip import SiglipText, SiglipVision
 from rcml_jax.models.vit import ViT
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A tower: its module, and its modality, "image" or "text".
+    """A tower: what makes its module, and its modality, "image" or "text".
 
-    alone: whether it has checkpoints of its own, instead of being a half of CLIP or SigLIP. packs:
-    whether it takes several texts in a row. prefix: what may stand before PyTorch's names.
+    make: (configuration, dtype, remat) → module with `tokens` and `token_states`. alone: whether it
+    has checkpoints of its own, instead of being a half of CLIP or SigLIP. packs: whether it takes
+    several texts in a row. prefix: what may stand before PyTorch's names.
     """
 
-    module: type[nn.Module]
+    make: Callable[..., nn.Module]
     modality: str
     alone: bool = False
     packs: bool = False
     prefix: str = ""
+
+
+def _efficientnet(config: EfficientNetConfig, dtype: jnp.dtype, remat: str) -> nn.Module:
+    """It keeps all that it computes: its activations are small, and it is frozen as a rule."""
+    del config, remat
+    return EfficientNetLite0(dtype=dtype)
 
 
 #: The towers by `model_type`; a new one is a module with `tokens` and `token_states`, and a line.
@@ -36,6 +50,7 @@ BACKBONES = {
     "siglip_text_model": Backbone(SiglipText, "text"),
     "siglip_vision_model": Backbone(SiglipVision, "image"),
     "vit": Backbone(ViT, "image", alone=True, prefix="vit"),
+    EFFICIENTNET: Backbone(_efficientnet, "image", alone=True),
     "bert": Backbone(Bert, "text", alone=True, prefix="bert"),
     "roberta": Backbone(Bert, "text", alone=True, prefix="roberta"),
 }
@@ -45,15 +60,18 @@ _KIND = "ViT, BERT or RoBERTa"
 
 def build_backbone(config: Any, dtype: jnp.dtype = jnp.float32, remat: str = "") -> nn.Module:
     """The tower that a configuration describes."""
-    return BACKBONES[config.model_type].module(config, dtype, remat)
+    return BACKBONES[config.model_type].make(config, dtype, remat)
 
 
 def encoder_config(name: str, *, modality: str | None = None) -> Any:
     """The configuration of a ViT, BERT or RoBERTa checkpoint, without its weights.
 
-    Raises UserError where it cannot be read, for a checkpoint of another model, and, with
-    `modality` "image" or "text", for one that encodes the other.
+    "efficientnet-lite0" is that of the packaged checkpoint. Raises UserError where it cannot be
+    read, for a checkpoint of another model, and, with `modality` "image" or "text", for one that
+    encodes the other.
     """
+    if name == EFFICIENTNET and modality != "text":
+        return EfficientNetConfig()
     types = [
         name
         for name, backbone in BACKBONES.items()
@@ -63,13 +81,15 @@ def encoder_config(name: str, *, modality: str | None = None) -> Any:
 
 
 def load_encoder(name: str, *, modality: str | None = None) -> tuple[Any, dict]:
-    """Read a ViT, BERT or RoBERTa checkpoint, a directory or a name on the hub.
+    """Read a ViT, BERT or RoBERTa checkpoint, or the packaged EfficientNet-Lite0.
 
-    Returns the configuration and the parameters as float32 NumPy arrays in the layout of `ViT` or
-    `Bert`, which is Hugging Face's own (`embeddings`, `encoder` and, for ViT, `layernorm`); a
-    pooling layer or a head that the checkpoint may have is left out. Raises UserError as
-    `encoder_config` and `checkpoints.read_params`.
+    name: a directory, a name on the hub, or "efficientnet-lite0". Returns the configuration and the
+    parameters as float32 NumPy arrays in the layout of the tower, without a pooling layer or head
+    that the checkpoint may have. Raises UserError as `encoder_config` and
+    `checkpoints.read_params`.
     """
+    if name == EFFICIENTNET and modality != "text":
+        return EfficientNetConfig(), load_efficientnet_lite0()
     check_directory(pathlib.Path(name), _KIND)
     config = encoder_config(name, modality=modality)
     backbone = BACKBONES[config.model_type]

@@ -14,6 +14,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import build_backbone, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import pretrained_directory, read_config
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.minilm import resolve
 from rcml_jax.models.resnet import ResNet, load_resnet
 from rcml_jax.models.two_towers import (
@@ -27,7 +28,7 @@ LAYERS = ("projected", "penultimate")
 POOLINGS = ("auto", "first", "mean")
 _JOINT = ("clip", "siglip")
 _TYPES = {
-    "image": (*_JOINT, "vit", "resnet"),
+    "image": (*_JOINT, "vit", "resnet", EFFICIENTNET),
     "text": (*_JOINT, "bert", "roberta"),
 }
 _KIND = "CLIP, SigLIP, ViT, ResNet, BERT or RoBERTa"
@@ -64,10 +65,11 @@ def load_towers(
 
     name: a CLIP or SigLIP checkpoint, whose two towers were trained together, or "IMAGE+TEXT", two
     that were trained apart: CLIP, SigLIP, ViT or ResNet, and CLIP, SigLIP, BERT or RoBERTa; each a
-    directory, a name on the hub, or "minilm". layer: of CLIP, the joint space or what is projected
-    to it ("penultimate"); of SigLIP, which projects nothing, always the joint space. pooling: of
-    the others' tokens, the first one or the mean; "auto": the mean where the checkpoint says so, as
-    those of sentence-transformers do. A ResNet has its own, the mean of all positions.
+    directory, a name on the hub, "minilm" or (image) "efficientnet-lite0". layer: of CLIP, the
+    joint space or what is projected to it ("penultimate"); of SigLIP, which projects nothing,
+    always the joint space. pooling: of the others' tokens, the first one or the mean; "auto": the
+    mean where the checkpoint says so, as those of sentence-transformers do. A convolutional network
+    has its own, the mean of all positions.
     Raises UserError for an option that is unknown and a checkpoint that cannot be read.
     """
     for option, value, known in (("layer", layer, LAYERS), ("pooling", pooling, POOLINGS)):
@@ -79,6 +81,8 @@ def load_towers(
             towers.append(_joint(side, modality, layer))
         elif kind == "resnet":
             towers.append(_resnet(side))
+        elif kind == EFFICIENTNET:
+            towers.append(_efficientnet())
         else:
             towers.append(_transformer(side, modality, kind, pooling))
     return towers[0], towers[1]
@@ -98,6 +102,8 @@ def tower_types(name: str) -> dict[str, tuple[str, str]]:
 def _type(name: str, modality: str) -> tuple[str, str]:
     """The model type of a checkpoint, and its directory or name."""
     name = resolve(name)
+    if name == EFFICIENTNET and modality == "image":
+        return name, name
     kind = read_config(name, _KIND, {x for types in _TYPES.values() for x in types}).model_type
     if kind not in _TYPES[modality]:
         # One name was given for both sides, or the sides are the wrong way round.
@@ -169,6 +175,14 @@ def _resnet(name: str) -> Tower:
     embed = lambda variables, pixels: model.apply(variables, normalize(pixels))  # noqa: E731
     variables = jax.tree.map(jnp.asarray, variables)
     return Tower("image", "resnet", config.hidden_sizes[-1], int(size), _with(embed, variables))
+
+
+def _efficientnet() -> Tower:
+    config, params = load_encoder(EFFICIENTNET, modality="image")
+    model = build_backbone(config)
+    embed = lambda params, pixels: model.apply({"params": params}, pixels)  # noqa: E731
+    params = jax.tree.map(jnp.asarray, params)
+    return Tower("image", EFFICIENTNET, config.hidden_size, config.image_size, _with(embed, params))
 
 
 def _with(function: Callable, params: Any) -> Callable[..., jax.Array]:

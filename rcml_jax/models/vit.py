@@ -38,6 +38,7 @@ class ViT(nn.Module):
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = ""
+    normalize = staticmethod(normalize_pixels)
 
     @nn.compact
     def tokens(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
