@@ -169,12 +169,10 @@ def _photographs(config: ml_collections.ConfigDict) -> None:
         # Texts are those of training: with them in AVG it is soon full. Photographs are new.
         config.selection = "retrieval_all/map/it"
     else:
-        config.model.max_length = 64  # kinds of buyers take long sentences
+        config.model.max_length = 64  # kinds of buyers take long sentences, garments descriptions
         config.batch.relations = 8  # of about ten kinds of buyers
         config.batch.pairs_per_relation = 16
-        config.batch.texts_per_row = 4  # most titles have half of the longest one's tokens or less
-    if config.data.name == "hm":
-        config.batch.texts_per_row = 1  # most descriptions fill their row
+        config.batch.texts_per_row = 4  # most texts are far shorter than the longest
 
 
 def _given_towers(config: ml_collections.ConfigDict) -> None:
