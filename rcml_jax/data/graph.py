@@ -138,18 +138,21 @@ class RelationGraph:
         Without class links and attributes it is `related` at single places.
         """
         if self.class_links is None:
-            linked = self.related_values(*np.broadcast_arrays(a, b))
-            for relation in self.respects:
-                linked = linked | self.agree(a, b, relation)
-            return linked
+            return self._or_agreeing(self.related_values(*np.broadcast_arrays(a, b)), a, b)
         linked = _contains(self._unit_links, self._unit_keys(a, b))
         return linked | (self.labels[a] == self.labels[b])
 
     def linked_any_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Rows (n,) against columns (m,) of `linked_any`, dense (n, m) bool."""
-        if self.class_links is None and self.attributes is None:
-            return self.related_block(rows, cols)
-        return self.linked_any(np.asarray(rows)[:, None], np.asarray(cols))
+        a, b = np.asarray(rows)[:, None], np.asarray(cols)
+        if self.class_links is None:
+            return self._or_agreeing(self.related_block(rows, cols), a, b)
+        return self.linked_any(a, b)
+
+    def _or_agreeing(self, linked: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        for relation in self.respects:
+            linked = linked | self.agree(a, b, relation)
+        return linked
 
     def links_of(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The relations that link each of some pairs (p, 2): rows (k,) and relations (k,)."""

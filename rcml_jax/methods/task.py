@@ -61,6 +61,11 @@ def load_graph(data: Any) -> RelationGraph:
             pairs_per_item=data.pairs_per_item,
         )
     if data.name == "hm":
+        if not data.path:
+            raise UserError(
+                "the hm source needs the files of the H&M competition, which cannot be fetched for "
+                "you: --config configs/rcml.py:hm,path=DIRECTORY"
+            )
         from rcml_jax.data import hm
 
         return hm.load(
