@@ -64,7 +64,6 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         config.data.pairs_per_user = 10
         config.data.pairs_per_item = 50
     if source == "hm":
-        config.data.pairs_per_user = 50  # customers buy more than reviewers review
         config.data.min_purchases = 5  # of a customer who is of a kind
         config.data.pairs_per_respect = 20_000
     config.data.split_seed = 0

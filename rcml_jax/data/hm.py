@@ -65,7 +65,7 @@ CATEGORY, LABEL, COLOUR = "product_type_name", "garment_group_name", "colour_gro
 CLUSTERS = 10
 #: Customers who bought fewer articles are of no kind: too little is known of them.
 MIN_PURCHASES = 5
-PAIRS_PER_USER = 50
+PAIRS_PER_USER = 10
 PAIRS_PER_ITEM = 50
 PAIRS_PER_RESPECT = 20_000
 RECIPE = 1  # counts changes of what is made from the same files and options
@@ -118,10 +118,10 @@ def load(
 
     clusters: kinds of customers (fewer if there are fewer distinct customers); customers who bought
     fewer than `min_purchases` articles are of none. A customer gives at most `pairs_per_user`
-    pairs, drawn at random, to their kind and as many to the same day;
-    of each of these two and of the other colours an article keeps at most `pairs_per_item`, of
-    purchases those of the most customers first. Of a respect `pairs_per_respect` pairs are drawn at
-    most. `seed` draws and starts k-means.
+    pairs, drawn at random, to their kind and as many to the same day. An article keeps at most
+    `pairs_per_item` pairs of each of these two (those of the most customers first) and of other
+    colours. At most `pairs_per_respect` pairs of a respect are drawn. `seed` draws and starts
+    k-means.
 
     Left out, counted, and reported to `log`: malformed rows, repeated articles, articles without a
     photograph or with a damaged one, and transactions of unknown articles. With `strict` the first
