@@ -10,6 +10,7 @@ The argument after the colon names the data source, with its options as name=val
     folder,path=DIRECTORY         your own items, relations and pairs
     grocery                       photographs of grocery products; path=DIRECTORY: a copy of them
     amazon,domain=Baby_Products   Amazon Reviews 2023, with the paper's recipe; path=DIRECTORY
+    hm,path=DIRECTORY             garments and purchases, files of the H&M competition
 
 `pretrained=NAME` starts from a CLIP or SigLIP checkpoint, a directory or a name on the Hugging Face
 hub, with the paper's optimisation: on amazon the default is ViT-B/32, and pretrained=none small
@@ -32,7 +33,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a source, e.g. "folder,path=my_catalogue,pretrained=my_clip"."""
     source, options = parse_argument(
         arg,
-        sources=("openmoji", "folder", "grocery", "amazon"),
+        sources=("openmoji", "folder", "grocery", "amazon", "hm"),
         options=("path", "domain", "pretrained", "text", "image"),
     )
     pretrained = options.get("pretrained", _VIT_B32 if source == "amazon" else "none")
@@ -59,16 +60,21 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.strict = False  # a corrupt image is an error, not counted and skipped
     if source == "amazon":
         config.data.domain = options.get("domain", "")
+    if source in ("amazon", "hm"):
         config.data.clusters = 10  # kinds of buyers, each a relation
         # Caps, so that neither heavy buyers nor best-sellers dominate.
         config.data.pairs_per_user = 10
         config.data.pairs_per_item = 50
+    if source == "hm":
+        config.data.min_purchases = 5  # of a customer who is of a kind
+        config.data.pairs_per_respect = 20_000
     config.data.split_seed = 0
     config.data.disjoint = "item"  # item: test items are never seen; pair: test pairs are not
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
     config.data.queries = 10_000  # at most, for each task of the evaluation
     # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.
-    config.data.pairs_per_relation = 100 if source in ("openmoji", "grocery") else 0
+    few = source in ("openmoji", "grocery", "hm")
+    config.data.pairs_per_relation = 100 if few else 0
     config.data.threads = 1  # that read batches ahead
 
     config.batch = ml_collections.ConfigDict()
@@ -132,7 +138,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.similarity = "cosine"  # or all: a sweep over every similarity
     config.evaluation.validity_probe = "linear"  # or mlp
 
-    if source in ("grocery", "amazon"):
+    if source in ("grocery", "amazon", "hm"):
         _photographs(config)
     if config.model.pretrained:
         _paper_optimisation(config)
@@ -165,10 +171,10 @@ def _photographs(config: ml_collections.ConfigDict) -> None:
         # Texts are those of training: with them in AVG it is soon full. Photographs are new.
         config.selection = "retrieval_all/map/it"
     else:
-        config.model.max_length = 64  # kinds of buyers take long sentences
+        config.model.max_length = 64  # kinds of buyers take long sentences, garments descriptions
         config.batch.relations = 8  # of about ten kinds of buyers
         config.batch.pairs_per_relation = 16
-        config.batch.texts_per_row = 4  # most titles have half of the longest one's tokens or less
+        config.batch.texts_per_row = 4  # most texts are far shorter than the longest
 
 
 def _given_towers(config: ml_collections.ConfigDict) -> None:

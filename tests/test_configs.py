@@ -9,7 +9,7 @@ from tests.toy import ROOT
 
 RCML, M3COL = (str(ROOT / "configs" / name) for name in ("rcml.py", "m3col.py"))
 SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
-PHOTOGRAPHS = [f"{RCML}:grocery", f"{RCML}:amazon,domain=Baby_Products"]
+PHOTOGRAPHS = [f"{RCML}:grocery", f"{RCML}:amazon,domain=Baby_Products", f"{RCML}:hm,path=x"]
 CASES = [RCML, f"{RCML}:folder,path=x", *PHOTOGRAPHS, *(f"{M3COL}:{source}" for source in SOURCES)]
 
 
@@ -69,6 +69,12 @@ def test_photographs_from_scratch_or_from_the_papers_checkpoint():
     assert (small.model.pretrained, small.data.path) == ("", "x")
     assert small.batch.relations <= small.data.clusters
     assert small.optimizer.learning_rate == 1e-3
+    hm = load_config_file(f"{RCML}:hm,path=x")
+    assert (hm.data.name, hm.data.path, hm.model.pretrained) == ("hm", "x", "")
+    assert (hm.model.image_size, hm.batch.image_flip) == (grocery.model.image_size, True)
+    # The kinds of customers and the nine other relations, so that none dominates the evaluation.
+    assert hm.batch.relations <= hm.data.clusters + 9
+    assert hm.data.pairs_per_relation == 100
     given = load_config_file(f"{RCML}:grocery,pretrained=my_clip")
     assert (given.model.pretrained, given.optimizer.learning_rate) == ("my_clip", 5e-5)
 

@@ -27,20 +27,19 @@ from typing import NamedTuple
 import numpy as np
 
 from rcml_jax.data import store
-from rcml_jax.data.amazon_pairs import copurchase_pairs
 from rcml_jax.data.amazon_pictures import encoded, find_pictures, local_pictures
 from rcml_jax.data.amazon_purchases import read_items, read_purchases
-from rcml_jax.data.amazon_stages import Arrays, Stages, digest, file_state, pack, unpack
-from rcml_jax.data.amazon_users import (
+from rcml_jax.data.copurchases import (
     CORE,
     Purchases,
-    category_shares,
-    cluster_sentences,
-    cluster_users,
+    copurchase_pairs,
+    kinds_of_buyers,
+    merge_kinds,
 )
 from rcml_jax.data.graph import RelationGraph
 from rcml_jax.data.images import EncodedImages
 from rcml_jax.data.log import log_line
+from rcml_jax.data.stages import Arrays, Stages, digest, file_state, pack, unpack
 from rcml_jax.errors import UserError
 
 SOURCE = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw"
@@ -249,9 +248,11 @@ def _stages(
     def buyers() -> Arrays:
         log(f"Clustering {len(core['users']):,} buyers")
         names = unpack(items["categories"])
-        shares = category_shares(_purchases(core), items["category"], len(names))
-        cluster, means = cluster_users(shares, options.clusters, options.seed)
-        return {"cluster": cluster, "sentences": pack(cluster_sentences(means, names))}
+        bought = Purchases(core["users"], core["items"], core["user"], core["item"])
+        cluster, sentences = kinds_of_buyers(
+            bought, items["category"], names, clusters=options.clusters, seed=options.seed
+        )
+        return {"cluster": cluster, "sentences": pack(sentences)}
 
     key: list = [RECIPE, strict, file_state(source.reviews)]
     core = stages.get(f"{domain}-core", key, purchases)
@@ -273,7 +274,7 @@ def _graph(
     ids, titles = unpack(items["ids"]), unpack(items["titles"])
     usable = np.array([bool(t and p) for t, p in zip(titles, pictures, strict=True)])
     chosen = np.flatnonzero(usable)
-    relations, cluster = _merged(unpack(kinds["sentences"]), kinds["cluster"])
+    relations, cluster = merge_kinds(unpack(kinds["sentences"]), kinds["cluster"])
     keep = usable[core["item"]] & (cluster[core["user"]] >= 0)
     user = core["user"][keep]
     pairs = copurchase_pairs(
@@ -307,17 +308,6 @@ def _graph(
     unknown = int(np.sum(cluster < 0))
     alone = len(cluster) - unknown - int(np.sum(np.bincount(user) > 1))
     return graph, {"users without a known category": unknown, "users without a pair": alone}
-
-
-def _merged(sentences: list[str], cluster: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Clusters of one sentence as one relation."""
-    relations = list(dict.fromkeys(sentences))
-    number = np.array([relations.index(sentence) for sentence in sentences] + [-1])
-    return relations, number[cluster]  # -1, for no cluster, is the last
-
-
-def _purchases(core: Arrays) -> Purchases:
-    return Purchases(core["users"], core["items"], core["user"], core["item"])
 
 
 def _size(path: Path) -> str:

@@ -15,8 +15,8 @@ from rcml_jax.data.amazon_records import (
     parse_review,
     records,
 )
-from rcml_jax.data.amazon_stages import Arrays, pack
-from rcml_jax.data.amazon_users import CORE, distinct_purchases, five_core
+from rcml_jax.data.copurchases import CORE, distinct_purchases, k_core
+from rcml_jax.data.stages import Arrays, pack
 from rcml_jax.errors import UserError
 
 
@@ -41,7 +41,7 @@ def read_purchases(path: Path, *, strict: bool = False) -> Arrays:
         items.append(identity(review.item))
     hashes = np.frombuffer(users, np.uint64), np.frombuffer(items, np.uint64)
     purchases, left_out = distinct_purchases(*hashes)
-    core = five_core(purchases)
+    core = k_core(purchases)
     if not len(core.user):
         raise UserError(
             f"{path} holds no users and items with {CORE} purchases each ({len(users):,} reviews); "

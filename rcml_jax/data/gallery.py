@@ -41,7 +41,8 @@ def gallery_queries(
     """Every item of a split under every relation that links it to another of the split.
 
     At most `per_relation` items under each relation (0: any number) and `limit` queries in all are
-    drawn by the seed. With class links all that the links say is right, not only the drawn pairs.
+    drawn by the seed. With class links or attributes all that they link is right, not only the
+    drawn pairs.
 
     Raises:
       UserError: no item of the split is linked to another.
@@ -57,7 +58,7 @@ def gallery_queries(
         right = _linked_classes(graph, query, relation, items)
         hidden = scipy.sparse.csr_array(right.shape, dtype=bool)
     else:
-        right = _partners(pairs, query, relation, items)
+        right = _agreeing(graph, query, relation, items) + _partners(pairs, query, relation, items)
         hidden = _partners(graph.pairs, query, relation, items) > right
     place = np.searchsorted(items, query)
     own = _matrix(np.arange(len(query)), place, right.shape)
@@ -119,6 +120,20 @@ def _partners(
     offset = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     columns = np.searchsorted(items, both[np.repeat(start, counts) + offset, 1])
     return _matrix(rows, columns, (len(query), len(items)))
+
+
+def _agreeing(
+    graph: RelationGraph, query: np.ndarray, relation: np.ndarray, items: np.ndarray
+) -> scipy.sparse.csr_array:
+    """Which items agree with each query in its relation's attribute, itself too: (Q, n) bool."""
+    rows, columns = [np.zeros(0, int)], [np.zeros(0, int)]
+    for respect in graph.respects:
+        asked = np.flatnonzero(relation == respect)
+        row, column = np.nonzero(graph.agree(query[asked][:, None], items, respect))
+        rows.append(asked[row])
+        columns.append(column)
+    shape = (len(query), len(items))
+    return _matrix(np.concatenate(rows), np.concatenate(columns), shape)
 
 
 def _linked_classes(

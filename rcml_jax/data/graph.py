@@ -45,6 +45,13 @@ class RelationGraph:
     photographs of products: label a <= label b and a relation that links every item of the one
     with every other item of the other, unique and sorted. Items of one label are then the same
     thing to a text and never each other's negatives, and `pairs` are a sample of what is linked.
+
+    `attributes` (N, R) int32 is for relations that say in which respect two items agree, such as
+    "the same colour": the value of each item under a relation, -1 for none. A relation links all
+    items of one value, and `pairs` are a sample of what is linked. Not together with class links.
+
+    `item_group` (N,) int32 numbers groups of items that no split may part, such as the colours of
+    one product: items are then drawn into splits group by group.
     """
 
     name: str
@@ -59,6 +66,8 @@ class RelationGraph:
     intra_relation: str = INTRA_RELATION
     item_split: np.ndarray | None = None
     class_links: np.ndarray | None = None
+    item_group: np.ndarray | None = None
+    attributes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,26 +114,45 @@ class RelationGraph:
     def linked(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
         """Whether items a and b are linked by a relation: indices that broadcast → bool.
 
-        With class links this goes by their labels, else by the pairs.
+        With class links this goes by their labels, else by the pairs and the attributes.
         """
         keys = self._unit_keys(a, b) * max(len(self.relations), 1) + relation
-        return _contains(self._link_keys, keys)
+        paired = _contains(self._link_keys, keys)
+        return paired if self.attributes is None else paired | self.agree(a, b, relation)
+
+    def agree(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray | int) -> np.ndarray:
+        """Whether items have one value under a relation of attributes: broadcasts → bool."""
+        value = self.attributes[a, relation]
+        return (value >= 0) & (value == self.attributes[b, relation])
+
+    @functools.cached_property
+    def respects(self) -> list[int]:
+        """The relations that go by attributes, ascending."""
+        if self.attributes is None:
+            return []
+        return np.flatnonzero(np.any(self.attributes >= 0, axis=0)).tolist()
 
     def linked_any(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Whether items are linked by any relation, or have one label: broadcasts → bool.
 
-        Without class links it is `related` at single places.
+        Without class links and attributes it is `related` at single places.
         """
         if self.class_links is None:
-            return self.related_values(*np.broadcast_arrays(a, b))
+            return self._or_agreeing(self.related_values(*np.broadcast_arrays(a, b)), a, b)
         linked = _contains(self._unit_links, self._unit_keys(a, b))
         return linked | (self.labels[a] == self.labels[b])
 
     def linked_any_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Rows (n,) against columns (m,) of `linked_any`, dense (n, m) bool."""
+        a, b = np.asarray(rows)[:, None], np.asarray(cols)
         if self.class_links is None:
-            return self.related_block(rows, cols)
-        return self.linked_any(np.asarray(rows)[:, None], np.asarray(cols))
+            return self._or_agreeing(self.related_block(rows, cols), a, b)
+        return self.linked_any(a, b)
+
+    def _or_agreeing(self, linked: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        for relation in self.respects:
+            linked = linked | self.agree(a, b, relation)
+        return linked
 
     def links_of(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The relations that link each of some pairs (p, 2): rows (k,) and relations (k,)."""
@@ -133,7 +161,16 @@ class RelationGraph:
         counts = np.searchsorted(self._unit_links, keys, "right") - start
         rows = np.repeat(np.arange(len(pairs)), counts)
         offset = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return rows, self._links[np.repeat(start, counts) + offset, 2]
+        relations = self._links[np.repeat(start, counts) + offset, 2]
+        if not self.respects:
+            return rows, relations
+        agree = self.agree(pairs[:, :1], pairs[:, 1:2], np.array(self.respects))
+        more, column = np.nonzero(agree)
+        found = np.concatenate(
+            [np.stack([rows, relations]), [more, np.array(self.respects)[column]]], axis=1
+        )
+        rows, relations = np.unique(found, axis=1)
+        return rows, relations
 
     @property
     def _links(self) -> np.ndarray:
@@ -203,6 +240,13 @@ class RelationGraph:
             s = self.item_split
             check(s.shape == (n,), "item_split does not have one entry an item")
             check(bool(np.all((s >= -1) & (s < len(SPLITS)))), "a declared split is out of range")
+        if self.item_group is not None:
+            check(self.item_group.shape == (n,), "item_group does not have one entry an item")
+        if self.attributes is not None:
+            check(self.attributes.shape == (n, r), f"attributes are not ({n}, {r})")
+            check(self.class_links is None, "it has both class links and attributes")
+            a, b, e = self.pairs[np.isin(self.pairs[:, 2], self.respects)].T
+            check(bool(np.all(self.agree(a, b, e))), "a pair does not agree in its attribute")
         if self.class_links is not None:
             self._check_class_links(check)
         return self
@@ -311,7 +355,8 @@ def split_graph(
     """Items or pairs drawn into train, validation and test by a fixed seed.
 
     With `disjoint="item"` a pair belongs to a split if both its items do, and is unused
-    otherwise; with "pair" the unordered item pairs are split, each with all its relations.
+    otherwise; items of one `item_group` stay together, and the fractions are of groups. With "pair"
+    the unordered item pairs are split, each with all its relations.
     Splits that the graph declares override both, and pairs without one are then unused.
 
     Raises:
@@ -328,7 +373,10 @@ def split_graph(
         return Splits(nowhere, graph.pair_split.astype(np.int8), "declared", graph.pairs)
     rng = np.random.default_rng(seed)
     if disjoint == "item":
-        return _by_items(graph, _draw(rng, len(graph), fractions), "item")
+        if graph.item_group is None:
+            return _by_items(graph, _draw(rng, len(graph), fractions), "item")
+        groups, group = np.unique(graph.item_group, return_inverse=True)
+        return _by_items(graph, _draw(rng, len(groups), fractions)[group], "item")
     units = graph.pair_units()
     count = int(units[-1]) + 1 if len(units) else 0
     return Splits(nowhere, _draw(rng, count, fractions)[units], "pair", graph.pairs)

@@ -10,12 +10,10 @@ import contextlib
 import errno
 import io
 import json
-import os
 import shutil
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from PIL import Image
 from rcml_jax.data.graph import RelationGraph
 from rcml_jax.data.images import open_rgb
 from rcml_jax.data.log import log_line
+from rcml_jax.data.stages import load_arrays, save_arrays
 from rcml_jax.errors import UserError
 
 _SPLIT = "items"
@@ -56,6 +55,8 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
                 "text": tfds.features.Text(),
                 "label": np.int64,
                 "split": np.int64,
+                "group": np.int64,
+                "attributes": tfds.features.Sequence(np.int64),
                 "image": tfds.features.Image(shape=(None, None, 3)),
                 "neighbor_item": tfds.features.Sequence(np.int64),
                 "neighbor_relation": tfds.features.Sequence(np.int64),
@@ -86,7 +87,11 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         graph = self._graph
         first = np.searchsorted(graph.pairs[:, 0], np.arange(len(graph) + 1))
-        split = np.full(len(graph), -1) if graph.item_split is None else graph.item_split
+        optional = (graph.item_split, graph.item_group, graph.attributes)
+        split, group, attributes = (
+            np.full((len(graph), *shape), -1) if values is None else values
+            for values, shape in zip(optional, ((), (), (0,)), strict=True)
+        )
         for index in range(len(graph)):
             mine = slice(first[index], first[index + 1])
             try:
@@ -102,6 +107,8 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
                     "text": graph.texts[index],
                     "label": int(graph.labels[index]),
                     "split": int(split[index]),
+                    "group": int(group[index]),
+                    "attributes": attributes[index].astype(np.int64),
                     "image": io.BytesIO(encoded),
                     "neighbor_item": graph.pairs[mine, 1].astype(np.int64),
                     "neighbor_relation": graph.pairs[mine, 2].astype(np.int64),
@@ -302,13 +309,17 @@ def _read_graph(folder: Path) -> RelationGraph:
         metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
         info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
         counts = [int(n) for split in info["splits"] for n in split["shardLengths"]]
-        arrays = _load_arrays(path)
+        arrays = load_arrays(path)
         if arrays is None or len(arrays["positions"]) != sum(counts):
             arrays = _scan(folder)
             with contextlib.suppress(OSError):  # a read-only cache is read by scanning
                 save_arrays(path, arrays)
-        # Neither is in data sets of an older version.
-        split, links = arrays.get("item_split", np.array([-1])), metadata.get("class_links")
+        # Not in data sets of an older version.
+        split, group, attributes = (
+            values if values is not None and np.any(values >= 0) else None
+            for values in map(arrays.get, ("item_split", "item_group", "attributes"))
+        )
+        links = metadata.get("class_links")
         graph = RelationGraph(
             name=metadata["graph_name"],
             ids=tuple(json.loads(arrays["ids"].tobytes())),
@@ -320,8 +331,10 @@ def _read_graph(folder: Path) -> RelationGraph:
             pairs=arrays["pairs"],
             pair_split=arrays["pair_split"],
             images=StoredImages(folder, arrays["positions"]),
-            item_split=split if np.any(split >= 0) else None,
+            item_split=split,
             class_links=None if links is None else np.array(links, np.int32).reshape(-1, 3),
+            item_group=group,
+            attributes=attributes,
         )
         missing = [f.name for f in _shards(folder, counts) if not f.is_file()]
         if missing:
@@ -348,8 +361,8 @@ def _scan(folder: Path) -> dict[str, np.ndarray]:
             triple = (r["neighbor_item"], r["neighbor_relation"], r["neighbor_split"])
             near = np.array(triple, np.int32).reshape(3, -1)
             text = (r["id"].decode("utf-8"), r["text"].decode("utf-8"))
-            split = int(r.get("split", -1))
-            rows.append((int(r["index"]), position, int(r["label"]), text, near, split))
+            more = int(r.get("split", -1)), int(r.get("group", -1)), r.get("attributes", ())
+            rows.append((int(r["index"]), position, int(r["label"]), text, near, more))
     except Exception as error:  # the C++ reader raises several kinds
         raise _damaged(folder, error) from error
     rows.sort(key=lambda row: row[0])
@@ -360,7 +373,9 @@ def _scan(folder: Path) -> dict[str, np.ndarray]:
     return {
         "positions": np.array([row[1] for row in rows], np.int64),
         "labels": np.array([row[2] for row in rows], np.int32),
-        "item_split": np.array([row[5] for row in rows], np.int8),
+        "item_split": np.array([row[5][0] for row in rows], np.int8),
+        "item_group": np.array([row[5][1] for row in rows], np.int32),
+        "attributes": np.array([row[5][2] for row in rows], np.int32).reshape(len(rows), -1),
         "ids": _as_bytes([row[3][0] for row in rows]),
         "texts": _as_bytes([row[3][1] for row in rows]),
         "pairs": np.stack([first, near[0], near[1]], axis=1),
@@ -370,23 +385,3 @@ def _scan(folder: Path) -> dict[str, np.ndarray]:
 
 def _as_bytes(strings: list[str]) -> np.ndarray:
     return np.frombuffer(json.dumps(strings).encode(), np.uint8)
-
-
-def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # missing or cut short: the records have it all
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a `.npz` file whole or not at all, whatever other processes do."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"incomplete.{path.stem}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -13,6 +13,8 @@ _DATA = {
     "grocery": "the [Grocery Store photographs](https://github.com/marcusklasson/"
     "GroceryStoreDataset), MIT",
     "amazon": "[Amazon Reviews 2023](https://amazon-reviews-2023.github.io); no licence is stated",
+    "hm": "the [H&M competition](https://www.kaggle.com/competitions/"
+    "h-and-m-personalized-fashion-recommendations), under its rules",
     "folder": "a catalogue of the exporter's own; its licence is not known to the software that "
     "wrote this card",
 }

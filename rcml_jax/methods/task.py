@@ -16,7 +16,7 @@ from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 
-SOURCES = ("openmoji", "folder", "grocery", "amazon")
+SOURCES = ("openmoji", "folder", "grocery", "amazon", "hm")
 
 
 def texts_per_row(batch: Any) -> int:
@@ -59,6 +59,24 @@ def load_graph(data: Any) -> RelationGraph:
             clusters=data.clusters,
             pairs_per_user=data.pairs_per_user,
             pairs_per_item=data.pairs_per_item,
+        )
+    if data.name == "hm":
+        if not data.path:
+            raise UserError(
+                "the hm source needs the files of the H&M competition, which cannot be fetched for "
+                "you: --config configs/rcml.py:hm,path=DIRECTORY"
+            )
+        from rcml_jax.data import hm
+
+        return hm.load(
+            directory,
+            data.path,
+            strict=data.strict,
+            clusters=data.clusters,
+            min_purchases=data.min_purchases,
+            pairs_per_user=data.pairs_per_user,
+            pairs_per_item=data.pairs_per_item,
+            pairs_per_respect=data.pairs_per_respect,
         )
     raise UserError(
         f"config.data.name={data.name!r} is unknown; choose one of {', '.join(SOURCES)}"

@@ -62,6 +62,29 @@ def make_classes(
     )
 
 
+def make_respects(items: int = 60, values: int = 6, drawn: float = 0.3, seed: int = 0):
+    """`make_graph` with three respects more, the last relations; a share of their pairs."""
+    rng = np.random.default_rng(seed)
+    graph = make_graph(items, relations=4, group=8, seed=seed)
+    attributes = np.full((items, 7), -1, np.int32)
+    attributes[:, 4:] = rng.integers(-1, values, (items, 3))
+    a, b = np.triu_indices(items, 1)
+    pairs = [graph.pairs]
+    for e in (4, 5, 6):
+        value = attributes[:, e]
+        some = (value[a] == value[b]) & (value[a] >= 0) & (rng.random(len(a)) < drawn)
+        pairs.append(np.stack([a[some], b[some], np.full(some.sum(), e)], axis=1))
+    pairs, pair_split = normalize_pairs(np.concatenate(pairs))
+    return dataclasses.replace(
+        graph,
+        relations=(*graph.relations, "one colour", "one size", "one shape"),
+        pairs=pairs,
+        pair_split=pair_split,
+        attributes=attributes,
+        item_group=(np.arange(items) // 4).astype(np.int32),
+    )
+
+
 @pytest.fixture
 def toy() -> RelationGraph:
     return make_graph()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from rcml_jax.data import amazon, amazon_purchases, amazon_stages, fetch, store
+from rcml_jax.data import amazon, amazon_purchases, fetch, stages, store
 from rcml_jax.data.amazon_records import identity
 from rcml_jax.data.graph import split_graph
 from rcml_jax.errors import UserError
@@ -166,7 +166,7 @@ def test_the_first_whole_record_of_an_item_counts(tiny, tmp_path):
 @pytest.mark.parametrize("stage", ["core", "items", "buyers"])
 def test_a_run_goes_on_after_a_full_disk(tiny, tmp_path, monkeypatch, stage):
     expected = load(tmp_path / "other", tiny)
-    save = amazon_stages.save_arrays
+    save = stages.save_arrays
 
     def full(path, arrays):
         if path.name.startswith(f"{DOMAIN}-{stage}"):
@@ -175,7 +175,7 @@ def test_a_run_goes_on_after_a_full_disk(tiny, tmp_path, monkeypatch, stage):
 
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(amazon_stages, "save_arrays", full)
+        patch.setattr(stages, "save_arrays", full)
         with pytest.raises(UserError, match=r"No room is left on the disk of .*; free some"):
             load(cache, tiny)
     lines = []

@@ -6,7 +6,7 @@ import pytest
 from rcml_jax.data.gallery import gallery_queries
 from rcml_jax.data.graph import split_graph
 from rcml_jax.errors import UserError
-from tests.data.conftest import make_classes, make_graph
+from tests.data.conftest import make_classes, make_graph, make_respects
 
 
 def truth(graph, splits, split, linked):
@@ -79,6 +79,19 @@ def test_with_class_links_all_that_they_link_is_right():
     assert as_sets(q, q.hidden) == {(a, e): {a} for a, e in expected}
     texts = [graph.texts[i] for i in q.items]
     assert q.texts.tolist() == [texts.index(text) for text in texts]
+
+
+def test_with_attributes_all_that_agree_are_right():
+    graph = make_respects(items=90)
+    splits = split_graph(graph, seed=0, fractions=(0.5, 0, 0.5))
+    q = gallery_queries(graph, splits, "test", seed=0)
+    drawn = splits.pairs("test")
+    expected = truth(graph, splits, "test", lambda a, b, e: bool(graph.linked(a, b, e)))
+    asked = {(int(i), int(e)) for a, b, e in drawn for i in (a, b)}
+    assert asked <= set(expected)
+    assert as_sets(q, q.right) == {key: expected[key] for key in asked}
+    assert sum(len(expected[key]) for key in asked) > 3 * len(drawn)
+    assert as_sets(q, q.hidden) == {(a, e): {a} for a, e in asked}
 
 
 def test_limits_draw_by_the_seed():

@@ -6,7 +6,7 @@ import pytest
 
 from rcml_jax.data.graph import SPLITS, normalize_pairs, pairs_within, split_graph
 from rcml_jax.errors import UserError
-from tests.data.conftest import make_classes, make_graph
+from tests.data.conftest import make_classes, make_graph, make_respects
 
 
 def test_related_is_symmetric_with_a_true_diagonal_under_any_relation(toy):
@@ -120,6 +120,61 @@ def test_class_links_say_what_is_linked():
     rows, relations = graph.links_of(np.array([[0, 1], [5, 0], [3, 3]]))
     found = [relations[rows == row].tolist() for row in range(3)]
     assert found == [np.flatnonzero(linked[a, b]).tolist() for a, b in [(0, 1), (5, 0), (3, 3)]]
+
+
+def test_attributes_say_what_is_linked():
+    graph = make_respects().validate()
+    n, every = len(graph), np.arange(len(graph))
+    triples = {tuple(pair) for pair in graph.pairs.tolist()}
+    value = graph.attributes
+    linked = graph.linked(every[:, None, None], every[:, None], np.arange(7))
+    linked_any = graph.linked_any_block(every, every)
+    np.testing.assert_array_equal(linked_any, graph.linked_any(every[:, None], every))
+    agreed = 0
+    for a, b in itertools.product(range(n), repeat=2):
+        paired = [(min(a, b), max(a, b), e) in triples for e in range(7)]
+        agree = [value[a, e] == value[b, e] >= 0 for e in range(7)]
+        expected = np.logical_or(paired, agree)
+        np.testing.assert_array_equal(linked[a, b], expected)
+        assert linked_any[a, b] == (a == b or expected.any())
+        agreed += sum(agree) > sum(paired[4:])
+    assert agreed > n, "pairs are a sample of what is linked"
+    pairs = np.array([[0, 1], [5, 0], [7, 30]])
+    rows, relations = graph.links_of(pairs)
+    found = [relations[rows == row].tolist() for row in range(3)]
+    assert found == [np.flatnonzero(linked[a, b]).tolist() for a, b in pairs]
+    assert np.all(np.diff(rows) >= 0)
+    assert graph.respects == [4, 5, 6]
+
+
+def test_validate_names_wrong_attributes_and_groups():
+    graph = make_respects()
+    wrong = graph.attributes.copy()
+    wrong[graph.pairs[graph.pairs[:, 2] == 5][0, 0], 5] = 99
+    for changes, message in (
+        ({"attributes": graph.attributes[:, :3]}, r"attributes are not \(60, 7\)"),
+        ({"attributes": wrong}, "a pair does not agree in its attribute"),
+        ({"item_group": graph.item_group[1:]}, "item_group does not have one entry an item"),
+        ({"class_links": make_classes().class_links}, "both class links and attributes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(graph, **changes).validate()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_split_parts_a_group(seed):
+    graph = make_respects(items=400)
+    group = np.random.default_rng(seed).permutation(graph.item_group)
+    graph = dataclasses.replace(graph, item_group=group)
+    splits = split_graph(graph, seed=seed)
+    assert splits.disjoint == "item"
+    parts = [set(group[splits.items(name)].tolist()) for name in SPLITS]
+    assert [len(part) for part in parts] == [70, 10, 20]
+    assert len(set.union(*parts)) == 100, "no group is in two splits"
+    for name in SPLITS:
+        assert set(splits.pairs(name)[:, :2].ravel()) <= set(splits.items(name))
+    other = split_graph(graph, seed=seed + 10)
+    assert np.any(other.item_split != splits.item_split), "the seed draws the groups"
 
 
 def test_validate_names_wrong_class_links():

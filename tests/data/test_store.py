@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import pickle
@@ -15,7 +16,7 @@ from rcml_jax.data import store
 from rcml_jax.data.graph import split_graph
 from rcml_jax.data.images import EncodedImages
 from rcml_jax.errors import UserError
-from tests.data.conftest import make_graph, png
+from tests.data.conftest import make_graph, make_respects, png
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +50,23 @@ def test_a_graph_comes_back_as_it_was(toy, tmp_path):
     assert_same(toy, store.load(tmp_path, "toy"))
     (folder / "graph.npz").write_bytes(b"PK cut short")
     assert_same(toy, store.load(tmp_path, "toy"))
+
+
+def test_attributes_and_groups_come_back(tmp_path):
+    graph = make_respects()
+    folder = store.prepare(tmp_path, graph)
+    for _ in range(2):
+        loaded = store.load(tmp_path, "toy")
+        for name in ("attributes", "item_group"):
+            one, two = getattr(graph, name), getattr(loaded, name)
+            assert one.dtype == two.dtype
+            np.testing.assert_array_equal(one, two)
+        assert loaded.item_split is loaded.class_links is None
+        (folder / "graph.npz").unlink()  # the second time they come from the records
+    without = dataclasses.replace(graph, name="plain", attributes=None, item_group=None)
+    store.prepare(tmp_path, without)
+    loaded = store.load(tmp_path, "plain")
+    assert loaded.attributes is loaded.item_group is None
 
 
 def test_a_graph_without_pairs_for_most_items(tmp_path):

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.store import save_arrays
 from rcml_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -34,7 +35,7 @@ class Stages:
           UserError: the disk is full or cannot be written.
         """
         path = self._folder / f"{name}-{digest(key)[:16]}.npz"
-        arrays = _read(path)
+        arrays = load_arrays(path)
         if arrays is None:
             arrays = compute()
             with disk_errors(self._folder):
@@ -80,10 +81,23 @@ def disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read(path: Path) -> Arrays | None:
+def load_arrays(path: Path) -> Arrays | None:
+    """The arrays of a `.npz` file; None where it is missing or damaged."""
     try:
         # Opened here: of a damaged file NumPy would leave its own handle open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a `.npz` file whole or not at all, whatever other processes do."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"incomplete.{path.stem}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

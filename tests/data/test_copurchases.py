@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from rcml_jax.data import amazon_users
-from rcml_jax.data.amazon_users import (
+from rcml_jax.data import copurchases
+from rcml_jax.data.copurchases import (
     Purchases,
     category_shares,
     cluster_sentence,
     cluster_sentences,
     cluster_users,
     distinct_purchases,
-    five_core,
+    k_core,
 )
 from rcml_jax.errors import UserError
 
@@ -43,7 +43,7 @@ def reviews(seed, users=60, items=25, count=500):
 def test_the_core_equals_its_slow_twin(seed):
     users, items = reviews(seed)
     purchases, counts = distinct_purchases(users, items)
-    core = five_core(purchases)
+    core = k_core(purchases)
     found = list(zip(core.users[core.user].tolist(), core.items[core.item].tolist(), strict=True))
     expected = core_twin(zip(users.tolist(), items.tolist(), strict=True))
     assert 0 < len(expected) < len(set(zip(users.tolist(), items.tolist(), strict=True)))
@@ -64,7 +64,7 @@ def test_removal_goes_on_until_nothing_changes():
     block = [(u, i) for u in range(5) for i in range(5)]
     chain = [(u, 10 + u + k) for u in range(10, 30) for k in range(5)]
     users, items = np.array(block + chain, np.uint64).T
-    core = five_core(distinct_purchases(users, items)[0])
+    core = k_core(distinct_purchases(users, items)[0])
     assert core.users.tolist() == core.items.tolist() == list(range(5))
 
 
@@ -72,7 +72,7 @@ def test_removal_goes_on_until_nothing_changes():
 def test_an_empty_core(count):
     some = np.arange(count, dtype=np.uint64)
     purchases, counts = distinct_purchases(some, some)
-    core = five_core(purchases)
+    core = k_core(purchases)
     assert [len(x) for x in (core.users, core.items, core.user, core.item)] == [0] * 4
     assert counts == {"repeated": 0, "single": count}
 
@@ -114,7 +114,7 @@ def test_clusters_are_the_same_for_the_same_seed_and_from_a_sample(monkeypatch):
     shares, _ = planted((300, 500, 200))
     cluster, _ = cluster_users(shares, 3, seed=1)
     np.testing.assert_array_equal(cluster, cluster_users(shares, 3, seed=1)[0])
-    monkeypatch.setattr(amazon_users, "FIT_USERS", 100)
+    monkeypatch.setattr(copurchases, "FIT_USERS", 100)
     np.testing.assert_array_equal(cluster, cluster_users(shares, 3, seed=1)[0])
 
 
@@ -126,7 +126,7 @@ def test_fewer_kinds_than_clusters():
 
 
 def test_no_known_category():
-    with pytest.raises(UserError, match="No buyer has bought an item with a second-level"):
+    with pytest.raises(UserError, match="No buyer has bought an item of a known category"):
         cluster_users(scipy.sparse.csr_array((4, 3), dtype=np.float32), 2, seed=0)
 
 

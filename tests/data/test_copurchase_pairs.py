@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rcml_jax.data.amazon_pairs import _unrank, copurchase_pairs, draw_pairs, within_item_cap
+from rcml_jax.data.copurchases import _unrank, copurchase_pairs, draw_pairs, within_item_cap
 
 NO_CAP = 10**6
 
@@ -109,6 +109,22 @@ def test_a_heavy_buyer_does_not_dominate():
     cluster = np.array([0] * 50 + [1])
     pairs = copurchase_pairs(user, item, cluster, items=40, per_user=10, per_item=100, seed=0)
     assert np.bincount(pairs[:, 2]).tolist() == [20, 10]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_baskets_give_pairs_within_them_and_owners_at_most_so_many(seed):
+    basket, item, _ = purchases(seed)
+    owner = np.arange(40) // 5  # five baskets each
+    options = {"items": 15, "per_item": NO_CAP, "seed": seed, "owner": owner}
+    cluster = owner  # so that a pair tells its owner
+    pairs = copurchase_pairs(basket, item, cluster, per_user=4, **options)
+    possible = set(pairs_twin(basket, item, cluster))
+    found = set(map(tuple, pairs.tolist()))
+    assert found <= possible
+    # A pair that two baskets of an owner give counts once: at most four remain of four drawn.
+    assert 0 < np.bincount(pairs[:, 2]).max() <= 4
+    everything = copurchase_pairs(basket, item, cluster, per_user=NO_CAP, **options)
+    assert set(map(tuple, everything.tolist())) == possible
 
 
 def test_seeds():

@@ -5,8 +5,8 @@ import errno
 import numpy as np
 import pytest
 
-from rcml_jax.data import amazon_stages
-from rcml_jax.data.amazon_stages import Stages, file_state, pack, unpack
+from rcml_jax.data import stages
+from rcml_jax.data.stages import Stages, file_state, pack, unpack
 from rcml_jax.errors import UserError
 
 
@@ -62,7 +62,7 @@ def test_a_disk_error_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, 
         raise OSError(code, "injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(amazon_stages.np, "savez", savez)
+        patch.setattr(stages.np, "savez", savez)
         with pytest.raises(UserError, match=message):
             Stages(tmp_path).get("core", 1, Work(x=np.arange(4)))
     assert not list(tmp_path.iterdir())
