@@ -115,8 +115,8 @@ def test_training_methods_and_models_know_their_place():
 @pytest.mark.parametrize(
     "path", [*MODULES.values(), *ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]
 )
-def test_no_module_is_over_400_lines(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_module_is_over_700_lines(path):
+    assert len(path.read_text().splitlines()) <= 700
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])

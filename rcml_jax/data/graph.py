@@ -102,6 +102,11 @@ class RelationGraph:
         values = self._related[rows.ravel(), cols.ravel()]
         return np.asarray(values, bool).reshape(rows.shape)
 
+    def related_to(self, item: int) -> np.ndarray:
+        """The items, sorted, that `related()` has in one row; the item itself is one of them."""
+        start, stop = self._related.indptr[item : item + 2]
+        return self._related.indices[start:stop]
+
     def linked(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
         """Whether items a and b are linked by a relation: indices that broadcast → bool.
 
