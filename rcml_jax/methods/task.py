@@ -146,9 +146,15 @@ class RelationTask:
         }
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
-    def retrieval_queries(self, split: str) -> protocol.RetrievalQueries:
-        """The split's retrieval queries and candidates, the same for every method and seed."""
-        return protocol.retrieval_queries(self.graph, self.splits, split, **self._draw())
+    def retrieval_queries(
+        self, split: str, candidates: str = "controlled"
+    ) -> protocol.RetrievalQueries:
+        """The split's retrieval queries, the same for every method and seed.
+
+        candidates: "controlled" or "random".
+        """
+        draws = {"controlled": protocol.controlled_queries, "random": protocol.retrieval_queries}
+        return draws[candidates](self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def gallery_queries(self, split: str) -> gallery.GalleryQueries:
