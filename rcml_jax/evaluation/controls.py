@@ -151,6 +151,23 @@ def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
     return name, found[name]
 
 
+def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:
+    """(method, label, rows) of the controls of some `eval.json`, by the name of their method.
+
+    results: for each method its results, one or several seeds. A row has a control's measures under
+    the paths that the result itself has. A control that has the same measures for a later method,
+    because it knows no model, is listed once.
+    """
+    found, seen = [], []
+    for method, runs in results.items():
+        for name, label in LABELS.items():
+            rows = [run["controls"][name] for run in runs if name in run.get("controls", {})]
+            if rows and (name, rows[0]) not in seen:
+                seen.append((name, rows[0]))
+                found.append((method, label, rows))
+    return found
+
+
 def _unit(x: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
     return x / np.where(norm > 0, norm, 1)
