@@ -62,7 +62,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         config.data.pairs_per_user = 10
         config.data.pairs_per_item = 50
     config.data.split_seed = 0
-    config.data.disjoint = "item"  # item: test items are never seen; pair: test pairs are not
+    # item: test items are never seen; pair: test pairs are not; relation: test items and sentences.
+    config.data.disjoint = "item"
+    config.data.domain_split = ""  # labels to test on, the others to train on, e.g. "food-*"
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
     config.data.queries = 10_000  # at most, for each task of the evaluation
     # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.

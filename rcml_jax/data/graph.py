@@ -1,6 +1,7 @@
 """Relation graphs: items, relation sentences, the pairs that they link, and splits of them."""
 
 import dataclasses
+import fnmatch
 import functools
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -163,6 +164,26 @@ class RelationGraph:
     def _link_keys(self) -> np.ndarray:
         return _pair_keys(self._links, self._units, len(self.relations))
 
+    def only(self, chosen: np.ndarray) -> "RelationGraph":
+        """The graph of some of its pairs (P,) bool, with the class links that they are drawn from.
+
+        Its `related` and `linked` know nothing of the other pairs.
+        """
+        pairs, links = self.pairs[chosen], self.class_links
+        if links is not None:
+            known = np.column_stack([np.sort(self.labels[pairs[:, :2]], axis=1), pairs[:, 2]])
+            keys = _pair_keys(known, self._units, len(self.relations))
+            links = links[np.isin(self._link_keys, keys)]
+        return dataclasses.replace(
+            self, pairs=pairs, pair_split=self.pair_split[chosen], class_links=links
+        )
+
+    def without_pairs(self) -> "RelationGraph":
+        """The items without any pair or link: each is related to itself alone."""
+        return dataclasses.replace(
+            self, pairs=self.pairs[:0], pair_split=self.pair_split[:0], class_links=None
+        )
+
     def pair_units(self) -> np.ndarray:
         """The number (P,) of each pair's unordered item pair; one number for all its relations."""
         if not len(self.pairs):
@@ -279,8 +300,9 @@ class Splits:
     """The split of every item (N,) and pair (P,) int8: an index into SPLITS, -1 for unused.
 
     `disjoint` says what no two splits share: "item", "declared item" (as the source declares them),
-    "pair" or "declared" (pairs, as the source declares them). Under the last two items have no
-    split of their own (all -1).
+    "relation" (items and relations), "domain" (items, those of test being of other labels), "pair"
+    or "declared" (pairs, as the source declares them). Under the last two items have no split of
+    their own (all -1).
     """
 
     item_split: np.ndarray
@@ -288,13 +310,18 @@ class Splits:
     disjoint: str
     graph_pairs: np.ndarray = dataclasses.field(repr=False)
 
+    @property
+    def by_items(self) -> bool:
+        """Whether no item is in two splits."""
+        return self.disjoint not in ("pair", "declared")
+
     def pairs(self, split: str) -> np.ndarray:
         """The pairs of one split: (a, b, relation) rows, (k, 3) int32."""
         return self.graph_pairs[self.pair_split == split_index(split)]
 
     def items(self, split: str) -> np.ndarray:
         """The items of one split, sorted (k,): its own ones, or those of its pairs."""
-        if self.disjoint in ("item", "declared item"):
+        if self.by_items:
             return np.flatnonzero(self.item_split == split_index(split))
         return np.unique(self.pairs(split)[:, :2]).astype(np.int64)
 
@@ -310,33 +337,97 @@ def split_graph(
     graph: RelationGraph,
     *,
     seed: int,
-    disjoint: Literal["item", "pair"] = "item",
+    disjoint: Literal["item", "pair", "relation"] = "item",
+    domain: str = "",
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
 ) -> Splits:
     """Items or pairs drawn into train, validation and test by a fixed seed.
 
     With `disjoint="item"` a pair belongs to a split if both its items do, and is unused
-    otherwise; with "pair" the unordered item pairs are split, each with all its relations.
-    Splits that the graph declares override both, and pairs without one are then unused.
+    otherwise; with "pair" the unordered item pairs are split, each with all its relations; with
+    "relation" items are split as with "item" and relations by the same fractions, one at least in
+    each split, and a pair belongs to a split if both its items and its relation do: neither the
+    items nor the sentence of a test pair were seen.
+
+    domain: label names, with commas between them and * for any letters ("food-*,animal-*"). Items
+    with such a label are the test split, the others train and validation, by their fractions.
+
+    Splits that the graph declares override `disjoint`, but for "relation" and a domain; pairs
+    without one are then unused.
 
     Raises:
-      UserError: an unknown `disjoint`, or fractions that are negative or do not add up to 1.
+      UserError: an unknown `disjoint`, fractions that are negative or do not add up to 1, fewer
+        than three relations for "relation", or a domain that leaves a side empty.
     """
-    if disjoint not in ("item", "pair"):
-        raise UserError(f"data.disjoint is '{disjoint}'; use 'item' or 'pair'.")
+    if disjoint not in ("item", "pair", "relation"):
+        raise UserError(f"data.disjoint is '{disjoint}'; use 'item', 'pair' or 'relation'.")
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"The split fractions {fractions} are not three shares that add up to 1.")
+    rng = np.random.default_rng(seed)
+    if domain:
+        if disjoint != "item":
+            raise UserError("data.domain_split needs data.disjoint=item; leave one of them out.")
+        return _by_items(graph, _by_domain(graph, domain, rng, fractions), "domain")
+    item_split = graph.item_split
+    if disjoint == "relation":
+        drawn = _draw(rng, len(graph), fractions) if item_split is None else item_split
+        return _by_relations(graph, drawn, rng, fractions)
+    if item_split is not None:
+        return _by_items(graph, item_split, "declared item")
     nowhere = np.full(len(graph), -1, np.int8)
-    if graph.item_split is not None:
-        return _by_items(graph, graph.item_split, "declared item")
     if np.any(graph.pair_split >= 0):
         return Splits(nowhere, graph.pair_split.astype(np.int8), "declared", graph.pairs)
-    rng = np.random.default_rng(seed)
     if disjoint == "item":
         return _by_items(graph, _draw(rng, len(graph), fractions), "item")
     units = graph.pair_units()
     count = int(units[-1]) + 1 if len(units) else 0
     return Splits(nowhere, _draw(rng, count, fractions)[units], "pair", graph.pairs)
+
+
+def _by_domain(
+    graph: RelationGraph, domain: str, rng: np.random.Generator, fractions: tuple[float, ...]
+) -> np.ndarray:
+    """The split (N,) of items: test for those whose label matches one of the patterns."""
+    patterns = [pattern.strip() for pattern in domain.split(",")]
+    matched = [any(fnmatch.fnmatchcase(x, p) for p in patterns) for x in graph.label_names]
+    # The last place stands for items without a label.
+    inside = np.array([*matched, False])[graph.labels]
+    if inside.all() or not inside.any():
+        raise UserError(
+            f"data.domain_split='{domain}' matches {'every' if inside.all() else 'no'} item of "
+            f"'{graph.name}'; name some of its labels, such as {', '.join(graph.label_names[:3])}."
+        )
+    rest = fractions[0] + fractions[1]
+    if not rest:
+        raise UserError("A domain split needs a share for training; raise the first fraction.")
+    split = np.full(len(graph), SPLITS.index("test"), np.int8)
+    shares = fractions[0] / rest, fractions[1] / rest, 0.0
+    split[~inside] = _draw(rng, int(np.sum(~inside)), shares)
+    return split
+
+
+def _by_relations(
+    graph: RelationGraph,
+    item_split: np.ndarray,
+    rng: np.random.Generator,
+    fractions: tuple[float, ...],
+) -> Splits:
+    """A pair belongs to a split if both its items and its relation do."""
+    count = len(graph.relations)
+    if count < len(SPLITS):
+        raise UserError(
+            f"data.disjoint=relation needs three relations at least; '{graph.name}' has {count}."
+        )
+    relation_split = _draw(rng, count, fractions)
+    for split in range(len(SPLITS)):  # one at least: taken from the largest split
+        if fractions[split] and not np.any(relation_split == split):
+            largest = np.bincount(relation_split).argmax()
+            relation_split[np.flatnonzero(relation_split == largest)[0]] = split
+    splits = _by_items(graph, item_split, "relation")
+    own = relation_split[graph.pairs[:, 2]]
+    return dataclasses.replace(
+        splits, pair_split=np.where(own == splits.pair_split, own, -1).astype(np.int8)
+    )
 
 
 def _by_items(graph: RelationGraph, item_split: np.ndarray, disjoint: str) -> Splits:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rcml_jax.data import folder, gallery, openmoji, protocol
 from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
-from rcml_jax.data.graph import RelationGraph, Splits, split_graph
+from rcml_jax.data.graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
@@ -81,7 +81,12 @@ class RelationTask:
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         data, model = config.data, config.model
         graph = load_graph(data)
-        splits = split_graph(graph, seed=data.split_seed, disjoint=data.disjoint)
+        splits = split_graph(
+            graph,
+            seed=data.split_seed,
+            disjoint=data.disjoint,
+            domain=data.get("domain_split", ""),  # not in the configurations of older runs
+        )
         # Imported here: who wants the data alone has no need of Hugging Face's classes.
         from rcml_jax.methods.relational_towers import inputs
 
@@ -113,6 +118,18 @@ class RelationTask:
         """Token ids (n, T) int32 of texts, T the smallest of a few fixed lengths that fits."""
         return self.tokenizer.encode(texts, self.max_length)[0]
 
+    def known_graph(self) -> RelationGraph:
+        """The graph as training may know it: its masks and links hold no pair of another split.
+
+        Where no item is in two splits those pairs are of other items anyway. Without inter-sample
+        pairs every item is related to itself alone.
+        """
+        if not self.config.batch.inter_pairs:
+            return self.graph.without_pairs()
+        if self.splits.by_items and self.splits.disjoint != "relation":
+            return self.graph
+        return self.graph.only(self.splits.pair_split == split_index("train"))
+
     def batches(self) -> Any:
         """The grain iterator over training batches."""
         batch, seed = self.config.batch, self.config.seed
@@ -126,7 +143,7 @@ class RelationTask:
         sampler = RelationSampler(self.graph, self.splits, sizes, seed)
         moved = functools.partial(augment, shift=batch.image_shift, flip=batch.image_flip)
         collate = collator(
-            self.graph,
+            self.known_graph(),
             self.tokenizer,
             self.images,
             self.sentence,

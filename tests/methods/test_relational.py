@@ -244,8 +244,30 @@ def test_ablations_of_the_data_and_the_loss(catalogue, tmp_path):
     shared = next(method.batches())["shared"]
     np.testing.assert_array_equal(shared["intra"], [True])
     assert shared["pair_valid"].sum() == config.batch.size
+    np.testing.assert_array_equal(shared["related"], np.eye(config.batch.size, dtype=bool))
     (line,) = [x for x in read_metrics(tmp_path / "run") if x["kind"] == "train"]
     assert line["tt"] == line["ii"] == 0.0
+
+
+@pytest.mark.parametrize("disjoint", ["pair", "item", "relation"])
+def test_masks_know_training_pairs_only(catalogue, tmp_path, disjoint):
+    """Under a pair split the mask of the whole graph would give test pairs away."""
+    options = {"data.disjoint": disjoint, "batch.relations": 2}
+    task = build(tiny_config(catalogue, **options), tmp_path).task
+    known = task.known_graph()
+    train, test = task.splits.pairs("train"), task.splits.pairs("test")
+    assert len(test) > 0
+    assert known.related_values(train[:, 0], train[:, 1]).all()
+    assert known.linked(*train.T).all()
+    if disjoint == "item":  # no test pair has two training items
+        assert not np.isin(task.splits.items("test"), task.splits.items("train")).any()
+        return
+    assert not known.linked(*test.T).any()
+    units = {tuple(pair) for pair in train[:, :2].tolist()}
+    hidden = [tuple(pair) not in units for pair in test[:, :2].tolist()]
+    assert not known.related_values(test[hidden, 0], test[hidden, 1]).any()
+    plan = next(task.batches())["shared"]
+    assert plan["related"].shape == (16, 16)
 
 
 def test_the_weights_of_the_loss(catalogue, tmp_path):
