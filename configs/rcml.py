@@ -72,8 +72,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.threads = 1  # that read batches ahead
 
     config.batch = ml_collections.ConfigDict()
-    config.batch.relations = 16
-    config.batch.pairs_per_relation = 8
+    config.batch.relations = 8 if source == "openmoji" else 16
+    config.batch.pairs_per_relation = 16 if source == "openmoji" else 8
     config.batch.intra_pairs = 32
     config.batch.size = 256  # distinct items; what the pairs leave free are more negatives
     # So many texts share a row of tokens, which is as long as they are together: less padding where

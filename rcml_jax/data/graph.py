@@ -46,6 +46,9 @@ class RelationGraph:
     photographs of products: label a <= label b and a relation that links every item of the one
     with every other item of the other, unique and sorted. Items of one label are then the same
     thing to a text and never each other's negatives, and `pairs` are a sample of what is linked.
+
+    `paraphrases`, if there are any, has for each relation its sentences, the one in `relations`
+    first; the last `held_out` of each are for the test alone.
     """
 
     name: str
@@ -60,6 +63,21 @@ class RelationGraph:
     intra_relation: str = INTRA_RELATION
     item_split: np.ndarray | None = None
     class_links: np.ndarray | None = None
+    paraphrases: tuple[tuple[str, ...], ...] = ()
+    held_out: int = 0
+
+    def training_sentences(self, relation: int) -> tuple[str, ...]:
+        """The sentences of a relation that training may see, its own one first."""
+        if not self.paraphrases:
+            return (self.relations[relation],)
+        sentences = self.paraphrases[relation]
+        return sentences[: len(sentences) - self.held_out]
+
+    def held_out_sentences(self) -> list[tuple[str, ...]]:
+        """For each held-out paraphrase the sentences of all relations; none without any."""
+        if not (self.paraphrases and self.held_out):
+            return []
+        return list(zip(*(x[-self.held_out :] for x in self.paraphrases), strict=True))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -231,6 +249,13 @@ class RelationGraph:
             check(bool(np.all((s >= -1) & (s < len(SPLITS)))), "a declared split is out of range")
         if self.class_links is not None:
             self._check_class_links(check)
+        check(self.held_out >= 0, "held_out is negative")
+        if self.paraphrases:
+            first = tuple(x[0] if x else "" for x in self.paraphrases)
+            check(first == self.relations, "the first paraphrases are not the relations' sentences")
+            enough = all(len(x) > self.held_out for x in self.paraphrases)
+            check(enough, "a relation has no paraphrase left for training")
+            check(all(s.strip() for x in self.paraphrases for s in x), "a paraphrase is empty")
         return self
 
     def _check_class_links(self, check: Callable[[bool, str], None]) -> None:

@@ -150,6 +150,9 @@ def _rows(result: dict):
     yield f"relation type, Top-1 of {types['candidates']}", types["top1"]
     if every := result.get("relation_type_all"):
         yield f"Top-3 of all {every['candidates']} relations", every["top3"]
+    for number, unseen in enumerate(result.get("unseen_sentences", []), 1):
+        yield f"Hit@5, unseen sentence {number}", unseen["retrieval"]["hit@5"]
+        yield f"Top-3, unseen sentence {number}", unseen["relation_type"]["top3"]
     product = result["training_free_product"]
     yield "Hit@5, cos·cos product", product["retrieval"]["hit@5"]
     yield "Top-3, cos·cos product", product["relation_type"]["top3"]

@@ -28,7 +28,7 @@ from rcml_jax.methods.relational_towers import (
     load_checkpoints,
     towers_config,
 )
-from rcml_jax.methods.task import RelationTask, texts_per_row
+from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, texts_per_row
 from rcml_jax.models.encoders.clip import load_pretrained
 from rcml_jax.models.encoders.pair import PairConfig, build_towers
 from rcml_jax.similarity import SIMILARITIES, l2_normalize
@@ -42,8 +42,6 @@ _DECIDES = {
     "retrieval_random": "hit@5",
     "relation_type_all": "top3",
 }
-#: Up to so many relations, all of them are also ranked.
-_MOST_RELATIONS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +143,16 @@ class RelationalMethod(Method):
 
     @abc.abstractmethod
     def tables(
-        self, params: Params, items: np.ndarray, needed: np.ndarray | None = None
+        self,
+        params: Params,
+        items: np.ndarray,
+        needed: np.ndarray | None = None,
+        sentences: Sequence[str] | None = None,
     ) -> dict[str, EmbeddingTable]:
         """Embeddings of items under all relations, one table for each way to score the method.
 
         needed: (relations, items) bool, what will be asked for; a table may leave the rest empty.
+        sentences: other sentences for the relations than the task's.
         """
 
     @abc.abstractmethod
@@ -199,7 +202,7 @@ class RelationalMethod(Method):
         queries, types, items = self._asked(split, "random")
         gallery = task.gallery_queries(split)
         items = np.union1d(items, gallery.items)
-        every = len(task.graph.relations) <= _MOST_RELATIONS
+        every = len(task.graph.relations) <= MOST_RELATIONS
         needed = _needed(len(task.graph.relations), items, queries, types, every)
         # Where items have one text, its first item's embedding stands for all.
         texts = np.searchsorted(items, gallery.items[np.unique(gallery.texts)])
@@ -217,13 +220,15 @@ class RelationalMethod(Method):
             "method": config.method,
             "dataset": task.graph.name,
             "split": split,
-            "protocol": self._protocol(split, queries, gallery),
+            "protocol": self._protocol(split, queries, types, gallery),
             **{name: best[name] for name in ("retrieval", "relation_type", "retrieval_all")},
             "relation_validity": self._validity(params, validity),
             **best,
             "controls": control_rows(self, params, first, queries, types, validity),
             "training_free_product": score(first, similarity="product"),
         }
+        if unseen := self._unseen_sentences(params, items, needed, measure):
+            result["unseen_sentences"] = unseen
         if frozen := self._pretrained_tables(items, needed):
             result["pretrained_clip"] = _best({n: measure(table) for n, table in frozen.items()})
         if len(variants) > 1:
@@ -235,6 +240,17 @@ class RelationalMethod(Method):
                 for name in self.similarities
             }
         return result
+
+    def _unseen_sentences(
+        self, params: Params, items: np.ndarray, needed: np.ndarray, measure: Callable
+    ) -> list[dict]:
+        """The ranking tasks under each held-out paraphrase of the relations."""
+        if not self.config.data.relation_text:
+            return []
+        return [
+            _best({n: measure(x) for n, x in self.tables(params, items, needed, said).items()})
+            for said in self.task.graph.held_out_sentences()
+        ]
 
     def _pretrained_tables(self, items: np.ndarray, needed: np.ndarray) -> dict:
         """Those of the CLIP checkpoint before any training, where the towers began as one."""
@@ -293,7 +309,7 @@ class RelationalMethod(Method):
             *sides, probe=self.config.evaluation.validity_probe, seed=self.config.seed
         )
 
-    def _protocol(self, split: str, queries: Any, gallery: Any) -> dict:
+    def _protocol(self, split: str, queries: dict, types: Any, gallery: Any) -> dict:
         data = self.config.data
         asked = queries["retrieval"]
         chance = min(1.0, 5 / asked.candidates.shape[1])
@@ -314,6 +330,8 @@ class RelationalMethod(Method):
             "any relation, drawn uniformly by a fixed seed",
             "queries_left_out": {name: int(x.skipped) for name, x in queries.items()},
             "macro": "means over relations of each relation's mean",
+            "unseen_sentences": "the same queries under sentences that were kept for the test",
+            "relation_type_left_out": int(types.skipped),
             "controls": "see rcml_jax.evaluation.controls; relation_only and query_only are of "
             "this model, words and frozen_towers of none; a gain is one over the best of them",
             "retrieval_all": "items of the split under each relation that links them to others of "
@@ -324,7 +342,7 @@ class RelationalMethod(Method):
             "relation_type": "the true relation among relations under which the pair is not "
             "linked, drawn by a fixed seed as often as they are true",
             "relation_type_all": "the true relation among all that do not link the pair; only "
-            f"where there are at most {_MOST_RELATIONS}",
+            f"where there are at most {MOST_RELATIONS}",
             "relation_validity": "probe on [z_T(A), z_I(A), z_T(B), z_I(B), h_E], fitted on "
             "training triples; balanced, also in each relation; half of the negatives a true pair "
             "under a wrong relation, half an unrelated pair under this relation",
@@ -426,7 +444,7 @@ def _measured(
     }
     found["relation_type"] = relation_type(table, types.a, types.b, types.relations)
     found["retrieval_all"] = _score_gallery(table, gallery)
-    if len(graph.relations) <= _MOST_RELATIONS:
+    if len(graph.relations) <= MOST_RELATIONS:
         relations, counts = every_relation(graph, types)
         found["relation_type_all"] = relation_type(table, types.a, types.b, relations, where=counts)
     return found

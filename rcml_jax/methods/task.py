@@ -16,6 +16,8 @@ from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 
+#: Up to so many relations, all of them are also ranked.
+MOST_RELATIONS = 20
 SOURCES = ("openmoji", "folder", "grocery", "amazon")
 
 
@@ -101,13 +103,17 @@ class RelationTask:
         images = ImageBank(graph.images, taken.image_size)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
-    def sentence(self, relation: int) -> str:
-        """The sentence of a relation; −1 is the intra-sample one."""
+    def sentence(self, relation: int, drawn: int = 0) -> str:
+        """The sentence of a relation; −1 is the intra-sample one.
+
+        drawn: any number, which picks one of the paraphrases for training; 0: the first.
+        """
         if relation < 0:
             return self.graph.intra_relation
         if not self.config.data.relation_text:
             return "These two items are related."
-        return self.graph.relations[relation]
+        sentences = self.graph.training_sentences(relation)
+        return sentences[drawn % len(sentences)]
 
     @functools.cached_property
     def sentences(self) -> list[str]:
@@ -181,7 +187,12 @@ class RelationTask:
     @functools.cache  # noqa: B019
     def relation_queries(self, split: str) -> protocol.RelationQueries:
         """The split's pairs with the relations to choose among."""
-        return protocol.relation_candidates(self.graph, self.splits, split, **self._draw())
+        total = len(self.graph.relations)
+        # Of few relations half are drawn, so that frequent ones need not always be among them.
+        candidates = 10 if total > MOST_RELATIONS else max(2, total // 2)
+        return protocol.relation_candidates(
+            self.graph, self.splits, split, candidates=candidates, **self._draw()
+        )
 
     @functools.cache  # noqa: B019
     def validity_examples(self, split: str) -> protocol.ValidityExamples:
@@ -230,4 +241,5 @@ def work_tokenizer(
 def _texts(graph: RelationGraph, splits: Splits) -> list[str]:
     """What a tokenizer is fitted on: the training items' texts and the relation sentences."""
     texts = [graph.texts[i] for i in splits.items("train")]
-    return [*texts, *graph.relations, graph.intra_relation]
+    sentences = [s for r in range(len(graph.relations)) for s in graph.training_sentences(r)]
+    return [*texts, *sentences, graph.intra_relation]
