@@ -69,7 +69,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         config.data.min_purchases = 5  # of a customer who is of a kind
         config.data.pairs_per_respect = 20_000
     config.data.split_seed = 0
-    config.data.disjoint = "item"  # item: test items are never seen; pair: test pairs are not
+    # item: test items are never seen; pair: test pairs are not; relation: test items and sentences.
+    config.data.disjoint = "item"
+    config.data.domain_split = ""  # labels to test on, the others to train on, e.g. "food-*"
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
     config.data.queries = 10_000  # at most, for each task of the evaluation
     # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.
@@ -78,8 +80,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.threads = 1  # that read batches ahead
 
     config.batch = ml_collections.ConfigDict()
-    config.batch.relations = 16
-    config.batch.pairs_per_relation = 8
+    config.batch.relations = 8 if source == "openmoji" else 16
+    config.batch.pairs_per_relation = 16 if source == "openmoji" else 8
     config.batch.intra_pairs = 32
     config.batch.size = 256  # distinct items; what the pairs leave free are more negatives
     # So many texts share a row of tokens, which is as long as they are together: less padding where

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.evaluation.classification import error_analysis
+from rcml_jax.evaluation.controls import rows_of
 
 #: Label and path into `eval.json` of the columns, for results that have the first of them.
 RELATIONAL = {
@@ -16,6 +17,8 @@ RELATIONAL = {
     "TI": "retrieval/hit@5/ti",
     "IT": "retrieval/hit@5/it",
     "AVG": "retrieval/hit@5/avg",
+    "AVG, by relation": "retrieval/macro/hit@5/avg",
+    "AVG, random": "retrieval_random/hit@5/avg",
     "mAP IT, all": "retrieval_all/map/it",
     "mAP AVG, all": "retrieval_all/map/avg",
     "Top-3": "relation_type/top3/avg",
@@ -40,29 +43,40 @@ def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[i
 
     folders: label → folder of the variant. A row has the number of seeds and, for each column that
     the results have, mean and standard deviation (n − 1) over the seeds; a run that trains several
-    seeds at once counts as so many.
+    seeds at once counts as so many. The controls of a variant follow it, with their name under
+    "control"; those that know no model come once.
     """
-    rows = []
+    rows, found = [], {}
     for label, folder in folders.items():
         paths = [workdir / folder / f"seed{seed}" / "eval.json" for seed in seeds]
-        results = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        found[label] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    controls = rows_of(found)
+    for label, results in found.items():
         if not results:
             continue
         columns = CLASSIFICATION if "classification" in results[0] else RELATIONAL
-        row: dict[str, Any] = {"variant": label, "seeds": 0}
-        for column, path in columns.items():
-            found = [_values(result, path) for result in results]
-            if all(found):
-                values = np.concatenate(found)
-                deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-                row[column] = {"mean": float(values.mean()), "std": deviation}
-                row["seeds"] = max(row["seeds"], len(values))
-        rows.append(row)
+        rows.append(_row(label, results, columns))
+        for method, control, measured in controls:
+            if method == label:
+                rows.append(_row(f"{label}: {control}", measured, columns) | {"control": control})
     table: dict[str, Any] = {"rows": rows}
     analysis = _error_analysis(workdir, folders, seeds)
     if analysis:
         table["error_analysis"] = analysis
     return table
+
+
+def _row(label: str, results: Sequence[dict], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Mean and deviation of each column that all the results have."""
+    row: dict[str, Any] = {"variant": label, "seeds": 0}
+    for column, path in columns.items():
+        found = [_values(result, path) for result in results]
+        if all(found):
+            values = np.concatenate(found)
+            deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            row[column] = {"mean": float(values.mean()), "std": deviation}
+            row["seeds"] = max(row["seeds"], len(values))
+    return row
 
 
 def markdown(table: Mapping[str, Any]) -> str:

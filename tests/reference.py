@@ -3,6 +3,9 @@
 Nothing here is shared with the library, and nothing is vectorised where a loop reads better.
 """
 
+import math
+import re
+
 import numpy as np
 
 # --- Similarities ---------------------------------------------------------------------------------
@@ -363,11 +366,28 @@ def retrieval(text, image, h, query, candidates, relation, similarity):
         scores = [pair_score(text, image, h, q, c, e, similarity) for c in row]
         for name in names:
             ranks[name].append(rank([s[name] for s in scores]))
-    return {
-        "hit@1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
-        "hit@5": {name: np.mean([r < 5 for r in ranks[name]]) for name in names},
-        "mrr": {name: np.mean([1 / (r + 1) for r in ranks[name]]) for name in names},
-    }
+    return by_relation(ranks, relation, {"hit@1": hit(1), "hit@5": hit(5), "mrr": reciprocal})
+
+
+def hit(k):
+    return lambda rank: float(rank < k)
+
+
+def reciprocal(rank):
+    return 1 / (rank + 1)
+
+
+def by_relation(ranks, relation, measures):
+    """Means over all queries, and under "macro" means over relations of each relation's mean."""
+    result = {"macro": {}}
+    for measure, value in measures.items():
+        result[measure], result["macro"][measure] = {}, {}
+        for name, found in ranks.items():
+            values = np.array([value(rank) for rank in found])
+            parts = [values[[x == e for x in relation]].mean() for e in sorted(set(relation))]
+            result[measure][name] = values.mean()
+            result["macro"][measure][name] = np.mean(parts)
+    return result
 
 
 def relation_type(text, image, h, a, b, relations, similarity):
@@ -378,10 +398,7 @@ def relation_type(text, image, h, a, b, relations, similarity):
         scores = [pair_score(text, image, h, i, j, e, similarity) for e in row]
         for name in names:
             ranks[name].append(rank([s[name] for s in scores]))
-    return {
-        "top1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
-        "top3": {name: np.mean([r < 3 for r in ranks[name]]) for name in names},
-    }
+    return by_relation(ranks, [row[0] for row in relations], {"top1": hit(1), "top3": hit(3)})
 
 
 # --- Convolutions ---------------------------------------------------------------------------------
@@ -435,3 +452,34 @@ def efficientnet_lite(x, p, strides):
     for i, stride in enumerate(strides):
         x = mb_conv(x, p[f"blocks_{i}"], stride)
     return relu6(batch_norm(conv(x, p["conv_head"]["kernel"]), p["bn1"]))
+
+
+# --- Controls -------------------------------------------------------------------------------------
+
+
+def tf_idf(texts, fitted):
+    """TF-IDF vectors of length one, a dictionary from words to weights for each text."""
+    split = lambda text: re.findall(r"\w+", text.lower())  # noqa: E731
+    vectors = []
+    for text in texts:
+        vector = {}
+        for word in split(text):
+            having = sum(word in split(other) for other in fitted)
+            weight = math.log((1 + len(fitted)) / (1 + having)) + 1
+            vector[word] = vector.get(word, 0) + weight
+        norm = math.sqrt(sum(w * w for w in vector.values()))
+        vectors.append({word: w / norm for word, w in vector.items()})
+    return vectors
+
+
+def overlap(x, y):
+    return sum(weight * y.get(word, 0) for word, weight in x.items())
+
+
+def relation_means(side, rows, relation, relations):
+    means = []
+    for e in range(relations):
+        mine = [i for i, r in zip(rows, relation, strict=True) if r == e]
+        found = [side[e if len(side) > 1 else 0][i] for i in mine]
+        means.append(unit(np.sum(found, axis=0)) if found else np.zeros(side.shape[-1]))
+    return np.stack(means)

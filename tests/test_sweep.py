@@ -106,8 +106,13 @@ def test_a_sweep_runs_each_variant_once(catalogue, tmp_path, capsys):
             assert (config["patience"], config["seed"]) == (patience, seed)
     table = json.loads((tmp_path / "table.json").read_text())
     assert table == collect(tmp_path, {x: x for x in ("patience=0", "patience=3")}, [1, 2])
-    rows = table["rows"]
+    rows = [row for row in table["rows"] if "control" not in row]
     assert [row["seeds"] for row in rows] == [2, 2]
+    # The controls follow the first variant; those of the second one are the same.
+    beside = table["rows"][1:-1]
+    assert beside[0]["variant"] == "patience=0: chance"
+    assert [row["control"] for row in beside if row["control"] == "query only"] == ["query only"]
+    assert all("AVG, random" in row for row in beside if row["control"] == "relation only")
     assert {k: v for k, v in rows[0].items() if k != "variant"} == {
         k: v for k, v in rows[1].items() if k != "variant"
     }

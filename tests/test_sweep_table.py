@@ -88,3 +88,31 @@ def test_a_variant_without_a_measure_gets_a_dash(workdir):
     write_run(workdir / "bare" / "seed42", [0.5], [], labels, f1=False)
     table = markdown(collect(workdir, {"full": "full", "bare": "bare"}, [42]))
     assert "| bare | 1 | 50.0 | 50.0 | 50.0 | – |" in table
+
+
+def test_controls_follow_their_variant_and_come_once_where_they_know_no_model(tmp_path):
+    def rates(value):
+        return {"hit@5": {"tt": value, "avg": value}}
+
+    for number, name in enumerate(("full", "other")):
+        for seed in (1, 2):
+            folder = tmp_path / name / f"seed{seed}"
+            folder.mkdir(parents=True)
+            result = {
+                "retrieval": rates(0.8),
+                "controls": {
+                    "relation_only": {"retrieval": rates(0.1 * seed + number)},
+                    "words": {"retrieval": {"hit@5": {"tt": 0.4}}},
+                },
+            }
+            (folder / "eval.json").write_text(json.dumps(result))
+    table = collect(tmp_path, {"full": "full", "other": "other"}, [1, 2])
+    lines = markdown(table).splitlines()
+    assert lines[0] == "| variant | seeds | Hit@5 TT | AVG |"
+    assert lines[2:] == [
+        "| full | 2 | 80.0 ± 0.0 | 80.0 ± 0.0 |",
+        "| full: relation only | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 |",
+        "| full: word overlap | 2 | 40.0 ± 0.0 | – |",
+        "| other | 2 | 80.0 ± 0.0 | 80.0 ± 0.0 |",
+        "| other: relation only | 2 | 115.0 ± 7.1 | 115.0 ± 7.1 |",
+    ]

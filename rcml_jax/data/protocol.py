@@ -1,6 +1,7 @@
 """Evaluation queries of a relation graph: drawn by a fixed seed, the same for every model."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -11,20 +12,37 @@ from rcml_jax.errors import UserError
 # beyond it, by rejection. Both draw uniformly without replacement.
 _DENSE_ITEMS = 4096
 _BLOCK_CELLS = 4_000_000
+_ROUNDS = 100  # of exchanging wrong relations
+
+
+#: Kinds of retrieval candidates: the positive; linked to the query under another relation only;
+#: linked to other items under this relation; none of these.
+POSITIVE, OTHER_RELATION, SAME_RELATION, UNRELATED = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalQueries:
     """Find the partner: query (Q,), candidates (Q, 1 + negatives), relation (Q,), all int32.
 
-    Column 0 of the candidates is the positive. `skipped` counts the queries that were left out,
-    because their split has too few items that are unrelated to them.
+    Column 0 of the candidates is the positive. `kind` (Q, 1 + negatives) int8 is the kind of each.
+    `skipped` counts the queries that were left out, because their split has too few items that are
+    unrelated to them.
     """
 
     query: np.ndarray
     candidates: np.ndarray
     relation: np.ndarray
+    kind: np.ndarray
     skipped: int
+
+    def shares(self) -> dict[str, float]:
+        """The share of the negatives that are of each kind."""
+        names = {
+            "other_relation": OTHER_RELATION,
+            "same_relation": SAME_RELATION,
+            "unrelated": UNRELATED,
+        }
+        return {name: float(np.mean(self.kind[:, 1:] == kind)) for name, kind in names.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +88,127 @@ def retrieval_queries(
     Raises:
       UserError: the split has no pair, or no query has enough unrelated items.
     """
-    pairs = _pairs_of(splits, split, per_relation, seed)
     rng = np.random.default_rng([seed, split_index(split), 1])
-    both = np.concatenate([pairs, pairs[:, [1, 0, 2]]])
-    both = both[_some(rng, len(both), limit)]
+    both = _directed(_pairs_of(splits, split, per_relation, seed), limit, rng)
     drawn, found = _unrelated(graph, both[:, 0], splits.items(split), negatives, rng)
+    return _queries(graph, split, both, drawn, np.full(drawn.shape, UNRELATED), found)
+
+
+def controlled_queries(
+    graph: RelationGraph,
+    splits: Splits,
+    split: str,
+    *,
+    negatives: int = 20,
+    limit: int = 10_000,
+    per_relation: int = 0,
+    seed: int,
+) -> RetrievalQueries:
+    """The queries of `retrieval_queries` with candidates that neither half of a query tells apart.
+
+    Half of the negatives are linked to the query under another relation but not under this one;
+    those that this relation links to other items come first. The other half are linked to something
+    under this relation, but to the query under none. Where a split has too few of either, the rest
+    are unrelated items, as in `retrieval_queries`. All are drawn without replacement from the
+    split's items, and none is linked to the query under its relation.
+
+    Raises:
+      UserError: the split has no pair, or no query has enough other items.
+    """
+    rng = np.random.default_rng([seed, split_index(split), 1])
+    both = _directed(_pairs_of(splits, split, per_relation, seed), limit, rng)
+    items = splits.items(split)
+    members = _members(graph, splits.pairs(split), items)
+    drawn = np.zeros((len(both), negatives), np.int64)
+    kind = np.full(drawn.shape, UNRELATED, np.int8)
+    found = np.zeros(len(both), bool)
+    half = negatives // 2
+    barred, is_member = np.zeros((2, len(graph)), bool)
+    for row in np.argsort(both[:, 2], kind="stable"):
+        query, _, relation = both[row]
+        near = items[_linked_places(graph, query, items)]
+        other = near[~graph.linked(query, near, relation) & (near != query)]
+        if graph.class_links is not None:  # Items of one label are one thing to a text.
+            other = other[graph.labels[other] != graph.labels[query]]
+        other = rng.permutation(other)
+        is_member[members[relation]] = True
+        other = other[np.argsort(~is_member[other], kind="stable")][:half]
+        is_member[members[relation]] = False
+        barred[near] = True
+        same = _sample(rng, members[relation], barred, len(near), half)
+        barred[same] = True
+        rest = negatives - len(other) - len(same)
+        fill = _sample(rng, items, barred, len(near) + len(same), rest)
+        barred[near] = barred[same] = False
+        found[row] = len(fill) == rest
+        if found[row]:
+            drawn[row] = np.concatenate([other, same, fill])
+            kind[row, : len(other)] = OTHER_RELATION
+            kind[row, len(other) : len(other) + len(same)] = SAME_RELATION
+    return _queries(graph, split, both, drawn, kind, found)
+
+
+def _queries(
+    graph: RelationGraph,
+    split: str,
+    both: np.ndarray,
+    drawn: np.ndarray,
+    kind: np.ndarray,
+    found: np.ndarray,
+) -> RetrievalQueries:
+    """The queries (a, b, relation) for which enough negatives were found."""
     if not found.any():
         raise UserError(
-            f"No item of the {split} split of '{graph.name}' has {negatives} unrelated items in "
-            "it; ask for fewer negatives or use more items."
+            f"No item of the {split} split of '{graph.name}' has {drawn.shape[1]} unrelated items "
+            "in it; ask for fewer negatives or use more items."
         )
     both = both[found]
-    candidates = np.concatenate([both[:, 1:2], drawn[found]], axis=1)
+    kind = np.pad(kind[found], ((0, 0), (1, 0)), constant_values=POSITIVE)
     return RetrievalQueries(
         query=both[:, 0].astype(np.int32),
-        candidates=candidates.astype(np.int32),
+        candidates=np.concatenate([both[:, 1:2], drawn[found]], axis=1).astype(np.int32),
         relation=both[:, 2].astype(np.int32),
+        kind=kind.astype(np.int8),
         skipped=int(np.sum(~found)),
     )
+
+
+def _directed(pairs: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Pairs in both directions, (2P, 3), at most `limit` of them."""
+    both = np.concatenate([pairs, pairs[:, [1, 0, 2]]])
+    return both[_some(rng, len(both), limit)]
+
+
+def _members(graph: RelationGraph, pairs: np.ndarray, items: np.ndarray) -> list[np.ndarray]:
+    """For each relation the items, sorted, that the split's pairs or class links link under it."""
+    if graph.class_links is None:
+        both = np.unique(np.concatenate([pairs[:, [2, 0]], pairs[:, [2, 1]]]), axis=0)
+        bounds = np.searchsorted(both[:, 0], np.arange(len(graph.relations) + 1))
+        return [both[i:j, 1] for i, j in itertools.pairwise(bounds)]
+    linked = np.zeros((len(graph.relations), len(graph.label_names)), bool)
+    a, b, relation = graph.class_links.T
+    linked[relation, a] = linked[relation, b] = True
+    return [items[row[graph.labels[items]]] for row in linked]
+
+
+def _linked_places(graph: RelationGraph, query: int, items: np.ndarray) -> np.ndarray:
+    """Places in sorted items of those that are linked to a query under any relation, itself too."""
+    if graph.class_links is not None:
+        return np.flatnonzero(graph.linked_any(query, items))
+    near = graph.related_to(query)
+    place = np.searchsorted(items, near).clip(max=len(items) - 1)
+    return place[items[place] == near]
+
+
+def _sample(
+    rng: np.random.Generator, pool: np.ndarray, barred: np.ndarray, most: int, count: int
+) -> np.ndarray:
+    """At most `count` of a pool, uniform without replacement, none of which is `barred` (N,).
+
+    most: the number of items that are barred, or more.
+    """
+    drawn = pool[rng.choice(len(pool), min(len(pool), count + most), replace=False)]
+    return drawn[~barred[drawn]][:count]
 
 
 def relation_candidates(
@@ -101,6 +222,10 @@ def relation_candidates(
     seed: int,
 ) -> RelationQueries:
     """The pairs of a split, each with its relation and others under which it is not linked.
+
+    Wrong relations are drawn without replacement by how often each is the true one of the pairs
+    that are asked, so that frequent relations are wrong about as often as they are right. One that
+    is true of most pairs cannot be wrong as often: see the frequency control.
 
     C is `candidates`, or the number R of the graph's relations where that is smaller (with one
     relation C is 1, and the task says nothing). Pairs with fewer than C - 1 relations that do not
@@ -118,7 +243,8 @@ def relation_candidates(
     if np.all(free < others):
         others = int(free.max())
     kept = pairs[free >= others]
-    drawn, _ = _unlinked(graph, kept, others, rng)
+    frequency = np.bincount(pairs[:, 2], minlength=len(graph.relations)) / len(pairs)
+    drawn = _unlinked(graph, kept, others, frequency, rng)
     return RelationQueries(
         a=kept[:, 0].astype(np.int32),
         b=kept[:, 1].astype(np.int32),
@@ -140,7 +266,8 @@ def validity_examples(
 
     Every true pair stands beside one false one: for half of them the same items under a relation
     that does not link them, for half the same first item and relation with an unrelated item of
-    the split. So neither an item nor a sentence alone tells the answer.
+    the split. The wrong relations are the true ones, exchanged among the pairs: every relation is
+    false as often as it is true. So neither an item nor a sentence alone tells the answer.
 
     Raises:
       UserError: the split has fewer than two pairs, or no false ones can be drawn.
@@ -152,18 +279,19 @@ def validity_examples(
     swap = rng.random(len(pairs)) < 0.5
     pairs = np.where(swap[:, None], pairs[:, [1, 0, 2]], pairs)
     first, second = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-    relation, ok_relation = _unlinked(graph, first, 1, rng)
-    item, ok_item = _unrelated(graph, second[:, 0], splits.items(split), 1, rng)
-    k = min(int(ok_relation.sum()), int(ok_item.sum()), limit // 4)
+    item, ok = _unrelated(graph, second[:, 0], splits.items(split), 1, rng)
+    true_second, item = second[ok], item[ok]
+    first, wrong = _exchanged(graph, first[: min(limit // 4, len(item))], rng)
+    k = len(first)
     if k == 0:
         raise UserError(
             f"The {split} split of '{graph.name}' gives no false pairs for the validity task; it "
             "needs two pairs, two relations and two unrelated items at least."
         )
-    true_first, true_second = first[ok_relation][:k], second[ok_item][:k]
+    true_first, true_second = first, true_second[:k]
     wrong_relation, wrong_item = true_first.copy(), true_second.copy()
-    wrong_relation[:, 2] = relation[ok_relation][:k, 0]
-    wrong_item[:, 1] = item[ok_item][:k, 0]
+    wrong_relation[:, 2] = wrong
+    wrong_item[:, 1] = item[:k, 0]
     rows = np.concatenate([true_first, true_second, wrong_relation, wrong_item]).astype(np.int32)
     label = np.repeat(np.array([1, 0], np.int32), 2 * k)
     order = rng.permutation(len(rows))
@@ -241,25 +369,70 @@ def _first_of_kind(values: np.ndarray) -> np.ndarray:
 def _lowest(keys: np.ndarray, barred: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Columns of each row's `count` lowest keys that are not barred, and whether that many are."""
     found = np.sum(~barred, axis=1) >= count
-    keys[barred] = 2.0  # keys are below 1
+    keys[barred] = np.inf
     columns = np.argpartition(keys, count - 1, axis=1)[:, :count] if count else keys[:, :0]
     return columns.astype(np.int64), found
 
 
 def _unlinked(
-    graph: RelationGraph, pairs: np.ndarray, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """`count` relations that do not link each pair (P, count), and whether there are so many."""
+    graph: RelationGraph,
+    pairs: np.ndarray,
+    count: int,
+    frequency: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """`count` relations that do not link each pair (P, count), drawn by their frequency (R,).
+
+    Relations of frequency 0 come after all others. Every pair must have so many.
+    """
     total = len(graph.relations)
     drawn = np.zeros((len(pairs), count), np.int64)
-    found = np.zeros(len(pairs), bool)
-    if total < count:
-        return drawn, found
+    # The lowest of exponential variables with these rates are a draw without replacement.
+    scale = 1 / np.maximum(frequency, 1e-9)
     block = max(1, _BLOCK_CELLS // max(total, 1))
     for low in range(0, len(pairs), block):
         rows = slice(low, min(low + block, len(pairs)))
         linked = np.zeros((len(pairs[rows]), total), bool)
         linked[graph.links_of(pairs[rows])] = True
-        keys = rng.random(linked.shape, dtype=np.float32)
-        drawn[rows], found[rows] = _lowest(keys, linked, count)
-    return drawn, found
+        keys = rng.standard_exponential(linked.shape) * scale
+        drawn[rows], _ = _lowest(keys, linked, count)
+    return drawn
+
+
+def _exchanged(
+    graph: RelationGraph, pairs: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (k, 3), and their relations (k,) in another order in which none links its pair.
+
+    Starts from a random order and exchanges where a relation does link; pairs for which nothing is
+    found are left out, and the rest is tried again.
+    """
+    while len(pairs):
+        a, b, relation = pairs.T
+        relation = rng.permutation(relation)
+        for _ in range(_ROUNDS):
+            wrong = np.flatnonzero(graph.linked(a, b, relation))
+            if not len(wrong):
+                return pairs, relation
+            for i, j in zip(wrong, rng.integers(len(pairs), size=len(wrong)), strict=True):
+                i_to, j_to = relation[j], relation[i]
+                if not graph.linked(a[[i, j]], b[[i, j]], np.array([i_to, j_to])).any():
+                    relation[[i, j]] = i_to, j_to
+        pairs = pairs[~graph.linked(a, b, relation)]
+    return pairs, np.zeros(0, np.int64)
+
+
+def every_relation(graph: RelationGraph, queries: RelationQueries) -> tuple[np.ndarray, np.ndarray]:
+    """All relations for each pair (P, R), the true one first, and which count (P, R) bool.
+
+    The others that link the pair do not count: they are right, too.
+    """
+    total, pairs = len(graph.relations), np.stack([queries.a, queries.b], axis=1)
+    true = queries.relations[:, :1]
+    others = np.broadcast_to(np.arange(total), (len(pairs), total))
+    relations = np.concatenate([true, others[others != true].reshape(len(pairs), -1)], axis=1)
+    linked = np.zeros((len(pairs), total), bool)
+    linked[graph.links_of(pairs)] = True
+    counts = ~np.take_along_axis(linked, relations, axis=1)
+    counts[:, 0] = True
+    return relations, counts

@@ -68,6 +68,8 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
             "relations": list(graph.relations),
             "intra_relation": graph.intra_relation,
             "label_names": list(graph.label_names),
+            "paraphrases": [list(sentences) for sentences in graph.paraphrases],
+            "held_out": graph.held_out,
             "class_links": None if graph.class_links is None else graph.class_links.tolist(),
         }
         return tfds.core.DatasetInfo(
@@ -335,6 +337,8 @@ def _read_graph(folder: Path) -> RelationGraph:
             class_links=None if links is None else np.array(links, np.int32).reshape(-1, 3),
             item_group=group,
             attributes=attributes,
+            paraphrases=tuple(map(tuple, metadata.get("paraphrases", ()))),
+            held_out=metadata.get("held_out", 0),
         )
         missing = [f.name for f in _shards(folder, counts) if not f.is_file()]
         if missing:

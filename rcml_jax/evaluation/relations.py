@@ -3,8 +3,9 @@
 import numpy as np
 
 from rcml_jax.evaluation.probe import fit_classifier
-from rcml_jax.evaluation.ranking import candidate_ranks, retrieval_metrics
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.evaluation.ranking import candidate_ranks
+from rcml_jax.evaluation.retrieval import rank_measures
+from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
 
 
 def relation_type(
@@ -13,12 +14,14 @@ def relation_type(
     b: np.ndarray,
     relations: np.ndarray,
     *,
+    where: np.ndarray | None = None,
     similarity: str = "cosine",
 ) -> dict:
     """Top-1 and Top-3 of the true relation among candidates, by the pair's score under each.
 
-    a, b (p,): item identifiers; relations (p, c) with the true one in column 0. Ties count against
-    the model, so one that does not look at the relation scores 0. Rates are fractions.
+    a, b (p,): item identifiers; relations (p, c) with the true one in column 0; where (p, c) bool:
+    the candidates that count. Ties count against the model, so one that does not look at the
+    relation scores 0. Returns what `type_measures` does.
     """
     scores = pair_scores(
         table,
@@ -27,12 +30,26 @@ def relation_type(
         relations,
         similarity=similarity,
     )
-    result: dict = {"pairs": len(a), "candidates": relations.shape[1], "top1": {}, "top3": {}}
-    for name in SCORES:
-        metrics = retrieval_metrics(candidate_ranks(scores[name]), ks=(1, 3))
-        result["top1"][name] = float(metrics["hit@1"])
-        result["top3"][name] = float(metrics["hit@3"])
-    return result
+    return type_measures(scores, relations, where=where)
+
+
+def type_measures(
+    scores: dict[str, np.ndarray], relations: np.ndarray, *, where: np.ndarray | None = None
+) -> dict:
+    """Top-1 and Top-3 of scores (p, c) by name for relations (p, c), the true one in column 0.
+
+    Returns {"pairs", "candidates", "top1", "top3", "macro"}, for each score its rate as a fraction;
+    "macro" has means over true relations of each relation's mean.
+    """
+    ranks = {name: np.asarray(candidate_ranks(x, where=where)) for name, x in scores.items()}
+    found = rank_measures(ranks, relations[:, 0], ("hit@1", "hit@3"))
+    names = {"top1": "hit@1", "top3": "hit@3"}
+    return {
+        "pairs": len(relations),
+        "candidates": relations.shape[1],
+        **{name: found[measure] for name, measure in names.items()},
+        "macro": {name: found["macro"][measure] for name, measure in names.items()},
+    }
 
 
 def validity_features(

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ def retrieval(
     """Hit@1, Hit@5 and MRR for each of the five scores.
 
     query (q,), candidates (q, c) with the positive in column 0: item identifiers; relation (q,).
-    Ties count against the model. Returns {"queries", "hit@1", "hit@5", "mrr"}, rates as fractions.
+    Ties count against the model. Returns what `retrieval_measures` does.
     """
     scores = pair_scores(
         table,
@@ -36,10 +37,33 @@ def retrieval(
         relation[:, None],
         similarity=similarity,
     )
-    result: dict = {"queries": len(query), "hit@1": {}, "hit@5": {}, "mrr": {}}
-    for name in SCORES:
-        for measure, value in retrieval_metrics(candidate_ranks(scores[name]), ks=(1, 5)).items():
-            result[measure][name] = float(value)
+    return retrieval_measures(scores, relation)
+
+
+def retrieval_measures(scores: dict[str, np.ndarray], relation: np.ndarray) -> dict:
+    """Hit@1, Hit@5 and MRR of scores (q, c) by name, with the positive in column 0.
+
+    relation (q,). Returns {"queries", "hit@1", "hit@5", "mrr", "macro"}, for each score its rate as
+    a fraction; "macro" has the same measures as means over relations of each relation's mean.
+    """
+    ranks = {name: np.asarray(candidate_ranks(x)) for name, x in scores.items()}
+    return {"queries": len(relation), **rank_measures(ranks, relation, ("hit@1", "hit@5", "mrr"))}
+
+
+def rank_measures(
+    ranks: dict[str, np.ndarray], relation: np.ndarray, measures: Sequence[str]
+) -> dict:
+    """Measures ("hit@k", "mrr") of 0-based ranks (q,) by name, and under "macro" by relation."""
+    result: dict = {measure: {} for measure in measures}
+    result["macro"] = {measure: {} for measure in measures}
+    ks = tuple(int(m.removeprefix("hit@")) for m in measures if m != "mrr")
+    of_relation = [np.flatnonzero(relation == e) for e in np.unique(relation)]
+    for name, found in ranks.items():
+        whole = retrieval_metrics(found, ks=ks)
+        parts = [retrieval_metrics(found[rows], ks=ks) for rows in of_relation]
+        for measure in measures:
+            result[measure][name] = float(whole[measure])
+            result["macro"][measure][name] = float(np.mean([part[measure] for part in parts]))
     return result
 
 

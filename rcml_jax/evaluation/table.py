@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rcml_jax.evaluation.controls import rows_of
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
@@ -106,32 +107,52 @@ def _print_relational(result: dict, console: Console) -> None:
     queries = result["retrieval"]["queries"]
     table = Table(
         title=f"{result['method']} on {result['dataset']}: {result['split']}, {queries:,} queries",
-        caption=f"Queries: {result['protocol']['retrieval']}. Ties count against the model.",
+        caption=f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
+        "with a dash are controls.",
         caption_justify="left",
     )
     table.add_column("measure (%)")
     for name in SCORES:
         table.add_column(name.upper(), justify="right")
     for label, row in _rows(result):
-        table.add_row(label, *(f"{100 * row[name]:.1f}" for name in SCORES))
+        cells = (f"{100 * row[name]:.1f}" if name in row else "" for name in SCORES)
+        table.add_row(label, *cells)
     console.print(table)
     validity = result["relation_validity"]
+    beside = [
+        f"{label} {100 * row['relation_validity']['accuracy']:.1f}"
+        for _, label, (row,) in rows_of({"": [result]})
+        if "relation_validity" in row
+    ]
     console.print(
-        f"Relation validity ({validity['probe']} probe, {validity['pairs']:,} triples, chance 50): "
-        f"{100 * validity['accuracy']:.1f} %"
+        f"Relation validity ({validity['probe']} probe, {validity['pairs']:,} triples): "
+        f"{100 * validity['accuracy']:.1f} %" + "".join(f"; {said}" for said in beside)
     )
 
 
 def _rows(result: dict):
+    """The lines of the table: a measure of the method first, then the controls' under it."""
     retrieval, types = result["retrieval"], result["relation_type"]
-    yield "Hit@5", retrieval["hit@5"]
+    yield from _with_controls(result, "retrieval", "hit@5", "Hit@5")
+    if "macro" in retrieval:
+        yield "Hit@5, mean over relations", retrieval["macro"]["hit@5"]
     yield "Hit@1", retrieval["hit@1"]
     yield "MRR", retrieval["mrr"]
+    if "retrieval_random" in result:
+        yield from _with_controls(result, "retrieval_random", "hit@5", "Hit@5, random candidates")
     if whole := result.get("retrieval_all"):
         yield f"Hit@5, all {whole['gallery']['items']:,} items", whole["hit@5"]
         yield "mAP, all items", whole["map"]
-    yield f"relation type, Top-3 of {types['candidates']}", types["top3"]
+    title = f"relation type, Top-3 of {types['candidates']}"
+    yield from _with_controls(result, "relation_type", "top3", title)
+    if "macro" in types:
+        yield "Top-3, mean over relations", types["macro"]["top3"]
     yield f"relation type, Top-1 of {types['candidates']}", types["top1"]
+    if every := result.get("relation_type_all"):
+        yield f"Top-3 of all {every['candidates']} relations", every["top3"]
+    for number, unseen in enumerate(result.get("unseen_sentences", []), 1):
+        yield f"Hit@5, unseen sentence {number}", unseen["retrieval"]["hit@5"]
+        yield f"Top-3, unseen sentence {number}", unseen["relation_type"]["top3"]
     product = result["training_free_product"]
     yield "Hit@5, cos·cos product", product["retrieval"]["hit@5"]
     yield "Top-3, cos·cos product", product["relation_type"]["top3"]
@@ -143,3 +164,10 @@ def _rows(result: dict):
     for name, scores in result.get("similarities", {}).items():
         yield f"Hit@5, {name}", scores["retrieval"]["hit@5"]
         yield f"Top-3, {name}", scores["relation_type"]["top3"]
+
+
+def _with_controls(result: dict, task: str, measure: str, title: str):
+    yield title, result[task][measure]
+    for _, label, (row,) in rows_of({"": [result]}):
+        if task in row:
+            yield f"– {label}", row[task][measure]

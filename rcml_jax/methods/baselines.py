@@ -64,14 +64,19 @@ class BaselineMethod(RelationalMethod):
         return clip(text, image, **options), {}
 
     def tables(
-        self, params: Params, items: np.ndarray, needed: np.ndarray | None = None
+        self,
+        params: Params,
+        items: np.ndarray,
+        needed: np.ndarray | None = None,
+        sentences: Sequence[str] | None = None,
     ) -> dict[str, EmbeddingTable]:
         """ "plain": the items alone; "sentence": the relation sentence appended to the text.
 
         The second table is made only where `needed` says what will be looked up in it.
         """
         towers = params["towers"]
-        relation = np.asarray(self._texts(towers, self.relation_ids))
+        said = list(self.task.sentences if sentences is None else sentences)
+        relation = np.asarray(self._texts(towers, self.task.encode(said)))
         text = np.empty((1, len(items), relation.shape[1]), np.float32)
         image = np.empty_like(text)
         for rows, ids, images in self.chunks(items):
@@ -79,12 +84,17 @@ class BaselineMethod(RelationalMethod):
             image[0, rows] = self._images(towers, images)
         tables = {"plain": EmbeddingTable(items, text, image, relation)}
         if needed is not None:
-            with_sentence = self._with_sentence(towers, items, needed, relation.shape[1])
+            with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
             tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
         return tables
 
     def _with_sentence(
-        self, towers: Params, items: np.ndarray, needed: np.ndarray, width: int
+        self,
+        towers: Params,
+        items: np.ndarray,
+        needed: np.ndarray,
+        said: Sequence[str],
+        width: int,
     ) -> np.ndarray:
         """Texts followed by the sentence, (R, n, d), where they are needed; equal ones once."""
         task = self.task
@@ -97,7 +107,7 @@ class BaselineMethod(RelationalMethod):
         for start in range(0, len(distinct), _SENTENCE_CHUNK):
             chunk = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(distinct) - 1)
             texts, numbers = zip(*(distinct[i] for i in chunk), strict=True)
-            sentences = [task.sentences[r] for r in numbers]
+            sentences = [said[r] for r in numbers]
             part = self._embedded(
                 towers, *task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
             )

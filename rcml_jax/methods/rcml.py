@@ -99,12 +99,17 @@ class RCMLMethod(RelationalMethod):
         return value, metrics
 
     def tables(
-        self, params: Params, items: np.ndarray, needed: np.ndarray | None = None
+        self,
+        params: Params,
+        items: np.ndarray,
+        needed: np.ndarray | None = None,
+        sentences: Sequence[str] | None = None,
     ) -> dict[str, EmbeddingTable]:
         """One table: every item pooled under every relation."""
         del needed
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
-        relation = self._relations(variables, self.relation_ids)
+        ids = self.relation_ids if sentences is None else self.task.encode(list(sentences))
+        relation = self._relations(variables, ids)
         shape = (len(relation), len(items), relation.shape[1])
         text, image = np.empty(shape, np.float32), np.empty(shape, np.float32)
         for rows, ids, images in self.chunks(items):

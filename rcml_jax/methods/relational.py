@@ -13,26 +13,35 @@ from flax import traverse_util
 
 from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.data.packing import PackedTexts, pack_texts
+from rcml_jax.data.protocol import every_relation
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
 from rcml_jax.evaluation.retrieval import gallery_retrieval, retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.relational_towers import (
     check_packing,
+    from_checkpoint,
     frozen_parts,
     load_checkpoints,
     towers_config,
 )
-from rcml_jax.methods.task import RelationTask, texts_per_row
+from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, texts_per_row
 from rcml_jax.models.efficientnet import STATISTICS
-from rcml_jax.models.two_towers import PairConfig, load_pretrained
-from rcml_jax.similarity import SIMILARITIES
+from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
+from rcml_jax.similarity import SIMILARITIES, l2_normalize
 
 _CHUNK = 256
 #: The measure by which the better of several ways to score is picked, for each task.
-_DECIDES = {"retrieval": "hit@5", "relation_type": "top3", "retrieval_all": "map"}
+_DECIDES = {
+    "retrieval": "hit@5",
+    "relation_type": "top3",
+    "retrieval_all": "map",
+    "retrieval_random": "hit@5",
+    "relation_type_all": "top3",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +147,16 @@ class RelationalMethod(Method):
 
     @abc.abstractmethod
     def tables(
-        self, params: Params, items: np.ndarray, needed: np.ndarray | None = None
+        self,
+        params: Params,
+        items: np.ndarray,
+        needed: np.ndarray | None = None,
+        sentences: Sequence[str] | None = None,
     ) -> dict[str, EmbeddingTable]:
         """Embeddings of items under all relations, one table for each way to score the method.
 
         needed: (relations, items) bool, what will be asked for; a table may leave the rest empty.
+        sentences: other sentences for the relations than the task's.
         """
 
     @abc.abstractmethod
@@ -159,20 +173,28 @@ class RelationalMethod(Method):
 
     def validate(self, params: Params) -> Metrics:
         """Retrieval and relation type on validation, in the method's first way of scoring."""
-        queries, types, items = self._asked("validation")
+        asked, types, items = self._asked("validation")
         by_gallery = self.selection.startswith("retrieval_all/")
         if by_gallery:
             gallery = self.task.gallery_queries("validation")
             items = np.union1d(items, gallery.items)
         table = next(iter(self.tables(params, items).values()))
-        scores = _score(table, queries, types)
+        scores = _score(table, asked["retrieval"], types)
         found = scores["retrieval"] | {"relation_type": scores["relation_type"]}
         return found | ({"retrieval_all": _score_gallery(table, gallery)} if by_gallery else {})
 
-    def _asked(self, split: str) -> tuple[Any, Any, np.ndarray]:
-        """The split's retrieval queries, its relation type queries, and the items of both."""
-        queries, types = self.task.retrieval_queries(split), self.task.relation_queries(split)
-        parts = (queries.query, queries.candidates.ravel(), types.a, types.b)
+    def _asked(self, split: str, *candidates: str) -> tuple[dict[str, Any], Any, np.ndarray]:
+        """The split's retrieval queries by task, its relation type queries, and the items of all.
+
+        candidates: further sets of candidates beside the controlled one.
+        """
+        queries = {"retrieval": self.task.retrieval_queries(split)}
+        for name in candidates:
+            queries[f"retrieval_{name}"] = self.task.retrieval_queries(split, name)
+        types = self.task.relation_queries(split)
+        parts = [types.a, types.b]
+        for asked in queries.values():
+            parts += [asked.query, asked.candidates.ravel()]
         return queries, types, np.unique(np.concatenate(parts))
 
     def evaluate(
@@ -181,27 +203,38 @@ class RelationalMethod(Method):
         """The protocol of the README on a split; what `eval.json` holds."""
         del history
         task, config = self.task, self.config
-        queries, types, items = self._asked(split)
+        queries, types, items = self._asked(split, "random")
         gallery = task.gallery_queries(split)
         items = np.union1d(items, gallery.items)
-        needed = _needed(len(task.graph.relations), items, queries, types)
+        every = len(task.graph.relations) <= MOST_RELATIONS
+        needed = _needed(len(task.graph.relations), items, queries, types, every)
         # Where items have one text, its first item's embedding stands for all.
         texts = np.searchsorted(items, gallery.items[np.unique(gallery.texts)])
         needed[np.unique(gallery.relation)[:, None], texts] = True
         tables = self.tables(params, items, needed)
-        score = functools.partial(_score, queries=queries, types=types)
-        variants = _variants(tables, score, gallery)
+        score = functools.partial(_score, queries=queries["retrieval"], types=types)
+        measure = functools.partial(
+            _measured, queries=queries, types=types, gallery=gallery, graph=task.graph
+        )
+        variants = {name: measure(table) for name, table in tables.items()}
+        best = _best(variants)
+        first = next(iter(tables.values()))
+        validity = {"train": task.validity_examples("train"), "test": task.validity_examples(split)}
         result = {
             "method": config.method,
             "dataset": task.graph.name,
             "split": split,
-            "protocol": self._protocol(split, queries, gallery),
-            **_best(variants),
-            "relation_validity": self._validity(params, split),
-            "training_free_product": score(next(iter(tables.values())), similarity="product"),
+            "protocol": self._protocol(split, queries, types, gallery),
+            **{name: best[name] for name in ("retrieval", "relation_type", "retrieval_all")},
+            "relation_validity": self._validity(params, validity),
+            **best,
+            "controls": control_rows(self, params, first, queries, types, validity),
+            "training_free_product": score(first, similarity="product"),
         }
+        if unseen := self._unseen_sentences(params, items, needed, measure):
+            result["unseen_sentences"] = unseen
         if frozen := self._pretrained_tables(items, needed):
-            result["pretrained_clip"] = _best(_variants(frozen, score, gallery))
+            result["pretrained_clip"] = _best({n: measure(table) for n, table in frozen.items()})
         if len(variants) > 1:
             result["variants"] = variants
         if self.similarities != ("cosine",):
@@ -211,6 +244,17 @@ class RelationalMethod(Method):
                 for name in self.similarities
             }
         return result
+
+    def _unseen_sentences(
+        self, params: Params, items: np.ndarray, needed: np.ndarray, measure: Callable
+    ) -> list[dict]:
+        """The ranking tasks under each held-out paraphrase of the relations."""
+        if not self.config.data.relation_text:
+            return []
+        return [
+            _best({n: measure(x) for n, x in self.tables(params, items, needed, said).items()})
+            for said in self.task.graph.held_out_sentences()
+        ]
 
     def _pretrained_tables(self, items: np.ndarray, needed: np.ndarray) -> dict:
         """Those of the CLIP checkpoint before any training, where the towers began as one."""
@@ -222,11 +266,45 @@ class RelationalMethod(Method):
         params = {"towers": jax.tree.map(jnp.asarray, towers)}
         return BaselineMethod(self.config, self.task).tables(params, items, needed)
 
-    def _validity(self, params: Params, split: str) -> dict:
+    def checkpoint_states(
+        self, params: Params, items: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What the towers that came from a checkpoint make of items before any training.
+
+        Unit vectors (n, d) of "text" and "image", and of the relation sentences (R, d): in the
+        joint space where both towers came from one checkpoint, else in the tower's own width.
+        """
+        came = from_checkpoint(self.config.model)
+        towers = build_towers(self.towers_config, self.dtype)
+        variables = {"params": load_checkpoints(self.config.model, params["towers"])}
+
+        def encoder(name: str) -> Callable:
+            def encode(x: Any) -> jax.Array:
+                states = towers.apply(variables, x, projected=came.joint, method=name)
+                return l2_normalize(states.pooled)
+
+            return jax.jit(encode)
+
+        encoders = {
+            name: encoder(f"{name}_states") for name in ("text", "image") if getattr(came, name)
+        }
+        parts: dict[str, list] = {name: [] for name in encoders}
+        ids = self.task.encode([self.task.graph.texts[i] for i in items])
+        for start in range(0, len(items), _CHUNK):
+            rows = np.arange(start, start + _CHUNK).clip(max=len(items) - 1)
+            if "text" in encoders:
+                parts["text"].append(encoders["text"](ids[rows]))
+            if "image" in encoders:
+                parts["image"].append(encoders["image"](self.task.images(items[rows])))
+        sides = {name: np.concatenate(found)[: len(items)] for name, found in parts.items()}
+        if "text" not in encoders:
+            return sides, np.zeros((len(self.task.sentences), 0))
+        return sides, np.asarray(encoders["text"](self.relation_ids))
+
+    def _validity(self, params: Params, validity: dict) -> dict:
         """Fit the probe on triples of the training split, score it on those of the asked one."""
         sides = []
-        for name in ("train", split):
-            examples = self.task.validity_examples(name)
+        for examples in (validity["train"], validity["test"]):
             items = np.union1d(examples.a, examples.b)
             table = next(iter(self.tables(params, items).values()))
             features = validity_features(table, examples.a, examples.b, examples.relation)
@@ -235,28 +313,43 @@ class RelationalMethod(Method):
             *sides, probe=self.config.evaluation.validity_probe, seed=self.config.seed
         )
 
-    def _protocol(self, split: str, queries: Any, gallery: Any) -> dict:
+    def _protocol(self, split: str, queries: dict, types: Any, gallery: Any) -> dict:
         data = self.config.data
-        chance = min(1.0, 5 / queries.candidates.shape[1])
+        asked = queries["retrieval"]
+        chance = min(1.0, 5 / asked.candidates.shape[1])
+        half = (asked.candidates.shape[1] - 1) // 2
         return {
             "split_seed": data.split_seed,
             "disjoint": self.task.splits.disjoint,
             "items": len(self.task.splits.items(split)),
             "pairs_per_relation": data.pairs_per_relation or "all",
-            "retrieval": "pairs of the split in both directions; the positive and "
-            f"{queries.candidates.shape[1] - 1} items of the split unrelated to the query under "
-            f"any relation, drawn uniformly by a fixed seed; chance of Hit@5 {chance:.3f}",
-            "queries_left_out": int(queries.skipped),
+            "retrieval": "pairs of the split in both directions; controlled candidates: the "
+            f"positive, {half} items linked to the query under another relation but not under "
+            f"this one, {half} linked to something under this relation but to the query under "
+            "none; where there are too few, unrelated items of the split, drawn uniformly by a "
+            f"fixed seed; chance of Hit@5 {chance:.3f}",
+            "candidates": asked.shares(),
+            "retrieval_random": "the same pairs; the positive and "
+            f"{asked.candidates.shape[1] - 1} items of the split unrelated to the query under "
+            "any relation, drawn uniformly by a fixed seed",
+            "queries_left_out": {name: int(x.skipped) for name, x in queries.items()},
+            "macro": "means over relations of each relation's mean",
+            "unseen_sentences": "the same queries under sentences that were kept for the test",
+            "relation_type_left_out": int(types.skipped),
+            "controls": "see rcml_jax.evaluation.controls; relation_only and query_only are of "
+            "this model, words and frozen_towers of none; a gain is one over the best of them",
             "retrieval_all": "items of the split under each relation that links them to others of "
             "it; all its other items are ranked, or its distinct texts but the query's own, and "
             "all that are linked under the relation are right; texts ask once a relation; chance: "
             "the mean over all orders",
             "retrieval_all_left_out": gallery.left_out,
             "relation_type": "the true relation among relations under which the pair is not "
-            "linked, drawn by a fixed seed",
+            "linked, drawn by a fixed seed as often as they are true",
+            "relation_type_all": "the true relation among all that do not link the pair; only "
+            f"where there are at most {MOST_RELATIONS}",
             "relation_validity": "probe on [z_T(A), z_I(A), z_T(B), z_I(B), h_E], fitted on "
-            "training triples; balanced; half of the negatives a true pair under a wrong "
-            "relation, half an unrelated pair under this relation",
+            "training triples; balanced, also in each relation; half of the negatives a true pair "
+            "under a wrong relation, half an unrelated pair under this relation",
             "pretrained_clip": "where the towers began as a CLIP checkpoint: that one untrained, "
             "plain or with the sentence appended, whichever does better on this split",
             "similarity": "cosine",
@@ -345,17 +438,26 @@ def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "c
     }
 
 
-def _variants(tables: dict, score: Callable, gallery: Any) -> dict:
-    """The ranking tasks on each table."""
-    return {
-        name: score(table) | {"retrieval_all": _score_gallery(table, gallery)}
-        for name, table in tables.items()
+def _measured(
+    table: EmbeddingTable, queries: dict[str, Any], types: Any, gallery: Any, graph: Any
+) -> dict:
+    """The ranking tasks on one table."""
+    found = {
+        name: retrieval(table, asked.query, asked.candidates, asked.relation)
+        for name, asked in queries.items()
     }
+    found["relation_type"] = relation_type(table, types.a, types.b, types.relations)
+    found["retrieval_all"] = _score_gallery(table, gallery)
+    if len(graph.relations) <= MOST_RELATIONS:
+        relations, counts = every_relation(graph, types)
+        found["relation_type_all"] = relation_type(table, types.a, types.b, relations, where=counts)
+    return found
 
 
 def _best(variants: dict) -> dict:
     """Of each task the variant that does best in it."""
-    return {task: variants[_best_name(variants, task)][task] for task in _DECIDES}
+    tasks = [task for task in _DECIDES if all(task in found for found in variants.values())]
+    return {task: variants[_best_name(variants, task)][task] for task in tasks}
 
 
 def _best_name(variants: dict, task: str) -> str:
@@ -373,12 +475,19 @@ def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
     return gallery_retrieval(table, *fields, gallery.right, gallery.hidden)
 
 
-def _needed(relations: int, items: np.ndarray, queries: Any, types: Any) -> np.ndarray:
-    """Which (relation, item) the retrieval and relation type tasks will look up."""
+def _needed(
+    relations: int, items: np.ndarray, queries: dict[str, Any], types: Any, every: bool
+) -> np.ndarray:
+    """Which (relation, item) the retrieval and relation type tasks will look up.
+
+    every: whether all relations of the pairs are asked for.
+    """
     needed = np.zeros((relations, len(items)), bool)
     row = functools.partial(np.searchsorted, items)
-    needed[queries.relation, row(queries.query)] = True
-    needed[queries.relation[:, None], row(queries.candidates)] = True
-    needed[types.relations, row(types.a)[:, None]] = True
-    needed[types.relations, row(types.b)[:, None]] = True
+    for asked in queries.values():
+        needed[asked.relation, row(asked.query)] = True
+        needed[asked.relation[:, None], row(asked.candidates)] = True
+    chosen = np.arange(relations)[None] if every else types.relations
+    needed[chosen, row(types.a)[:, None]] = True
+    needed[chosen, row(types.b)[:, None]] = True
     return needed

@@ -38,6 +38,21 @@ class Inputs(NamedTuple):
     max_length: int
 
 
+class Came(NamedTuple):
+    """Which towers came from a checkpoint, and whether both came from one, with a joint space."""
+
+    text: bool
+    image: bool
+    joint: bool
+
+
+def from_checkpoint(model: Any) -> Came:
+    """The towers of `config.model` that a checkpoint is named for."""
+    text, image = _given(model)
+    joint = bool(model.pretrained) and not (text or image)
+    return Came(bool(text or model.pretrained), bool(image or model.pretrained), joint)
+
+
 def inputs(model: Any) -> Inputs:
     """What the towers of `config.model` take; no text is longer than its `max_length`."""
     text, image = _given(model)

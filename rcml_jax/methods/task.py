@@ -11,11 +11,13 @@ import numpy as np
 
 from rcml_jax.data import folder, gallery, openmoji, protocol
 from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
-from rcml_jax.data.graph import RelationGraph, Splits, split_graph
+from rcml_jax.data.graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.text import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 
+#: Up to so many relations, all of them are also ranked.
+MOST_RELATIONS = 20
 SOURCES = ("openmoji", "folder", "grocery", "amazon", "hm")
 
 
@@ -99,7 +101,12 @@ class RelationTask:
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         data, model = config.data, config.model
         graph = load_graph(data)
-        splits = split_graph(graph, seed=data.split_seed, disjoint=data.disjoint)
+        splits = split_graph(
+            graph,
+            seed=data.split_seed,
+            disjoint=data.disjoint,
+            domain=data.get("domain_split", ""),  # not in the configurations of older runs
+        )
         # Imported here: who wants the data alone has no need of Hugging Face's classes.
         from rcml_jax.methods.relational_towers import inputs
 
@@ -114,13 +121,17 @@ class RelationTask:
         images = ImageBank(graph.images, taken.image_size)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
-    def sentence(self, relation: int) -> str:
-        """The sentence of a relation; −1 is the intra-sample one."""
+    def sentence(self, relation: int, drawn: int = 0) -> str:
+        """The sentence of a relation; −1 is the intra-sample one.
+
+        drawn: any number, which picks one of the paraphrases for training; 0: the first.
+        """
         if relation < 0:
             return self.graph.intra_relation
         if not self.config.data.relation_text:
             return "These two items are related."
-        return self.graph.relations[relation]
+        sentences = self.graph.training_sentences(relation)
+        return sentences[drawn % len(sentences)]
 
     @functools.cached_property
     def sentences(self) -> list[str]:
@@ -130,6 +141,18 @@ class RelationTask:
     def encode(self, texts: list[str]) -> np.ndarray:
         """Token ids (n, T) int32 of texts, T the smallest of a few fixed lengths that fits."""
         return self.tokenizer.encode(texts, self.max_length)[0]
+
+    def known_graph(self) -> RelationGraph:
+        """The graph as training may know it: its masks and links hold no pair of another split.
+
+        Where no item is in two splits those pairs are of other items anyway. Without inter-sample
+        pairs every item is related to itself alone.
+        """
+        if not self.config.batch.inter_pairs:
+            return self.graph.without_pairs()
+        if self.splits.by_items and self.splits.disjoint != "relation":
+            return self.graph
+        return self.graph.only(self.splits.pair_split == split_index("train"))
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
@@ -144,7 +167,7 @@ class RelationTask:
         sampler = RelationSampler(self.graph, self.splits, sizes, seed)
         moved = functools.partial(augment, shift=batch.image_shift, flip=batch.image_flip)
         collate = collator(
-            self.graph,
+            self.known_graph(),
             self.tokenizer,
             self.images,
             self.sentence,
@@ -164,9 +187,15 @@ class RelationTask:
         }
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
-    def retrieval_queries(self, split: str) -> protocol.RetrievalQueries:
-        """The split's retrieval queries and candidates, the same for every method and seed."""
-        return protocol.retrieval_queries(self.graph, self.splits, split, **self._draw())
+    def retrieval_queries(
+        self, split: str, candidates: str = "controlled"
+    ) -> protocol.RetrievalQueries:
+        """The split's retrieval queries, the same for every method and seed.
+
+        candidates: "controlled" or "random".
+        """
+        draws = {"controlled": protocol.controlled_queries, "random": protocol.retrieval_queries}
+        return draws[candidates](self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def gallery_queries(self, split: str) -> gallery.GalleryQueries:
@@ -176,7 +205,12 @@ class RelationTask:
     @functools.cache  # noqa: B019
     def relation_queries(self, split: str) -> protocol.RelationQueries:
         """The split's pairs with the relations to choose among."""
-        return protocol.relation_candidates(self.graph, self.splits, split, **self._draw())
+        total = len(self.graph.relations)
+        # Of few relations half are drawn, so that frequent ones need not always be among them.
+        candidates = 10 if total > MOST_RELATIONS else max(2, total // 2)
+        return protocol.relation_candidates(
+            self.graph, self.splits, split, candidates=candidates, **self._draw()
+        )
 
     @functools.cache  # noqa: B019
     def validity_examples(self, split: str) -> protocol.ValidityExamples:
@@ -225,4 +259,5 @@ def work_tokenizer(
 def _texts(graph: RelationGraph, splits: Splits) -> list[str]:
     """What a tokenizer is fitted on: the training items' texts and the relation sentences."""
     texts = [graph.texts[i] for i in splits.items("train")]
-    return [*texts, *graph.relations, graph.intra_relation]
+    sentences = [s for r in range(len(graph.relations)) for s in graph.training_sentences(r)]
+    return [*texts, *sentences, graph.intra_relation]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rcml_jax.evaluation.controls import rows_of
 from rcml_jax.report import bars, curves
 from rcml_jax.report.arrays import LeftOutError, load, slug
 from rcml_jax.report.folder import Figure, Folder, Picture, Section, Table, percent
@@ -20,6 +21,8 @@ _RESULTS = {
         "TI": "retrieval/hit@5/ti",
         "IT": "retrieval/hit@5/it",
         "AVG": "retrieval/hit@5/avg",
+        "AVG, by relation": "retrieval/macro/hit@5/avg",
+        "AVG, random": "retrieval_random/hit@5/avg",
         "type, Top-3": "relation_type/top3/avg",
         "validity": "relation_validity/accuracy",
     },
@@ -69,24 +72,28 @@ def _results(folder: Folder, family: str, runs: Sequence[Run], title: str) -> Fi
         if any(bars.values_at(run.result, path) for run in scored)
     }
     columns: dict[str, list] = {"run": [], "measure": [], "mean": [], "std": [], "values": []}
-    for run in scored:
+    # The controls stand below the runs; those that know no model once.
+    shown = [(run.label, run.config.method, run.result) for run in scored]
+    beside = rows_of({run.label: [run.result] for run in scored})
+    shown += [(f"{label}: {control}", "control", rows[0]) for label, control, rows in beside]
+    for label, _, result in shown:
         for name, path in measures.items():
-            values = np.array(bars.values_at(run.result, path))
-            columns["run"].append(run.label)
+            values = np.array(bars.values_at(result, path))
+            columns["run"].append(label)
             columns["measure"].append(name)
             columns["mean"].append(values.mean() if len(values) else np.nan)
             columns["std"].append(values.std(ddof=1) if len(values) > 1 else 0.0)
             columns["values"].append(len(values))
     path, saved = folder.save(f"results-{slug(scored[0].dataset)}.csv", columns)
-    shape = len(scored), len(measures)
+    shape = len(shown), len(measures)
     mean, std, count = (saved[name].reshape(shape) for name in ("mean", "std", "values"))
     rows = [
-        [run.label, run.config.method, str(run.result["split"])]
+        [label, method, str(scored[0].result["split"])]
         + [
             percent(mean[i, j]) + (f" ± {percent(std[i, j])}" if count[i, j] > 1 else "")
             for j in range(len(measures))
         ]
-        for i, run in enumerate(scored)
+        for i, (label, method, _) in enumerate(shown)
     ]
     best = np.nanmax(np.where(np.isnan(mean), -1, mean), axis=0)
     marked = frozenset(

@@ -306,7 +306,9 @@ def test_packed_texts_change_the_order_of_the_items_alone(toy, collated):
     """The same pairs of the same items under the same relations, with their texts and pictures."""
     plan, tokenizer, collate = collated
     images = ImageBank(toy.images, 8)
-    packed = collator(toy, tokenizer, images, lambda r: toy.relations[r], 32, texts_per_row=3)(plan)
+    packed = collator(toy, tokenizer, images, lambda r, k: toy.relations[r], 32, texts_per_row=3)(
+        plan
+    )
     padded = collate(plan)["shared"]
     texts, pictures, shared = *packed["items"].values(), packed["shared"]
     assert pictures.shape == (10, 3, 8, 8, 3)

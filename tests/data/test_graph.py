@@ -196,15 +196,74 @@ def test_validate_names_wrong_class_links():
     assert "split is out of range" in broken(item_split=np.full(len(graph), 3, np.int8))
 
 
+def test_relation_splits_share_neither_items_nor_relations():
+    graph = make_graph(items=200, relations=10, group=60)
+    splits = split_graph(graph, seed=3, disjoint="relation")
+    relations, items = [], []
+    for name in SPLITS:
+        pairs = splits.pairs(name)
+        assert len(pairs) > 0
+        relations.append(set(pairs[:, 2].tolist()))
+        items.append(set(splits.items(name).tolist()))
+        assert set(pairs[:, :2].ravel().tolist()) <= items[-1]
+    assert [len(x) for x in relations] == [7, 1, 2]
+    for parts in (relations, items):
+        assert all(a.isdisjoint(b) for a, b in itertools.combinations(parts, 2))
+    # Items as with "item"; with few relations each split has one of them.
+    for name in SPLITS:
+        expected = split_graph(graph, seed=3).items(name)
+        np.testing.assert_array_equal(splits.items(name), expected)
+    few = make_graph(items=200, relations=3, group=60)
+    few = split_graph(few, seed=0, disjoint="relation")
+    assert [len(set(few.pairs(name)[:, 2])) for name in SPLITS] == [1, 1, 1]
+    with pytest.raises(UserError, match="three relations"):
+        split_graph(make_graph(relations=2), seed=0, disjoint="relation")
+
+
+def test_domain_splits_test_on_other_labels(toy):
+    splits = split_graph(toy, seed=0, domain="one, x*")
+    assert (splits.disjoint, splits.by_items) == ("domain", True)
+    np.testing.assert_array_equal(splits.items("test"), np.flatnonzero(toy.labels == 1))
+    counts = [len(splits.items(name)) for name in SPLITS]
+    assert counts == [35, 5, 20]
+    with pytest.raises(UserError, match="matches every item"):
+        split_graph(dataclasses.replace(toy, labels=np.abs(toy.labels)), seed=0, domain="*e*")
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_graph_of_some_pairs_knows_no_others(toy, classes):
+    graph = make_classes(classes=12, each=5).validate() if classes else toy
+    splits = split_graph(graph, seed=0, disjoint="pair")
+    known = graph.only(splits.pair_split == 0).validate()
+    train, test = splits.pairs("train"), splits.pairs("test")
+    assert known.linked(*train.T).all()
+    assert known.related_values(train[:, 0], train[:, 1]).all()
+    if not classes:
+        assert not known.related_values(test[:, 0], test[:, 1]).any()
+    # Of labels that no training pair links nothing is known.
+    linked = {(*sorted(graph.labels[[a, b]]), e) for a, b, e in train} if classes else ()
+    assert not classes or len(linked) == len(known.class_links)
+    assert 0 < len(known.pairs) < len(graph.pairs)
+    alone = graph.without_pairs().validate()
+    np.testing.assert_array_equal(alone.related().toarray(), np.eye(len(graph), dtype=bool))
+
+
 def test_splits_depend_on_the_seed_alone(toy):
-    for disjoint in ("item", "pair"):
+    for disjoint in ("item", "pair", "relation"):
         one = split_graph(toy, seed=1, disjoint=disjoint).pair_split
         np.testing.assert_array_equal(one, split_graph(toy, seed=1, disjoint=disjoint).pair_split)
         assert np.any(one != split_graph(toy, seed=2, disjoint=disjoint).pair_split)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"disjoint": "relation"}, {"fractions": (0.5, 0.5, 0.5)}, {"fractions": (1, 0)}]
+    "arguments",
+    [
+        {"disjoint": "user"},
+        {"domain": "nothing"},
+        {"domain": "*", "disjoint": "pair"},
+        {"fractions": (0.5, 0.5, 0.5)},
+        {"fractions": (1, 0)},
+    ],
 )
 def test_wrong_split_arguments_are_user_errors(toy, arguments):
     with pytest.raises(UserError):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.data import protocol
-from rcml_jax.data.graph import split_graph
+from rcml_jax.data.graph import normalize_pairs, split_graph
 from rcml_jax.errors import UserError
 from tests.data.conftest import make_classes, make_graph
 
@@ -64,6 +64,7 @@ def test_retrieval_candidates_are_uniform(graph, dense, monkeypatch):
 def test_the_limit_draws_and_everything_is_deterministic(graph, splits):
     for make in (
         protocol.retrieval_queries,
+        protocol.controlled_queries,
         protocol.relation_candidates,
         protocol.validity_examples,
     ):
@@ -161,9 +162,101 @@ def test_validity_is_balanced_and_every_false_one_is_false(graph, splits):
     assert np.mean(related) == 0.5  # a true pair under a wrong relation
     assert np.isin(v.a, splits.items("train")).all()
     assert np.isin(v.b, splits.items("train")).all()
-    # Neither the first item nor the sentence of the swapped ones tells the answer.
+    # Neither the first item nor the sentence tells the answer.
     true = v.label == 1
     assert sorted(v.a[true]) == sorted(v.a[false])
+    assert sorted(v.relation[true]) == sorted(v.relation[false])
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("disjoint", ["item", "pair"])
+def test_controlled_candidates_are_linked_to_one_half_of_the_query(graph, disjoint, classes):
+    # Five groups under each relation, so that it links items to others than the query's.
+    pairs, _ = normalize_pairs(graph.pairs // [1, 1, 5])
+    graph = dataclasses.replace(graph, pairs=pairs, pair_split=np.full(len(pairs), -1, np.int8))
+    splits = split_graph(graph, seed=0, disjoint=disjoint)
+    if classes:
+        graph = make_classes(classes=40, each=6, relations=4, share=0.1).validate()
+        splits = split_graph(graph, seed=0, fractions=(1, 0, 0))
+    q = protocol.controlled_queries(graph, splits, "train", limit=400, seed=1)
+    assert q.skipped == 0
+    plain = protocol.retrieval_queries(graph, splits, "train", limit=400, seed=1)
+    for name in ("query", "relation"):
+        np.testing.assert_array_equal(getattr(q, name), getattr(plain, name))
+    items = splits.items("train")
+    assert np.isin(q.candidates, items).all()
+    ordered = np.sort(q.candidates, axis=1)
+    assert np.all(ordered[:, 1:] != ordered[:, :-1])
+    query, relation = q.query[:, None], q.relation[:, None]
+    right = graph.linked(query, q.candidates, relation)
+    np.testing.assert_array_equal(right, np.arange(21) == np.zeros((len(right), 1)))
+    near = graph.linked_any(query, q.candidates)
+    np.testing.assert_array_equal(near, q.kind < protocol.SAME_RELATION)
+    if classes:
+        assert not np.any(graph.labels[query] == graph.labels[q.candidates[:, 1:]])
+    else:
+        pairs = splits.pairs("train")
+        members = {e: set(pairs[pairs[:, 2] == e, :2].ravel()) for e in range(6)}
+        for row, kinds, e in zip(q.candidates, q.kind, q.relation, strict=True):
+            same = row[kinds == protocol.SAME_RELATION]
+            assert set(same) <= members[e]
+        # Of what another relation links to the query, what this one links to others comes first.
+        in_relation = np.array(
+            [
+                [c in members[e] for c in row]
+                for row, e in zip(q.candidates, q.relation, strict=True)
+            ]
+        )
+        for row in np.where(q.kind == protocol.OTHER_RELATION, in_relation, -1):
+            row = row[row >= 0]
+            assert np.all(np.diff(row) <= 0)
+    shares = q.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert 0.2 < shares["other_relation"] <= 0.5
+    assert 0.2 < shares["same_relation"] <= 0.5
+
+
+def test_controlled_candidates_are_filled_up_and_counted():
+    # One relation alone: nothing is linked to the query under another one.
+    graph = make_graph(items=60, relations=1, group=6)
+    splits = split_graph(graph, seed=0, disjoint="item", fractions=(1, 0, 0))
+    q = protocol.controlled_queries(graph, splits, "train", seed=0)
+    assert q.shares() == {"other_relation": 0, "same_relation": 0, "unrelated": 1}
+    with pytest.raises(UserError, match="55 unrelated"):
+        protocol.controlled_queries(graph, splits, "train", negatives=55, seed=0)
+
+
+def test_wrong_relations_are_as_frequent_as_true_ones():
+    """So that how often a relation is true says nothing, where there are many of them."""
+    rng = np.random.default_rng(0)
+    graph = make_graph(items=2000, relations=40)
+    weight = 1 / np.arange(1, 41)
+    relation = rng.choice(40, size=6000, p=weight / weight.sum())
+    pairs = np.concatenate([rng.integers(2000, size=(6000, 2)), relation[:, None]], axis=1)
+    pairs, _ = normalize_pairs(pairs)
+    graph = dataclasses.replace(graph, pairs=pairs, pair_split=np.full(len(pairs), -1, np.int8))
+    splits = split_graph(graph, seed=0, disjoint="pair", fractions=(0, 0, 1))
+    q = protocol.relation_candidates(graph, splits, "test", candidates=4, seed=0)
+    count = np.bincount(q.relations[:, 0], minlength=40)
+    first = np.mean(np.argmax(count[q.relations], axis=1) == 0)
+    assert abs(first - 0.25) < 0.1
+    # Drawn uniformly, the most frequent of four would mostly be the true one.
+    uniform = np.concatenate([q.relations[:, :1], rng.integers(40, size=(len(q.a), 3))], axis=1)
+    assert np.mean(np.argmax(count[uniform], axis=1) == 0) > 0.6
+    v = protocol.validity_examples(graph, splits, "test", seed=0)
+    counts = [np.bincount(v.relation[v.label == x], minlength=40) for x in (0, 1)]
+    np.testing.assert_array_equal(*counts)
+
+
+def test_every_relation_counts_but_the_other_right_ones(graph, splits):
+    q = protocol.relation_candidates(graph, splits, "train", limit=60, seed=1)
+    relations, counts = protocol.every_relation(graph, q)
+    np.testing.assert_array_equal(relations[:, 0], q.relations[:, 0])
+    np.testing.assert_array_equal(np.sort(relations), np.tile(np.arange(30), (60, 1)))
+    linked = links(graph)
+    for a, b, row, where in zip(q.a, q.b, relations, counts, strict=True):
+        expected = [k == 0 or (a, b, e) not in linked for k, e in enumerate(row)]
+        np.testing.assert_array_equal(where, expected)
 
 
 def test_validity_needs_something_false():
@@ -179,6 +272,7 @@ def test_ten_thousand_queries_of_a_large_graph_are_quick():
     graph.related()
     start = time.perf_counter()
     q = protocol.retrieval_queries(graph, splits, "train", seed=0)
+    protocol.controlled_queries(graph, splits, "train", seed=0)
     protocol.relation_candidates(graph, splits, "train", seed=0)
     protocol.validity_examples(graph, splits, "train", seed=0)
     assert len(q.query) == 10_000

@@ -12,6 +12,7 @@ from transformers import FlaxCLIPModel
 from rcml_jax.data.folder import load as load_folder
 from rcml_jax.data.text import train_tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import controls
 from rcml_jax.methods import build
 from rcml_jax.models.clip import small_clip_config
 from rcml_jax.training import loop
@@ -61,19 +62,21 @@ def check_rates(scores):
 
 
 def check_tasks(retrieval, relation_type):
-    assert retrieval.keys() == {"queries", "hit@1", "hit@5", "mrr"}
+    assert retrieval.keys() == {"queries", "hit@1", "hit@5", "mrr", "macro"}
     assert retrieval["queries"] == 40
     for measure in ("hit@1", "hit@5", "mrr"):
         check_rates(retrieval[measure])
+        check_rates(retrieval["macro"][measure])
     for name in SCORES:
         hits = [retrieval[measure][name] for measure in ("hit@1", "mrr", "hit@5")]
         assert hits[0] <= hits[1]
         assert hits[0] <= hits[2]
-    assert relation_type.keys() == {"pairs", "candidates", "top1", "top3"}
+    assert relation_type.keys() == {"pairs", "candidates", "top1", "top3", "macro"}
     assert relation_type["pairs"] == 40
     assert relation_type["candidates"] == 10
     for measure in ("top1", "top3"):
         check_rates(relation_type[measure])
+        check_rates(relation_type["macro"][measure])
         assert all(relation_type["top1"][s] <= relation_type["top3"][s] for s in SCORES)
 
 
@@ -87,18 +90,50 @@ def check_gallery(found):
         check_rates(found["chance"][measure])
 
 
+WORDS = ["words", "words_sentence", "words_relation_only", "words_and_relation"]
+
+
+def check_controls(rows):
+    first = ["chance", "relation_only", "query_only", "relation_frequency", "relation_one_hot"]
+    assert list(rows) == [*first, *WORDS]
+    assert set(rows) <= set(controls.LABELS)
+    for name in ("chance", "relation_only", "query_only"):
+        check_rates(rows[name]["retrieval"]["hit@5"])
+        check_rates(rows[name]["retrieval_random"]["hit@5"])
+    assert rows["chance"]["retrieval"]["hit@5"]["tt"] == pytest.approx(5 / 21)
+    for name in WORDS:
+        assert set(rows[name]["retrieval"]["hit@5"]) == {"tt"}
+        assert 0 <= rows[name]["retrieval_random"]["macro"]["hit@5"]["tt"] <= 1
+    # Every word that a sentence names is in the texts that it links: found without any training.
+    assert rows["words_sentence"]["retrieval"]["hit@1"]["tt"] == 1
+    assert rows["words_sentence"]["relation_type"]["top1"]["tt"] == 1
+    # The one word that two texts share may be of another relation.
+    assert rows["words"]["retrieval"]["hit@1"]["tt"] < 0.9
+    assert rows["words"]["retrieval_random"]["hit@1"]["tt"] == 1
+    check_rates(rows["relation_frequency"]["relation_type"]["top3"])
+    assert abs(rows["relation_one_hot"]["relation_validity"]["accuracy"] - 0.5) < 0.02
+    assert 0 <= rows["query_only"]["relation_validity"]["accuracy"] <= 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_eval_json_has_the_prescribed_structure(runs, method):
     workdir, result = runs(method)
     assert json.loads((workdir / "eval.json").read_text()) == result
     prescribed = ["method", "dataset", "split", "protocol", "retrieval", "relation_type"]
     assert list(result)[:8] == [*prescribed, "retrieval_all", "relation_validity"]
-    extra = {"training_free_product"} | ({"variants"} if method != "rcml" else set())
+    extra = {"training_free_product", "retrieval_random", "controls"} | (
+        {"variants"} if method != "rcml" else set()
+    )
     assert set(list(result)[8:]) == extra
     assert (result["method"], result["dataset"], result["split"]) == (method, "catalogue", "test")
     check_tasks(result["retrieval"], result["relation_type"])
     check_tasks(**result["training_free_product"])
     check_gallery(result["retrieval_all"])
+    check_tasks(result["retrieval_random"], result["relation_type"])
+    assert result["retrieval_random"] != result["retrieval"]
+    # 22 relations are too many to rank them all.
+    assert "relation_type_all" not in result
+    check_controls(result["controls"])
     validity = result["relation_validity"]
     assert validity["pairs"] % 4 == 0
     assert 0 <= validity["accuracy"] <= 1
@@ -209,8 +244,30 @@ def test_ablations_of_the_data_and_the_loss(catalogue, tmp_path):
     shared = next(method.batches())["shared"]
     np.testing.assert_array_equal(shared["intra"], [True])
     assert shared["pair_valid"].sum() == config.batch.size
+    np.testing.assert_array_equal(shared["related"], np.eye(config.batch.size, dtype=bool))
     (line,) = [x for x in read_metrics(tmp_path / "run") if x["kind"] == "train"]
     assert line["tt"] == line["ii"] == 0.0
+
+
+@pytest.mark.parametrize("disjoint", ["pair", "item", "relation"])
+def test_masks_know_training_pairs_only(catalogue, tmp_path, disjoint):
+    """Under a pair split the mask of the whole graph would give test pairs away."""
+    options = {"data.disjoint": disjoint, "batch.relations": 2}
+    task = build(tiny_config(catalogue, **options), tmp_path).task
+    known = task.known_graph()
+    train, test = task.splits.pairs("train"), task.splits.pairs("test")
+    assert len(test) > 0
+    assert known.related_values(train[:, 0], train[:, 1]).all()
+    assert known.linked(*train.T).all()
+    if disjoint == "item":  # no test pair has two training items
+        assert not np.isin(task.splits.items("test"), task.splits.items("train")).any()
+        return
+    assert not known.linked(*test.T).any()
+    units = {tuple(pair) for pair in train[:, :2].tolist()}
+    hidden = [tuple(pair) not in units for pair in test[:, :2].tolist()]
+    assert not known.related_values(test[hidden, 0], test[hidden, 1]).any()
+    plan = next(task.batches())["shared"]
+    assert plan["related"].shape == (16, 16)
 
 
 def test_the_weights_of_the_loss(catalogue, tmp_path):
@@ -270,13 +327,22 @@ def test_the_checkpoint_as_it_is_stands_beside_the_run(catalogue, pretrained, tm
     method = build(config, tmp_path)
     params = method.init(jax.random.key(0), next(method.batches()))
     result = method.evaluate(params)
-    assert set(result["pretrained_clip"]) == {"retrieval", "relation_type", "retrieval_all"}
+    tasks = {"retrieval", "relation_type", "retrieval_all", "retrieval_random"}
+    assert set(result["pretrained_clip"]) == tasks
+    # The plain table is the control, and the control does not change with the parameters.
+    frozen = result["controls"]["frozen_towers"]["retrieval"]["mrr"]
+    for name, value in result["variants"]["plain"]["retrieval"]["mrr"].items():
+        assert frozen[name] == pytest.approx(value, abs=0.02)
+    check_rates(result["controls"]["frozen_towers_sentence"]["retrieval"]["hit@5"])
     for task, found in result["pretrained_clip"].items():
         assert found == result[task]
     changed = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
     other = method.evaluate(changed)
     assert other["pretrained_clip"] == result["pretrained_clip"]
     assert other["retrieval"] != result["retrieval"]
+    for name in ("frozen_towers", "frozen_towers_sentence"):
+        assert other["controls"][name] == result["controls"][name]
+    assert other["controls"]["query_only"] != result["controls"]["query_only"]
 
 
 def test_a_pretrained_directory_sets_image_size_and_text_length(catalogue, pretrained, tmp_path):

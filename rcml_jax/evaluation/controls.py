@@ -1,0 +1,173 @@
+"""Controls: scores that leave out a part of the question, to stand beside every method.
+
+A figure is a gain over the best control, never over chance. The functions are pure: arrays in,
+scores or measures out; nothing here knows a model. `LABELS` names the controls in tables, in order.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.sparse
+
+from rcml_jax.evaluation.probe import fit_classifier
+from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+
+LABELS = {
+    "chance": "chance",
+    "relation_only": "relation only",
+    "query_only": "query only",
+    "relation_frequency": "frequency of relations",
+    "relation_one_hot": "one-hot of the relation",
+    "words": "word overlap",
+    "words_sentence": "word overlap + sentence",
+    "words_relation_only": "words, relation only",
+    "words_and_relation": "word overlap + relation only",
+    "frozen_towers": "frozen towers as they came",
+    "frozen_towers_sentence": "frozen towers + sentence",
+}
+
+
+def tf_idf(texts: Sequence[str], fitted: Sequence[str]) -> scipy.sparse.csr_array:
+    """TF-IDF vectors of length one, (n, words) sparse; zero for a text without words.
+
+    Words are lower-case runs of letters, digits and underscores. A word's weight is its count times
+    log((1 + m) / (1 + f)) + 1, where f of the m `fitted` texts have it.
+    """
+    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    place: dict[str, int] = {}
+    for word in (w for row in words for w in row):
+        place.setdefault(word, len(place))
+    found = Counter(w for text in fitted for w in set(re.findall(r"\w+", text.lower())))
+    idf = np.array([np.log((1 + len(fitted)) / (1 + found[w])) + 1 for w in place])
+    rows = np.repeat(np.arange(len(words)), [len(row) for row in words])
+    columns = np.array([place[w] for row in words for w in row], np.int64)
+    shape = (len(words), len(place))
+    counts = scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+    return unit_rows(counts.multiply(idf[None]).tocsr() if place else counts)
+
+
+def unit_rows(x: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """Sparse rows divided by their lengths; a zero row stays zero."""
+    norm = np.sqrt(np.asarray(x.multiply(x).sum(axis=1)).ravel())
+    scale = scipy.sparse.diags_array(1 / np.where(norm > 0, norm, 1))
+    return scipy.sparse.csr_array(scale @ x)
+
+
+def sparse_products(x: scipy.sparse.csr_array, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dot products of rows a and b of a sparse matrix; two index arrays that broadcast."""
+    a, b = np.broadcast_arrays(a, b)
+    products = np.empty(a.size)
+    step = 65_536
+    for start in range(0, a.size, step):
+        part = slice(start, start + step)
+        both = x[a.ravel()[part]].multiply(x[b.ravel()[part]])
+        products[part] = np.asarray(both.sum(axis=1)).ravel()
+    return products.reshape(a.shape)
+
+
+def relation_means(
+    side: np.ndarray, rows: np.ndarray, relation: np.ndarray, relations: int
+) -> np.ndarray:
+    """Mean embedding (R, d), normalised, of some items under each relation; zero where none is.
+
+    side (R, n, d), or (1, n, d) where nothing depends on the relation; rows (m,), relation (m,):
+    item `rows[k]` of the embeddings counts for `relation[k]`.
+    """
+    total = np.zeros((relations, side.shape[-1]))
+    np.add.at(total, relation, side[relation if len(side) > 1 else 0, rows])
+    return _unit(total)
+
+
+def query_scores(
+    text: np.ndarray,
+    image: np.ndarray,
+    table: EmbeddingTable,
+    candidates: np.ndarray,
+    relation: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The five cosines (q, c) of given query vectors with candidates under a relation.
+
+    text, image (q, d): what stands for the queries; candidates (q, c): item identifiers; relation
+    (q,).
+    """
+    found = {name: np.empty(candidates.shape, np.float32) for name in SCORES}
+    step = max(1, 2**22 // (candidates.shape[1] * text.shape[1]))
+    for start in range(0, len(candidates), step):
+        part = slice(start, start + step)
+        rows, under = table.rows(candidates[part]), relation[part, None]
+        sides = table.text, table.image
+        tb, ib = (x[under if len(x) > 1 else 0, rows].astype(np.float64) for x in sides)
+        ta, ia = text[part], image[part]
+        pairs = {
+            "tt": (ta, tb),
+            "ii": (ia, ib),
+            "ti": (ta, ib),
+            "it": (ia, tb),
+            "avg": (ta + ia, tb + ib),
+        }
+        for name, (x, y) in pairs.items():
+            found[name][part] = np.einsum("qd,qcd->qc", _unit(x), _unit(y))
+    return found
+
+
+def frequency_scores(relations: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How often each of some relations (p, c) is true, by counts (R,): a score (p, c)."""
+    return counts[relations].astype(np.float32)
+
+
+def one_hot_validity(
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], relations: int
+) -> float:
+    """Accuracy of a linear probe that sees which relation it is, and nothing else.
+
+    train, test: (relation (m,), label (m,)).
+    """
+    one_hot = np.eye(relations, dtype=np.float32)
+    predict = fit_classifier(one_hot[train[0]], train[1])
+    return float(np.mean(predict(one_hot[test[0]]) == test[1]))
+
+
+def chance(candidates: int, ks: Sequence[int]) -> dict[str, float]:
+    """Expected `hit@k` and `mrr` of a random order of so many candidates."""
+    hits = {f"hit@{k}": min(1.0, k / candidates) for k in ks}
+    return hits | {"mrr": float(np.mean(1 / np.arange(1, candidates + 1)))}
+
+
+def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
+    """The control with the highest value of a measure, and that value; None if none has it.
+
+    AVG counts; a control that has texts alone enters with its TT.
+    """
+    found = {}
+    for name, row in controls.items():
+        values = row.get(task, {}).get(measure, {})
+        if values:
+            found[name] = values.get("avg", values.get("tt"))
+    if not found:
+        return None
+    name = max(found, key=found.get)
+    return name, found[name]
+
+
+def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:
+    """(method, label, rows) of the controls of some `eval.json`, by the name of their method.
+
+    results: for each method its results, one or several seeds. A row has a control's measures under
+    the paths that the result itself has. A control that has the same measures for a later method,
+    because it knows no model, is listed once.
+    """
+    found, seen = [], []
+    for method, runs in results.items():
+        for name, label in LABELS.items():
+            rows = [run["controls"][name] for run in runs if name in run.get("controls", {})]
+            if rows and (name, rows[0]) not in seen:
+                seen.append((name, rows[0]))
+                found.append((method, label, rows))
+    return found
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)
