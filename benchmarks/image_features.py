@@ -70,7 +70,7 @@ def torch_functions(pixels: np.ndarray) -> dict:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = timing.parser(__doc__.splitlines()[0], repeats=8)
+    parser = timing.parser(__doc__.splitlines()[0], repeats=5)
     parser.add_argument("--batch", type=int, default=32, help="images a call")
     parser.add_argument("--part", type=int, default=4, help="images at a time of ours, in parts")
     args = parser.parse_args()
