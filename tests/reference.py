@@ -6,6 +6,7 @@ Nothing here is shared with the library, and nothing is vectorised where a loop 
 import math
 import re
 
+
 import numpy as np
 
 # --- Similarities ---------------------------------------------------------------------------------
@@ -483,3 +484,100 @@ def relation_means(side, rows, relation, relations):
         found = [side[e if len(side) > 1 else 0][i] for i in mine]
         means.append(unit(np.sum(found, axis=0)) if found else np.zeros(side.shape[-1]))
     return np.stack(means)
+
+    return {
+        "top1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
+        "top3": {name: np.mean([r < 3 for r in ranks[name]]) for name in names},
+    }
+
+
+# --- Transformers ---------------------------------------------------------------------------------
+
+
+def activation(name, x):
+    """One number through an activation, by the formula of its paper."""
+    cubic = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    return {
+        "gelu": lambda: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+        "gelu_new": lambda: x * (1 + np.tanh(cubic)) / 2,
+        "gelu_pytorch_tanh": lambda: x * (1 + np.tanh(cubic)) / 2,
+        "gelu_fast": lambda: x * (1 + np.tanh(cubic)) / 2,
+        "quick_gelu": lambda: x / (1 + np.exp(-1.702 * x)),
+        "relu": lambda: max(x, 0.0),
+        "silu": lambda: x / (1 + np.exp(-x)),
+        "swish": lambda: x / (1 + np.exp(-x)),
+    }[name]()
+
+
+def attention(query, key, value, mask=None, causal=False):
+    """softmax(q·k/√d)·v of (n, T, heads, d): one query at a time over the keys that it sees."""
+    n, tokens, heads, d = query.shape
+    out = np.zeros(value.shape)
+    for i in range(n):
+        for h in range(heads):
+            for t in range(tokens):
+                seen = [s for s in range(tokens) if not (causal and s > t)]
+                if mask is not None:
+                    full = np.broadcast_to(mask, (n, heads, tokens, tokens))
+                    seen = [s for s in seen if full[i, h, t, s]]
+                logits = np.array([query[i, t, h] @ key[i, s, h] / np.sqrt(d) for s in seen])
+                weights = np.exp(logits - logits.max())
+                weights /= weights.sum()
+                for weight, s in zip(weights, seen, strict=True):
+                    out[i, t, h] += weight * value[i, s, h]
+    return out
+
+
+def dense(x, params):
+    """x W + b over the last axis."""
+    return x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
+
+
+def layer_norm(x, params, epsilon):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
+    return centred / deviation * np.asarray(params["scale"]) + np.asarray(params["bias"])
+
+
+def transformer_mlp(x, up, down, name):
+    return dense(np.vectorize(lambda v: activation(name, v))(dense(x, up)), down)
+
+
+def transformer_layer(x, params, *, heads, name, epsilon, pre_norm, mask=None, causal=False):
+    """A layer with CLIP's names: x + A(norm(x)), x + M(norm(x)); post: norm(x + A(x)), ..."""
+    own = params["self_attn"]
+    norm = [lambda x, n=n: layer_norm(x, params[f"layer_norm{n}"], epsilon) for n in (1, 2)]
+
+    def attend(x):
+        split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+        q, k, v = (split(dense(x, own[f"{part}_proj"])) for part in "qkv")
+        return dense(attention(q, k, v, mask, causal).reshape(x.shape), own["out_proj"])
+
+    transform = lambda x: transformer_mlp(  # noqa: E731
+        x, params["mlp"]["fc1"], params["mlp"]["fc2"], name
+    )
+    if pre_norm:
+        x = x + attend(norm[0](x))
+        return x + transform(norm[1](x))
+    x = norm[0](x + attend(x))
+    return norm[1](x + transform(x))
+
+
+def attention_pooling(states, params, *, heads, name, epsilon):
+    """SigLIP's head: a probe attends to the tokens (n, T, width), then an MLP with a residual."""
+    n, _, width = states.shape
+    kernels = np.split(np.asarray(params["attention"]["in_proj"]["kernel"], np.float64), 3, axis=1)
+    biases = np.split(np.asarray(params["attention"]["in_proj"]["bias"], np.float64), 3)
+    query = np.asarray(params["probe"], np.float64)[0, 0] @ kernels[0] + biases[0]
+    size, pooled = width // heads, np.zeros((n, width))
+    for i in range(n):
+        keys, values = (states[i] @ kernels[k] + biases[k] for k in (1, 2))
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            logits = np.array([query[part] @ key[part] / np.sqrt(size) for key in keys])
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            pooled[i, part] = sum(w * v[part] for w, v in zip(weights, values, strict=True))
+    out = dense(pooled, params["attention"]["out_proj"])
+    normed = layer_norm(out, params["layernorm"], epsilon)
+    return out + transformer_mlp(normed, params["mlp"]["fc1"], params["mlp"]["fc2"], name)

@@ -209,7 +209,7 @@ def _weight_map(directory: pathlib.Path) -> dict[str, str]:
         found = json.loads((directory / _INDEX).read_text("utf-8"))["weight_map"]
         if found and all(isinstance(x, str) and "/" not in x for x in found.values()):
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{directory / _INDEX} names no shards; copy the checkpoint anew")
 

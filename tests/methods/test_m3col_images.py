@@ -14,6 +14,7 @@ from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import check_summary, news_config
+from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.toy import read_metrics
 from tests.training.test_loop import assert_same_end
 
@@ -123,8 +124,6 @@ def test_the_plateau_is_observed_once_a_validation(news, tmp_path):
 
 
 def test_pretrained_encoders_are_taken(news, tmp_path):
-    from transformers import FlaxBertModel, FlaxViTModel
-
     from rcml_jax.data.text import train_tokenizer
     from rcml_jax.models.bert import small_bert_config
     from rcml_jax.models.vit import small_vit_config
@@ -132,15 +131,15 @@ def test_pretrained_encoders_are_taken(news, tmp_path):
     texts = [f"headline train{n}" for n in range(6)]
     tokenizer = train_tokenizer(texts, 300)
     sizes = {"width": 16, "layers": 1, "heads": 2}
-    vit = FlaxViTModel(small_vit_config(**sizes, image_size=16, patch_size=8), seed=3)
-    bert = FlaxBertModel(
+    vit = make_model(small_vit_config(**sizes, image_size=16, patch_size=8), seed=3)
+    bert = make_model(
         small_bert_config(
             **sizes, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, max_length=12
         ),
         seed=4,
     )
-    vit.save_pretrained(tmp_path / "vit")
-    bert.save_pretrained(tmp_path / "bert")
+    save_checkpoint(vit, tmp_path / "vit", layout="flax")
+    save_checkpoint(bert, tmp_path / "bert", layout="flax")
     tokenizer.save(tmp_path / "bert" / "tokenizer.json")
     options = {"model.image_pretrained": str(tmp_path / "vit")}
     config = news_config(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import FlaxCLIPModel
+from flax.serialization import msgpack_restore
 
 from rcml_jax.data.folder import load as load_folder
 from rcml_jax.data.text import train_tokenizer
@@ -18,6 +18,7 @@ from rcml_jax.models.clip import small_clip_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.workdir import load_config
+from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.toy import cache_of, read_metrics, tiny_config
 from tests.training.test_loop import train
 
@@ -289,7 +290,7 @@ def test_the_weights_of_the_loss(catalogue, tmp_path):
 
 @pytest.fixture(scope="module")
 def pretrained(catalogue, tmp_path_factory):
-    """A checkpoint directory of Hugging Face's own class, with a tokenizer beside it."""
+    """A checkpoint directory of a CLIP, with its tokenizer beside it."""
     folder = tmp_path_factory.mktemp("pretrained")
     graph = load_folder(catalogue, cache_of(catalogue), log=lambda line: None)
     tokenizer = train_tokenizer(graph.texts + graph.relations, 300)
@@ -297,7 +298,7 @@ def pretrained(catalogue, tmp_path_factory):
     config = small_clip_config(
         vocab_size=300, eos_token_id=tokenizer.end_id, patch_size=8, max_length=12, **sizes
     )
-    FlaxCLIPModel(config, seed=3).save_pretrained(folder)
+    save_checkpoint(make_model(config, seed=3), folder, layout="flax")
     tokenizer.save(folder / "tokenizer.json")
     return folder
 
@@ -315,7 +316,7 @@ def test_a_pretrained_directory_is_trained_on(catalogue, pretrained, tmp_path):
     ).read_text()
     # At so small a rate the towers are still those of the checkpoint, in their own sizes.
     towers = read_params(tmp_path / "run")["towers"]
-    theirs = FlaxCLIPModel.from_pretrained(pretrained).params
+    theirs = msgpack_restore((pretrained / "flax_model.msgpack").read_bytes())
     assert towers["visual_projection"]["kernel"].shape == (16, 12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), towers, theirs)
     # float32 parameters under bfloat16 computation.

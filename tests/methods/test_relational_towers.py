@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, normalizers, pre_tokenizers
-from transformers import FlaxBertModel, FlaxCLIPModel, FlaxRobertaModel, FlaxViTModel
 
 from rcml_jax.commands import load_config_file
 from rcml_jax.data.text import Tokenizer
@@ -23,6 +22,7 @@ from rcml_jax.models.clip import small_clip_config
 from rcml_jax.models.two_towers import PairConfig, load_pretrained
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
+from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.models.test_classification_encoders import tiny
 from tests.toy import CONFIG, KINDS, PLACES, read_metrics, tiny_config
 
@@ -41,25 +41,20 @@ def save_tokenizer(folder, family):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Directories of a tiny BERT, RoBERTa, ViT and CLIP, as Hugging Face saves them."""
+    """Directories of a tiny BERT, RoBERTa, ViT and CLIP, as Hugging Face saved them."""
     folder = tmp_path_factory.mktemp("checkpoints")
     sizes = {"vocab_size": len(WORDS) + 4, "layers": 1, "max_length": 14}
     clip = {"width": 8, "layers": 1, "heads": 2, "embed_dim": 12, "image_size": 24, "patch_size": 8}
     clip = small_clip_config(vocab_size=40, eos_token_id=3, max_length=12, **clip)
     towers = {
-        "bert": (FlaxBertModel, tiny("bert", **sizes, pad_token_id=0)),
-        "roberta": (FlaxRobertaModel, tiny("roberta", **sizes)),
-        "vit": (FlaxViTModel, tiny("vit", width=24, layers=1, image_size=12)),
-        "clip": (FlaxCLIPModel, clip),
+        "bert": tiny("bert", **sizes, pad_token_id=0),
+        "roberta": tiny("roberta", **sizes),
+        "vit": tiny("vit", width=24, layers=1, image_size=12),
+        "clip": clip,
     }
-    rng = np.random.default_rng(0)
-    for name, (model_class, config) in towers.items():
-        options = {} if name == "clip" else {"add_pooling_layer": False}
-        model = model_class(config, _do_init=False, **options)
-        params = jax.tree.map(
-            lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), model.params_shape_tree
-        )
-        model.save_pretrained(folder / name, params=params)
+    for name, config in towers.items():
+        model = make_model(config, shake=lambda noise: 0.1 * noise)
+        save_checkpoint(model, folder / name, layout="flax")
     for family in SPECIAL:
         save_tokenizer(folder / family, family)
     return folder

@@ -1,5 +1,6 @@
 """The encoders for classification: Hugging Face's numbers, checkpoints on disk, and errors."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -15,10 +16,6 @@ from transformers import (
     BertConfig,
     BertTokenizerFast,
     CLIPConfig,
-    FlaxBertForSequenceClassification,
-    FlaxBertModel,
-    FlaxRobertaModel,
-    FlaxViTModel,
     RobertaConfig,
     RobertaTokenizerFast,
     ViTConfig,
@@ -30,10 +27,12 @@ from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import Bert, max_text_length, small_bert_config
 from rcml_jax.models.checkpoints import pretrained_directory
 from rcml_jax.models.vit import ViT, normalize_pixels, small_vit_config
-from tests.models.test_encoders import save_as_torch_would
+from tests.models.checkpoints_on_disk import LAYOUTS, make_model, save_checkpoint
+from tests.models.hugging_face import flax_model, needs_flax_classes
 
 WIDTH, VOCABULARY, LENGTH = 16, 30, 9
-FAMILIES = ("vit", "bert", "roberta")
+CLASSES = {"vit": "FlaxViTModel", "bert": "FlaxBertModel", "roberta": "FlaxRobertaModel"}
+FAMILIES = tuple(CLASSES)
 
 
 def tiny(family, **options):
@@ -48,18 +47,9 @@ def tiny(family, **options):
 
 
 @pytest.fixture(scope="module")
-def hugging_face():
-    """Hugging Face's model of each family, every parameter away from its usual start."""
-    made = {}
-    classes = dict(zip(FAMILIES, (FlaxViTModel, FlaxBertModel, FlaxRobertaModel), strict=True))
-    for family, model_class in classes.items():
-        model = model_class(tiny(family), seed=1, add_pooling_layer=False)
-        rng = np.random.default_rng(2)
-        model.params = jax.tree.map(
-            lambda x, rng=rng: np.float32(x + 0.2 * rng.normal(size=x.shape)), model.params
-        )
-        made[family] = model
-    return made
+def models_of():
+    """A model of each family, every parameter away from its usual start."""
+    return {name: make_model(tiny(name), shake=lambda noise: 0.2 * noise) for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -77,43 +67,75 @@ def encoder(family, config, dtype=jnp.float32):
     return (ViT if family == "vit" else Bert)(config, dtype)
 
 
-def theirs(model, family, inputs):
-    if family == "vit":
-        inputs = (jnp.moveaxis(inputs[0] / 255.0 * 2 - 1, 3, 1),)
-    return model(*inputs).last_hidden_state
+def theirs(family, config):
+    """Hugging Face's model and what it takes."""
+    model = flax_model(CLASSES[family], config, add_pooling_layer=False)
+
+    def states(params, *inputs):
+        if family == "vit":
+            inputs = (jnp.moveaxis(inputs[0] / 255.0 * 2 - 1, 3, 1),)
+        return model(*inputs, params=params).last_hidden_state
+
+    return model, states
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_hugging_face(family, hugging_face, inputs):
-    model, given = hugging_face[family], inputs[family]
-    ours, variables = encoder(family, model.config), {"params": model.params}
-    expected = theirs(model, family, given)
-    tokens = ours.apply(variables, *given, method="tokens")
+def test_the_embedding_is_the_first_state(family, models_of, inputs):
+    model, given = models_of[family], inputs[family]
+    tokens = model.apply(*given, method="tokens")
     assert tokens.shape == (3, 5 if family == "vit" else LENGTH, WIDTH)
-    np.testing.assert_allclose(tokens, expected, atol=2e-5)
-    np.testing.assert_array_equal(ours.apply(variables, *given), tokens[:, 0])
+    np.testing.assert_array_equal(model.apply(*given), tokens[:, 0])
 
 
+@needs_flax_classes
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_have_hugging_faces_names_and_shapes(family, hugging_face, inputs):
-    model = hugging_face[family]
-    made = encoder(family, model.config).init(jax.random.key(0), *inputs[family])["params"]
-    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, model.params)
+def test_values_and_gradients_are_hugging_faces(family, activation, models_of, inputs):
+    model, given = models_of[family], inputs[family]
+    config = type(model.config)(**model.config.to_dict() | {"hidden_act": activation})
+    ours = encoder(family, config)
+    apply = lambda params: ours.apply({"params": params}, *given, method="tokens")  # noqa: E731
+    states = theirs(family, config)[1]
+
+    def graded(states):
+        def value(params):
+            out = states(params)
+            return jnp.sum(jnp.sin(out + jnp.arange(out.size).reshape(out.shape))), out
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))(model.params)
+
+    (_, tokens), gradient = graded(apply)
+    (_, expected), theirs_gradient = graded(lambda params: states(params, *given))
+    np.testing.assert_allclose(tokens, expected, atol=1e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs_gradient))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest),
+        gradient,
+        theirs_gradient,
+    )
 
 
-def test_encoders_inside_a_model_keep_their_layout(hugging_face, inputs):
+@needs_flax_classes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_have_hugging_faces_names_and_shapes(family, models_of):
+    model = models_of[family]
+    shapes = dict(theirs(family, model.config)[0].params_shape_tree)
+    assert jax.tree.map(np.shape, model.params) == jax.tree.map(lambda x: x.shape, shapes)
+
+
+def test_encoders_inside_a_model_keep_their_layout(models_of, inputs):
     class Both(nn.Module):
         parts: dict
 
         def __call__(self, inputs):
             return {name: part(*inputs[name]) for name, part in self.parts.items()}
 
-    parts = {name: encoder(name, hugging_face[name].config) for name in ("vit", "bert")}
+    parts = {name: encoder(name, models_of[name].config) for name in ("vit", "bert")}
     given = {name: inputs[name] for name in parts}
-    params = {f"parts_{name}": hugging_face[name].params for name in parts}
+    params = {f"parts_{name}": models_of[name].params for name in parts}
     out = Both(parts).apply({"params": params}, given)
     for name in parts:
-        expected = theirs(hugging_face[name], name, inputs[name])[:, 0]
+        expected = models_of[name].apply(*inputs[name])
         np.testing.assert_allclose(out[name], expected, atol=2e-5)
 
 
@@ -138,8 +160,8 @@ def test_published_sizes(family, config, count):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
-def test_pixels_are_normalised_as_vits_processor_does(hugging_face, inputs):
-    model, (images,) = hugging_face["vit"], inputs["vit"]
+def test_pixels_are_normalised_as_vits_processor_does(models_of, inputs):
+    model, (images,) = models_of["vit"], inputs["vit"]
     pixels = normalize_pixels(images)
     assert pixels.dtype == jnp.float32
     np.testing.assert_allclose(pixels, (np.asarray(images) / 255 - 0.5) / 0.5, atol=1e-6)
@@ -154,8 +176,8 @@ def test_image_statistics_are_vits():
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_padding_changes_nothing(family, hugging_face, inputs):
-    model, (ids, mask) = hugging_face[family], inputs[family]
+def test_padding_changes_nothing(family, models_of, inputs):
+    model, (ids, mask) = models_of[family], inputs[family]
     encode, variables = Bert(model.config).apply, {"params": model.params}
     out = encode(variables, ids, mask)
     np.testing.assert_allclose(encode(variables, ids[:1, :4], mask[:1, :4]), out[:1], atol=2e-5)
@@ -165,8 +187,8 @@ def test_padding_changes_nothing(family, hugging_face, inputs):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_the_longest_text_has_positions_and_no_longer_one(family, hugging_face):
-    model = hugging_face[family]
+def test_the_longest_text_has_positions_and_no_longer_one(family, models_of):
+    model = models_of[family]
     longest = max_text_length(model.config)
     assert longest == {"bert": 12, "roberta": 12 - 2}[family]
     encode, variables = Bert(model.config).apply, {"params": model.params}
@@ -193,8 +215,8 @@ def test_dropout(family, inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_computes_near_float32(family, hugging_face, inputs):
-    model, given = hugging_face[family], inputs[family]
+def test_bfloat16_computes_near_float32(family, models_of, inputs):
+    model, given = models_of[family], inputs[family]
     full, half = (
         encoder(family, model.config, dtype).apply({"params": model.params}, *given)
         for dtype in (jnp.float32, jnp.bfloat16)
@@ -206,8 +228,8 @@ def test_bfloat16_computes_near_float32(family, hugging_face, inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_reach_every_parameter(family, hugging_face, inputs):
-    model, given = hugging_face[family], inputs[family]
+def test_gradients_reach_every_parameter(family, models_of, inputs):
+    model, given = models_of[family], inputs[family]
 
     def loss(params):
         return jnp.sum(encoder(family, model.config).apply({"params": params}, *given)[:, 0])
@@ -225,15 +247,12 @@ def test_small_vit_starts_with_matrices_of_the_usual_size(inputs):
     np.testing.assert_allclose(np.std(query), 0.02, rtol=0.1)
 
 
-@pytest.mark.parametrize("layout", ["flax", "safetensors", "torch", "torch_with_prefix"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "torch with prefix", "sharded with prefix"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpoints_load_in_every_layout(tmp_path, family, layout, hugging_face):
-    model = hugging_face[family]
-    if layout.startswith("torch"):
-        prefix = (family,) if layout.endswith("prefix") else ()
-        save_as_torch_would(model, tmp_path, prefix)
-    else:
-        model.save_pretrained(tmp_path, safe_serialization=layout == "safetensors")
+def test_checkpoints_load_in_every_layout(tmp_path, family, layout, models_of):
+    model = models_of[family]
+    layout, _, prefix = layout.partition(" with ")
+    save_checkpoint(model, tmp_path, layout=layout, prefix=f"{family}." if prefix else "")
     config, params = load_encoder(str(tmp_path))
     assert type(config) is type(model.config)
     assert encoder_config(str(tmp_path)).to_dict() == config.to_dict()
@@ -241,10 +260,10 @@ def test_checkpoints_load_in_every_layout(tmp_path, family, layout, hugging_face
     assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in jax.tree.leaves(params))
 
 
-def test_old_pytorch_names_of_the_layer_norm_load(tmp_path, hugging_face):
+def test_old_pytorch_names_of_the_layer_norm_load(tmp_path, models_of):
     """bert-base-uncased's own file says gamma and beta, and has a head."""
-    model = hugging_face["bert"]
-    save_as_torch_would(model, tmp_path, ("bert",))
+    model = models_of["bert"]
+    save_checkpoint(model, tmp_path, prefix="bert.")
     file = tmp_path / "model.safetensors"
     renamed = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
@@ -257,17 +276,31 @@ def test_old_pytorch_names_of_the_layer_norm_load(tmp_path, hugging_face):
     jax.tree.map(np.testing.assert_array_equal, load_encoder(str(tmp_path))[1], model.params)
 
 
-def test_pooling_layer_and_head_are_left_out(tmp_path):
-    model = FlaxBertForSequenceClassification(tiny("bert"), seed=1)
-    model.save_pretrained(tmp_path)
-    expected = {k: v for k, v in model.params["bert"].items() if k != "pooler"}
-    jax.tree.map(np.testing.assert_array_equal, load_encoder(str(tmp_path))[1], expected)
+@pytest.mark.parametrize("layout", ["torch", "flax"])
+def test_pooling_layer_and_head_are_left_out(tmp_path, models_of, layout):
+    model = models_of["bert"]
+    dense = {"kernel": np.ones((WIDTH, WIDTH), np.float32), "bias": np.ones(WIDTH, np.float32)}
+    params = {"bert": model.params | {"pooler": {"dense": dense}}, "classifier": dense}
+    save_checkpoint(dataclasses.replace(model, params=params), tmp_path, layout=layout)
+    jax.tree.map(np.testing.assert_array_equal, load_encoder(str(tmp_path))[1], model.params)
 
 
-def test_a_checkpoint_that_lacks_a_layer_is_refused(tmp_path, hugging_face):
-    model = FlaxBertModel(tiny("bert"), seed=1)
+@needs_flax_classes
+@pytest.mark.parametrize("safe", [False, True])
+def test_what_hugging_faces_class_wrote_is_read(tmp_path, models_of, safe):
+    """With its pooling layer and head."""
+    model = models_of["bert"]
+    theirs = flax_model("FlaxBertForSequenceClassification", tiny("bert"))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), dict(theirs.params_shape_tree))
+    assert "pooler" in params["bert"]
+    params["bert"] = dict(params["bert"]) | model.params
+    theirs.save_pretrained(tmp_path, params=params, safe_serialization=safe)
+    jax.tree.map(np.testing.assert_array_equal, load_encoder(str(tmp_path))[1], model.params)
+
+
+def test_a_checkpoint_that_lacks_a_layer_is_refused(tmp_path, models_of):
     config = tiny("bert", layers=3)
-    model.save_pretrained(tmp_path)
+    save_checkpoint(models_of["bert"], tmp_path)
     (tmp_path / "config.json").write_text(config.to_json_string())
     with pytest.raises(UserError, match=r"lacks 16 arrays .*encoder\.layer\.2"):
         load_encoder(str(tmp_path))
@@ -326,8 +359,8 @@ def test_sizes_that_do_not_fit(family, sizes, message):
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16, 3), (1, 3, 8, 8), (1, 8, 8, 1)])
-def test_images_of_another_size(shape, hugging_face):
-    model = hugging_face["vit"]
+def test_images_of_another_size(shape, models_of):
+    model = models_of["vit"]
     with pytest.raises(UserError, match="takes 8×8 images, not"):
         ViT(model.config).apply({"params": model.params}, jnp.zeros(shape))
 

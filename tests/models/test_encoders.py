@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
-from transformers import FlaxCLIPModel
 
 from rcml_jax.errors import UserError
 from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD, small_clip_config
 from rcml_jax.models.two_towers import TwoTowers, load_pretrained
+from tests.models.checkpoints_on_disk import LAYOUTS, make_model, save_checkpoint
+from tests.models.hugging_face import flax_model, needs_flax_classes
 
 
 def tiny(**sizes):
@@ -33,35 +33,24 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def hugging_face():
-    return FlaxCLIPModel(tiny(), seed=1)
+def model():
+    return make_model(tiny())
 
 
 def pixels(images):
     return (images / 255.0 - np.asarray(IMAGE_MEAN)) / np.asarray(IMAGE_STD)
 
 
-def save_as_torch_would(model, directory, prefix=()):
-    """PyTorch names and layouts in one safetensors file, written without torch."""
-    tensors = {}
-    for path, value in flatten_dict(model.params).items():
-        value = np.asarray(value)
-        if path[-1] == "kernel":
-            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        last = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
-        tensors[".".join((*prefix, *path[:-1], last))] = value.copy(order="C")
-    directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(model.config.to_json_string())
-
-
-def test_equals_hugging_face(batch, hugging_face):
+@needs_flax_classes
+def test_equals_hugging_face(batch, model):
     ids, images = batch
-    towers = TwoTowers(hugging_face.config)
-    out = towers.apply({"params": hugging_face.params}, ids, images)
+    theirs, params = flax_model("FlaxCLIPModel", model.config), {"params": model.params}
+    shapes = jax.tree.map(lambda x: x.shape, dict(theirs.params_shape_tree))
+    assert jax.tree.map(np.shape, model.params) == shapes
+    out = model.apply(ids, images)
     attention = (jnp.cumsum(ids == 3, axis=1) - (ids == 3)) == 0
-    text = hugging_face.get_text_features(ids, attention_mask=attention.astype(jnp.int32))
-    image = hugging_face.get_image_features(jnp.moveaxis(pixels(images), 3, 1))
+    text = theirs.get_text_features(ids, attention_mask=attention.astype(jnp.int32), **params)
+    image = theirs.get_image_features(jnp.moveaxis(pixels(images), 3, 1), **params)
     for ours, theirs in ((out["text"], text), (out["image"], image)):
         theirs = theirs / jnp.linalg.norm(theirs, axis=1, keepdims=True)
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -73,66 +62,69 @@ def test_image_statistics_are_clips():
     assert list(IMAGE_STD) == constants.OPENAI_CLIP_STD
 
 
-def test_tokens_after_the_end_change_nothing(batch, hugging_face):
+def test_tokens_after_the_end_change_nothing(batch, model):
     ids, _ = batch
-    towers = TwoTowers(hugging_face.config)
-    variables = {"params": hugging_face.params}
-    short = towers.apply(variables, ids[:1, :5])["text"]
-    np.testing.assert_allclose(towers.apply(variables, ids[:1])["text"], short, atol=1e-6)
+    short = model.apply(ids[:1, :5])["text"]
+    np.testing.assert_allclose(model.apply(ids[:1])["text"], short, atol=1e-6)
 
 
-def test_one_modality_may_be_missing(batch, hugging_face):
+def test_one_modality_may_be_missing(batch, model):
     ids, images = batch
-    towers, variables = TwoTowers(hugging_face.config), {"params": hugging_face.params}
-    assert set(towers.apply(variables, ids)) == {"text"}
-    assert set(towers.apply(variables, None, images)) == {"image"}
+    assert set(model.apply(ids)) == {"text"}
+    assert set(model.apply(None, images)) == {"image"}
 
 
-def test_every_image_token_passes_the_post_layer_norm(batch, hugging_face):
+@needs_flax_classes
+def test_every_image_token_passes_the_post_layer_norm(batch, model):
     _, images = batch
-    towers = TwoTowers(hugging_face.config)
-    tokens = towers.apply({"params": hugging_face.params}, images, method="image_states")
-    assert tokens.states.shape == (3, 5, 12)
-    hidden = hugging_face.module.apply(
-        {"params": hugging_face.params},
+    tokens = model.apply(images, method="image_states")
+    hidden = flax_model("FlaxCLIPModel", model.config).module.apply(
+        {"params": model.params},
         pixels(images),
         method=lambda module, x: module.vision_model(pixel_values=x, return_dict=True)[0],
     )
-    norm = hugging_face.params["vision_model"]["post_layernorm"]
+    norm = model.params["vision_model"]["post_layernorm"]
     mean, deviation = hidden.mean(-1, keepdims=True), hidden.std(-1, keepdims=True)
     normed = (hidden - mean) / jnp.sqrt(deviation**2 + 1e-5) * norm["scale"] + norm["bias"]
-    expected = normed @ hugging_face.params["visual_projection"]["kernel"]
+    expected = normed @ model.params["visual_projection"]["kernel"]
+    assert tokens.states.shape == expected.shape == (3, 5, 12)
     np.testing.assert_allclose(tokens.states, expected, atol=1e-4)
 
 
-def test_legacy_end_token_is_the_largest_id(hugging_face):
+def test_legacy_end_token_is_the_largest_id(model):
     config = tiny()
     config.text_config.eos_token_id = 2
     ids = jnp.asarray([[1, 5, 49, 0, 0], [1, 49, 0, 0, 0]])
-    tokens = TwoTowers(config).apply({"params": hugging_face.params}, ids, method="text_states")
+    tokens = TwoTowers(config).apply({"params": model.params}, ids, method="text_states")
     np.testing.assert_array_equal(tokens.pooled_index, [2, 1])
 
 
-def test_bfloat16_computes_near_float32(batch, hugging_face):
+def test_bfloat16_computes_near_float32(batch, model):
     ids, images = batch
-    variables = {"params": hugging_face.params}
-    full = TwoTowers(hugging_face.config).apply(variables, ids, images)
-    half = TwoTowers(hugging_face.config, jnp.bfloat16).apply(variables, ids, images)
+    full = model.apply(ids, images)
+    half = TwoTowers(model.config, jnp.bfloat16).apply(model.variables, ids, images)
     for name in full:
         assert half[name].dtype == jnp.float32
         assert np.sum(full[name] * half[name], axis=1).min() > 0.99
 
 
-def test_loads_flax_and_pytorch_named_checkpoints(tmp_path, batch, hugging_face):
-    ids, images = batch
-    expected = TwoTowers(hugging_face.config).apply({"params": hugging_face.params}, ids, images)
-    hugging_face.save_pretrained(tmp_path / "flax")
-    save_as_torch_would(hugging_face, tmp_path / "torch")
-    for name in ("flax", "torch"):
-        config, params = load_pretrained(str(tmp_path / name))
-        found = TwoTowers(config).apply({"params": params}, ids, images)
-        for key in expected:
-            np.testing.assert_allclose(found[key], expected[key], atol=1e-6)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_load_in_every_layout(tmp_path, batch, model, layout):
+    save_checkpoint(model, tmp_path, layout=layout)
+    config, params = load_pretrained(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, params, model.params)
+    found, expected = TwoTowers(config).apply({"params": params}, *batch), model.apply(*batch)
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-6)
+
+
+@needs_flax_classes
+@pytest.mark.parametrize("safe", [False, True])
+def test_what_hugging_faces_class_wrote_is_read(tmp_path, model, safe):
+    theirs = flax_model("FlaxCLIPModel", model.config)
+    theirs.save_pretrained(tmp_path, params=model.params, safe_serialization=safe)
+    found = load_pretrained(str(tmp_path))[1]
+    jax.tree.map(np.testing.assert_array_equal, found, model.params)
 
 
 @pytest.mark.parametrize(
@@ -166,15 +158,14 @@ def test_sizes_that_do_not_fit(sizes, message):
         tiny(**sizes)
 
 
-def test_gradients_reach_every_parameter(batch, hugging_face):
+def test_gradients_reach_every_parameter(batch, model):
     ids, images = batch
-    towers = TwoTowers(hugging_face.config)
 
     def loss(params):
-        out = towers.apply({"params": params}, ids, images)
+        out = model.module.apply({"params": params}, ids, images)
         return jnp.sum(out["text"] * out["image"][::-1])
 
-    flat = flatten_dict(jax.grad(loss)(hugging_face.params))
+    flat = flatten_dict(jax.grad(loss)(model.params))
     # Keys' biases shift every logit of a softmax alike, and logit_scale is the loss's to use.
     dead = {"/".join(p) for p, g in flat.items() if not np.abs(g).max() > 0}
     assert all("k_proj/bias" in name or name == "logit_scale" for name in dead)

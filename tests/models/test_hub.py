@@ -11,10 +11,10 @@ import threading
 
 import numpy as np
 import pytest
-from transformers import FlaxCLIPModel
 
 from rcml_jax.data.text import train_tokenizer
-from tests.models.test_encoders import save_as_torch_would, tiny
+from tests.models.checkpoints_on_disk import make_model, save_checkpoint
+from tests.models.test_encoders import tiny
 
 REPOSITORY, COMMIT = "someone/tiny-clip", "0" * 40
 
@@ -70,10 +70,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
-    model = FlaxCLIPModel(tiny(), seed=1)
+def hub(request, tmp_path):
+    model = make_model(tiny())
     folder = tmp_path / "served"
-    save_as_torch_would(model, folder)
+    save_checkpoint(model, folder, layout=getattr(request, "param", "torch"))
     train_tokenizer(["one two", "three"], 300).save(folder / "tokenizer.json")
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder})
@@ -96,6 +96,7 @@ def run(endpoint, name, cache):
     )
 
 
+@pytest.mark.parametrize("hub", ["torch", "sharded", "flax"], indirect=True)
 def test_a_hub_name_is_downloaded_without_torch(hub, tmp_path):
     endpoint, model = hub
     done = run(endpoint, REPOSITORY, tmp_path / "cache")

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
-from transformers import FlaxBertModel, FlaxRobertaModel, FlaxViTModel
 
+from rcml_jax.models.backbones import build_backbone, example_input
+from rcml_jax.models.checkpoints import expected_params
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.two_towers import PairConfig, TwoTowers, build_towers
 from rcml_jax.models.vit import normalize_pixels
 from tests.models import test_classification_encoders as encoders
 from tests.models import test_encoders as clip
+from tests.models.hugging_face import ORACLES, flax_model
 
 DIM, PAD, WORDS = 12, 1, encoders.VOCABULARY
-MODELS = {"bert": FlaxBertModel, "roberta": FlaxRobertaModel, "vit": FlaxViTModel}
+MODELS = {"bert": "FlaxBertModel", "roberta": "FlaxRobertaModel", "vit": "FlaxViTModel"}
 PAIRS = [("bert", "clip"), ("roberta", "vit"), ("clip", "vit")]
 CLIP = clip.tiny(image_size=8, patch_size=4, vocab_size=WORDS, layers=1)
 
@@ -74,18 +76,24 @@ def built(inputs):
     return build
 
 
-def hidden(kind, config, params, *given):
-    """Hugging Face's own model, called by hand."""
-    model = MODELS[kind](config, add_pooling_layer=False, _do_init=False)
+def hidden(oracle, kind, config, params, *given):
+    """The states of a single encoder, Hugging Face's or ours, called by hand."""
+    if oracle == "ours":
+        apply = functools.partial(build_backbone(config).apply, method="tokens")
+        return jax.jit(lambda p, *x: apply({"params": p}, *x))(params, *given)
+    if kind == "vit":
+        given = (jnp.moveaxis(given[0], 3, 1),)
+    model = flax_model(MODELS[kind], config, add_pooling_layer=False)
     return jax.jit(lambda p, *x: model(*x, params=p).last_hidden_state)(params, *given)
 
 
+@pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize(("text", "image"), PAIRS[:2])
-def test_text_states_are_the_encoders_projected_and_their_mean(text, image, built, inputs):
+def test_text_states_are_the_encoders_projected_and_their_mean(oracle, text, image, built, inputs):
     towers, variables, out = built(text, image)
     params, mask = variables["params"], np.asarray(inputs[0] != PAD)
     config = towers.config.text_config
-    theirs = hidden(text, config, params["text_model"], inputs[0], jnp.asarray(mask))
+    theirs = hidden(oracle, text, config, params["text_model"], inputs[0], jnp.asarray(mask))
     expected = theirs @ params["text_projection"]["kernel"]
     mean = np.stack([row[m].mean(0) for row, m in zip(expected, mask, strict=True)])
     tokens = out["text projected"]
@@ -98,12 +106,13 @@ def test_text_states_are_the_encoders_projected_and_their_mean(text, image, buil
     np.testing.assert_allclose(out["text"].states[:, 1:], theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize(("text", "image"), PAIRS[1:])
-def test_image_states_are_the_encoders_projected(text, image, built, inputs):
+def test_image_states_are_the_encoders_projected(oracle, text, image, built, inputs):
     towers, variables, out = built(text, image)
     params = variables["params"]
-    pixels = jnp.moveaxis(normalize_pixels(inputs[1]), 3, 1)
-    theirs = hidden("vit", towers.config.vision_config, params["vision_model"], pixels)
+    pixels, config = normalize_pixels(inputs[1]), towers.config.vision_config
+    theirs = hidden(oracle, "vit", config, params["vision_model"], pixels)
     expected = theirs @ params["visual_projection"]["kernel"]
     tokens = out["image projected"]
     assert tokens.states.shape == (3, 5, DIM)
@@ -129,8 +138,9 @@ def test_a_pair_of_clips_towers_is_clip(built, inputs):
     np.testing.assert_array_equal(built("clip", "vit")[2]["text"].pooled_index, [3, 8, 5])
 
 
+@pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize(("text", "image"), PAIRS)
-def test_parameters_have_clips_names_and_each_encoders_own_under_them(text, image, built):
+def test_parameters_have_clips_names_and_each_encoders_own_under_them(oracle, text, image, built):
     towers, variables, _ = built(text, image)
     params, config = variables["params"], towers.config
     assert set(params) == {
@@ -141,7 +151,13 @@ def test_parameters_have_clips_names_and_each_encoders_own_under_them(text, imag
         (image, config.vision_config, "vision_model"),
     ):
         if kind != "clip":
-            shapes = MODELS[kind](own, add_pooling_layer=False, _do_init=False).params_shape_tree
+            if oracle == "ours":
+                shapes = expected_params(
+                    build_backbone(own), *example_input(own), method="__call__"
+                )
+            else:
+                model = flax_model(MODELS[kind], own, add_pooling_layer=False)
+                shapes = dict(model.params_shape_tree)
             assert jax.tree.map(np.shape, params[name]) == jax.tree.map(lambda x: x.shape, shapes)
     for name in ("text_projection", "visual_projection"):
         assert {k: v.shape for k, v in params[name].items()} == {"kernel": (16, DIM)}

@@ -2,32 +2,24 @@
 
 import json
 
-import jax
-import numpy as np
-from transformers import (
-    FlaxBertModel,
-    FlaxCLIPModel,
-    FlaxResNetModel,
-    FlaxViTModel,
-    ResNetConfig,
-)
+from transformers import ResNetConfig
 
 from rcml_jax.data.text import train_tokenizer
 from rcml_jax.models.bert import small_bert_config
 from rcml_jax.models.clip import small_clip_config
 from rcml_jax.models.vit import small_vit_config
+from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.models.test_classification_encoders import bert_tokenizer
 
 WORDS = ["a dog runs", "two cats sleep", "a man is eating food"]
 SIZES = {"width": 16, "layers": 1, "heads": 2}
 
 
-def shaken(model):
-    """The model with every parameter away from its usual start."""
-    rng = np.random.default_rng(2)
-    model.params = jax.tree.map(
-        lambda x: np.float32(x + 0.2 * np.abs(rng.normal(size=x.shape))), model.params
-    )
+def save(config, directory):
+    """A model with every parameter away from its usual start, and its checkpoint on disk."""
+    # Variances of a batch norm stay positive.
+    model = make_model(config, seed=2, shake=lambda noise: 0.2 * abs(noise))
+    save_checkpoint(model, directory, layout="flax")
     return model
 
 
@@ -40,38 +32,29 @@ def save_clip(directory, projection=8):
         image_size=16,
         **SIZES,
     )
-    model = shaken(FlaxCLIPModel(config, input_shape=((1, 1), (1, 16, 16, 3))))
-    model.save_pretrained(directory)
     tokenizer.save(directory / "tokenizer.json")
-    return model
+    return save(config, directory)
 
 
 def save_vit(directory):
-    model = FlaxViTModel(small_vit_config(**SIZES, image_size=16, patch_size=8))
-    model = shaken(model)
-    model.save_pretrained(directory)
-    return model
+    return save(small_vit_config(**SIZES, image_size=16, patch_size=8), directory)
 
 
 def save_resnet(directory):
     config = ResNetConfig(
         embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_channels=3
     )
-    model = shaken(FlaxResNetModel(config, input_shape=(1, 16, 16, 3)))
-    model.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(
         json.dumps({"size": {"shortest_edge": 16}, "image_mean": [0.5, 0.4, 0.3]})
     )
-    return model
+    return save(config, directory)
 
 
 def save_bert(directory, *, mean=False):
     config = small_bert_config(**SIZES, vocab_size=11, pad_token_id=0, max_length=32)
-    model = shaken(FlaxBertModel(config, add_pooling_layer=False))
-    model.save_pretrained(directory)
     bert_tokenizer(directory)
     if mean:
         (directory / "1_Pooling").mkdir()
         pooling = {"pooling_mode_mean_tokens": True}
         (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    return model
+    return save(config, directory)
