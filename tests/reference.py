@@ -6,7 +6,6 @@ Nothing here is shared with the library, and nothing is vectorised where a loop 
 import math
 import re
 
-
 import numpy as np
 
 # --- Similarities ---------------------------------------------------------------------------------
@@ -484,11 +483,6 @@ def relation_means(side, rows, relation, relations):
         found = [side[e if len(side) > 1 else 0][i] for i in mine]
         means.append(unit(np.sum(found, axis=0)) if found else np.zeros(side.shape[-1]))
     return np.stack(means)
-
-    return {
-        "top1": {name: np.mean([r < 1 for r in ranks[name]]) for name in names},
-        "top3": {name: np.mean([r < 3 for r in ranks[name]]) for name in names},
-    }
 
 
 # --- Transformers ---------------------------------------------------------------------------------
