@@ -101,7 +101,7 @@ def source(config, graph: RelationGraph, image_size: int) -> tuple[RelationSampl
     return RelationSampler(graph, splits, sizes, seed=0), collate
 
 
-def _sentence(graph: RelationGraph, relation: int) -> str:
+def _sentence(graph: RelationGraph, relation: int, drawn: int) -> str:
     return graph.intra_relation if relation < 0 else graph.relations[relation]
 
 

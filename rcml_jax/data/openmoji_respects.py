@@ -74,7 +74,7 @@ SENTENCES = {
     "outline": (
         "they have the same outline",
         "both are equally wide and equally filled",
-        "the two take up the page in the same way",
+        "the two fill the page in the same way",
         "their silhouettes have like proportions",
     ),
     "direction": (

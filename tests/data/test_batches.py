@@ -110,6 +110,14 @@ def test_rows_short_of_pairs_are_padded():
     assert len(set(plan["items"].tolist())) == 30
 
 
+def test_the_paraphrases_are_drawn_by_seed_and_step(toy, splits):
+    one, two = (sample(toy, splits)[0]["paraphrase"] for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert len(one) == len(sample(toy, splits)[0]["relations"])
+    others = sample(toy, splits)[1]["paraphrase"]
+    assert not np.array_equal(one, others)
+
+
 def test_self_pairs_only(toy, splits):
     plan = sample(toy, splits, BatchSizes(relations=0, pairs=3, intra_pairs=30, items=30))[0]
     np.testing.assert_array_equal(plan["relations"], [-1])
@@ -123,7 +131,10 @@ def collated(toy):
     splits = split_graph(toy, seed=0)
     plan = sample(toy, splits)[0]
     tokenizer = train_tokenizer(toy.texts + toy.relations, 300)
-    sentence = lambda r: toy.intra_relation if r < 0 else toy.relations[r]  # noqa: E731
+
+    def sentence(relation, drawn):
+        return toy.intra_relation if relation < 0 else toy.relations[relation]
+
     collate = collator(toy, tokenizer, ImageBank(toy.images, 8), sentence, 24)
     return plan, tokenizer, collate
 

@@ -295,3 +295,21 @@ def test_validate_names_what_is_wrong(toy):
     split = np.zeros(len(units), np.int8)
     split[double] = 2
     assert "two splits" in broken(pair_split=split)
+
+
+def test_paraphrases_for_training_and_for_the_test(toy):
+    assert toy.training_sentences(3) == (toy.relations[3],)
+    assert toy.held_out_sentences() == []
+    said = tuple((s, f"{s}, again", f"{s}, unseen", f"{s}, kept") for s in toy.relations)
+    graph = dataclasses.replace(toy, paraphrases=said, held_out=2).validate()
+    assert graph.training_sentences(3) == said[3][:2]
+    assert graph.held_out_sentences() == [tuple(x[k] for x in said) for k in (2, 3)]
+
+    def broken(**changes):
+        with pytest.raises(UserError) as error:
+            dataclasses.replace(graph, **changes).validate()
+        return str(error.value)
+
+    assert "no paraphrase left" in broken(held_out=4)
+    assert "not the relations' sentences" in broken(paraphrases=said[1:])
+    assert "paraphrase is empty" in broken(paraphrases=tuple((*x[:3], " ") for x in said))

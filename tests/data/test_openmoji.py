@@ -1,19 +1,23 @@
 import logging
+import re
 import time
 
 import numpy as np
 import pytest
+import scipy.sparse
 
-from rcml_jax.data import openmoji, openmoji_groups, protocol
+from rcml_jax.data import openmoji, openmoji_groups, openmoji_respects, protocol
 from rcml_jax.data.graph import SPLITS, split_graph
 from rcml_jax.data.images import ImageBank
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import controls
+from rcml_jax.evaluation.retrieval import retrieval_measures
 
 
 def test_items_relations_and_labels(emoji):
     assert emoji.validate() is emoji
     assert len(emoji) > 1800
-    assert len(emoji.relations) > 200
+    assert len(emoji.relations) == 11
     assert len(set(emoji.relations)) == len(emoji.relations)
     assert "grinning face" in emoji.texts
     assert not any("skin tone" in text for text in emoji.texts)
@@ -22,24 +26,101 @@ def test_items_relations_and_labels(emoji):
     assert "OpenMoji" not in emoji.intra_relation
 
 
-def test_sentences_read_well(emoji):
-    assert "they are the same kind of thing: food fruit" in emoji.relations
-    assert "both of them show a heart" in emoji.relations
-    assert "both of them show an umbrella" in emoji.relations
-    assert "both of them are smiling" in emoji.relations
-    assert not any(openmoji.word_sentence(word) for word in ("with", "of", "and", "no", "on"))
+def test_every_respect_has_sentences_and_one_is_kept_for_the_test(emoji):
+    (unseen,) = emoji.held_out_sentences()
+    known = [s for r in range(11) for s in emoji.training_sentences(r)]
+    assert len(known) == len(set(known)) == 33
+    assert not set(unseen) & set(known)
+    assert [emoji.training_sentences(r)[0] for r in range(11)] == list(emoji.relations)
+    # A sentence names a respect, never a value of it.
+    tables = ("PALETTE", "_REGIONS", "_TIMES", "_FEELINGS", "_SIDES")
+    values = {value for table in tables for value in getattr(openmoji_respects, table)}
+    assert not any(re.search(rf"\b{value}\b", s) for value in values for s in [*known, *unseen])
 
 
-def test_pairs_share_the_subgroup_or_the_word(emoji):
-    number = {text: i for i, text in enumerate(emoji.texts)}
-    linked = {tuple(p) for p in emoji.pairs.tolist()}
-    a, b = sorted((number["red apple"], number["pineapple"]))
-    fruit = emoji.relations.index("they are the same kind of thing: food fruit")
-    assert (a, b, fruit) in linked
-    heart = emoji.relations.index("both of them show a heart")
-    for a, b, _ in emoji.pairs[emoji.pairs[:, 2] == heart]:
-        assert "heart" in emoji.texts[a].lower()
-        assert "heart" in emoji.texts[b].lower()
+def alike(emoji, first, second):
+    """The respects in which two emoji, by their names, are alike."""
+    a, b = emoji.texts.index(first), emoji.texts.index(second)
+    names = list(openmoji_respects.SENTENCES)
+    return {names[r] for r in range(len(names)) if emoji.linked(a, b, r)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "yes", "no"),
+    [
+        ("red apple", "cherries", {"kind"}, {"word", "place", "time", "person"}),
+        ("red heart", "blue heart", {"recoloured", "word", "feeling"}, {"colour", "place"}),
+        ("red apple", "green apple", {"recoloured", "word", "kind"}, {"colour"}),
+        ("man cook", "man judge", {"person"}, {"word", "recoloured", "place"}),
+        ("man cook", "woman cook", {"word"}, {"person"}),
+        ("flag: France", "flag: Belgium", {"place"}, {"kind", "person", "word"}),
+        ("flag: Japan", "flag: South Korea", {"place"}, {"recoloured"}),
+        ("snowflake", "sled", {"time"}, {"kind", "word"}),
+        ("left arrow", "backhand index pointing left", {"direction", "word"}, {"place"}),
+        ("crying face", "sad but relieved face", {"feeling"}, {"direction"}),
+        ("red square", "red circle", {"colour"}, {"recoloured", "feeling"}),
+    ],
+)
+def test_pairs_are_alike_in_the_respects_of_their_names_and_pictures(emoji, first, second, yes, no):
+    found = alike(emoji, first, second)
+    assert yes <= found
+    assert not no & found
+
+
+def test_a_region_has_each_country_once():
+    codes = " ".join(openmoji_respects._REGIONS.values()).split()
+    assert len(codes) == len(set(codes)) > 240
+
+
+def picture(*parts):
+    """40 by 40 pixels of rectangles (colour name, rows, columns) on white."""
+    pixels = np.full((40, 40, 3), 255, np.uint8)
+    for name, rows, columns in parts:
+        pixels[rows, columns] = openmoji_respects.PALETTE[name]
+    return pixels
+
+
+def test_colours_go_by_their_area():
+    whole, half, edge = slice(5, 35), slice(5, 20), slice(5, 7)
+    red_and_blue = picture(("red", whole, whole), ("dark blue", half, half))
+    assert openmoji_respects.colours(red_and_blue) == ["red", "dark blue"]
+    # Neither a thin line, nor the black of the outline, nor the grey beside it.
+    lined = picture(("red", whole, whole), ("dark blue", edge, half), ("black", half, edge))
+    lined[20:35, 5:20] = 155, 155, 154
+    assert openmoji_respects.colours(lined) == ["red"]
+    assert openmoji_respects.colours(picture(("grey", whole, whole))) == ["grey"]
+    assert openmoji_respects.colours(picture(("black", whole, whole))) == []
+
+
+def test_the_outline_is_how_wide_and_how_full():
+    square = picture(("black", slice(5, 35), slice(5, 35)))
+    assert openmoji_respects.outline(square) == (2, 3)
+    wide = picture(("black", slice(15, 20), slice(5, 35)))
+    assert openmoji_respects.outline(wide) == (4, 3)
+    frame = picture(("black", slice(5, 35), slice(5, 35)))
+    frame[7:33, 7:33] = 255
+    assert openmoji_respects.outline(frame) == (2, 0)
+    assert openmoji_respects.outline(picture()) == (0, 0)
+
+
+def test_sentences_alone_and_queries_alone_do_not_tell_the_candidates_apart(emoji):
+    """Most controlled candidates are there; with words alone, a sentence is near chance."""
+    splits = split_graph(emoji, seed=0)
+    queries = protocol.controlled_queries(emoji, splits, "test", per_relation=100, seed=0)
+    shares = queries.shares()
+    assert shares["other_relation"] > 0.45
+    assert shares["same_relation"] > 0.45
+    train = splits.pairs("train")
+    vectors = controls.tf_idf(emoji.texts, emoji.texts)
+    rows = np.repeat(train[:, 2], 2), train[:, :2].ravel()
+    shape = (11, len(emoji))
+    members = scipy.sparse.csr_array((np.ones(len(rows[0])), rows), shape=shape).astype(bool)
+    means = controls.unit_rows(scipy.sparse.csr_array(members.astype(float) @ vectors))
+    stacked = scipy.sparse.csr_array(scipy.sparse.vstack([vectors, means]))
+    e = queries.relation[:, None] + len(emoji)
+    scores = controls.sparse_products(stacked, e, queries.candidates)
+    found = retrieval_measures({"tt": scores}, queries.relation)["macro"]["hit@5"]["tt"]
+    assert abs(found - 5 / 21) < 0.1
 
 
 def test_pictures_are_whole_and_not_empty(emoji):
@@ -66,7 +147,8 @@ def test_every_split_gives_every_task(emoji):
     splits = split_graph(emoji, seed=0)
     for split in SPLITS:
         assert len(protocol.retrieval_queries(emoji, splits, split, seed=0).query) > 500
-        assert protocol.relation_candidates(emoji, splits, split, seed=0).relations.shape[1] == 10
+        types = protocol.relation_candidates(emoji, splits, split, candidates=5, seed=0)
+        assert types.relations.shape[1] == 5
         assert len(protocol.validity_examples(emoji, splits, split, seed=0).a) > 500
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def assert_same(one, two):
-    for name in ("name", "ids", "texts", "label_names", "relations", "intra_relation"):
+    names = ("name", "ids", "texts", "label_names", "relations", "intra_relation")
+    for name in (*names, "paraphrases", "held_out"):
         assert getattr(one, name) == getattr(two, name)
     for name in ("labels", "pairs", "pair_split"):
         a, b = getattr(one, name), getattr(two, name)
@@ -38,7 +39,8 @@ def with_splits(graph):
 
 
 def test_a_graph_comes_back_as_it_was(toy, tmp_path):
-    toy = with_splits(toy)
+    said = tuple((sentence, f"{sentence}, unseen") for sentence in toy.relations)
+    toy = dataclasses.replace(with_splits(toy), paraphrases=said, held_out=1)
     folder = store.prepare(tmp_path, toy, license="CC0", description="Made up.")
     loaded = store.load(tmp_path, "toy")
     assert_same(toy, loaded)

@@ -1,5 +1,6 @@
 """RCML and its baselines from data to eval.json, on a graph with planted relations."""
 
+import dataclasses
 import json
 import shutil
 
@@ -248,6 +249,37 @@ def test_ablations_of_the_data_and_the_loss(catalogue, tmp_path):
     np.testing.assert_array_equal(shared["related"], np.eye(config.batch.size, dtype=bool))
     (line,) = [x for x in read_metrics(tmp_path / "run") if x["kind"] == "train"]
     assert line["tt"] == line["ii"] == 0.0
+
+
+@pytest.mark.parametrize("method", ["rcml", "clip"])
+def test_unseen_sentences_stand_beside_those_of_training(catalogue, tmp_path, method):
+    built = build(tiny_config(catalogue, method=method), tmp_path)
+    graph = built.task.graph
+    turned = tuple(zip(graph.relations, (f"{s} too" for s in graph.relations), strict=True))
+    # The last sentences are those of the next relation, so that what they reach must differ.
+    wrong = (*graph.relations[1:], graph.relations[0])
+    said = tuple((*seen, kept) for seen, kept in zip(turned, wrong, strict=True))
+    graph = dataclasses.replace(graph, paraphrases=said, held_out=1).validate()
+    built.task = dataclasses.replace(built.task, graph=graph)
+    assert {built.task.sentence(3, k) for k in range(6)} == set(turned[3])
+    assert built.task.sentences == list(graph.relations)
+    batch = next(built.batches())
+    params = built.init(jax.random.key(0), batch)
+    tables, needed = {}, np.ones((22, 60), bool)
+    for name, sentences in (("seen", None), ("kept", wrong)):
+        found = built.tables(params, np.arange(60), needed, sentences)
+        tables[name] = list(found.values())[-1]
+    # Under the next relation's sentence is what the next relation had.
+    np.testing.assert_allclose(tables["kept"].text[0], tables["seen"].text[1], atol=1e-5)
+    assert not np.allclose(tables["kept"].relation[0], tables["seen"].relation[0], atol=1e-3)
+    result = built.evaluate(params)
+    (unseen,) = result["unseen_sentences"]
+    check_tasks(unseen["retrieval"], unseen["relation_type"])
+    assert unseen["retrieval"]["queries"] == result["retrieval"]["queries"]
+    # Without relation text there is nothing to say in other words.
+    plain = tiny_config(catalogue, method=method, data__relation_text=False)
+    built.config = plain
+    assert built._unseen_sentences(params, np.arange(60), needed, None) == []
 
 
 @pytest.mark.parametrize("disjoint", ["pair", "item", "relation"])
