@@ -1,6 +1,8 @@
 """Texts to token ids: a small trainable tokenizer, and those of pretrained checkpoints."""
 
+import importlib.util
 import json
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -79,7 +81,8 @@ class Tokenizer:
     def from_pretrained_dir(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer of a checkpoint: `tokenizer.json`, or CLIP's `vocab.json`, `merges.txt`.
 
-        SigLIP's is read by transformers' `AutoTokenizer`, which knows how it changes a text.
+        SigLIP's is read by transformers' `AutoTokenizer` and changes texts as in training: SigLIP's
+        to lower case without ASCII punctuation, SigLIP 2's to lower case.
 
         Raises:
           UserError: the folder has neither, or a file is damaged.
@@ -258,13 +261,49 @@ def _model_type(folder: Path) -> str:
 
 
 def _by_transformers(folder: Path) -> tokenizers.Tokenizer:
-    """The fast tokenizer that `AutoTokenizer` makes of a folder."""
+    """A SigLIP's tokenizer: the fast one of a SigLIP 2, or one made of SigLIP's `spiece.model`."""
     from transformers import AutoTokenizer
 
+    if (folder / "spiece.model").is_file() and not importlib.util.find_spec("sentencepiece"):
+        raise UserError(
+            "SigLIP's tokenizer needs a package that is missing; pip install 'rcml_jax[siglip]'."
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
-    except Exception as error:  # of many kinds, and ImportError without sentencepiece
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = getattr(found, "backend_tokenizer", None)
+        if tokenizer is None:  # transformers has no fast tokenizer for SigLIP
+            return _siglip_tokenizer(Path(found.vocab_file))
+    except Exception as error:  # of many kinds
         raise _damaged(folder, error) from error
+    own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    return tokenizer
+
+
+def _siglip_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """SigLIP's SentencePiece model behind what `SiglipTokenizer` does to a text before."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, model.trainer_spec.unk_id, False))
+    replace = lambda pattern, text: normalizers.Replace(tokenizers.Regex(pattern), text)  # noqa: E731
+    charsmap = model.normalizer_spec.precompiled_charsmap
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace("▁", " "),
+            normalizers.Lowercase(),
+            normalizers.Prepend("▁"),
+            replace("[" + "".join(f"\\{sign}" for sign in string.punctuation) + "]", ""),
+            replace(r"\s+", " "),
+            *([normalizers.Precompiled(charsmap)] if charsmap else []),
+            replace(" {2,}", " "),
+            normalizers.Replace(" ", "▁"),
+            replace(r"▁+\z", ""),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

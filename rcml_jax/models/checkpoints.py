@@ -20,7 +20,13 @@ from rcml_jax.errors import UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MSGPACK = "flax_model.msgpack"
-TOKENIZER_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -134,9 +140,20 @@ def expected_params(module: Any, *inputs: Any, method: str | None = None) -> dic
 
 # Names and layouts
 
+# Parts of a ViT's names in the classes of transformers 5, which by default writes those of 4.
+_VIT_NAMES = (
+    ("encoder.layer.", "layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+
 
 def torch_names(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that PyTorch's checkpoints have for a parameter, today's first."""
+    """The names that PyTorch's checkpoints have for a parameter, the usual one first."""
     *parents, last = path
     if parents and parents[-1] == "in_proj":  # of torch.nn.MultiheadAttention
         last = {"kernel": "weight", "bias": "bias"}[last]
@@ -145,6 +162,8 @@ def torch_names(path: tuple[str, ...]) -> tuple[str, ...]:
     names = [".".join((*parents, name))]
     if parents and parents[-1] == "LayerNorm":  # as the oldest BERT checkpoints have it
         names.append(".".join((*parents, {"weight": "gamma", "bias": "beta"}[name])))
+    if parents[:2] == ["encoder", "layer"]:
+        names.append(functools.reduce(lambda n, part: n.replace(*part), _VIT_NAMES, names[0]))
     return tuple(names)
 
 

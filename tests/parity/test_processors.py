@@ -1,5 +1,6 @@
 """Texts and pictures beside Hugging Face's CLIP processor, which needs no torch for either."""
 
+import importlib.util
 import io
 import json
 
@@ -9,8 +10,13 @@ from PIL import Image
 
 from rcml_jax.data import images
 from rcml_jax.data.text import LENGTHS, Tokenizer
+from rcml_jax.errors import UserError
 from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
-from tests.parity.vocabulary import write_vocabulary
+from tests.parity.vocabulary import (
+    write_siglip2_vocabulary,
+    write_siglip_vocabulary,
+    write_vocabulary,
+)
 
 transformers = pytest.importorskip("transformers")
 processing = pytest.importorskip("transformers.models.clip.image_processing_clip")
@@ -86,6 +92,54 @@ def test_only_hugging_face_takes_a_special_token_from_a_text(folder, hugging_fac
     assert found == hugging_face(texts, split_special_tokens=True)["input_ids"]
     assert found != hugging_face(texts, split_special_tokens=False)["input_ids"]
     assert all(row.count(ours.end_id) == 1 for row in found)
+
+
+# --- SigLIP ---------------------------------------------------------------------------------------
+
+SIGLIP_TEXTS = [*TEXTS, "a ▁ b▁", "!!", "! ab", "ab !", "ΣΑΣ ＡＢＣ", "\uff0c a，b", "a</s>b <pad>"]
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    pytest.importorskip("sentencepiece")
+    return write_siglip_vocabulary(tmp_path_factory.mktemp("siglip"), TEXTS)
+
+
+def test_siglips_tokens_are_equal(siglip_folder):
+    ours = Tokenizer.from_pretrained_dir(siglip_folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(siglip_folder)
+    # A text that spells a special token has here the ids of its letters.
+    special = {text for text in SIGLIP_TEXTS if "</s>" in text}
+    found = dict(zip(SIGLIP_TEXTS, rows(*ours.encode(SIGLIP_TEXTS, 64)), strict=True))
+    for text in SIGLIP_TEXTS:
+        if text not in special:
+            assert found[text] == theirs(text, truncation=True, max_length=64)["input_ids"], text
+    assert found["a</s>b <pad>"] == rows(*ours.encode(["asb pad"], 64))[0]
+    assert {len(ids) for ids in found.values()} > {1, 64}
+    assert (ours.start_id, ours.end_id, ours.pad_id) == (None, 1, theirs.pad_token_id)
+    assert ours.decode(found["red heart"]) == "red heart"
+
+
+def test_a_missing_sentencepiece_is_named(siglip_folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name)
+    )
+    with pytest.raises(UserError, match=r"rcml_jax\[siglip\]"):
+        Tokenizer.from_pretrained_dir(siglip_folder)
+
+
+def test_siglip_2s_tokens_are_those_of_lower_case_texts(tmp_path):
+    write_siglip2_vocabulary(tmp_path, TEXTS)
+    ours = Tokenizer.from_pretrained_dir(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [text for text in TEXTS if "İ" not in text]  # Python and Rust lower it in their ways.
+    expected = [
+        [*theirs(text.lower(), add_special_tokens=False)["input_ids"][:63], 1] for text in texts
+    ]
+    assert rows(*ours.encode(texts, 64)) == expected
+    assert len({tuple(ids) for ids in expected}) == len(texts)
+    assert (ours.start_id, ours.end_id, ours.pad_id) == (None, 1, 0)
 
 
 # --- Pictures -------------------------------------------------------------------------------------
