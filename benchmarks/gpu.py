@@ -13,6 +13,7 @@ the end. No data set, no checkpoint and no network is needed; weights and inputs
 import argparse
 import datetime
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -35,8 +36,8 @@ SUMMARY_LENGTH = 11_000
 class Stage(NamedTuple):
     """A function `stage(report, small)` of a module, and its seconds.
 
-    warm_up: names an option with which the stage runs once before, beside untimed stages, to fill
-    the compiler's cache. jax_platforms: what JAX may use in it, "" for all.
+    timed: whether speed is measured, so that nothing may run beside it. jax_platforms: what JAX may
+    use in it, "" for all.
     """
 
     function: str
@@ -52,7 +53,7 @@ STAGES = {
     "ceilings": Stage("benchmarks.gpu_speed:ceilings", 30),
     "speed": Stage("benchmarks.gpu_speed:speed", 140),
     "peers": Stage("benchmarks.gpu_peers:peers", 135, jax_platforms="cpu"),
-    "profile": Stage("benchmarks.gpu_speed:profile", 65, jax_platforms=""),
+    "profile": Stage("benchmarks.gpu_speed:profile", 65),
 }
 LIMIT = 525.0
 #: The stage whose compilation is begun beside the untimed ones.
@@ -68,7 +69,7 @@ class Report:
         self.errors: dict[str, str] = {}
 
     def other(self, stage: str) -> dict[str, Any]:
-        """The figures of another stage, {} where it has not run."""
+        """The figures of another stage of this folder, {} where it has not run."""
         return read(self.path.with_name(f"{stage}.json")).get("figures", {})
 
     def add(self, **figures: Any) -> None:
@@ -150,7 +151,11 @@ class Process:
 
 
 def run(
-    out: pathlib.Path, names: Sequence[str], limit: float, options: Sequence[str]
+    out: pathlib.Path,
+    names: Sequence[str],
+    limit: float,
+    options: Sequence[str],
+    about: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Run the stages one after the other; their status and seconds by name.
 
@@ -180,7 +185,7 @@ def run(
                     process.end()
                 statuses[name] = {"status": status, "seconds": time.monotonic() - process.start}
                 found = {"figures": {}, "errors": {}} | read(out / f"{name}.json")
-                write(out / f"{name}.json", found | statuses[name])
+                write(out / f"{name}.json", {"about": about, **statuses[name], **found})
                 print(f"{name}: {status}, {statuses[name]['seconds']:.0f} s", flush=True)
         finally:
             if warming is not None:
@@ -244,13 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, names = time.monotonic(), [name for name in STAGES if name in arguments.stages]
     options = ["--small"] if arguments.small else []
     about = {
-        "command": shlex.join(["bash", "benchmarks/gpu.sh", "OUT", *(argv or sys.argv[1:])]),
+        "command": shlex.join(
+            ["bash", "benchmarks/gpu.sh", "OUT", "--stages", ",".join(names), *options]
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": card(),
         "cpus": os.cpu_count(),
         "versions": versions(),
     }
-    statuses = run(out, names, arguments.limit, options)
+    statuses = run(out, names, arguments.limit, options, about)
     about |= {"stages": statuses, "seconds": time.monotonic() - start}
     found = {name: read(out / f"{name}.json") for name in STAGES if name in names}
     text = gpu_summary.table(about, found)[:SUMMARY_LENGTH]

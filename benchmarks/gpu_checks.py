@@ -35,6 +35,7 @@ TRAINING_TOLERANCE = 1e-3
 #: The same step from the same state may differ by the order in which gradients are summed.
 STEP_TOLERANCE = 1e-5
 
+
 def correctness(report: Any, small: bool) -> None:
     """The stage: value and gradient of every loss, the pooling head and the whole model."""
     device, host = jax.devices()[0], jax.devices("cpu")[0]
@@ -94,7 +95,9 @@ def _model_cases(small: bool) -> Iterator[tuple[str, Callable, Any]]:
         def value(arrays, given):
             del given
             found = gpu_work.token_states(arrays["states"].astype(dtype))
-            z = module.apply({"params": arrays["head"]}, found, arrays["relation"], jnp.arange(5) < 1)
+            z = module.apply(
+                {"params": arrays["head"]}, found, arrays["relation"], jnp.arange(5) < 1
+            )
             return jnp.sum(weights * z), z
 
         return value
