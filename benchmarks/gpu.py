@@ -185,6 +185,9 @@ def run(
                     process.end()
                 statuses[name] = {"status": status, "seconds": time.monotonic() - process.start}
                 found = {"figures": {}, "errors": {}} | read(out / f"{name}.json")
+                if status == "failed":
+                    last = (out / "log.txt").read_text("utf-8", "replace").rstrip().splitlines()[-1]
+                    found["errors"]["the stage"] = last[-400:]
                 write(out / f"{name}.json", {"about": about, **statuses[name], **found})
                 print(f"{name}: {status}, {statuses[name]['seconds']:.0f} s", flush=True)
         finally:

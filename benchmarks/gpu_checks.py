@@ -115,9 +115,9 @@ def _model_cases(small: bool) -> Iterator[tuple[str, Callable, Any]]:
             config.model.dtype = jnp.dtype(dtype).name
             method = gpu_work.method(name, config)
 
-            def value(params, batch):
-                embedded = method.embed(params, batch, jax.random.key(0))
-                loss, _ = method.objective(params, embedded, batch, jnp.zeros(()))
+            def value(params, given):
+                embedded = method.embed(params, given, jax.random.key(0))
+                loss, _ = method.objective(params, embedded, given, jnp.zeros(()))
                 return loss, embedded
 
             return value

@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = timing.start(
         f"32 pairs of {load.items} items under {SIZES.relations + 1} relations, {towers}: titles "
         f"of {np.mean(load.title_lengths):.1f} tokens on average, trimmed to {texts} of "
-        f"{load.limit}, {TEXTS_PER_ROW} of them in {load.packed['items']['ids'].ids.shape[1]} for ours; "
+        f"{load.limit}, {TEXTS_PER_ROW} of them in "
+        f"{load.packed['items']['ids'].ids.shape[1]} for ours; "
         f"sentences trimmed to {sentences}"
     )
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -155,7 +155,7 @@ def pairs_loss(
     inter = ~batch["intra"].repeat(2)
 
     def term(x: torch.Tensor, y: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-        logits = (x @ y.T / temperature).masked_fill(hidden, -torch.inf)
+        logits = ((x @ y.T).float() / temperature).masked_fill(hidden, -torch.inf)
         return masked_mean(F.cross_entropy(logits, target, reduction="none"), among)
 
     every = torch.ones_like(inter)
@@ -178,7 +178,8 @@ def items_loss(
     live = batch["pair_valid"].repeat(1, 2)
     relations = torch.arange(len(rows), device=rows.device)[:, None]
     # (anchor's modality, candidate's modality, R, 2G, N)
-    logits = embedded[:, None, relations, rows] @ embedded[None].transpose(-1, -2) / temperature
+    logits = embedded[:, None, relations, rows] @ embedded[None].transpose(-1, -2)
+    logits = logits.float() / temperature  # Autocast has the product in bfloat16.
     kept = ~batch["related"][rows] | F.one_hot(columns, embedded.shape[2]).bool()
     logits = logits.masked_fill(~kept, -torch.inf)
     target = logits.gather(-1, columns[..., None].expand(2, 2, -1, -1, 1))[..., 0]
