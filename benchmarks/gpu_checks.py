@@ -30,6 +30,8 @@ from rcml_jax.training.checkpoint import Checkpoints
 #: backend's own precision of products, on NVIDIA's GPUs TF32.
 TOLERANCES = {"highest": 2e-4, "default": 2e-2, "bfloat16": 6e-2}
 STEPS, SAVED_AFTER = 20, 10
+#: Layers of each tower that is checked, of ViT-B/32's widths.
+LAYERS = 4
 #: The largest relative difference of a loss of training from the CPU's.
 TRAINING_TOLERANCE = 1e-3
 #: The same step from the same state may differ by the order in which gradients are summed.
@@ -40,6 +42,7 @@ def correctness(report: Any, small: bool) -> None:
     """The stage: value and gradient of every loss, the pooling head and the whole model."""
     device, host = jax.devices()[0], jax.devices("cpu")[0]
     report.add(device=device.device_kind, reference=host.device_kind, tolerances=TOLERANCES)
+    report.add(layers=LAYERS)
     for name, function, arguments in _loss_cases(small):
         report.part(name, functools.partial(_compare_dtypes, function, arguments, device, host))
     for name, make, arguments in _model_cases(small):
@@ -108,12 +111,12 @@ def _model_cases(small: bool) -> Iterator[tuple[str, Callable, Any]]:
     few = Sizes(relations=2, pairs=2, self_pairs=2)
     for title, name in (("CLIP on both towers", "clip"), ("RCML on both towers", "rcml")):
         config = gpu_work.configuration(small, few)
-        batch = item_batch(gpu_work.method(name, config).towers_config, few).packed
+        batch = item_batch(_shallow(name, config).towers_config, few).packed
 
         def model(dtype, name=name, config=config):
             config = config.copy_and_resolve_references()
             config.model.dtype = jnp.dtype(dtype).name
-            method = gpu_work.method(name, config)
+            method = _shallow(name, config)
 
             def value(params, given):
                 embedded = method.embed(params, given, jax.random.key(0))
@@ -122,7 +125,15 @@ def _model_cases(small: bool) -> Iterator[tuple[str, Callable, Any]]:
 
             return value
 
-        yield title, model, (models.random_params(gpu_work.method(name, config)), batch)
+        yield title, model, (models.random_params(_shallow(name, config)), batch)
+
+
+def _shallow(name: str, config: Any) -> Any:
+    """A method with a few layers of the towers: all of them take minutes to compile six times."""
+    method = gpu_work.method(name, config)
+    for sizes in (method.towers_config.text_config, method.towers_config.vision_config):
+        sizes.num_hidden_layers = min(sizes.num_hidden_layers, LAYERS)
+    return method
 
 
 _HEAD = ("query", "key", "value", "output")
