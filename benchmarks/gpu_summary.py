@@ -71,7 +71,7 @@ def table(about: dict[str, Any], found: Found) -> str:
 
 def _correctness(found: Found) -> Iterator[str]:
     figures = _at(found, "correctness", "figures") or {}
-    rows = {name: row for name, row in figures.items() if _at(row, "highest")}
+    rows = {name: row for name, row in figures.items() if isinstance(_at(row, "highest"), dict)}
     if not rows:
         return
     precisions = list(figures["tolerances"])

@@ -186,3 +186,32 @@ def test_a_batch_has_its_pairs_once():
     items = np.concatenate([shared["anchor"][live], shared["positive"][live]])
     assert sorted(items) == list(range(sizes.items))
     assert shared["pair_valid"][0].sum() == 2
+
+
+def test_the_table_has_what_was_measured_and_what_is_asked():
+    row = {"value": 1e-6, "gradient": 2e-6, "good": True}
+    step = {"name": "x", "items": 1024, "median_s": 0.1, "mfu": 0.3, "peak_source": "planned"}
+    step |= {"lower_s": 1, "compile_s": 2, "peak_bytes": 2**30, "planned_bytes": 2**30}
+    step |= {"model_flops": 10**12, "first_loss": 8.0}
+    turn = {"rows": {title: {"median": 0.05, "mfu": 0.5} for title in gpu_speed.TITLES}}
+    ratio = {"of": gpu_speed.RCML, "to": gpu_speed.CLIP, "median": 1.2, "p10": 1.1, "p90": 1.3}
+    turn["ratios"] = [ratio | {"target": 1.1, "met": False}]
+    peer = {"first_loss": 8.4, "median": 0.1, "items_per_second": 1024 / 0.1, "first_s": 9.0}
+    figures = {
+        "correctness": {"tolerances": gpu_checks.TOLERANCES, "loss: CLIP": {"highest": row}},
+        "speed": {"batch": {}, **dict.fromkeys(gpu_speed.TITLES, step), "in turn": turn},
+        "peers": {
+            **{"compiled": True, "torch": "2", "float32_products": "TF32 allowed"},
+            "factored PyTorch": peer | {"peak_bytes": 2**30},
+        },
+    }
+    found = {name: {"figures": given, "errors": {}} for name, given in figures.items()}
+    statuses = {name: {"status": "done", "seconds": 1.0} for name in found}
+    about = {"card": "A card", "date": "today", "cpus": 2, "command": "it", "versions": {}}
+    text = gpu_summary.table(about | {"stages": statuses, "seconds": 3.0}, found)
+    assert "1.0e-06 / 2.0e-06" in text
+    assert "1.200 (1.100 - 1.300), at most 1.10: missed" in text
+    assert "MFU of CLIP's step: 50.0% of the measured product, 45%: met" in text
+    # 0.05 s in turn are half of the peer's.
+    assert "0.500, at most 1.00: met" in text
+    assert "NOT: first loss, ours and factored PyTorch's" in text
