@@ -1,8 +1,7 @@
 """The batch of benchmarks/peers.py in three forms: ours, factored and plain.
 
 32 pairs under 11 relations: three pairs of distinct items under each of ten kinds of buyers, and
-two self pairs among these 60 items. Titles have a log-normal number of tokens (median 20, sigma
-0.5, cut to 4..77), sentences 30 to 60, the self pairs' 16; tokens and pictures are random.
+two self pairs among these 60 items. Lengths of texts are those of `benchmarks/item_batches.py`.
 """
 
 from typing import Any, NamedTuple
@@ -13,16 +12,12 @@ import torch.nn.functional as F
 from transformers import CLIPConfig
 
 from benchmarks import inputs
+from benchmarks.item_batches import Sizes, item_batch
 from benchmarks.torch_rcml import Tensors
 from configs.rcml import get_config
-from rcml_jax.data.packing import pack, pack_order
-from rcml_jax.data.text import LENGTHS
 from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 
-RELATIONS, PAIRS, SELF_PAIRS = 10, 3, 2
-TEXTS_PER_ROW = 4
-MEDIAN_TITLE, TITLE_SIGMA, SHORTEST_TITLE = 20, 0.5, 4
-SENTENCES, SELF_SENTENCE = (30, 60), 16
+SIZES = Sizes(relations=10, pairs=3, self_pairs=2)
 
 
 class Workload(NamedTuple):
@@ -44,75 +39,16 @@ class Workload(NamedTuple):
     title_lengths: np.ndarray
 
 
-def title_lengths(rng: np.random.Generator, count: int, limit: int) -> np.ndarray:
-    """Numbers of tokens of product titles, start and end token included."""
-    lengths = np.exp(np.log(MEDIAN_TITLE) + TITLE_SIGMA * rng.standard_normal(count))
-    return np.rint(lengths).astype(int).clip(SHORTEST_TITLE, limit)
-
-
-def padded_texts(rng: np.random.Generator, lengths: np.ndarray, limit: int, config: CLIPConfig):
-    """Random texts of these lengths: ids (n, T), T as the tokenizer would trim it."""
-    width = next(x for x in (*(x for x in LENGTHS if x < limit), limit) if x >= max(lengths))
-    ids = inputs.token_ids(rng, len(lengths), width, config)
-    end, places = lengths[:, None] - 1, np.arange(width)
-    text = config.text_config
-    return np.select([places < end, places == end], [ids, text.eos_token_id], text.pad_token_id)
-
-
-def pair_indices(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """anchor, positive, pair_valid (R, G) and the rest of a relation batch; self pairs first."""
-    shape = (RELATIONS + 1, max(PAIRS, SELF_PAIRS))
-    anchor, positive = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    places = rng.permutation(2 * RELATIONS * PAIRS).reshape(2, RELATIONS, PAIRS)
-    anchor[1:, :PAIRS], positive[1:, :PAIRS] = places
-    items = places.size
-    anchor[0, :SELF_PAIRS] = rng.choice(items, SELF_PAIRS, replace=False)
-    positive[0] = anchor[0]
-    tables = inputs.pair_tables(anchor, positive, items, PAIRS, SELF_PAIRS)
-    return tables | {"labels": np.zeros(items, np.int32)}
-
-
 def build_workload(small: bool) -> Workload:
     """The batch that all sides are given."""
-    rng = np.random.default_rng(0)
     clip_config = inputs.clip_config(small)
     limit = clip_config.text_config.max_position_embeddings
-    pairs = pair_indices(rng)
-    items = len(pairs["valid"])
-    titles = title_lengths(rng, items, limit)
-    titles = titles[pack_order(titles, TEXTS_PER_ROW)]
-    sentences = rng.integers(*SENTENCES, RELATIONS + 1, endpoint=True)
-    sentences[0] = SELF_SENTENCE
-    ours = {
-        "items": {
-            "ids": padded_texts(rng, titles, limit, clip_config).astype(np.int32),
-            "images": inputs.images(rng, items, clip_config),
-        },
-        "shared": pairs
-        | {
-            "relation_ids": padded_texts(rng, sentences.clip(max=limit), limit, clip_config).astype(
-                np.int32
-            )
-        },
-    }
+    ours, packed, titles = item_batch(clip_config, SIZES)
     factored = factored_batch(ours, clip_config)
     pad = clip_config.text_config.pad_token_id
     plain = plain_batch(factored, limit, pad)
-    config = configuration(items)
-    packed = packed_batch(ours, titles)
-    return Workload(config, clip_config, ours, packed, factored, plain, items, limit, titles)
-
-
-def packed_batch(ours: dict, titles: np.ndarray) -> dict:
-    """Our batch with several titles, of these lengths, in each row."""
-    ids, images = ours["items"]["ids"], ours["items"]["images"]
-    mask = np.arange(ids.shape[1]) < titles[:, None]
-    return ours | {
-        "items": {
-            "ids": pack(ids, mask, TEXTS_PER_ROW),
-            "images": images.reshape(-1, TEXTS_PER_ROW, *images.shape[1:]),
-        }
-    }
+    config = configuration(SIZES.items)
+    return Workload(config, clip_config, ours, packed, factored, plain, SIZES.items, limit, titles)
 
 
 def configuration(items: int):
@@ -121,7 +57,10 @@ def configuration(items: int):
     config.loss.identification_weight = 0.0
     config.optimizer.learning_rate = 5e-5
     config.batch.update(
-        size=items, relations=RELATIONS, pairs_per_relation=PAIRS, intra_pairs=SELF_PAIRS
+        size=items,
+        relations=SIZES.relations,
+        pairs_per_relation=SIZES.pairs,
+        intra_pairs=SIZES.self_pairs,
     )
     return config
 

@@ -17,9 +17,7 @@ open_clip cannot be imported.
 import functools
 import gc
 import importlib
-import importlib.util
 import os
-import pathlib
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks import embedding, timing, torch_rcml, train_step
-from benchmarks.peer_batches import RELATIONS, TEXTS_PER_ROW, Workload, build_workload
+from benchmarks.item_batches import TEXTS_PER_ROW
+from benchmarks.peer_batches import SIZES, Workload, build_workload
 from rcml_jax.data.packing import pack
 from rcml_jax.data.text import LENGTHS
 
@@ -57,7 +56,10 @@ def training(load: Workload, args: Any) -> dict:
     model = peer_model(load, params).train()
     functions: Functions = {OURS: loss_of(train_step.step_function(method, params, load.packed))}
     # The peers share their parameters and the moments of AdamW, to save memory.
-    adamw, options = torch_adamw(model, load.config), loss_options(load.config)
+    adamw, options = (
+        torch_rcml.torch_adamw(model, load.config),
+        torch_rcml.loss_options(load.config),
+    )
     for name, loss, batch in (
         (PLAIN, torch_rcml.pairs_loss, load.plain),
         (FACTORED, torch_rcml.items_loss, load.factored),
@@ -94,7 +96,7 @@ def embeddings(load: Workload, args: Any) -> dict:
     model = peer_model(load, params).eval()
     del params
     figures = {}
-    for count in (1, RELATIONS):
+    for count in (1, SIZES.relations):
         functions: Functions = {OURS: ours[embedding.rcml(count, True)]}
         peers = peer_embeddings(model, load, keep, width, count, compiler(args))
         functions |= {name: torch.inference_mode()(function) for name, function in peers.items()}
@@ -180,31 +182,11 @@ def clip_step(load: Workload, args: Any) -> dict:
     def loss() -> torch.Tensor:
         return criterion(**model(load.factored["pixels"], texts))
 
-    adamw = torch_adamw(model, load.config)
+    adamw = torch_rcml.torch_adamw(model, load.config)
     functions[OPEN_CLIP] = torch_rcml.step_function(compiler(args)(loss), adamw)
     for function in functions.values():
         function()
     return measure(functions, args, load.items, "CLIP training", {OPEN_CLIP: None})
-
-
-def declare_torchvision() -> Any:
-    """Make torchvision importable where its operators are not; what is returned must be kept.
-
-    open_clip needs torchvision. One that was built for CUDA does not find its operators beside a
-    CPU build of torch, and fails on import, and transformers with it. CLIP uses none of them, so
-    that it is enough to declare them, before anything imports torchvision.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        return None
-    try:
-        torch.ops.load_library(pathlib.Path(spec.origin).parent / "_C.so")
-    except OSError:
-        operators = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        return operators
-    return None
 
 
 # What the parts share
@@ -215,24 +197,6 @@ def peer_model(load: Workload, params: Any) -> torch_rcml.TorchRCML:
     head = load.config.model
     model = torch_rcml.TorchRCML(load.clip_config, beta=head.beta, summary_logit=head.summary_logit)
     return torch_rcml.load(model, params)
-
-
-def loss_options(config: Any) -> dict:
-    """Temperature and λ."""
-    loss = config.loss
-    return {"temperature": loss.temperature, "intra_modal_weight": loss.intra_modal_weight}
-
-
-def torch_adamw(model: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
-    """PyTorch's fastest AdamW, with our options."""
-    options = config.optimizer
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=options.learning_rate,
-        betas=(options.b1, options.b2),
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
 
 
 def loss_of(step: Callable) -> Callable[[], jax.Array]:
@@ -285,14 +249,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--parts has no {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(cores)
-    _operators = declare_torchvision()
+    _operators = torch_rcml.declare_torchvision()
     load = build_workload(args.small)
     texts, sentences = (load.factored[name].shape[1] for name in ("ids", "relation_ids"))
     towers = "small towers" if args.small else "ViT-B/32"
     machine = timing.start(
-        f"32 pairs of {load.items} items under {RELATIONS + 1} relations, {towers}: titles of "
-        f"{np.mean(load.title_lengths):.1f} tokens on average, trimmed to {texts} of {load.limit}, "
-        f"{TEXTS_PER_ROW} of them in {load.packed['items']['ids'].ids.shape[1]} for ours; "
+        f"32 pairs of {load.items} items under {SIZES.relations + 1} relations, {towers}: titles "
+        f"of {np.mean(load.title_lengths):.1f} tokens on average, trimmed to {texts} of "
+        f"{load.limit}, {TEXTS_PER_ROW} of them in "
+        f"{load.packed['items']['ids'].ids.shape[1]} for ours; "
         f"sentences trimmed to {sentences}"
     )
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the overrides of the configuration."""
     parser = _Parser(
         prog="python -m benchmarks.throughput",
@@ -244,7 +244,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def run(argv: Sequence[str]) -> int:
     """Measure, print and write; raises UserError for a wrong option."""
-    arguments, overrides = _arguments(argv)
+    arguments, overrides = parse(argv)
     plan, small = make_plan(arguments, overrides)
     config, device = plan.config or plan.m3col, plan.devices[0]
     waiting = list(plan.work())  # all of it first: what cannot be is told before any is measured

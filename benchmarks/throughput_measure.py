@@ -14,10 +14,12 @@ class Program(NamedTuple):
 
     call: one step, or one pass; its result is waited for. facts: what is known before the first
     call, of the fields of a row: seconds of lowering and compiling, planned bytes, XLA's FLOPs.
+    text: the compiled program, where there is one.
     """
 
     call: Callable[[], Any]
     facts: dict[str, Any]
+    text: Callable[[], str] = str
 
 
 class Work(NamedTuple):
@@ -60,7 +62,7 @@ def compile_program(function: Any, arguments: Sequence[Any], *, carries: bool = 
             held[0] = out[0]
         return out
 
-    return Program(call, facts)
+    return Program(call, facts, compiled.as_text)
 
 
 def _planned(compiled: Any) -> int | None:

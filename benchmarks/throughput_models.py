@@ -32,6 +32,7 @@ from rcml_jax.models.minilm import resolve
 _SIZES = {
     "openai/clip-vit-base-patch32": CLIPConfig,
     "google/vit-base-patch16-224-in21k": ViTConfig,
+    "google/vit-base-patch32-224-in21k": lambda: ViTConfig(patch_size=32),
     "bert-base-uncased": BertConfig,
     "roberta-base": lambda: RobertaConfig(max_position_embeddings=514, type_vocab_size=1),
 }
@@ -52,6 +53,7 @@ _MODEL_SIZES = (
 #: Classes of the data that M3CoL's configurations name.
 _CLASSES = {"openmoji": 9, "n24news": 24, "food101": 101}
 _TEXT_LENGTH = 32
+_SPREAD = 0.02  # of random weights, as Hugging Face starts CLIP's
 _STEPS = 1000  # of a schedule that counts epochs of a data set
 
 
@@ -147,13 +149,28 @@ def classifier(config: Any) -> M3CoLMethod:
 
 
 def random_params(method: Method) -> Params:
-    """The method's initial parameters, on the host."""
+    """Random parameters of the method, on the host.
+
+    Drawn by NumPy: only their shapes are asked of the model, so that nothing is compiled. The same
+    in every process.
+    """
     if isinstance(method, M3CoLMethod):
         batch = class_batch(method, 1, 2)
     else:
         ids, images = random_items(method, 1, 2)
         batch = {"items": {"ids": ids, "images": images}, "shared": {"relation_ids": ids}}
-    return jax.device_get(jax.jit(method.init)(jax.random.key(0), batch))
+    shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple, x: Any) -> np.ndarray:
+        name = path[-1].key
+        if name in ("scale", "bias") or x.ndim == 0:
+            return np.full(x.shape, name == "scale", x.dtype)
+        drawn = _SPREAD * rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+        # As RelationPooling starts, so that what is pooled has a direction.
+        return drawn + np.eye(*x.shape, dtype=x.dtype) if name in ("value", "output") else drawn
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def text_length(method: Method, asked: int | None, option: str = "--text-length") -> int:

@@ -6,7 +6,9 @@ other pairs of the batch. *Factored* is given what makes ours cheap: each distin
 is encoded once, W_K goes to the query and W_V and W_o act after pooling.
 """
 
+import importlib.util
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +33,8 @@ class States(NamedTuple):
     @property
     def pooled(self) -> torch.Tensor:
         """CLIP's own embeddings (n, d), not normalised."""
-        return self.tokens[torch.arange(len(self.tokens)), self.summary]
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)
+        return self.tokens[rows, self.summary]
 
 
 class TorchRCML(nn.Module):
@@ -61,8 +64,10 @@ class TorchRCML(nn.Module):
         tower = self.clip.vision_model
         hidden = tower.post_layernorm(tower(pixel_values=pixels).last_hidden_state)
         tokens = self.clip.visual_projection(hidden)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        return States(tokens, mask, torch.zeros(len(tokens), dtype=torch.long))
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return States(
+            tokens, mask, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        )
 
     # Plain
 
@@ -144,18 +149,19 @@ def pairs_loss(
     being pooled again under the relation of every anchor. Under one relation the two are the same.
     """
     text, image = model.embed_pairs(batch)
-    rows = torch.arange(len(text))
+    rows = torch.arange(len(text), device=text.device)
     target = rows.roll(len(text) // 2)  # Anchor and positive are each other's.
     hidden = batch["related"].clone()
     hidden[rows, target] = False
     inter = ~batch["intra"].repeat(2)
 
     def term(x: torch.Tensor, y: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-        logits = (x @ y.T / temperature).masked_fill(hidden, -torch.inf)
-        return F.cross_entropy(logits[among], target[among])
+        logits = ((x @ y.T).float() / temperature).masked_fill(hidden, -torch.inf)
+        return masked_mean(F.cross_entropy(logits, target, reduction="none"), among)
 
-    cross_modal = (term(text, image, rows) + term(image, text, rows)) / 2
-    intra_modal = term(text, text, rows[inter]) + term(image, image, rows[inter])
+    every = torch.ones_like(inter)
+    cross_modal = (term(text, image, every) + term(image, text, every)) / 2
+    intra_modal = term(text, text, inter) + term(image, image, inter)
     return cross_modal + intra_modal_weight * intra_modal
 
 
@@ -171,32 +177,76 @@ def items_loss(
     rows = torch.cat([batch["anchor"], batch["positive"]], dim=1)
     columns = torch.cat([batch["positive"], batch["anchor"]], dim=1)
     live = batch["pair_valid"].repeat(1, 2)
-    relations = torch.arange(len(rows))[:, None]
+    relations = torch.arange(len(rows), device=rows.device)[:, None]
     # (anchor's modality, candidate's modality, R, 2G, N)
-    logits = embedded[:, None, relations, rows] @ embedded[None].transpose(-1, -2) / temperature
+    logits = embedded[:, None, relations, rows] @ embedded[None].transpose(-1, -2)
+    logits = logits.float() / temperature  # Autocast has the product in bfloat16.
     kept = ~batch["related"][rows] | F.one_hot(columns, embedded.shape[2]).bool()
     logits = logits.masked_fill(~kept, -torch.inf)
     target = logits.gather(-1, columns[..., None].expand(2, 2, -1, -1, 1))[..., 0]
     losses = logits.logsumexp(dim=-1) - target
 
     def mean(x: int, y: int, among: torch.Tensor) -> torch.Tensor:
-        return losses[x, y][among].mean()
+        return masked_mean(losses[x, y], among)
 
     inter = live & ~batch["intra"][:, None]
     cross_modal = (mean(0, 1, live) + mean(1, 0, live)) / 2
     return cross_modal + intra_modal_weight * (mean(0, 0, inter) + mean(1, 1, inter))
 
 
+def masked_mean(x: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """The mean of some elements; indexing by a mask would wait for the device."""
+    return (x * among).sum() / among.sum()
+
+
 def step_function(
     loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer
-) -> Callable[[], np.ndarray]:
+) -> Callable[[], torch.Tensor]:
     """A training step a call, which returns the loss before it."""
 
-    def run() -> np.ndarray:
+    def run() -> torch.Tensor:
         value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value.detach().numpy()
+        return value.detach()
 
     return run
+
+
+def loss_options(config: Any) -> dict:
+    """Temperature and λ."""
+    loss = config.loss
+    return {"temperature": loss.temperature, "intra_modal_weight": loss.intra_modal_weight}
+
+
+def torch_adamw(model: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
+    """PyTorch's fastest AdamW, with our options."""
+    options = config.optimizer
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=options.learning_rate,
+        betas=(options.b1, options.b2),
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def declare_torchvision() -> Any:
+    """Make torchvision importable where its operators are not; what is returned must be kept.
+
+    open_clip needs torchvision. One that was built for CUDA does not find its operators beside a
+    CPU build of torch, and fails on import, and transformers with it. CLIP uses none of them, so
+    that it is enough to declare them, before anything imports torchvision.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        return None
+    try:
+        torch.ops.load_library(pathlib.Path(spec.origin).parent / "_C.so")
+    except OSError:
+        operators = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        return operators
+    return None

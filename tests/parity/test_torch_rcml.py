@@ -15,7 +15,7 @@ from rcml_jax.models.rcml import RCML
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from benchmarks import peer_batches, peers, torch_rcml  # noqa: E402
+from benchmarks import item_batches, peer_batches, peers, torch_rcml  # noqa: E402
 
 TOLERANCE = 1e-4
 OPTIONS = {"temperature": 0.1, "intra_modal_weight": 0.5}
@@ -252,8 +252,8 @@ def test_the_workload_has_32_pairs_under_11_relations(workload):
 
 
 def test_titles_are_of_realistic_lengths():
-    lengths = peer_batches.title_lengths(np.random.default_rng(0), 100_000, 77)
-    assert np.median(lengths) == peer_batches.MEDIAN_TITLE
+    lengths = item_batches.title_lengths(np.random.default_rng(0), 100_000, 77)
+    assert np.median(lengths) == item_batches.MEDIAN_TITLE
     assert (lengths.min() >= 4, lengths.max()) == (True, 77)
     assert np.mean(lengths == 77) < 0.01
 
