@@ -148,16 +148,14 @@ def test_uint8_images_are_normalised_as_in_pytorch(case, module, tmp_path):
     np.testing.assert_allclose(states.pooled, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_texts_end_where_pytorchs_do(tmp_path):
-    for case in CASES:
-        if not case.startswith("clip"):
-            continue
-        model_of(case).save_pretrained(tmp_path / case)
-        config, params = load_pretrained(str(tmp_path / case))
-        ids, mask, _ = CLIP.inputs(config)
-        states = TwoTowers(config).apply({"params": params}, jnp.asarray(ids), method="text_states")
-        np.testing.assert_array_equal(states.pooled_index, mask.sum(1) - 1)
-        np.testing.assert_array_equal(states.mask, mask)
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("clip")])
+def test_texts_end_where_pytorchs_do(case, tmp_path):
+    model_of(case).save_pretrained(tmp_path)
+    config, params = load_pretrained(str(tmp_path))
+    ids, mask, _ = CLIP.inputs(config)
+    states = TwoTowers(config).apply({"params": params}, jnp.asarray(ids), method="text_states")
+    np.testing.assert_array_equal(states.pooled_index, mask.sum(1) - 1)
+    np.testing.assert_array_equal(states.mask, mask)
 
 
 # Real sizes. Where the vocabulary is not named, a small one saves memory and changes no layer.

@@ -81,7 +81,10 @@ class Family(NamedTuple):
 
 
 def compare(family, model, folder, store="one_file"):
-    """Save a model, read it here, and compare every output. Returns configuration, parameters."""
+    """Save a model, read it here, and compare every output. Returns configuration, parameters.
+
+    `pytest -s` shows the largest differences.
+    """
     model = STORES[store](model, folder)
     config, params = family.load(str(folder))
     inputs = family.inputs(config)
