@@ -89,7 +89,7 @@ def test_the_checkpoints_say_what_the_towers_take(checkpoints):
     assert ask(image_pretrained="vit") == Inputs("", "CLIP", 12, 16)
     both = {"pretrained": "clip", "text_pretrained": "bert"}
     assert ask(**both) == Inputs(bert, "BERT or RoBERTa", 24, 14)
-    assert ask(pretrained="clip", image_pretrained="vit") == Inputs(clip, "CLIP", 12, 12)
+    assert ask(pretrained="clip", image_pretrained="vit") == Inputs(clip, "CLIP or SigLIP", 12, 12)
     assert ask(text_pretrained="bert", image_pretrained="vit")[2:] == (12, 14)
 
 

@@ -146,7 +146,7 @@ def test_encoders_inside_a_model_keep_their_layout(models_of, inputs):
         ("bert", BertConfig(), 108_891_648),
         (
             "roberta",
-            RobertaConfig(50265, max_position_embeddings=514, type_vocab_size=1),
+            RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
             124055040,
         ),
     ],

@@ -45,6 +45,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         path = self.path.split("?")[0]
+        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):  # huggingface_hub from 1.0 on
+            files = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40}
+                for p in self.folder.iterdir()
+            ]
+            return self.reply(200, json.dumps(files).encode())
         if path.startswith(f"/api/models/{REPOSITORY}"):
             names = [{"rfilename": p.name} for p in self.folder.iterdir()]
             body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": names}).encode()
