@@ -26,7 +26,9 @@ from rcml_jax.methods.relational_towers import inputs as tower_inputs
 from rcml_jax.methods.samples import ClassificationTask
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.clip import end_token
 from rcml_jax.models.minilm import resolve
+from rcml_jax.models.two_towers import pretrained_config
 
 # Checkpoints of configs/ whose sizes are known, so that they need not be fetched.
 _SIZES = {
@@ -232,6 +234,11 @@ def _view_of(text: Any, vision: Any) -> Any:
 def _tokenizer(model: Any) -> Any:
     """What a model asks of its tokenizer: that of the text tower, or of one fitted in full."""
     vocab_size, pad_id = model.vocab_size, 0
+    if model.get("pretrained") and not model.text_pretrained:
+        text = pretrained_config(model.pretrained).text_config
+        return types.SimpleNamespace(
+            vocab_size=text.vocab_size, end_id=end_token(text), pad_id=text.pad_token_id
+        )
     if model.text_pretrained:
         sizes = encoder_config(resolve(model.text_pretrained), modality="text")
         vocab_size, pad_id = sizes.vocab_size, sizes.pad_token_id

@@ -19,6 +19,7 @@ from configs.rcml import get_config
 from rcml_jax.methods.base import Method
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.rcml import RCMLMethod
+from rcml_jax.models.clip import end_token
 from rcml_jax.training import optimizer, step
 from rcml_jax.training.parallel import ShardedJit
 
@@ -40,7 +41,9 @@ def configuration(args):
 
 def build_method(name: str, config, clip_config: CLIPConfig, small: bool) -> Method:
     """A method as `train.py` builds it, but without a data set: losses ask the task for nothing."""
-    task = types.SimpleNamespace(tokenizer=inputs.TOKENIZER)
+    text = clip_config.text_config
+    tokenizer = types.SimpleNamespace(vocab_size=text.vocab_size, end_id=end_token(text), pad_id=0)
+    task = types.SimpleNamespace(tokenizer=tokenizer)
     config = config.copy_and_resolve_references()
     config.method = name
     with tempfile.TemporaryDirectory() as directory:

@@ -7,6 +7,7 @@ sentence tells how to mend.
 import contextlib
 import importlib.util
 import logging as python_logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; a mistake of the user ends in one sentence on stderr and status 2."""
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
     logging.set_verbosity(logging.FATAL)
+    # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     sys.unraisablehook = _quiet_about_orbax(sys.unraisablehook)
     try:

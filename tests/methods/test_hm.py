@@ -48,7 +48,7 @@ def test_no_candidate_and_no_wrong_relation_is_true_by_an_attribute(copy, tmp_pa
         tiny(copy, **{"data.pairs_per_respect": 300, "data.queries": 200}), tmp_path
     )
     graph, drawn = task.graph, {tuple(row) for row in task.graph.pairs.tolist()}
-    queries = task.retrieval_queries("train")
+    queries = task.retrieval_queries("train", "random")
     wrong = queries.candidates[:, 1:]
     assert not graph.linked(queries.query[:, None], wrong, queries.relation[:, None]).any()
     found = task.relation_queries("train")
