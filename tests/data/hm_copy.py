@@ -34,7 +34,9 @@ def rows(products: int = 4) -> list[dict[str, str]]:
     for kind, name in enumerate(TYPES):
         for product in range(products):
             code = f"{100000 + kind * products + product:07d}"
-            for variant, (colour, tone) in enumerate(COLOURS.items(), 1):
+            for variant, colour in enumerate(COLOURS, 1):
+                if product == 3 and variant == 4:
+                    colour = "Red"  # a second red one: not another colour
                 row = dict.fromkeys(HEADER, "x")
                 row |= {
                     "article_id": f"{code}{variant:03d}",
@@ -43,7 +45,7 @@ def rows(products: int = 4) -> list[dict[str, str]]:
                     "product_type_name": name,
                     "graphical_appearance_name": PATTERNS[product % len(PATTERNS)],
                     "colour_group_name": colour,
-                    "perceived_colour_value_name": tone,
+                    "perceived_colour_value_name": COLOURS[colour],
                     "index_group_name": f"Range {kind % 4}",
                     "section_name": f"Section {kind // 2}",
                     "garment_group_name": f"Group {kind // 3}",

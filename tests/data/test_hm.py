@@ -118,7 +118,9 @@ def test_colours_and_respects_equal_their_twins(prepared):
     def agree(column):
         return {frozenset(p) for p in pairs if BY_ID[p[0]][column] == BY_ID[p[1]][column]}
 
-    assert found_pairs(graph, hm.OTHER_COLOUR) == agree("product_code")
+    variants, red = agree("product_code"), agree("colour_group_name")
+    assert found_pairs(graph, hm.OTHER_COLOUR) == variants - red
+    assert variants & red
     for column, sentence in hm.RESPECTS.items():
         assert found_pairs(graph, sentence) == agree(column)
     linked = [graph.relations[r] for r in graph.respects]
@@ -160,6 +162,14 @@ def test_caps_are_kept_and_what_is_not_drawn_is_linked_all_the_same(copy, prepar
     np.testing.assert_array_equal(again.pairs, graph.pairs)
     other = load(copy, tmp_path, **caps, seed=1)
     assert other.pairs.tolist() != graph.pairs.tolist()
+
+
+def test_a_customer_gives_at_most_so_many_pairs_whatever_the_days(copy, prepared, tmp_path):
+    graph = load(copy, tmp_path, **NO_CAP | {"pairs_per_user": 3})
+    found, whole = (found_pairs(one, hm.SAME_DAY) for one in (graph, prepared[0]))
+    # Every customer has four days with three articles: 12 pairs, but for repetitions.
+    assert 200 < len(found) <= 3 * hm_copy.CUSTOMERS < len(whole)
+    assert found <= whole
 
 
 @pytest.mark.parametrize("most", [40, 10**6])
