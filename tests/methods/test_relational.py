@@ -37,7 +37,8 @@ def runs(catalogue, tmp_path_factory):
             options = {"steps": 150, "log_every": 25, "validate_every": 150}
             options |= {"loss.learn_temperature": method == "unicl"}
             config = tiny_config(catalogue, method=method, **options)
-            config.optimizer.learning_rate = 1e-2
+            # At 1e-2 half of all seeds end in constant embeddings, and which depends on rounding.
+            config.optimizer.learning_rate = 3e-3
             made[method] = folder / method, loop.train_and_evaluate(config, folder / method)
         return made[method]
 
