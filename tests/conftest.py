@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = (
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Else transformers 5 remarks on the stderr of every command that there is no PyTorch.
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # What is compiled once is shared by all tests and the processes that they start, and kept for the
 # next run of the suite. An entry that another worker is still writing is compiled anew.
 _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"

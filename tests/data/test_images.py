@@ -10,6 +10,11 @@ from rcml_jax.data import images
 from rcml_jax.errors import UserError
 from tests.data.conftest import png
 
+try:  # transformers 5 calls so what needs no torchvision
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+except ImportError:
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+
 
 def noise(width, height, seed=0):
     small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))

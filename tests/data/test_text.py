@@ -4,9 +4,11 @@ import pickle
 import numpy as np
 import pytest
 import tokenizers
+from transformers import AutoTokenizer, CLIPTokenizerFast
 
 from rcml_jax.data.text import LENGTHS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
+from tests.parity.vocabulary import write_siglip2_vocabulary
 
 TEXTS = [
     "red heart",
@@ -138,10 +140,9 @@ def clip_files(folder):
 
 
 def test_clips_vocabulary_gives_transformers_ids(tmp_path):
-    clip = pytest.importorskip("transformers.models.clip.tokenization_clip_fast")
     entries = clip_files(tmp_path)
     ours = Tokenizer.from_pretrained_dir(tmp_path)
-    theirs = clip.CLIPTokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    theirs = CLIPTokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     texts = ["Red  HEART", "it's 2024 — São, ##!", "heart-red\n he", "", "漢字 🍎", "red " * 40]
     expected = theirs(texts, padding="max_length", truncation=True, max_length=32)
     ids, mask = ours.encode(texts, 32, lengths=())
@@ -154,3 +155,26 @@ def test_clips_vocabulary_gives_transformers_ids(tmp_path):
     theirs.save_pretrained(str(tmp_path / "saved"))
     saved = Tokenizer.from_pretrained_dir(tmp_path / "saved")
     np.testing.assert_array_equal(saved.encode(texts, 32, lengths=())[0], ids)
+
+
+@pytest.mark.parametrize("length", [8, 64])
+def test_siglip_2s_tokenizer_gives_transformers_ids(tmp_path, length):
+    """Gemma's, without a start token; SigLIP 2 was trained on texts in lower case."""
+    write_siglip2_vocabulary(tmp_path, TEXTS)
+    ours = Tokenizer.from_pretrained_dir(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.start_id is None
+    assert (ours.end_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    texts = [*dict.fromkeys(TEXTS), "Red  HEART", ""]
+    ids, mask = ours.encode(texts, length, lengths=())
+    # Its files add a start and no end token; SigLIP's processor asks for the reverse.
+    bodies = [theirs(x.lower(), add_special_tokens=False)["input_ids"][: length - 1] for x in texts]
+    expected = theirs.pad(
+        {"input_ids": [[*body, theirs.eos_token_id] for body in bodies]},
+        padding="max_length",
+        max_length=length,
+        padding_side="right",
+    )
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    np.testing.assert_array_equal(mask, expected["attention_mask"])
+    assert (mask.sum(1) == length).any() == (length == 8)

@@ -23,6 +23,7 @@ from rcml_jax.models.two_towers import PairConfig, load_pretrained
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
+from tests.models.test_checkpoints import tiny_siglip
 from tests.models.test_classification_encoders import tiny
 from tests.toy import CONFIG, KINDS, PLACES, read_metrics, tiny_config
 
@@ -143,6 +144,52 @@ def test_a_tokenizer_of_another_model(checkpoints, tmp_path, option):
     model = tiny_config("anywhere", model__text_pretrained=str(tmp_path)).model
     with pytest.raises(UserError, match=r"the tokenizer of .* \(28 ids, padding 0\) does not fit"):
         towers_config(model, tokenizer_of(checkpoints, "bert"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            small_clip_config(vocab_size=20, eos_token_id=3),
+            r"the tokenizer of .* has 28 ids, its text tower embeds 20; save both again into one",
+        ),
+        (
+            small_clip_config(vocab_size=40, eos_token_id=7),
+            r"ends a text at token 7, its tokenizer with token 3; give both the same end token",
+        ),
+        (
+            tiny_siglip(text={"vocab_size": 20}),
+            r"the tokenizer of .* has 28 ids, its text tower embeds 20; save both again into one",
+        ),
+    ],
+)
+def test_a_tokenizer_that_does_not_belong_to_clip_or_siglip(checkpoints, tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    model = tiny_config("anywhere", model__pretrained=str(tmp_path)).model
+    with pytest.raises(UserError, match=message):
+        towers_config(model, tokenizer_of(checkpoints, "bert"))
+
+
+def test_the_oldest_clip_ends_a_text_at_the_largest_id(checkpoints, tmp_path):
+    """Its config.json says 2, whatever the tokenizer's end token is."""
+    config = small_clip_config(vocab_size=4, eos_token_id=3)
+    config.text_config.eos_token_id = 2
+    config.save_pretrained(tmp_path)
+    model = tiny_config("anywhere", model__pretrained=str(tmp_path)).model
+    tokens = Fast(models.WordLevel({"<pad>": 0, "<start>": 1, "<unused>": 2, "<end>": 3}, "<pad>"))
+    assert towers_config(model, Tokenizer(tokens)).text_config.vocab_size == 4
+    config.text_config.vocab_size = 50
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="ends a text at token 49, its tokenizer with token 3"):
+        towers_config(model, Tokenizer(tokens))
+
+
+def test_siglip_takes_its_special_tokens_from_the_tokenizer(checkpoints, tmp_path):
+    """The config.json of SigLIP's checkpoints has the ids of another tokenizer."""
+    tiny_siglip(text={"eos_token_id": 49407, "pad_token_id": 9}).save_pretrained(tmp_path)
+    model = tiny_config("anywhere", model__pretrained=str(tmp_path)).model
+    text = towers_config(model, tokenizer_of(checkpoints, "bert")).text_config
+    assert (text.eos_token_id, text.pad_token_id) == (3, 0)
 
 
 def test_a_tower_of_the_other_modality_is_refused(checkpoints):
