@@ -29,10 +29,6 @@ def encoded(picture, kind="PNG", **options):
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 57), (57, 101), (31, 90), (32, 32)])
 def test_to_array_is_clips_resize_and_crop(width, height):
-    try:  # transformers 5 has another class for what needs no torch
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    except ImportError:
-        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
     clip = CLIPImageProcessorPil(
         size={"shortest_edge": 32},
         crop_size={"height": 32, "width": 32},
