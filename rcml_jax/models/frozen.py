@@ -16,7 +16,7 @@ from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import pretrained_directory, read_config
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.minilm import resolve
-from rcml_jax.models.resnet import ResNet, load_resnet
+from rcml_jax.models.resnet import IMAGE_MEAN, IMAGE_STD, ResNet, load_resnet
 from rcml_jax.models.two_towers import (
     TwoTowers,
     joint_width,
@@ -35,7 +35,7 @@ _KIND = "CLIP, SigLIP, ViT, ResNet, BERT or RoBERTa"
 # Where a checkpoint does not say how its pictures are normalised.
 _STATISTICS = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "resnet": (IMAGE_MEAN, IMAGE_STD),
 }
 _RESNET_SIZE = 224
 
