@@ -116,12 +116,16 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.summary_logit = 1.0
     config.model.summary_prior = 0.0
     config.model.learn_summary_prior = False
+    config.model.gate = False
     config.model.head_init = "identity"
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 0.1
     config.loss.learn_temperature = False
     config.loss.intra_modal_weight = 0.5  # λ; 0: no intra-modal loss (ablation)
+    # Of a pair: items unrelated to it under any relation, as in the paper, or those unlinked under
+    # the pair's own, so that what is linked to it otherwise is told apart, too.
+    config.loss.negatives = "unrelated"
     config.loss.identification_weight = 1.0  # beyond the paper, which has 0
     # Less memory, more time: relations at a time, and pairs of each; rows at a time of a baseline's
     # loss. 0: all of them.

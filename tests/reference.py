@@ -152,7 +152,8 @@ def relation_contrastive(
     losses = {"tt": [], "ti": [], "it": [], "ii": []}
     wins = []
     for e, i, j in relation_rows(anchor, positive, pair_valid, valid):
-        unrelated = [k for k in range(len(valid)) if valid[k] and not related[i, k] and k != j]
+        exempt = related if np.ndim(related) == 2 else related[e]
+        unrelated = [k for k in range(len(valid)) if valid[k] and not exempt[i, k] and k != j]
         for term in losses:
             x, y = z[term[0]][e], z[term[1]][e]
             similar = [np.dot(x[i], y[k]) / temperature for k in [j, *unrelated]]

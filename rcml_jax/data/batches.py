@@ -166,6 +166,7 @@ def collator(
     max_length: int,
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     texts_per_row: int = 1,
+    negatives: str = "unrelated",
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
@@ -175,7 +176,9 @@ def collator(
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
     come in another order. `shared` has what every device needs whole: relation_ids (R, T'),
     intra (R,), anchor, positive and pair_valid (R, G), linked (R, G, R), whether a pair is linked
-    under each of the batch's relations, related (N, N), valid (N,) and labels (N,).
+    under each of the batch's relations, related, valid (N,) and labels (N,). What is related is no
+    negative: under any relation where `negatives` is "unrelated", (N, N), and under the relation of
+    the pair where it is "unlinked", (R, N, N).
     """
 
     def collate(plan: dict) -> dict:
@@ -203,7 +206,9 @@ def collator(
                 "positive": plan["positive"],
                 "pair_valid": plan["pair_valid"],
                 "linked": linked,
-                "related": graph.related_block(items, items),
+                "related": graph.related_block(items, items)
+                if negatives == "unrelated"
+                else graph.linked_blocks(items, relations),
                 "valid": np.ones(len(items), bool),
                 "labels": graph.labels[items],
             },

@@ -41,8 +41,9 @@ def relation_contrastive(
         the pooling head; they are not normalised again here) and finite at padding, too.
     anchor, positive: (R, G) indices of the items of each relation's pairs, within 0..N−1.
     pair_valid: (R, G) bool, false for padding. A pair of an item that is not valid does not count.
-    related: (N, N) bool, whether two items are paired under any relation of the whole graph;
-        symmetric, true on the diagonal.
+    related: (N, N) bool, whether two items are paired under any relation of the whole graph, as in
+        the paper; or (R, N, N), whether they are under each relation of the batch, so that items
+        paired under another relation alone are negatives. Symmetric, true on the diagonal.
     valid: (N,) bool, false for padding.
     intra: (R,) bool, true for the intra-sample relation, whose pairs have anchor = positive.
     intra_modal_weight: λ.
@@ -58,9 +59,10 @@ def relation_contrastive(
     """
 
     again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
+    related = jnp.asarray(related, bool)
 
     @again
-    def terms_of_pairs(text, image, anchor, positive, pair_valid):
+    def terms_of_pairs(text, image, related, anchor, positive, pair_valid):
         return relation_terms(
             text,
             image,
@@ -73,14 +75,18 @@ def relation_contrastive(
         )
 
     def terms_of(relation):
-        text, image, *pairs = relation
+        own, *pairs = relation
+        states = (own["text"], own["image"], own.get("related", related))
         if pair_block is None:
-            return terms_of_pairs(text, image, *pairs)
-        one = lambda part: terms_of_pairs(text, image, *part)  # noqa: E731
+            return terms_of_pairs(*states, *pairs)
+        one = lambda part: terms_of_pairs(*states, *part)  # noqa: E731
         parts = jax.lax.map(one, _split(pairs, pair_block))
         return jax.tree.map(jnp.sum, parts)
 
-    relations = (text, image, anchor, positive, pair_valid)
+    of_relation = {"text": text, "image": image}
+    if related.ndim == 3:
+        of_relation["related"] = related
+    relations = (of_relation, anchor, positive, pair_valid)
     terms = jax.lax.map(terms_of, relations, batch_size=block or len(text))
     inter = ~jnp.asarray(intra, bool)
     means = {name: _mean(*terms[name]) for name in (*_CROSS_MODAL, "accuracy")}
@@ -152,7 +158,8 @@ def relation_terms(
 ) -> Terms:
     """Sums and counts of the four terms of one relation, for callers with blocks of their own.
 
-    text, image: (N, d); anchor, positive, pair_valid: (G,); the rest as in `relation_contrastive`.
+    text, image: (N, d); anchor, positive, pair_valid: (G,); related: (N, N); the rest as in
+    `relation_contrastive`.
     Returns (sum, count) of `tt`, `ti`, `it`, `ii` and `accuracy`. Each valid pair is two rows, one
     a direction, so `count` of a term is twice the number of pairs; an intra-sample pair is the same
     row twice, which leaves its mean unchanged. All four terms are summed under any relation: the

@@ -33,6 +33,7 @@ class RCMLMethod(RelationalMethod):
                 summary_logit=head.summary_logit,
                 summary_prior=head.summary_prior,
                 learn_summary_prior=head.learn_summary_prior,
+                gate=head.gate,
                 head_init=head.head_init,
             ),
             self.dtype,

@@ -35,6 +35,20 @@ def texts_per_row(batch: Any) -> int:
     return count
 
 
+def negatives(loss: Any) -> str:
+    """`config.loss.negatives`, which items of a batch are a pair's negatives.
+
+    Raises UserError for an unknown name.
+    """
+    name = loss.negatives
+    if name not in ("unrelated", "unlinked"):
+        raise UserError(
+            f"config.loss.negatives={name!r} is unknown; choose unrelated (to the item under any "
+            "relation) or unlinked (under the pair's own relation)"
+        )
+    return name
+
+
 def load_graph(data: Any) -> RelationGraph:
     """The relation graph that `config.data` names. Raises UserError for an unknown source."""
     directory = cache_directory(data.dir)
@@ -174,6 +188,7 @@ class RelationTask:
             self.max_length,
             moved if batch.image_shift or batch.image_flip else None,
             texts_per_row(batch),
+            negatives(self.config.loss),
         )
         return batch_iterator(sampler, collate, self.config.data.threads)
 

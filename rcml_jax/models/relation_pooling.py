@@ -29,6 +29,9 @@ class RelationPooling(nn.Module):
     β = 1 with a large `summary_logit` (1e4) selects the pooled state: the tower's own embedding.
     `summary_prior` is no part of the paper: with it the pooled state leads under every relation,
     so that a pretrained tower starts from the embedding it was trained for. 0 is the paper's form.
+    With `gate`, no part of the paper either, what was pooled is scaled under each relation:
+    z = norm((a · H W_Vᵀ) ∘ (1 + W_G h_E/√d) · W_o), where W_G starts at 0. Attention alone picks
+    tokens; the gate also picks what of them counts, so that one state can serve several respects.
     `head_init` is "identity" (W_V and W_o the identity, W_Q and W_K small and random) or "plain"
     (all four Xavier uniform).
     """
@@ -38,11 +41,12 @@ class RelationPooling(nn.Module):
     summary_logit: float = 1.0
     summary_prior: float = 0.0
     learn_summary_prior: bool = False
+    gate: bool = False
     head_init: str = "identity"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        """Create W_Q, W_K, W_V, W_o and, if it is learned, the prior."""
+        """Create W_Q, W_K, W_V, W_o and, where they are asked for, W_G and the prior."""
         if self.head_init not in ("identity", "plain"):
             raise ValueError(f"head_init is {self.head_init!r}; it must be 'identity' or 'plain'")
         plain = nn.initializers.xavier_uniform()
@@ -53,6 +57,8 @@ class RelationPooling(nn.Module):
         self.key = self.param("key", attend, shape)
         self.value = self.param("value", carry, shape)
         self.output = self.param("output", carry, shape)
+        if self.gate:
+            self.scale = self.param("gate", nn.initializers.zeros, shape)
         if self.learn_summary_prior:
             self.prior = self.param(
                 "summary_prior", lambda _, shape: jnp.full(shape, self.summary_prior), ()
@@ -89,4 +95,7 @@ class RelationPooling(nn.Module):
         pooled = jnp.einsum("n...rt,ntd->n...rd", weights, tokens.states)
         # The values are linear in the tokens, so W_V and W_o act once a relation, after pooling.
         pooled = pooled @ self.value.T.astype(self.dtype)
+        if self.gate:
+            change = relation.astype(self.dtype) @ self.scale.T.astype(self.dtype)
+            pooled *= 1.0 + change / math.sqrt(self.dim)
         return l2_normalize(pooled @ self.output.astype(self.dtype))

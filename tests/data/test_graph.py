@@ -100,6 +100,19 @@ def test_declared_splits_of_items_override(toy):
         np.testing.assert_array_equal(splits.pairs("validation"), toy.pairs[inside])
 
 
+@pytest.mark.parametrize("make", [make_graph, make_classes, make_respects])
+def test_linked_blocks_hold_each_relations_own_links(make):
+    graph = make()
+    items, relations = np.array([5, 3, 11, 0, 8]), np.array([-1, 2, 0])
+    blocks = graph.linked_blocks(items, relations)
+    assert blocks.shape == (3, 5, 5) and blocks.dtype == bool
+    np.testing.assert_array_equal(blocks[0], np.eye(5, dtype=bool))
+    for block, relation in zip(blocks[1:], relations[1:], strict=True):
+        expected = graph.linked(items[:, None], items, relation) | np.eye(5, dtype=bool)
+        np.testing.assert_array_equal(block, expected)
+    assert blocks.sum() > 15
+
+
 def test_class_links_say_what_is_linked():
     graph = make_classes().validate()
     links = {tuple(link) for link in graph.class_links.tolist()}

@@ -132,6 +132,24 @@ def test_related_items_are_no_negatives():
     assert before == after > 0
 
 
+def test_negatives_of_each_relation():
+    arrays, options = make_batch()
+    relations, items = len(options["intra"]), len(options["valid"])
+    links = np.random.default_rng(1).random((relations, items, items)) < 0.3
+    blocks = links | links.transpose(0, 2, 1) | np.eye(items, dtype=bool)
+    one, _ = relation_contrastive(*arrays, **options)
+    same = np.broadcast_to(options["related"], blocks.shape)
+    np.testing.assert_allclose(
+        relation_contrastive(*arrays, **options | {"related": same})[0], one, rtol=1e-6
+    )
+    value, _, _ = check(arrays, options | {"related": blocks})
+    assert value != one
+    in_parts, _ = relation_contrastive(
+        *arrays, **options | {"related": blocks}, temperature=0.3, block=2, pair_block=2
+    )
+    np.testing.assert_allclose(in_parts, value, rtol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
 def test_reduction_to_clip(temperature, weight):

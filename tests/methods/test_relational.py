@@ -304,6 +304,24 @@ def test_masks_know_training_pairs_only(catalogue, tmp_path, disjoint):
     assert plan["related"].shape == (16, 16)
 
 
+def test_negatives_under_the_pairs_own_relation(catalogue, tmp_path):
+    options = {"loss.negatives": "unlinked", "batch.relations": 2}
+    method = build(tiny_config(catalogue, **options), tmp_path)
+    batch = next(method.task.batches())
+    shared = batch["shared"]
+    assert shared["related"].shape == (3, 16, 16)
+    np.testing.assert_array_equal(shared["related"][0], np.eye(16, dtype=bool))
+    one = next(build(tiny_config(catalogue, **{"batch.relations": 2}), tmp_path).task.batches())
+    any_relation = one["shared"]["related"]
+    assert not (shared["related"] & ~any_relation).any()
+    assert (any_relation & ~shared["related"].any(axis=0)).any()
+    params = method.init(jax.random.key(0), batch)
+    loss, metrics = method.loss(params, batch, jax.random.key(1), 0.0)
+    assert np.isfinite(loss) and metrics["pairs"] > 0
+    with pytest.raises(UserError, match="negatives='none' is unknown"):
+        build(tiny_config(catalogue, **{"loss.negatives": "none"}), tmp_path).task.batches()
+
+
 def test_the_weights_of_the_loss(catalogue, tmp_path):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(2, 16, 4, 6))
