@@ -195,7 +195,7 @@ def relation_identification(
 
 def relation_pooling(
     states, mask, summary, relation, intra, *, query, key, value, output, beta,
-    summary_logit=1.0, summary_prior=0.0,
+    summary_logit=1.0, summary_prior=0.0, gate=None,
 ):  # fmt: skip
     """z (n, R, d): one item, one relation and one token at a time."""
     n, tokens, d = states.shape
@@ -214,6 +214,9 @@ def relation_pooling(
             weights = np.exp(logits - logits.max())
             weights /= weights.sum()
             pooled = sum(weights[t] * (value @ states[i, t]) for t in range(tokens))
+            if gate is not None:
+                said = relation[r] / np.linalg.norm(relation[r])
+                pooled *= 1 + np.sqrt(d) * (gate @ said)
             z[i, r] = pooled @ output
             z[i, r] /= np.linalg.norm(z[i, r])
     return z

@@ -27,6 +27,13 @@ LABELS = {
     "frozen_towers": "frozen towers as they came",
     "frozen_towers_sentence": "frozen towers + sentence",
 }
+#: The measure of each task that a gain is told of.
+_GAINS = {
+    "retrieval": "hit@5",
+    "retrieval_random": "hit@5",
+    "relation_type": "top3",
+    "relation_validity": "accuracy",
+}
 
 
 def tf_idf(texts: Sequence[str], fitted: Sequence[str]) -> scipy.sparse.csr_array:
@@ -140,15 +147,33 @@ def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
 
     AVG counts; a control that has texts alone enters with its TT.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, row in controls.items():
         values = row.get(task, {}).get(measure, {})
-        if values:
+        if isinstance(values, float):
+            found[name] = values
+        elif values:
             found[name] = values.get("avg", values.get("tt"))
     if not found:
         return None
     name = max(found, key=found.get)
     return name, found[name]
+
+
+def gains(result: dict) -> dict[str, dict]:
+    """By task what the method's AVG, or validity accuracy, is above that of the best control.
+
+    result: an `eval.json`. Returns {"measure", "control", "gain"} a task, the gain as a fraction.
+    """
+    found = {}
+    for task, measure in _GAINS.items():
+        best_one = best(result.get("controls", {}), task, measure)
+        if task in result and best_one is not None:
+            name, value = best_one
+            own = result[task][measure]
+            own = own if measure == "accuracy" else own["avg"]
+            found[task] = {"measure": measure, "control": name, "gain": own - value}
+    return found
 
 
 def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:

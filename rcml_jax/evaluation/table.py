@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rcml_jax.evaluation.controls import rows_of
+from rcml_jax.evaluation.controls import LABELS, gains, rows_of
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
@@ -108,14 +108,15 @@ def _print_relational(result: dict, console: Console) -> None:
     table = Table(
         title=f"{result['method']} on {result['dataset']}: {result['split']}, {queries:,} queries",
         caption=f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
-        "with a dash are controls.",
+        "with a dash are controls; a gain is one over the best of them.",
         caption_justify="left",
     )
     table.add_column("measure (%)")
     for name in SCORES:
         table.add_column(name.upper(), justify="right")
     for label, row in _rows(result):
-        cells = (f"{100 * row[name]:.1f}" if name in row else "" for name in SCORES)
+        form = "+.1f" if label.startswith("= ") else ".1f"
+        cells = (f"{100 * row[name]:{form}}" if name in row else "" for name in SCORES)
         table.add_row(label, *cells)
     console.print(table)
     validity = result["relation_validity"]
@@ -171,3 +172,5 @@ def _with_controls(result: dict, task: str, measure: str, title: str):
     for _, label, (row,) in rows_of({"": [result]}):
         if task in row:
             yield f"– {label}", row[task][measure]
+    if found := gains(result).get(task):
+        yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}

@@ -15,6 +15,7 @@ from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.data.packing import PackedTexts, pack_texts
 from rcml_jax.data.protocol import every_relation
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation.controls import gains
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
 from rcml_jax.evaluation.retrieval import gallery_retrieval, retrieval
@@ -231,6 +232,7 @@ class RelationalMethod(Method):
             "controls": control_rows(self, params, first, queries, types, validity),
             "training_free_product": score(first, similarity="product"),
         }
+        result["gain_over_best_control"] = gains(result)
         if unseen := self._unseen_sentences(params, items, needed, measure):
             result["unseen_sentences"] = unseen
         if frozen := self._pretrained_tables(items, needed):

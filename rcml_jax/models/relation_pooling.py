@@ -30,8 +30,9 @@ class RelationPooling(nn.Module):
     `summary_prior` is no part of the paper: with it the pooled state leads under every relation,
     so that a pretrained tower starts from the embedding it was trained for. 0 is the paper's form.
     With `gate`, no part of the paper either, what was pooled is scaled under each relation:
-    z = norm((a · H W_Vᵀ) ∘ (1 + W_G h_E/√d) · W_o), where W_G starts at 0. Attention alone picks
-    tokens; the gate also picks what of them counts, so that one state can serve several respects.
+    z = norm((a · H W_Vᵀ) ∘ (1 + √d · W_G h_E/‖h_E‖) · W_o), where W_G starts at 0. Attention alone
+    picks tokens; the gate also picks what of them counts, so that one state serves several
+    respects.
     `head_init` is "identity" (W_V and W_o the identity, W_Q and W_K small and random) or "plain"
     (all four Xavier uniform).
     """
@@ -96,6 +97,6 @@ class RelationPooling(nn.Module):
         # The values are linear in the tokens, so W_V and W_o act once a relation, after pooling.
         pooled = pooled @ self.value.T.astype(self.dtype)
         if self.gate:
-            change = relation.astype(self.dtype) @ self.scale.T.astype(self.dtype)
-            pooled *= 1.0 + change / math.sqrt(self.dim)
+            change = l2_normalize(relation).astype(self.dtype) @ self.scale.T.astype(self.dtype)
+            pooled *= 1.0 + math.sqrt(self.dim) * change
         return l2_normalize(pooled @ self.output.astype(self.dtype))

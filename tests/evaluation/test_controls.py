@@ -95,6 +95,23 @@ def test_the_best_control_by_avg_or_else_by_its_texts():
     assert set(rows) <= set(controls.LABELS)
 
 
+def test_gains_are_over_the_best_control_of_each_task():
+    result = {
+        "retrieval": {"hit@5": {"tt": 0.9, "avg": 0.7}},
+        "relation_validity": {"accuracy": 0.625},
+        "controls": {
+            "words": {"retrieval": {"hit@5": {"tt": 0.75}}},
+            "query_only": {"retrieval": {"hit@5": {"tt": 0.9, "avg": 0.5}}},
+            "relation_one_hot": {"relation_validity": {"accuracy": 0.5}},
+        },
+    }
+    assert controls.gains(result) == {
+        "retrieval": {"measure": "hit@5", "control": "words", "gain": pytest.approx(-0.05)},
+        "relation_validity": {"measure": "accuracy", "control": "relation_one_hot", "gain": 0.125},
+    }
+    assert controls.gains({"retrieval": result["retrieval"]}) == {}
+
+
 # Planted catalogues: 240 items of 12 colours and 10 shapes, in a random order.
 
 COLOUR, SHAPE = np.divmod(np.random.default_rng(7).permutation(240) % 120, 10)

@@ -49,15 +49,28 @@ def twin(params, inputs, **options):
 
 @pytest.mark.parametrize("beta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("prior", [0.0, 2.0])
-def test_equals_the_twin(inputs, beta, prior):
-    head = RelationPooling(D, beta=beta, summary_logit=1.5, summary_prior=prior)
+@pytest.mark.parametrize("gate", [False, True])
+def test_equals_the_twin(inputs, beta, prior, gate):
+    head = RelationPooling(D, beta=beta, summary_logit=1.5, summary_prior=prior, gate=gate)
     params = random_params(head, inputs)
     expected = twin(params, inputs, beta=beta, summary_logit=1.5, summary_prior=prior)
     np.testing.assert_allclose(head.apply({"params": params}, *inputs), expected, atol=2e-5)
 
 
-def test_gradient_equals_the_twins(inputs):
-    head = RelationPooling(D)
+def test_a_gate_starts_as_the_paper_s_head(inputs):
+    head = RelationPooling(D, gate=True)
+    params = head.init(jax.random.key(1), *inputs)["params"]
+    assert params["gate"].shape == (D, D)
+    plain = {name: x for name, x in params.items() if name != "gate"}
+    np.testing.assert_array_equal(
+        head.apply({"params": params}, *inputs),
+        RelationPooling(D).apply({"params": plain}, *inputs),
+    )
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_gradient_equals_the_twins(inputs, gate):
+    head = RelationPooling(D, gate=gate)
     params = random_params(head, inputs)
     weights = np.random.default_rng(3).normal(size=(N, R, D))
     grads = jax.grad(lambda p: jnp.sum(head.apply({"params": p}, *inputs) * weights))(params)
