@@ -105,7 +105,8 @@ def test_linked_blocks_hold_each_relations_own_links(make):
     graph = make()
     items, relations = np.array([5, 3, 11, 0, 8]), np.array([-1, 2, 0])
     blocks = graph.linked_blocks(items, relations)
-    assert blocks.shape == (3, 5, 5) and blocks.dtype == bool
+    assert blocks.shape == (3, 5, 5)
+    assert blocks.dtype == bool
     np.testing.assert_array_equal(blocks[0], np.eye(5, dtype=bool))
     for block, relation in zip(blocks[1:], relations[1:], strict=True):
         expected = graph.linked(items[:, None], items, relation) | np.eye(5, dtype=bool)
