@@ -15,7 +15,9 @@ from rcml_jax.data.items import read_items
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build, embeddings
 from rcml_jax.methods.embeddings import WEIGHTS, embeddings_config
+from rcml_jax.report import __main__ as report
 from rcml_jax.training import loop
+from tests.report.runs import relational_result, small_config, write_run
 from tests.test_commands import fails, run
 from tests.toy import CONFIG, ITEMS, KINDS, PLACES, ROOT, cache_of, tiny_config
 
@@ -259,6 +261,25 @@ def test_the_table_of_a_sweep_takes_the_result(catalogue, graph, tmp_path, seed)
     assert table["rows"][0]["Hit@5 TT"]["mean"] == result["retrieval"]["hit@5"]["tt"]
     assert "Top-3" not in table["rows"][0]
     assert "| theirs | 1 |" in sweep_table.markdown(table)
+
+
+def test_a_report_takes_the_result_beside_a_trained_runs(catalogue, graph, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = save(tmp_path / "f.npz", graph, relation=None, image=None)
+    directories = tmp_path / "theirs", tmp_path / "ours"
+    assert run(commands.evaluate, arguments(catalogue, path, directories[0]), capsys)[0] == 0
+    write_run(directories[1], small_config("clip"), relational_result("clip"))
+    for given in (directories, directories[:1]):
+        args = [f"--workdir={directory}" for directory in given]
+        status, _, err = run(report.main, [*args, f"--out={tmp_path / 'report'}"], capsys)
+        assert status == 0, err
+        page = (tmp_path / "report" / "index.html").read_text("utf-8")
+        assert "theirs is of a file of embeddings and has no model" in page
+        assert "Retrieval: Hit@5" in page
+        none = "no run has relation validity; eval.json says why (left_out)"
+        assert (none in page) == (len(given) == 1)
+        table = (tmp_path / "report" / "data" / "retrieval.csv").read_text()
+        assert table.count("theirs") == 1  # TT alone
 
 
 def one_array():
