@@ -34,7 +34,10 @@ def train(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """`python eval.py --workdir DIRECTORY [--split=test] [--config.evaluation.name=value ...]`.
 
-    With `--config configs/alignment.py` the alignment study, whose work directory it makes.
+    With `--config configs/alignment.py` the alignment study, whose work directory it makes. With
+    `--config configs/rcml.py:SOURCE --embeddings FILE.npz` the vectors of a file, in a work
+    directory that it makes, too; and with `--list DIRECTORY` in the place of both the items,
+    images and relation sentences of the source, to embed them.
     """
     return guard(_evaluate, argv)
 
@@ -90,17 +93,32 @@ def _train(argv: Sequence[str]) -> int:
 
 def _evaluate(argv: Sequence[str]) -> int:
     workdir, rest = take_option(argv, "workdir")
+    path, rest = take_option(["", *rest], "config")
+    listing, rest = take_option(["", *rest], "list")
+    embeddings, rest = take_option(["", *rest], "embeddings")
+    if (listing or embeddings) and not path:
+        raise UserError(
+            f"--{'list' if listing else 'embeddings'} needs --config configs/rcml.py:SOURCE, the "
+            "catalogue"
+        )
+    if listing:
+        return _list(load_config_file(path), listing, rest)
     if workdir is None:
-        raise UserError("eval.py needs --workdir, the directory that train.py wrote")
+        raise UserError(
+            "eval.py needs --workdir, the directory that train.py wrote, or a new one with "
+            "--embeddings"
+        )
     from rcml_jax.training.workdir import load_config
 
-    path, rest = take_option(["", *rest], "config")
+    if embeddings:
+        return _evaluate_embeddings(load_config_file(path), embeddings, workdir, rest)
     if path:
         config = load_config_file(path)
         if config.get("method") != "alignment":
             raise UserError(
-                "eval.py takes --config for the alignment study only (configs/alignment.py); for "
-                "anything else it takes the configuration of the work directory: leave --config out"
+                "eval.py takes --config for the alignment study only (configs/alignment.py), or "
+                "with --embeddings or --list; for anything else it takes the configuration of the "
+                "work directory: leave --config out"
             )
         return _study(config, workdir, rest)
     config = load_config(pathlib.Path(workdir))
@@ -113,13 +131,43 @@ def _evaluate(argv: Sequence[str]) -> int:
 def _evaluate_run(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
     values = parse_flags(rest, config, split="test")
     _check_overrides(rest)
-    from rcml_jax.data.graph import SPLITS
+    _check_split(values.split)
     from rcml_jax.evaluation.table import print_evaluation
     from rcml_jax.training.loop import evaluate as evaluate_workdir
 
-    if values.split not in SPLITS:
-        raise UserError(f"--split={values.split} is unknown; choose one of {', '.join(SPLITS)}")
     print_evaluation(evaluate_workdir(values.config, workdir, values.split))
+    return 0
+
+
+def _evaluate_embeddings(
+    config: ml_collections.ConfigDict, embeddings: str, workdir: str, rest: Sequence[str]
+) -> int:
+    values = parse_flags(rest, config, split="test")
+    _check_split(values.split)
+    from rcml_jax.evaluation.table import print_evaluation
+    from rcml_jax.methods.embeddings import embeddings_config
+    from rcml_jax.training.loop import evaluate_untrained
+
+    config = embeddings_config(values.config, embeddings)
+    print_evaluation(evaluate_untrained(config, workdir, values.split))
+    return 0
+
+
+def _check_split(split: str) -> None:
+    from rcml_jax.data.graph import SPLITS
+
+    if split not in SPLITS:
+        raise UserError(f"--split={split} is unknown; choose one of {', '.join(SPLITS)}")
+
+
+def _list(config: ml_collections.ConfigDict, directory: str, rest: Sequence[str]) -> int:
+    values = parse_flags(rest, config)
+    from rcml_jax.data.items import write_listing
+    from rcml_jax.methods.task import load_graph
+
+    graph = load_graph(values.config.data)
+    write_listing(graph, directory)
+    print(f"{directory}: {len(graph):,} items, {len(graph.relations)} relations")
     return 0
 
 

@@ -343,8 +343,11 @@ def unit(x):
     return x / norm if norm > 0 else x
 
 
-def pair_score(text, image, h, a, b, e, similarity):
-    """The five scores of one pair (a, b) under relation e; text, image (R, n, d) or (1, n, d)."""
+def pair_score(text, image, h, a, b, e, similarity, weight=0.0):
+    """The five scores of one pair (a, b) under relation e; text, image (R, n, d) or (1, n, d).
+
+    weight: of the sentence, which is compared with both.
+    """
     zt, zi = text[e if len(text) > 1 else 0], image[e if len(image) > 1 else 0]
     both_a, both_b = unit(zt[a] + zi[a]), unit(zt[b] + zi[b])
     sides = {
@@ -354,7 +357,10 @@ def pair_score(text, image, h, a, b, e, similarity):
     if similarity == "product":
         return {name: cosine(x, h[e]) * cosine(y, h[e]) for name, (x, y) in sides.items()}
     score = globals()[similarity]
-    return {name: score(x, y) for name, (x, y) in sides.items()}
+    return {
+        name: score(x, y) + weight * (score(h[e], x) + score(h[e], y))
+        for name, (x, y) in sides.items()
+    }
 
 
 def rank(scores):

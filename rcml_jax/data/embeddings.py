@@ -1,6 +1,7 @@
-"""Embeddings of images and their texts, from memory or from people's own `.npz` files."""
+"""Embeddings of images and texts, from memory or from people's own `.npz` files."""
 
 import dataclasses
+import hashlib
 import pathlib
 import zipfile
 
@@ -30,26 +31,144 @@ def read_npz(path: str | pathlib.Path) -> Pairs:
     Raises UserError for a file that is missing, is none, holds pickled objects or lacks an array.
     What is wrong inside the arrays is said where they are used.
     """
-    path = pathlib.Path(path)
+    remedy = "give --config configs/alignment.py:npz,path=FILE"
+    arrays = _read_arrays(pathlib.Path(path), _KEYS, (), remedy)
+    return Pairs(*(arrays[name] for name in _KEYS))
+
+
+def _read_arrays(
+    path: pathlib.Path, required: tuple[str, ...], optional: tuple[str, ...], remedy: str
+) -> dict[str, np.ndarray]:
+    """The named arrays of an `.npz` file; the remedy is for a path where there is no file."""
     if not path.is_file():
-        raise UserError(
-            f"there is no file {path}; give --config configs/alignment.py:npz,path=FILE"
-        )
+        raise UserError(f"there is no file {path}; {remedy}")
     try:
         with path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
-                raise UserError(f"{path} holds one array (.npy); save three with numpy.savez")
-            missing = [name for name in _KEYS if name not in arrays.files]
+                raise UserError(
+                    f"{path} holds one array (.npy); save {', '.join(required or optional)} with "
+                    "numpy.savez"
+                )
+            missing = [name for name in required if name not in arrays.files]
             if missing:
                 raise UserError(
-                    f"{path} lacks the array {missing[0]!r}; it must hold {', '.join(_KEYS)}"
+                    f"{path} lacks the array {missing[0]!r}; it must hold {', '.join(required)}"
                 )
-            return Pairs(*(arrays[name] for name in _KEYS))
+            return {n: arrays[n] for n in (*required, *optional) if n in arrays.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         pickled = "pickle" in str(error) and zipfile.is_zipfile(path)
         reason = "holds pickled objects" if pickled else "is no .npz file, or a damaged one"
         raise UserError(f"{path} {reason}; save plain arrays with numpy.savez") from error
+
+
+# Embeddings of the items of a relation graph
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ItemEmbeddings:
+    """Unit vectors of n items, and of R relation sentences in the order of the graph's relations.
+
+    ids: (n,) strings. text (n, d) and image (n, d′), of which one may be None: the items as they
+    are. text_under, image_under (R, n, d): the items under each relation, or None. relation
+    (R, d″): the sentences, or None; relation_unseen (K, R, d″): the K sentences of each relation
+    that the graph keeps for the test, or None.
+    """
+
+    ids: np.ndarray
+    text: np.ndarray | None = None
+    image: np.ndarray | None = None
+    text_under: np.ndarray | None = None
+    image_under: np.ndarray | None = None
+    relation: np.ndarray | None = None
+    relation_unseen: np.ndarray | None = None
+
+    def vectors(self) -> dict[str, np.ndarray]:
+        """The arrays of vectors that there are, by name."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+        return {name: array for name, array in found.items() if array is not None}
+
+
+def read_item_embeddings(
+    path: str | pathlib.Path, relations: int, unseen: int = 0
+) -> ItemEmbeddings:
+    """The embeddings in an `.npz` file, normalized to length one.
+
+    relations: number of relations R of the graph; unseen: number K of its held-out sentences.
+    Raises UserError for a file that cannot be read, lacks `ids` or both `text` and `image`, or has
+    an array of the wrong shape or type, an id twice, or a vector that is not finite or zero.
+    """
+    path = pathlib.Path(path)
+    names = tuple(field.name for field in dataclasses.fields(ItemEmbeddings))
+    arrays = _read_arrays(path, names[:1], names[1:], "give --embeddings an .npz file")
+    ids = arrays.pop("ids")
+    if ids.ndim != 1 or ids.dtype.kind != "U":
+        raise UserError(
+            f"ids of {path} must be one row of strings, not {ids.dtype} of shape {ids.shape}; save "
+            "numpy.array(ids, dtype=str)"
+        )
+    values, counts = np.unique(ids, return_counts=True)
+    if np.any(counts > 1):
+        raise UserError(
+            f"{path} has the id '{values[np.argmax(counts > 1)]}' more than once; keep one vector "
+            "of each item"
+        )
+    if "text" not in arrays and "image" not in arrays:
+        raise UserError(f"{path} has neither text nor image; it must hold one of them at least")
+    _check_shapes(path, arrays, len(ids), relations, unseen)
+    return ItemEmbeddings(ids, **{name: _unit(path, name, x) for name, x in arrays.items()})
+
+
+def _check_shapes(
+    path: pathlib.Path, arrays: dict[str, np.ndarray], items: int, relations: int, unseen: int
+) -> None:
+    expected: dict[str, tuple] = {"text": (items,), "image": (items,), "relation": (relations,)}
+    for side in ("text", "image"):
+        expected[f"{side}_under"] = relations, items, *_width(arrays.get(side))
+    expected["relation_unseen"] = unseen, relations, *_width(arrays.get("relation"))
+    for name, array in arrays.items():
+        plain = name.partition("_")[0]
+        if plain not in arrays:
+            raise UserError(f"{path} has {name} without {plain}; save both")
+        leading = expected[name]
+        ranks = len(leading) + 1 if name == plain else len(leading)
+        if array.ndim != ranks or array.shape[: len(leading)] != leading or 0 in array.shape:
+            sizes = ", ".join(map(str, leading)) + (", width" if name == plain else "")
+            raise UserError(
+                f"{name} of {path} has the shape {array.shape}, not ({sizes}); there are {items} "
+                f"ids in the file, and {relations} relations and {unseen} unseen sentences of each "
+                "in the catalogue"
+            )
+
+
+def _width(array: np.ndarray | None) -> tuple[int, ...]:
+    return () if array is None else array.shape[-1:]
+
+
+def _unit(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
+    """Rows of length one, float32. Raises UserError where they have no direction."""
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{name} of {path} is of type {array.dtype}; save floating-point numbers")
+    array = array.astype(np.float32)
+    largest = np.max(np.abs(array), axis=-1, keepdims=True)
+    for bad, what in ((~np.isfinite(largest), "NaN or infinite"), (largest == 0, "zero")):
+        if np.any(bad):
+            row = tuple(int(i) for i in np.argwhere(bad)[0][:-1])
+            raise UserError(
+                f"{name} of {path} has {int(bad.sum()):,} vectors that are {what}, the first at "
+                f"index {row[0] if len(row) == 1 else row}; leave out such items or embed them anew"
+            )
+    array = array / largest
+    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def file_digest(path: str | pathlib.Path) -> str:
+    """SHA-256 of a file's content. Raises UserError where it cannot be read."""
+    try:
+        with pathlib.Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give an .npz file") from error
 
 
 def split_pairs(pairs: Pairs, shares: tuple[float, ...], seed: int) -> list[Pairs]:

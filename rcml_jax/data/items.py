@@ -7,6 +7,7 @@ A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder w
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,42 @@ def from_names(
 def from_graph(graph: RelationGraph) -> Items:
     """The items of a relation graph, under their ids."""
     return Items(graph.ids, graph.texts, graph.ids, graph.images.encoded)
+
+
+def write_listing(graph: RelationGraph, directory: str | Path) -> None:
+    """Write what a graph has to be embedded: items, images and relation sentences.
+
+    `items.jsonl` (`id`, `text`, `image`) and `relations.jsonl` (`id`, `sentence`, `unseen`), both
+    in the order of the graph, and `images/`. `unseen` are the sentences that only the test uses.
+    `items.jsonl` comes last: a listing that has it is whole. Raises UserError where the directory
+    is not empty or cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} is not empty; give --list a new directory")
+        (directory / "images").mkdir(parents=True)
+        unseen = graph.held_out_sentences()
+        relations = [
+            {"id": str(r), "sentence": said, "unseen": [sentences[r] for sentences in unseen]}
+            for r, said in enumerate(graph.relations)
+        ]
+        _write_rows(directory / "relations.jsonl", relations)
+        items = []
+        for index, (key, text) in enumerate(zip(graph.ids, graph.texts, strict=True)):
+            encoded = graph.images.encoded(index)
+            kind = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+            name = f"images/{index:06d}.{kind}"
+            (directory / name).write_bytes(encoded)
+            items.append({"id": key, "text": text, "image": name})
+        _write_rows(directory / "items.jsonl", items)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from error
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines, "utf-8")
 
 
 def pixels(encoded: bytes, size: int) -> np.ndarray:

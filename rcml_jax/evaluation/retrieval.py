@@ -144,16 +144,25 @@ def _gallery_scores(
     )
     text = text[texts]
     padded = np.minimum(np.arange(_BLOCK), len(places) - 1)
-    scores = _score_block(text, image, text[first], places[padded], similarity)
+    sentence = (table.relation[relation], table.sentence_weight) if table.sentence_weight else None
+    scores = _score_block(text, image, text[first], places[padded], sentence, similarity)
     return {name: np.asarray(block)[: len(places)] for name, block in scores.items()}
 
 
 @functools.partial(jax.jit, static_argnames="similarity")
-def _score_block(text, image, distinct, places, similarity):
-    def score(x, y):
+def _score_block(text, image, distinct, places, sentence, similarity):
+    def score_rows(x, y):
         return blocks.scores(
             similarity, blocks.prepare(similarity, x), blocks.prepare(similarity, y)
         )
+
+    def score(x, y):
+        found = score_rows(x, y)
+        if sentence is None:
+            return found
+        # The query's own score with the sentence is the same for all candidates.
+        vector, weight = sentence
+        return found + weight * score_rows(vector[None], y)
 
     both = l2_normalize(text + image)
     return {

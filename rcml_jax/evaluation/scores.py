@@ -25,12 +25,17 @@ class EmbeddingTable:
 
     items: (n,) identifiers, sorted; text, image: (R, n, d), or (1, n, d) where a modality does not
     depend on the relation; relation: (R, d) embeddings h_E of the sentences.
+
+    sentence_weight: w ≥ 0. A pair then scores s(a, b) + w (s(h_E, a) + s(h_E, b)). For a query a
+    under the cosine this orders candidates as the query vector a + w h_E does, and it is symmetric
+    in a and b, so that it also compares one pair under several relations.
     """
 
     items: np.ndarray
     text: np.ndarray
     image: np.ndarray
     relation: np.ndarray
+    sentence_weight: float = 0.0
 
     def rows(self, items: np.ndarray) -> np.ndarray:
         """Places of the given items in the table."""
@@ -46,9 +51,11 @@ def _take(embeddings: jax.Array, relation: jax.Array, items: jax.Array) -> jax.A
 
 
 @functools.partial(jax.jit, static_argnames="similarity")
-def _scores_of_blocks(text, image, sentence, a, b, relation, similarity):
+def _scores_of_blocks(text, image, sentence, weight, a, b, relation, similarity):
     """The five scores, (m · block, c) each, of indices (m, block, 1 or c), one block at a time."""
-    of_block = _product if similarity == "product" else functools.partial(_similarity, similarity)
+    of_block = functools.partial(_similarity, similarity, weight)
+    if similarity == "product":
+        of_block = _product
     shape = jnp.broadcast_shapes(a.shape, b.shape, relation.shape)
 
     def scores(index):
@@ -62,16 +69,22 @@ def _scores_of_blocks(text, image, sentence, a, b, relation, similarity):
     return {name: x.reshape(-1, shape[-1]) for name, x in found.items()}
 
 
-def _similarity(similarity, ta, ia, tb, ib, sentence):
-    del sentence
+def _similarity(similarity, weight, ta, ia, tb, ib, sentence):
     # The vectors have length one: there is nothing to divide by.
     score = paired("dot" if similarity == "cosine" else similarity)
+    vectors = {
+        "tt": (ta, tb),
+        "ii": (ia, ib),
+        "ti": (ta, ib),
+        "it": (ia, tb),
+        "avg": (l2_normalize(ta + ia), l2_normalize(tb + ib)),
+    }
+    found = {name: score(a, b) for name, (a, b) in vectors.items()}
+    if weight is None:
+        return found
     return {
-        "tt": score(ta, tb),
-        "ii": score(ia, ib),
-        "ti": score(ta, ib),
-        "it": score(ia, tb),
-        "avg": score(l2_normalize(ta + ia), l2_normalize(tb + ib)),
+        name: found[name] + weight * (score(sentence, a) + score(sentence, b))
+        for name, (a, b) in vectors.items()
     }
 
 
@@ -103,6 +116,7 @@ def pair_scores(
     index = [np.broadcast_to(x, (queries, x.shape[1])).astype(np.int32) for x in (a, b, relation)]
     arrays = [jnp.asarray(x) for x in (table.text, table.image, table.relation)]
     (device,) = arrays[0].devices()
+    arrays.append(table.sentence_weight or None)
     on_cpu = device.platform == "cpu"
     # Each pair of a and b is a text and an image on both sides.
     vectors = 2 * sum(np.broadcast_shapes(x.shape, relation.shape)[1] for x in (a, b))

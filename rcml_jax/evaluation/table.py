@@ -105,8 +105,11 @@ def _spread(measure: dict) -> str:
 
 def _print_relational(result: dict, console: Console) -> None:
     queries = result["retrieval"]["queries"]
+    method = result["method"]
+    if method == "embeddings":
+        method = f"embeddings of {result['embeddings']['file']}"
     table = Table(
-        title=f"{result['method']} on {result['dataset']}: {result['split']}, {queries:,} queries",
+        title=f"{method} on {result['dataset']}: {result['split']}, {queries:,} queries",
         caption=f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
         "with a dash are controls; a gain is one over the best of them.",
         caption_justify="left",
@@ -119,6 +122,10 @@ def _print_relational(result: dict, console: Console) -> None:
         cells = (f"{100 * row[name]:{form}}" if name in row else "" for name in SCORES)
         table.add_row(label, *cells)
     console.print(table)
+    for name, reason in result.get("left_out", {}).items():
+        console.print(f"Left out: {name.replace('_', ' ')} ({reason})")
+    if "relation_validity" not in result:
+        return
     validity = result["relation_validity"]
     beside = [
         f"{label} {100 * row['relation_validity']['accuracy']:.1f}"
@@ -133,7 +140,7 @@ def _print_relational(result: dict, console: Console) -> None:
 
 def _rows(result: dict):
     """The lines of the table: a measure of the method first, then the controls' under it."""
-    retrieval, types = result["retrieval"], result["relation_type"]
+    retrieval = result["retrieval"]
     yield from _with_controls(result, "retrieval", "hit@5", "Hit@5")
     if "macro" in retrieval:
         yield "Hit@5, mean over relations", retrieval["macro"]["hit@5"]
@@ -144,19 +151,20 @@ def _rows(result: dict):
     if whole := result.get("retrieval_all"):
         yield f"Hit@5, all {whole['gallery']['items']:,} items", whole["hit@5"]
         yield "mAP, all items", whole["map"]
-    title = f"relation type, Top-3 of {types['candidates']}"
-    yield from _with_controls(result, "relation_type", "top3", title)
-    if "macro" in types:
-        yield "Top-3, mean over relations", types["macro"]["top3"]
-    yield f"relation type, Top-1 of {types['candidates']}", types["top1"]
+    if types := result.get("relation_type"):
+        title = f"relation type, Top-3 of {types['candidates']}"
+        yield from _with_controls(result, "relation_type", "top3", title)
+        if "macro" in types:
+            yield "Top-3, mean over relations", types["macro"]["top3"]
+        yield f"relation type, Top-1 of {types['candidates']}", types["top1"]
     if every := result.get("relation_type_all"):
         yield f"Top-3 of all {every['candidates']} relations", every["top3"]
     for number, unseen in enumerate(result.get("unseen_sentences", []), 1):
         yield f"Hit@5, unseen sentence {number}", unseen["retrieval"]["hit@5"]
         yield f"Top-3, unseen sentence {number}", unseen["relation_type"]["top3"]
-    product = result["training_free_product"]
-    yield "Hit@5, cos·cos product", product["retrieval"]["hit@5"]
-    yield "Top-3, cos·cos product", product["relation_type"]["top3"]
+    if product := result.get("training_free_product"):
+        yield "Hit@5, cos·cos product", product["retrieval"]["hit@5"]
+        yield "Top-3, cos·cos product", product["relation_type"]["top3"]
     if frozen := result.get("pretrained_clip"):
         yield "Hit@5, pretrained CLIP as it is", frozen["retrieval"]["hit@5"]
         yield "Top-3, pretrained CLIP as it is", frozen["relation_type"]["top3"]
@@ -164,7 +172,8 @@ def _rows(result: dict):
         yield f"Hit@5, scored {name}", variant["retrieval"]["hit@5"]
     for name, scores in result.get("similarities", {}).items():
         yield f"Hit@5, {name}", scores["retrieval"]["hit@5"]
-        yield f"Top-3, {name}", scores["relation_type"]["top3"]
+        if "relation_type" in scores:
+            yield f"Top-3, {name}", scores["relation_type"]["top3"]
 
 
 def _with_controls(result: dict, task: str, measure: str, title: str):

@@ -7,6 +7,8 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Method
 
 RELATIONAL = ("rcml", "clip", "siglip", "unicl")
+#: The method of `eval.py --embeddings`: vectors from a file, scored as the relational methods are.
+EMBEDDINGS = "embeddings"
 
 
 def build(config: Any, workdir: pathlib.Path) -> Method:
@@ -16,6 +18,10 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
     """
     if config.method == "m3col":
         return _classifier(config, workdir)
+    if config.method == EMBEDDINGS and "embeddings" in config:
+        from rcml_jax.methods.embeddings import EmbeddingsMethod
+
+        return EmbeddingsMethod.load(config)
     if config.method not in RELATIONAL:
         raise UserError(
             f"config.method={config.method!r} is unknown; choose one of {', '.join(RELATIONAL)}, "

@@ -25,7 +25,8 @@ class Method(abc.ABC):
 
     #: The measure that early stopping maximises, a dotted path into what `validate` returns.
     selection: str
-    #: Which checkpoint is evaluated in the end: "best" by the selection measure, or "latest".
+    #: Which checkpoint is evaluated in the end: "best" by the selection measure, or "latest"; ""
+    #: for a method without parameters.
     evaluated = "best"
     #: Whether `prepare` does anything.
     prepares = False

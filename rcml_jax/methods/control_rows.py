@@ -13,7 +13,7 @@ from rcml_jax.methods.relational_towers import from_checkpoint
 from rcml_jax.similarity import l2_normalize
 
 #: Training items of a relation that its mean embedding is made of, at most.
-_ITEMS_OF_RELATION = 100
+ITEMS_OF_RELATION = 100
 
 
 def control_rows(
@@ -64,7 +64,7 @@ def _chance(queries: dict, types: Any) -> dict:
 
 def _relation_only(method: Any, params: Any, table: EmbeddingTable, queries: dict) -> dict:
     """The query replaced by the mean training embedding of the relation."""
-    items, relation = training_items(method.task, _ITEMS_OF_RELATION)
+    items, relation = training_items(method.task, ITEMS_OF_RELATION)
     trained = next(iter(method.tables(params, np.unique(items)).values()))
     total = len(method.task.graph.relations)
     text, image = (

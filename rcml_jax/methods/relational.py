@@ -66,7 +66,7 @@ class RelationalMethod(Method):
         self.config = config
         self.task = task
         self.dtype = compute_dtype(config.model.dtype)
-        self.similarities = _similarities(config.evaluation.similarity)
+        self.similarities = check_similarity(config.evaluation.similarity)
         if config.evaluation.validity_probe not in PROBES:
             raise UserError(
                 f"config.evaluation.validity_probe={config.evaluation.validity_probe!r} is "
@@ -217,8 +217,8 @@ class RelationalMethod(Method):
         measure = functools.partial(
             _measured, queries=queries, types=types, gallery=gallery, graph=task.graph
         )
-        variants = {name: measure(table) for name, table in tables.items()}
-        best = _best(variants)
+        variants = {name: self._answered(name, measure(x)) for name, x in tables.items()}
+        best = best_of(variants)
         first = next(iter(tables.values()))
         validity = {"train": task.validity_examples("train"), "test": task.validity_examples(split)}
         result = {
@@ -226,7 +226,11 @@ class RelationalMethod(Method):
             "dataset": task.graph.name,
             "split": split,
             "protocol": self._protocol(split, queries, types, gallery),
-            **{name: best[name] for name in ("retrieval", "relation_type", "retrieval_all")},
+            **{
+                name: best[name]
+                for name in ("retrieval", "relation_type", "retrieval_all")
+                if name in best
+            },
             "relation_validity": self._validity(params, validity),
             **best,
             "controls": control_rows(self, params, first, queries, types, validity),
@@ -236,16 +240,25 @@ class RelationalMethod(Method):
         if unseen := self._unseen_sentences(params, items, needed, measure):
             result["unseen_sentences"] = unseen
         if frozen := self._pretrained_tables(items, needed):
-            result["pretrained_clip"] = _best({n: measure(table) for n, table in frozen.items()})
+            result["pretrained_clip"] = best_of({n: measure(table) for n, table in frozen.items()})
         if len(variants) > 1:
             result["variants"] = variants
         if self.similarities != ("cosine",):
-            best = {task: _best_name(variants, task) for task in ("retrieval", "relation_type")}
+            tasks = [task for task in ("retrieval", "relation_type") if task in best]
+            names = {task: _best_name(variants, task) for task in tasks}
             result["similarities"] = {
-                name: _best_scores(tables, best, functools.partial(score, similarity=name))
-                for name in self.similarities
+                similarity: {
+                    task: self._answered(name, score(tables[name], similarity=similarity))[task]
+                    for task, name in names.items()
+                }
+                for similarity in self.similarities
             }
         return result
+
+    def _answered(self, variant: str, found: dict) -> dict:
+        """The ranking tasks, by name, that a way of scoring can answer: all of them."""
+        del variant
+        return found
 
     def _unseen_sentences(
         self, params: Params, items: np.ndarray, needed: np.ndarray, measure: Callable
@@ -254,7 +267,7 @@ class RelationalMethod(Method):
         if not self.config.data.relation_text:
             return []
         return [
-            _best({n: measure(x) for n, x in self.tables(params, items, needed, said).items()})
+            best_of({n: measure(x) for n, x in self.tables(params, items, needed, said).items()})
             for said in self.task.graph.held_out_sentences()
         ]
 
@@ -303,7 +316,7 @@ class RelationalMethod(Method):
             return sides, np.zeros((len(self.task.sentences), 0))
         return sides, np.asarray(encoders["text"](self.relation_ids))
 
-    def _validity(self, params: Params, validity: dict) -> dict:
+    def _validity(self, params: Params, validity: dict) -> dict | None:
         """Fit the probe on triples of the training split, score it on those of the asked one."""
         sides = []
         for examples in (validity["train"], validity["test"]):
@@ -402,7 +415,8 @@ def in_rows(embedded: jax.Array, images: jax.Array) -> jax.Array:
     return embedded.reshape(*images.shape[:-3], *embedded.shape[1:])
 
 
-def _similarities(name: str) -> tuple[str, ...]:
+def check_similarity(name: str) -> tuple[str, ...]:
+    """The similarities that `config.evaluation.similarity` names; UserError for an unknown one."""
     if name == "all":
         return tuple(SIMILARITIES)
     if name not in SIMILARITIES:
@@ -456,20 +470,15 @@ def _measured(
     return found
 
 
-def _best(variants: dict) -> dict:
+def best_of(variants: dict) -> dict:
     """Of each task the variant that does best in it."""
-    tasks = [task for task in _DECIDES if all(task in found for found in variants.values())]
+    tasks = [task for task in _DECIDES if any(task in found for found in variants.values())]
     return {task: variants[_best_name(variants, task)][task] for task in tasks}
 
 
 def _best_name(variants: dict, task: str) -> str:
-    return max(variants, key=lambda name: variants[name][task][_DECIDES[task]]["avg"])
-
-
-def _best_scores(tables: dict, best: dict[str, str], score: Callable) -> dict:
-    """Of each task the scores of the table that `best` names for it."""
-    found = {name: score(tables[name]) for name in sorted(set(best.values()))}
-    return {task: found[name][task] for task, name in best.items()}
+    able = [name for name, found in variants.items() if task in found]
+    return max(able, key=lambda name: variants[name][task][_DECIDES[task]]["avg"])
 
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:

@@ -34,8 +34,9 @@ def by_score(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any]:
         (run.label, score.upper(), required(run, f"{task}/{measure}/{score}"))
         for run in runs
         for score in SCORES
+        if not _left_out(run, f"{task}/{measure}/{score}")
     ]
-    return _columns(("run", "group", "value"), rows)
+    return _drawn(rows, task)
 
 
 def by_similarity(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def by_similarity(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any
         )
         for run in runs
         for name in run.result.get("similarities", {})
+        if not _left_out(run, f"similarities/{name}/{task}/{measure}/avg")
     ]
     if not rows:
         raise LeftOutError(
@@ -69,8 +71,9 @@ def validity(runs: Sequence[Run]) -> dict[str, Any]:
             required(run, "relation_validity/accuracy"),
         )
         for run in runs
+        if not _left_out(run, "relation_validity/accuracy")
     ]
-    return _columns(("run", "group", "value"), rows)
+    return _drawn(rows, "relation_validity")
 
 
 def sweep_measures(sweep: Sweep) -> dict[str, Any]:
@@ -144,6 +147,18 @@ def required(run: Run, path: str) -> Any:
             f"{run.path}"
         )
     return found
+
+
+def _left_out(run: Run, path: str) -> bool:
+    """Whether an evaluation says that it cannot have a measure, and so has none."""
+    return "left_out" in run.result and _at(run.result, path) is None
+
+
+def _drawn(rows: list[tuple], task: str) -> dict[str, list]:
+    """Columns run, group, value. Raises LeftOutError where every run leaves the task out."""
+    if not rows:
+        raise LeftOutError(f"no run has {task.replace('_', ' ')}; eval.json says why (left_out)")
+    return _columns(("run", "group", "value"), rows)
 
 
 def _at(node: Any, path: str) -> Any:

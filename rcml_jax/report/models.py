@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rcml_jax.errors import UserError
-from rcml_jax.methods import build
+from rcml_jax.methods import EMBEDDINGS, build
 from rcml_jax.report.arrays import LeftOutError
 from rcml_jax.report.sources import Run
 from rcml_jax.training import parallel
@@ -47,6 +47,8 @@ class Models:
         return found
 
     def _try(self, run: Run) -> Opened | LeftOutError:
+        if run.config.method == EMBEDDINGS:
+            return LeftOutError(f"{run.label} is of a file of embeddings and has no model")
         config = run.config.copy_and_resolve_references()
         for name, value in self._options.items():
             if value:

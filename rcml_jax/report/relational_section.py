@@ -41,7 +41,8 @@ def section(
 
 def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
     protocol = collections.defaultdict(str, runs[0].result["protocol"])
-    candidates = runs[0].result["relation_type"].get("candidates", 10)
+    asked = [run.result["relation_type"] for run in runs if "relation_type" in run.result]
+    candidates = asked[0].get("candidates", 10) if asked else 10
     runs = runs[:_MOST_BARS]
 
     def figure(title, name, arrays, what, chance, caption) -> Figure:

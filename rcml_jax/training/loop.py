@@ -67,6 +67,15 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
         return evaluate(config, workdir, method=method)
 
 
+def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "test") -> dict:
+    """Evaluate a method without parameters; makes the work directory.
+
+    Writes what `evaluate` does. Raises UserError where the directory holds anything else.
+    """
+    _check(config)
+    return evaluate(config, _prepare(pathlib.Path(workdir), config), split)
+
+
 def evaluate(
     config: Any, workdir: pathlib.Path | str, split: str = "test", method: Method | None = None
 ) -> dict:
@@ -80,7 +89,8 @@ def evaluate(
     try:
         with jax.default_device(device):
             method = method or build_method(config, workdir)
-            params = jax.tree.map(jax.numpy.asarray, read_params(workdir, method.evaluated))
+            params = read_params(workdir, method.evaluated) if method.evaluated else {}
+            params = jax.tree.map(jax.numpy.asarray, params)
             result = method.evaluate(params, split, read_history(workdir))
     except FlaxError as error:
         raise UserError(

@@ -28,6 +28,7 @@ _FREE = {
     "micro_batch",
     "loss.block",
     "loss.pair_block",
+    "embeddings.path",
 }
 
 
@@ -52,8 +53,9 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
     """Make a work directory of a configuration, or check that it is one already.
 
-    One that holds no checkpoint, because its start failed, takes the new configuration. Raises
-    UserError where it was trained with another configuration or is no directory of ours.
+    One that holds neither a checkpoint nor an evaluation, because its start failed, takes the new
+    configuration. Raises UserError where it was made with another configuration or is no directory
+    of ours.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
@@ -86,14 +88,16 @@ def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     ]
     if not changed:
         return
-    if not _has_checkpoint(path.parent):
+    trained = _has_checkpoint(path.parent)
+    if not trained and not any(path.parent.glob("eval*.json")):
         # The tokenizer may be one of other texts or another size.
         (path.parent / "tokenizer.json").unlink(missing_ok=True)
         write_json(path, config.to_dict())
     else:
         shown = "; ".join(changed[:3]) + (" and more" if len(changed) > 3 else "")
         raise UserError(
-            f"{path.parent} was trained with another configuration: {shown}; "
+            f"{path.parent} was {'trained' if trained else 'evaluated'} with another "
+            f"configuration: {shown}; "
             "give another --workdir, or the old values"
         )
 

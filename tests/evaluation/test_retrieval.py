@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -125,7 +126,8 @@ def slow_gallery(table, query, relation, right, hidden, texts=TEXTS, similarity=
             # Embeddings of the first item with a text stand for all of them.
             own, order = text[:, texts], []
             for c, good in ranked:
-                scores = reference.pair_score(own, image, h, q, c, e, similarity)
+                weight = table.sentence_weight
+                scores = reference.pair_score(own, image, h, q, c, e, similarity, weight)
                 order.append((-np.round(scores[name], 6), good))
             order.sort()  # at one score False, a wrong one, comes first
             found.append(slow_measures([good for _, good in order]))
@@ -158,6 +160,15 @@ def test_gallery_measures_under_another_similarity():
         run(table, *asked, similarity="manhattan"),
         slow_gallery(table, *asked, similarity="manhattan"),
     )
+
+
+def test_gallery_measures_with_a_weighted_sentence():
+    for kind in ("under relations", "both free"):
+        plain, asked = random_table(**KINDS[kind]), gallery()
+        table = dataclasses.replace(plain, sentence_weight=0.8)
+        result = run(table, *asked)
+        check(result, slow_gallery(table, *asked))
+        assert result["map"]["avg"] != run(plain, *asked)["map"]["avg"]
 
 
 def test_more_queries_than_a_block():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,9 @@ def twin(table, a, b, relation, similarity):
     out = {name: np.zeros(a.shape) for name in SCORES}
     for index in np.ndindex(a.shape):
         pair = a[index], b[index], relation[index]
-        for name, value in reference.pair_score(*arrays(table), *pair, similarity).items():
+        weight = table.sentence_weight
+        found = reference.pair_score(*arrays(table), *pair, similarity, weight)
+        for name, value in found.items():
             out[name][index] = value
     return out
 
@@ -31,6 +35,37 @@ def test_the_five_scores_are_those_of_the_twin(similarity, kind):
     for name, expected in twin(table, a, b, relation, similarity).items():
         assert found[name].shape == (7, 3)
         np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["under relations", "both free"])
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean", "product"])
+def test_the_weighted_sentence_is_that_of_the_twin(similarity, kind):
+    plain = random_table(**KINDS[kind])
+    table = dataclasses.replace(plain, sentence_weight=0.7)
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(10, size=(7, 1)), rng.integers(10, size=(7, 1))
+    relation = rng.integers(4, size=(7, 3))
+    found = pair_scores(table, a, b, relation, similarity=similarity)
+    for name, expected in twin(table, a, b, relation, similarity).items():
+        assert found[name].shape == (7, 3)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    without = pair_scores(plain, a, b, relation, similarity=similarity)
+    # The product compares with the sentence anyway.
+    assert np.allclose(found["avg"], without["avg"]) == (similarity == "product")
+
+
+def test_a_weighted_sentence_orders_as_the_query_vector_with_the_sentence_added():
+    table = dataclasses.replace(random_table(text_free=True, image_free=True), sentence_weight=1.5)
+    for query, relation in ((2, 1), (5, 3)):
+        b = np.arange(10)[None]
+        found = pair_scores(table, np.array([[query]]), b, np.array([[relation]]))
+        vector = table.text[0, query] + 1.5 * table.relation[relation]
+        np.testing.assert_array_equal(
+            np.argsort(found["tt"][0]), np.argsort(table.text[0] @ vector)
+        )
+        assert not np.array_equal(
+            np.argsort(found["tt"][0]), np.argsort(table.text[0] @ table.text[0, query])
+        )
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "manhattan", "product"])
@@ -72,7 +107,7 @@ def test_vectors_are_gathered_for_a_few_queries_at_a_time():
     of = jax.ShapeDtypeStruct
     table = [of((2, 50, dim), jnp.float32)] * 2 + [of((2, dim), jnp.float32)]
     index = [of((queries // block, block, n), jnp.int32) for n in (1, columns, 1)]
-    lowered = scores._scores_of_blocks.lower(*table, *index, similarity="cosine")
+    lowered = scores._scores_of_blocks.lower(*table, None, *index, similarity="cosine")
     plan = lowered.compile().memory_analysis()
     assert plan.temp_size_in_bytes < queries * columns * dim * 4 / 10
 
