@@ -62,6 +62,7 @@ def paper_loss(config: Any) -> Any:
     """The configuration with Eq. 1-2 alone, which is what the PyTorch peers compute."""
     config = config.copy_and_resolve_references()
     config.loss.identification_weight = 0.0
+    config.model.gate = False
     return config
 
 

@@ -55,6 +55,7 @@ def configuration(items: int):
     """configs/rcml.py with the paper's loss and learning rate, and this batch."""
     config = get_config()
     config.loss.identification_weight = 0.0
+    config.model.gate = False
     config.optimizer.learning_rate = 5e-5
     config.batch.update(
         size=items,

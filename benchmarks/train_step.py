@@ -75,6 +75,7 @@ def step_functions(config, clip_config: CLIPConfig, batch: dict, small: bool) ->
     weights = {RCML: config.loss.identification_weight, PAPER: 0.0, CLIP: 0.0}
     functions, params = {}, None
     for title, config.loss.identification_weight in weights.items():
+        config.model.gate = title == RCML
         name = "clip" if title == CLIP else "rcml"
         method = build_method(name, config, clip_config, small)
         if params is None:

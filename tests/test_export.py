@@ -74,7 +74,11 @@ def runs(catalogue, tmp_path_factory):
     """Name → (method, work directory, exported directory) of RCML and a baseline."""
     folder = tmp_path_factory.mktemp("export")
     options = {
-        "rcml": {"model__learn_summary_prior": True, "model__summary_logit": 3.0},
+        "rcml": {
+            "model__learn_summary_prior": True,
+            "model__summary_logit": 3.0,
+            "model__gate": True,
+        },
         "siglip": {"loss__learn_temperature": True, "method": "siglip"},
     }
     found = {}
@@ -141,7 +145,8 @@ def test_the_head_gives_the_same_embeddings(runs):
         options = json.loads(file.metadata()["options"])
     assert (options["beta"], options["summary_logit"]) == (0.6, 3.0)
     assert options["intra_relation"] == method.task.sentence(-1)
-    pooling = FrozenDict(beta=0.6, summary_logit=3.0, learn_summary_prior=True)
+    pooling = FrozenDict(beta=0.6, summary_logit=3.0, learn_summary_prior=True, gate=True)
+    assert head["gate"].any()
     inputs = method.task.encode(SENTENCES), method.task.encode(TEXTS), pictures(method)
     intra = jnp.array([False, True, False])
     model = RCML(config, pooling)

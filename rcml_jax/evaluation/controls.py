@@ -145,15 +145,13 @@ def chance(candidates: int, ks: Sequence[int]) -> dict[str, float]:
 def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
     """The control with the highest value of a measure, and that value; None if none has it.
 
-    AVG counts; a control that has texts alone enters with its TT.
+    AVG counts; a control that has one modality alone enters with its TT or II.
     """
     found: dict[str, float] = {}
     for name, row in controls.items():
         values = row.get(task, {}).get(measure, {})
-        if isinstance(values, float):
-            found[name] = values
-        elif values:
-            found[name] = values.get("avg", values.get("tt"))
+        if values:
+            found[name] = _headline(values)
     if not found:
         return None
     name = max(found, key=found.get)
@@ -163,17 +161,25 @@ def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
 def gains(result: dict) -> dict[str, dict]:
     """By task what the method's AVG, or validity accuracy, is above that of the best control.
 
+    Where the method has one modality alone its TT or II is in AVG's place.
+
     result: an `eval.json`. Returns {"measure", "control", "gain"} a task, the gain as a fraction.
     """
     found = {}
     for task, measure in _GAINS.items():
         best_one = best(result.get("controls", {}), task, measure)
-        if task in result and best_one is not None:
+        if result.get(task) and best_one is not None:
             name, value = best_one
-            own = result[task][measure]
-            own = own if measure == "accuracy" else own["avg"]
-            found[task] = {"measure": measure, "control": name, "gain": own - value}
+            gain = _headline(result[task][measure]) - value
+            found[task] = {"measure": measure, "control": name, "gain": gain}
     return found
+
+
+def _headline(values: dict[str, float] | float) -> float:
+    """A rate as it is; of several scores AVG, or the one modality that there is."""
+    if not isinstance(values, dict):
+        return values
+    return next(values[name] for name in ("avg", "tt", "ii") if name in values)
 
 
 def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:

@@ -107,8 +107,11 @@ def embed(tokens, sentences, intra=False):
     logits = (1 - beta) * torch.einsum("ntd,rd->nrt", keys, queries) / states.shape[-1] ** 0.5
     logits = logits + (beta * summary_logit * intra + head["summary_prior"]) * chosen
     weights = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-    pooled = weights @ (states @ head["value"].T) @ head["output"]
-    return torch.nn.functional.normalize(pooled, dim=-1)
+    pooled = weights @ (states @ head["value"].T)
+    if "gate" in head:
+        said = torch.nn.functional.normalize(relation, dim=-1)
+        pooled = pooled * (1 + states.shape[-1] ** 0.5 * said @ head["gate"].T)
+    return torch.nn.functional.normalize(pooled @ head["output"], dim=-1)
 
 
 sentences = ["both of them show a heart", "they have the same colour"]
@@ -120,18 +123,20 @@ _HEAD = """\
 
 `relation_pooling.safetensors`, float32, one token a row of H:
 z = norm(softmax((1 − β) · (W_Q h_E)·(H W_Kᵀ)ᵀ/√d + (β · summary_logit · intra + summary_prior) · B)
-· H W_Vᵀ · W_o), where B is 1 at the pooled token (the text's end, the image's CLS).
+· H W_Vᵀ · W_o), where B is 1 at the pooled token (the text's end, the image's CLS). With a gate, what
+stands before W_o is multiplied by 1 + √d · W_G h_E/‖h_E‖, element by element.
 
 | name | shape | what it is |
 |---|---|---|
 | `query`, `key`, `value`, `output` | ({d}, {d}) | W_Q, W_K, W_V, W_o |
+| `gate`, in some runs | ({d}, {d}) | W_G |
 | `summary_prior` | () | the pooled token's logit under every relation |
 | metadata `options`, JSON | | `beta` and `summary_logit`, β and the logit of B under the \
 intra-sample relation, and `intra_relation`, that relation's sentence |
 
 In JAX, `rcml_jax.models.two_towers.load_pretrained(folder)` gives the towers' configuration and
 parameters, and `safetensors.numpy.load_file` the head's, for `rcml_jax.models.rcml.RCML` with
-`beta`, `summary_logit` and `learn_summary_prior=True`.
+`beta`, `summary_logit`, `learn_summary_prior=True` and, where it has a gate, `gate=True`.
 """
 
 

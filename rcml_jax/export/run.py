@@ -20,7 +20,7 @@ from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.training.checkpoint import read_params
 
-_MATRICES = ("query", "key", "value", "output")
+_MATRICES = ("query", "key", "value", "output", "gate")
 
 
 def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
@@ -124,7 +124,7 @@ def _temperature(config: Any, params: Any) -> float:
 
 def _save_head(path: pathlib.Path, options: Any, head: Any) -> None:
     """The head's matrices and its prior; what is not learned, as JSON in the file's metadata."""
-    tensors = {name: np.asarray(head[name], np.float32) for name in _MATRICES}
+    tensors = {name: np.asarray(head[name], np.float32) for name in _MATRICES if name in head}
     prior = head.get("summary_prior", options.summary_prior)
     tensors["summary_prior"] = np.asarray(prior, np.float32)
     fixed = {

@@ -14,6 +14,7 @@ import numpy as np
 from rcml_jax.data.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
 from rcml_jax.data.graph import split_graph
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation.controls import gains
 from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.retrieval import retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
@@ -204,6 +205,7 @@ class EmbeddingsMethod(RelationalMethod):
                 for task, found in result["training_free_product"].items()
             }
         result = _only_scores(result, self.scores)
+        result["gain_over_best_control"] = gains(result)
         arrays = {name: list(x.shape) for name, x in self.found.vectors().items()}
         about = {
             "file": pathlib.Path(self.config.embeddings.path).name,
