@@ -26,6 +26,8 @@ _KNOWN = (
     ("", "<eos>", "<pad>"),
     ("", "</s>", "</s>"),
 )
+# What hides a token, in BERT's, RoBERTa's and SigLIP 2's, our own, CLIP's and SigLIP's files.
+_MASKS = ("[MASK]", "<mask>", "<unused>", "<|startoftext|>", "<unk>")
 _BY_TRANSFORMERS = ("siglip",)  # model types whose normalisation is not in tokenizer.json alone
 _MEMO_TEXTS = 500_000
 # CLIP's split into words, contractions, single digits and runs of signs.
@@ -63,6 +65,22 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id: the rows that an embedding table needs."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a hidden token in training.
+
+        BERT's and RoBERTa's mask token, our own unused one, CLIP's start token, which is nowhere
+        else in a text, or SigLIP's unknown token. Raises UserError where there is none of them.
+        """
+        found = (self._tokenizer.token_to_id(name) for name in _MASKS)
+        name = next((number for number in found if number is not None), self.start_id)
+        if name is None:
+            raise UserError(
+                "the tokenizer has no token to mask others with; use one of the CLIP, SigLIP or "
+                "BERT family"
+            )
+        return name
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
