@@ -75,7 +75,7 @@ def mask_tokens(
     chosen = jnp.arange(most) < count
     labels = jnp.take_along_axis(ids, places, axis=1)
     rows = jnp.arange(len(ids))[:, None]
-    masked = ids.at[rows, places].set(jnp.where(chosen, mask_id, labels))
+    masked = jnp.asarray(ids).at[rows, places].set(jnp.where(chosen, mask_id, labels))
     return masked, places, labels, chosen
 
 

@@ -56,8 +56,7 @@ def test_equal_neighbors_are_positives_and_the_own_text_is_no_key():
     text = jnp.array([[1.0, 0.05, 0.0], [0.9, 0.0, 0.5], [1.0, 0.0, 0.1]])
     np.testing.assert_array_equal(losses.nearest_rows(text, text), [2, 2, 0])
     image = jnp.array([[0.3, 1.0, 0.0], [0.0, 1.0, 0.4], [0.0, 1.0, 1.0]])
-    logits = np.asarray(image @ text[jnp.array([2, 0])].T)
-    logits /= np.linalg.norm(image, axis=1)[:, None] * np.linalg.norm(text[jnp.array([2, 0])], axis=1)
+    logits = reference.matrix(reference.cosine, image, text[jnp.array([2, 0])])
     # Image 0: keys t2, t2, and not t0, which is its own. Image 1: t2, t2, t0. Image 2: t0 alone.
     first = np.log(2)
     second = np.log(2 * np.exp(logits[1, 0]) + np.exp(logits[1, 1])) - logits[1, 0]
