@@ -46,9 +46,9 @@ def drop_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Texts without some of their tokens, and where each now ends.
 
-    ids: (n, T); ends: (n, k), the places of the last tokens of a row's texts. body: (n, T) bool,
-    the tokens that may be dropped, each with the probability `rate`. What remains moves up; the
-    rest of a row is `pad_id`.
+    ids: (n, T). ends: (n, k), the position of the last token of each text in a row. body: (n, T)
+    bool, the tokens that may be dropped, each with the probability `rate`. The tokens that remain
+    move up, and the rest of the row is `pad_id`.
     """
     inside = jnp.arange(ids.shape[1]) <= ends[:, -1:]
     kept = inside & ~(body & (jax.random.uniform(key, ids.shape) < rate))
@@ -62,21 +62,21 @@ def drop_tokens(
 def mask_tokens(
     ids: jax.Array, body: jax.Array, key: jax.Array, *, mask_id: int, percent: int = 15
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Texts with tokens replaced by `mask_id`: (ids, places, labels, chosen).
+    """Texts with tokens replaced by `mask_id`: (ids, positions, labels, chosen).
 
-    ids: (n, T). body: (n, T) bool, the tokens that may be masked. Of each row `percent` in a
-    hundred of them are, rounded up. places, labels and chosen are (n, k), k that share of T: where
-    a masked token is, what it was, and whether it is one: a shorter row has fewer.
+    ids: (n, T). body: (n, T) bool, the tokens that may be masked. `percent` of those of each row
+    are masked, rounded up. positions, labels and chosen are (n, k), k that share of T: where a
+    masked token is, what it was, and whether it counts, because rows have different numbers.
     """
     most = -(-ids.shape[1] * percent // 100)
     scores = jnp.where(body, jax.random.uniform(key, ids.shape), -1.0)
-    _, places = jax.lax.top_k(scores, most)
+    _, positions = jax.lax.top_k(scores, most)
     count = -(-jnp.sum(body, axis=1, keepdims=True) * percent // 100)
     chosen = jnp.arange(most) < count
-    labels = jnp.take_along_axis(ids, places, axis=1)
+    labels = jnp.take_along_axis(ids, positions, axis=1)
     rows = jnp.arange(len(ids))[:, None]
-    masked = jnp.asarray(ids).at[rows, places].set(jnp.where(chosen, mask_id, labels))
-    return masked, places, labels, chosen
+    masked = jnp.asarray(ids).at[rows, positions].set(jnp.where(chosen, mask_id, labels))
+    return masked, positions, labels, chosen
 
 
 def _below(draw: jax.Array, count: jax.Array | int) -> jax.Array:

@@ -148,7 +148,7 @@ def neighbor_supervision(text, bank, image, temperature=0.07, where=None):
 
 
 def simsiam(predicted, projected, where=None):
-    """The gradient for `projected` is nobody's business: SimSiam stops it."""
+    """SimSiam stops the gradient of `projected`: compare that of `predicted` alone."""
     n = len(predicted[0])
     kept = [i for i in range(n) if where is None or where[i]]
     total = 0.0
@@ -163,10 +163,9 @@ def masked_tokens(states, table, bias, labels):
     out = np.zeros((n, k))
     for i in range(n):
         for t in range(k):
-            logits = np.array([states[i, t] @ word + b for word, b in zip(table, bias, strict=True)])
-            out[i, t] = cross_entropy(
-                logits, np.arange(len(logits)) == labels[i, t], np.ones(len(logits), bool)
-            )
+            logits = np.array([states[i, t] @ table[v] + bias[v] for v in range(len(table))])
+            target = np.arange(len(table)) == labels[i, t]
+            out[i, t] = cross_entropy(logits, target, np.ones(len(table), bool))
     return out
 
 
@@ -176,9 +175,7 @@ def declip(text, image, bank, own, weights, temperature=0.07, where=None):
     pair = lambda t, i: clip(text[t], image[i], temperature, where)  # noqa: E731
     views = (pair(0, 1) + pair(1, 0) + pair(1, 1)) / 3
     near = [
-        neighbor_supervision(t, bank, i, temperature, where)
-        for t in (bank, text[1])
-        for i in image
+        neighbor_supervision(t, bank, i, temperature, where) for t in (bank, text[1]) for i in image
     ]
     rest = 1 - alpha - beta - gamma
     return rest * pair(0, 0) + alpha * own + beta * views + gamma * np.mean(near)

@@ -167,7 +167,7 @@ def test_mistyped_options(catalogue, tmp_path, capsys, option, parts):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"method": "clipp"}, ("config.method='clipp' is unknown", "rcml, clip, siglip, unicl, declip")),
+        ({"method": "clipp"}, ("config.method='clipp' is unknown", "rcml, clip, siglip, unicl")),
         ({"parallel": "ddp"}, ("config.parallel='ddp' is unknown; choose one of jit, pmap, fsdp",)),
         ({"data.name": "imagenet"}, ("config.data.name='imagenet' is unknown", "openmoji, folder")),
         ({"data.disjoint": "user"}, ("data.disjoint is 'user'",)),

@@ -68,19 +68,20 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
-        """The id that stands for a hidden token in training.
+        """The id that replaces a masked token in training.
 
-        BERT's and RoBERTa's mask token, our own unused one, CLIP's start token, which is nowhere
-        else in a text, or SigLIP's unknown token. Raises UserError where there is none of them.
+        It is the mask token of BERT, RoBERTa or SigLIP 2, our own unused token, SigLIP's unknown
+        token, or CLIP's start token, which stands nowhere else in a text. Raises UserError where
+        there is none of them.
         """
-        found = (self._tokenizer.token_to_id(name) for name in _MASKS)
-        name = next((number for number in found if number is not None), self.start_id)
-        if name is None:
+        known = (self._tokenizer.token_to_id(name) for name in _MASKS)
+        found = next((number for number in known if number is not None), self.start_id)
+        if found is None:
             raise UserError(
-                "the tokenizer has no token to mask others with; use one of the CLIP, SigLIP or "
-                "BERT family"
+                f"the tokenizer has no token to mask others with ({', '.join(_MASKS)}), which "
+                "DeCLIP needs; use a tokenizer of the CLIP, SigLIP or BERT family"
             )
-        return name
+        return found
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

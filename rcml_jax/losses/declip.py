@@ -130,23 +130,23 @@ def simsiam(
 def masked_tokens(
     states: jax.Array, table: jax.Array, bias: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    """Cross entropy (n, k) of predicting tokens from states at k masked places (L_TSS).
+    """Cross entropy (n, k) of predicting tokens from states at k masked positions (L_TSS).
 
     The logits are states · tableᵀ + bias: with the token embeddings as the table, they are tied.
-    states: (n, k, d). table: (V, d). bias: (V,). labels: (n, k) ids. One place of all texts is
+    states: (n, k, d). table: (V, d). bias: (V,). labels: (n, k) ids. One position of all texts is
     predicted at a time, and again in the backward pass, so that (n, V) logits are held.
     """
     table = as_float(table)
 
     @jax.checkpoint
-    def one(place):
-        states, labels = place
+    def one(position):
+        states, labels = position
         logits = states @ table.T + bias
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits, axis=1) - own
 
-    places = jnp.swapaxes(as_float(states), 0, 1), jnp.swapaxes(labels, 0, 1)
-    return jax.lax.map(one, places).T
+    positions = jnp.swapaxes(as_float(states), 0, 1), jnp.swapaxes(labels, 0, 1)
+    return jax.lax.map(one, positions).T
 
 
 def masked_mean(x: jax.Array, where: jax.Array | None = None) -> jax.Array:

@@ -22,17 +22,21 @@ from rcml_jax.views import drop_tokens, image_view, mask_tokens
 class DeCLIPMethod(BaselineMethod):
     """`config.method="declip"`: all four terms of the paper, on two views of each image and text.
 
-    The first view is the batch's own image and text. The second image is a crop of it in another
-    brightness, mirrored where `config.batch.image_flip` allows it. The second text lacks a tenth of
-    its tokens, and 15% of the others are masked.
+    The first view is the batch's own image and text. The second image is a random crop in another
+    brightness, mirrored where `config.batch.image_flip` is set. The second text has a tenth of its
+    tokens deleted and 15% of the others masked.
 
-    Differences from the paper: neighbours are looked for in the batch, not in a queue of earlier
-    texts. Masked tokens are predicted on the second text through the tied token embeddings, every
-    one of them replaced by one mask token; CLIP's text tower is causal and sees only what stands
-    before. SimSiam's batch norm takes the statistics of the whole batch on all devices. The image
-    view is weaker than MoCo v2's (no blur, no change of colour), the text view is deletion alone.
+    Differences from the paper:
+    - Nearest neighbours come from the batch. The paper's queue of earlier texts would be a state
+      that a step has to carry.
+    - The second text is the one whose masked tokens are predicted, every one of them replaced by
+      the mask token. The output layer is tied to the token embeddings. CLIP's text tower is
+      causal: it predicts from what stands before.
+    - SimSiam's batch norm takes its statistics over the whole batch, on all devices.
+    - The augmentation is weaker: no blur and no change of colour, no synonyms and no swaps. The
+      first image has only the augmentation of `config.batch`.
 
-    The heads lie beside "towers" in the parameters and have no part in the evaluation.
+    The heads lie beside "towers" in the parameters. Evaluation and export do not use them.
     """
 
     def __init__(self, config: Any, task: RelationTask):
@@ -79,18 +83,18 @@ class DeCLIPMethod(BaselineMethod):
             jax.random.fold_in(key, 0),
             pad_id=tokenizer.pad_id,
         )
-        masked, places, labels, chosen = mask_tokens(
+        masked, positions, labels, chosen = mask_tokens(
             tokens, self._body(tokens, ends), jax.random.fold_in(key, 1), mask_id=self.mask_id
         )
         view = PackedTexts(masked, ends) if packed else masked
         states = self.model.apply({"params": params["towers"]}, view, method="text_states")
         before = states.states.shape[1] - masked.shape[1]  # a pooled state before the tokens
-        found = jnp.take_along_axis(states.states, places[..., None] + before, axis=1)
+        found = jnp.take_along_axis(states.states, positions[..., None] + before, axis=1)
         head = self._token_head(params)
         hidden, bias = head.apply({"params": params["token_head"]}, as_float(found))
         costs = masked_tokens(hidden, _token_table(params["towers"]), bias, labels)
         # The text of a row that each masked token belongs to.
-        owner = jnp.sum(places[..., None] > ends[:, None], axis=-1)
+        owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1)
         mine = chosen[..., None] & (owner[..., None] == jnp.arange(ends.shape[1]))
         loss = jnp.sum(jnp.where(mine, costs[..., None], 0), axis=1)
         count = jnp.sum(mine, axis=1).astype(loss.dtype)
@@ -165,7 +169,7 @@ def _weights(loss: Any) -> dict[str, float]:
 
 
 def _first(ids: jax.Array, token: int) -> jax.Array:
-    """(n, 1) int32: the place of a token's first occurrence in each text."""
+    """(n, 1) int32: the position of a token's first occurrence in each text."""
     return jnp.argmax(ids == token, axis=1, keepdims=True).astype(jnp.int32)
 
 
