@@ -40,7 +40,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # What was chosen on OpenMoji's validation split; elsewhere the paper's form until it is tried.
     chosen = source == "openmoji"
     config = ml_collections.ConfigDict()
-    config.method = "rcml"  # rcml, or the baselines clip, siglip, unicl
+    config.method = "rcml"  # rcml, or the baselines clip, siglip, unicl, declip
     config.seed = 42
     config.steps = 500
     config.validate_every = 50
@@ -129,6 +129,11 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # the pair's own, so that what is linked to it otherwise is told apart, too.
     config.loss.negatives = "unlinked" if chosen else "unrelated"
     config.loss.identification_weight = 1.0  # beyond the paper, which has 0
+    # Of DeCLIP alone: the weights of its further terms; what is left to 1 is CLIP's.
+    config.loss.declip = ml_collections.ConfigDict()
+    config.loss.declip.self_supervision = 0.2  # α: SimSiam and masked tokens
+    config.loss.declip.multi_view = 0.2  # β: the other pairs of views
+    config.loss.declip.nearest_neighbor = 0.2  # γ: the nearest text in the batch
     # Less memory, more time: relations at a time, and pairs of each; rows at a time of a baseline's
     # loss. 0: all of them.
     config.loss.block = 0

@@ -122,6 +122,70 @@ def label_supervised(text, image, labels, temperature=0.07, where=None, normaliz
     return clip(text, image, temperature, where, targets, normalize)
 
 
+# --- DeCLIP ---------------------------------------------------------------------------------------
+
+
+def nearest_row(i, text, bank, where):
+    """The row of the bank, not i itself, with the largest cosine to text i; None without any."""
+    others = [j for j in range(len(bank)) if j != i and where[j]]
+    return max(others, key=lambda j: cosine(text[i], bank[j])) if others else None
+
+
+def neighbor_supervision(text, bank, image, temperature=0.07, where=None):
+    n = len(text)
+    where = np.ones(n, bool) if where is None else where
+    neighbor = [nearest_row(i, text, bank, where) if where[i] else None for i in range(n)]
+    losses = []
+    for i in range(n):
+        # Neighbours of the other texts, but for text i itself.
+        keys = [j for j in range(n) if neighbor[j] is not None and neighbor[j] != i]
+        if neighbor[i] is None:
+            continue
+        logits = np.array([cosine(image[i], bank[neighbor[j]]) / temperature for j in keys])
+        target = np.array([float(neighbor[j] == neighbor[i]) for j in keys])
+        losses.append(cross_entropy(logits, target, np.ones(len(keys), bool)))
+    return np.mean(losses) if losses else 0.0
+
+
+def simsiam(predicted, projected, where=None):
+    """SimSiam stops the gradient of `projected`: compare that of `predicted` alone."""
+    n = len(predicted[0])
+    kept = [i for i in range(n) if where is None or where[i]]
+    total = 0.0
+    for i in kept:
+        total -= cosine(predicted[0][i], projected[1][i]) / 2
+        total -= cosine(predicted[1][i], projected[0][i]) / 2
+    return total / max(len(kept), 1)
+
+
+def masked_tokens(states, table, bias, labels):
+    n, k, _ = states.shape
+    out = np.zeros((n, k))
+    for i in range(n):
+        for t in range(k):
+            logits = np.array([states[i, t] @ table[v] + bias[v] for v in range(len(table))])
+            target = np.arange(len(table)) == labels[i, t]
+            out[i, t] = cross_entropy(logits, target, np.ones(len(table), bool))
+    return out
+
+
+def declip(text, image, bank, own, weights, temperature=0.07, where=None):
+    """`bank` are the plain texts once more, as constants; `own` is L_ISS + L_TSS."""
+    alpha, beta, gamma = weights
+    pair = lambda t, i: clip(text[t], image[i], temperature, where)  # noqa: E731
+    views = (pair(0, 1) + pair(1, 0) + pair(1, 1)) / 3
+    near = [
+        neighbor_supervision(t, bank, i, temperature, where) for t in (bank, text[1]) for i in image
+    ]
+    rest = 1 - alpha - beta - gamma
+    return rest * pair(0, 0) + alpha * own + beta * views + gamma * np.mean(near)
+
+
+def whole_batch_norm(x, scale, bias, where, epsilon=1e-5):
+    kept = np.asarray(x, np.float64)[where]
+    return (x - kept.mean(axis=0)) / np.sqrt(kept.var(axis=0) + epsilon) * scale + bias
+
+
 # --- RCML (Eq. 1–2) -------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rcml_jax"
 # Layers from the ground up; a module may import those of its own layer and of the ones before.
 LAYERS = (
     ("errors",),
-    ("similarity", "mixup"),
+    ("similarity", "mixup", "views"),
     ("losses", "evaluation.ranking"),
     ("models", "data", "config"),
     ("evaluation",),
@@ -22,7 +22,7 @@ LAYERS = (
     ("alignment", "alignment_sources", "catalogue"),
     ("commands", "sweep_table", "sweep", "export", "report", "embed", "related", "related_page"),
 )
-JAX_ALONE = ("similarity", "mixup", "losses", "evaluation.ranking")
+JAX_ALONE = ("similarity", "mixup", "views", "losses", "evaluation.ranking")
 
 
 def name_of(path: pathlib.Path) -> str:

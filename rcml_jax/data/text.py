@@ -26,6 +26,8 @@ _KNOWN = (
     ("", "<eos>", "<pad>"),
     ("", "</s>", "</s>"),
 )
+# What hides a token, in BERT's, RoBERTa's and SigLIP 2's, our own, CLIP's and SigLIP's files.
+_MASKS = ("[MASK]", "<mask>", "<unused>", "<|startoftext|>", "<unk>")
 _BY_TRANSFORMERS = ("siglip",)  # model types whose normalisation is not in tokenizer.json alone
 _MEMO_TEXTS = 500_000
 # CLIP's split into words, contractions, single digits and runs of signs.
@@ -63,6 +65,23 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id: the rows that an embedding table needs."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def mask_id(self) -> int:
+        """The id that replaces a masked token in training.
+
+        It is the mask token of BERT, RoBERTa or SigLIP 2, our own unused token, SigLIP's unknown
+        token, or CLIP's start token, which stands nowhere else in a text. Raises UserError where
+        there is none of them.
+        """
+        known = (self._tokenizer.token_to_id(name) for name in _MASKS)
+        found = next((number for number in known if number is not None), self.start_id)
+        if found is None:
+            raise UserError(
+                f"the tokenizer has no token to mask others with ({', '.join(_MASKS)}), which "
+                "DeCLIP needs; use a tokenizer of the CLIP, SigLIP or BERT family"
+            )
+        return found
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -2,9 +2,10 @@
 
     python -m rcml_jax.export --workdir runs/rcml --to exported/rcml
 
-The best checkpoint of a run of rcml, clip, siglip or unicl, its tokenizer and image processor in
-Hugging Face's files, RCML's head in `relation_pooling.safetensors`, and a model card, `README.md`,
-with the figures and the code to use both in PyTorch. Needs neither torch nor the data set.
+The best checkpoint of a run of rcml, clip, siglip, unicl or declip, its tokenizer and image
+processor in Hugging Face's files, RCML's head in `relation_pooling.safetensors`, and a model card,
+`README.md`, with the figures and the code to use both in PyTorch. Needs neither torch nor the data
+set.
 """
 
 import pathlib

@@ -18,13 +18,20 @@ _DATA = {
     "folder": "a catalogue of the exporter's own; its licence is not known to the software that "
     "wrote this card",
 }
-_NAMES = {"rcml": "RCML", "clip": "CLIP", "siglip": "SigLIP", "unicl": "UniCL"}
+_NAMES = {
+    "rcml": "RCML",
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "unicl": "UniCL",
+    "declip": "DeCLIP",
+}
 _METHODS = {
     "rcml": "RCML ([arXiv 2508.17497](https://arxiv.org/abs/2508.17497)): embeddings of texts and "
     "images under a relation written in plain language",
     "clip": "CLIP's loss, the baseline of RCML",
     "siglip": "SigLIP's loss, a baseline of RCML",
     "unicl": "UniCL's loss, a baseline of RCML",
+    "declip": "DeCLIP's loss, a baseline of RCML",
 }
 _FIGURES = {
     "Hit@5 TT": ("retrieval", "hit@5", "tt"),

@@ -6,7 +6,7 @@ from typing import Any
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Method
 
-RELATIONAL = ("rcml", "clip", "siglip", "unicl")
+RELATIONAL = ("rcml", "clip", "siglip", "unicl", "declip")
 #: The method of `eval.py --embeddings`: vectors from a file, scored as the relational methods are.
 EMBEDDINGS = "embeddings"
 
@@ -28,11 +28,12 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
             "m3col"
         )
     from rcml_jax.methods.baselines import BaselineMethod
+    from rcml_jax.methods.declip import DeCLIPMethod
     from rcml_jax.methods.rcml import RCMLMethod
     from rcml_jax.methods.task import RelationTask
 
-    task = RelationTask.load(config, workdir)
-    return (RCMLMethod if config.method == "rcml" else BaselineMethod)(config, task)
+    own = {"rcml": RCMLMethod, "declip": DeCLIPMethod}
+    return own.get(config.method, BaselineMethod)(config, RelationTask.load(config, workdir))
 
 
 def _classifier(config: Any, workdir: pathlib.Path) -> Method:

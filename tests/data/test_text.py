@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import models
 from transformers import AutoTokenizer, CLIPTokenizerFast
 
 from rcml_jax.data.text import LENGTHS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
@@ -29,6 +30,21 @@ def test_special_tokens_have_fixed_ids(tokenizer):
     assert SPECIAL_TOKENS[tokenizer.end_id] == "<end>"
     assert tokenizer.end_id != 2
     assert tokenizer.vocab_size <= 320
+
+
+def words(*names):
+    return Tokenizer(tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)})))
+
+
+def test_the_mask_is_neither_end_nor_padding(tokenizer):
+    assert SPECIAL_TOKENS[tokenizer.mask_id] == "<unused>"
+    assert words("<|startoftext|>", "<|endoftext|>").mask_id == 0
+    assert words("[PAD]", "[CLS]", "[SEP]", "[MASK]").mask_id == 3
+    assert words("[PAD]", "[CLS]", "[SEP]").mask_id == 1  # the start token
+    assert words("<pad>", "<eos>", "<mask>").mask_id == 2
+    assert words("</s>", "<pad>", "<unk>").mask_id == 2
+    with pytest.raises(UserError, match=r"no token to mask others with .* which DeCLIP needs"):
+        _ = words("<pad>", "<eos>").mask_id
 
 
 def test_texts_come_back_lower_cased_with_clean_spaces(tokenizer):

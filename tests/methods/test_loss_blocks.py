@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.methods import baselines, build, m3col, rcml
+from rcml_jax.methods import baselines, build, declip, m3col, rcml
 from tests.methods.m3col_data import omics_config, write_tables
 from tests.toy import tiny_config
 
@@ -15,6 +15,7 @@ LOSSES = {
     "clip": (baselines, "clip"),
     "siglip": (baselines, "sigmoid"),
     "unicl": (baselines, "label_supervised"),
+    "declip": (declip, "declip"),
 }
 
 
@@ -51,7 +52,8 @@ def check(config, z, loss, seen, ways, expected):
 @pytest.mark.parametrize("name", LOSSES)
 def test_of_relational_methods(catalogue, tmp_path, name, given):
     seen = given(*LOSSES[name])
-    config = tiny_config(catalogue, method=name)
+    # DeCLIP's self-supervision compares no rows with others, and needs its heads.
+    config = tiny_config(catalogue, method=name, loss__declip__self_supervision=0.0)
     method = build(config, tmp_path)
     batch = next(method.batches())
     z = np.random.default_rng(0).normal(size=(2, 16, 4, 6) if name == "rcml" else (2, 16, 6))
@@ -59,7 +61,8 @@ def test_of_relational_methods(catalogue, tmp_path, name, given):
     params = {"bias": jnp.float32(-2)}
 
     def loss(z):
-        return method.objective(params, {"text": z[0], "image": z[1]}, batch, 0.0)[0]
+        z = {"text": z[0], "image": z[1], "text_view": z[1], "image_view": z[0]}
+        return method.objective(params, z, batch, 0.0)[0]
 
     if name == "rcml":
         ways, expected = [(0, 0), (2, 0), (1, 1)], [(None, None), (2, None), (1, 1)]

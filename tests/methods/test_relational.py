@@ -23,7 +23,7 @@ from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.toy import cache_of, read_metrics, tiny_config
 from tests.training.test_loop import train
 
-METHODS = ("rcml", "clip", "siglip", "unicl")
+METHODS = ("rcml", "clip", "siglip", "unicl", "declip")
 SCORES = ("tt", "ii", "ti", "it", "avg")
 
 

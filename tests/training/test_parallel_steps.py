@@ -72,7 +72,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
-@pytest.mark.parametrize("method", ["rcml", "clip", slow("siglip"), slow("unicl")])
+@pytest.mark.parametrize("method", ["rcml", "clip", slow("siglip"), slow("unicl"), slow("declip")])
 def test_eight_devices_give_the_loss_and_gradients_of_one(
     catalogue, tmp_path_factory, method, mode
 ):
@@ -88,6 +88,8 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
         ("rcml", "jit", 8, 2),
         ("rcml", "pmap", 8, 2),
         ("clip", "jit", 1, 3),  # 6, 6 and 4 examples
+        ("declip", "pmap", 4, 2),
+        slow("declip", "jit", 1, 3),
         slow("siglip", "jit", 1, 4),
         slow("unicl", "pmap", 8, 2),
     ],

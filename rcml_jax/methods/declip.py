@@ -1,0 +1,180 @@
+"""DeCLIP (arXiv 2110.05208) on the same towers: CLIP with self-, multi-view and neighbour terms."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rcml_jax.config import block_size
+from rcml_jax.data.packing import PackedTexts
+from rcml_jax.errors import UserError
+from rcml_jax.losses.declip import declip, masked_mean, masked_tokens, simsiam
+from rcml_jax.methods.base import Batch, Metrics, Params
+from rcml_jax.methods.baselines import BaselineMethod
+from rcml_jax.methods.relational import flat_images, in_rows
+from rcml_jax.methods.task import RelationTask
+from rcml_jax.models.declip import SimSiamHeads, TokenHead
+from rcml_jax.models.two_towers import joint_width
+from rcml_jax.similarity import as_float, l2_normalize
+from rcml_jax.views import drop_tokens, image_view, mask_tokens
+
+
+class DeCLIPMethod(BaselineMethod):
+    """`config.method="declip"`: all four terms of the paper, on two views of each image and text.
+
+    The first view is the batch's own image and text. The second image is a random crop in another
+    brightness, mirrored where `config.batch.image_flip` is set. The second text has a tenth of its
+    tokens deleted and 15% of the others masked.
+
+    Differences from the paper:
+    - Nearest neighbours come from the batch. The paper's queue of earlier texts would be a state
+      that a step has to carry.
+    - The second text is the one whose masked tokens are predicted, every one of them replaced by
+      the mask token. The output layer is tied to the token embeddings. CLIP's text tower is
+      causal: it predicts from what stands before.
+    - SimSiam's batch norm takes its statistics over the whole batch, on all devices.
+    - The augmentation is weaker: no blur and no change of colour, no synonyms and no swaps. The
+      first image has only the augmentation of `config.batch`.
+
+    The heads lie beside "towers" in the parameters. Evaluation and export do not use them.
+    """
+
+    def __init__(self, config: Any, task: RelationTask):
+        super().__init__(config, task)
+        self.weights = _weights(config.loss)
+        self.mask_id = task.tokenizer.mask_id
+
+    def init_params(self, key: jax.Array, batch: Batch) -> Params:
+        """Random towers, and the heads of SimSiam and of the masked tokens."""
+        params = super().init_params(key, batch)
+        width = joint_width(self.towers_config)
+        simsiam_key, token_key = jax.random.split(jax.random.fold_in(key, 1))
+        heads, x = SimSiamHeads(), jnp.zeros((2, width))
+        params["simsiam"] = heads.init(simsiam_key, x, jnp.ones(2, bool))["params"]
+        head = self._token_head(params)
+        params["token_head"] = head.init(token_key, jnp.zeros((1, 1, width)))["params"]
+        return params
+
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
+        """Two views of each text and image, and the loss of each text's masked tokens.
+
+        "text", "image", "text_view" and "image_view" are (N, d), "token_loss" and "token_count"
+        (N,): the sum over the masked tokens and their number. In rows of k texts they are
+        (N/k, k, ...).
+        """
+        params, items = self.stop_frozen(params), batch["items"]
+        images, towers = items["images"], {"params": params["towers"]}
+        first = super().embed(params, batch, key)
+        flip = self.config.batch.image_flip
+        pixels = flat_images(image_view(images, jax.random.fold_in(key, 0), flip=flip))
+        second = in_rows(self.model.apply(towers, None, pixels)["image"], images)
+        text, more = self._text_view(params, items["ids"], key)
+        return first | {"text_view": text, "image_view": second} | more
+
+    def _text_view(self, params: Params, ids: Any, key: jax.Array) -> tuple[jax.Array, dict]:
+        """The second view's embeddings of texts, and what its masked tokens cost."""
+        tokenizer, packed = self.task.tokenizer, isinstance(ids, PackedTexts)
+        tokens, ends = ids if packed else (ids, _first(ids, tokenizer.end_id))
+        key = jax.random.fold_in(key, 1)
+        tokens, ends = drop_tokens(
+            tokens,
+            ends,
+            self._body(tokens, ends),
+            jax.random.fold_in(key, 0),
+            pad_id=tokenizer.pad_id,
+        )
+        masked, positions, labels, chosen = mask_tokens(
+            tokens, self._body(tokens, ends), jax.random.fold_in(key, 1), mask_id=self.mask_id
+        )
+        view = PackedTexts(masked, ends) if packed else masked
+        states = self.model.apply({"params": params["towers"]}, view, method="text_states")
+        before = states.states.shape[1] - masked.shape[1]  # a pooled state before the tokens
+        found = jnp.take_along_axis(states.states, positions[..., None] + before, axis=1)
+        head = self._token_head(params)
+        hidden, bias = head.apply({"params": params["token_head"]}, as_float(found))
+        costs = masked_tokens(hidden, _token_table(params["towers"]), bias, labels)
+        # The text of a row that each masked token belongs to.
+        owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1)
+        mine = chosen[..., None] & (owner[..., None] == jnp.arange(ends.shape[1]))
+        loss = jnp.sum(jnp.where(mine, costs[..., None], 0), axis=1)
+        count = jnp.sum(mine, axis=1).astype(loss.dtype)
+        if not packed:
+            loss, count = loss[:, 0], count[:, 0]
+        return l2_normalize(states.pooled), {"token_loss": loss, "token_count": count}
+
+    def _body(self, ids: jax.Array, ends: jax.Array) -> jax.Array:
+        """(n, T) bool: the tokens of texts, without start, end and padding."""
+        special = ids == self.task.tokenizer.end_id
+        if self.task.tokenizer.start_id is not None:
+            special |= ids == self.task.tokenizer.start_id
+        return ~special & (jnp.arange(ids.shape[1]) < ends[:, -1:])
+
+    def _token_head(self, params: Params) -> TokenHead:
+        vocab_size, width = _token_table(params["towers"]).shape
+        return TokenHead(width, vocab_size)
+
+    def objective(
+        self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The paper's loss over all items of the batch; relations and pairs are not used."""
+        del progress
+        where, weights = batch["shared"]["valid"], self.weights
+        # From rows of items to items.
+        flat = {
+            name: x.reshape(-1, x.shape[-1]) if name[:5] != "token" else x.reshape(-1)
+            for name, x in embedded.items()
+        }
+        text, image = ((flat[name], flat[f"{name}_view"]) for name in ("text", "image"))
+        terms = {}
+        if weights["self_supervision"]:
+            heads = SimSiamHeads()
+            found = [heads.apply({"params": params["simsiam"]}, as_float(x), where) for x in image]
+            predicted, projected = zip(*found, strict=True)
+            terms["simsiam"] = simsiam(predicted, projected, where=where)
+            tokens = masked_mean(flat["token_count"], where)
+            terms["masked_tokens"] = masked_mean(flat["token_loss"], where) / jnp.where(
+                tokens > 0, tokens, 1
+            )
+        value, more = declip(
+            text,
+            image,
+            self_supervised=sum(terms.values()),
+            temperature=self.temperature(params),
+            where=where,
+            block=block_size(self.config.loss),
+            **weights,
+        )
+        return value, more | terms
+
+    def describe(self) -> dict:
+        """As of the other baselines, and which parts of DeCLIP were trained."""
+        return super().describe() | {
+            "objective": "CLIP, SimSiam of two image views, masked tokens, CLIP of the other pairs "
+            "of views, nearest neighbours of texts; unlike the paper's these are looked for in the "
+            "batch, not in a queue, and views are random crops in another brightness and texts "
+            "with tokens deleted and masked"
+        }
+
+
+def _weights(loss: Any) -> dict[str, float]:
+    """`config.loss.declip`: α, β and γ by name. Raises UserError for what is no mixture."""
+    names = ("self_supervision", "multi_view", "nearest_neighbor")
+    weights = {name: float(loss.declip[name]) for name in names}
+    if min(weights.values()) < 0 or sum(weights.values()) > 1 + 1e-9:
+        raise UserError(
+            f"the weights of config.loss.declip, {', '.join(names)}, must not be negative and sum "
+            "to 1 at most, for what is left is CLIP's"
+        )
+    return weights
+
+
+def _first(ids: jax.Array, token: int) -> jax.Array:
+    """(n, 1) int32: the position of a token's first occurrence in each text."""
+    return jnp.argmax(ids == token, axis=1, keepdims=True).astype(jnp.int32)
+
+
+def _token_table(towers: Params) -> jax.Array:
+    """The text tower's token embeddings (V, width), under CLIP's and SigLIP's name or BERT's."""
+    embeddings = towers["text_model"]["embeddings"]
+    names = ("token_embedding", "word_embeddings")
+    return next(embeddings[name] for name in names if name in embeddings)["embedding"]
