@@ -130,8 +130,8 @@ _HEAD = """\
 
 `relation_pooling.safetensors`, float32, one token a row of H:
 z = norm(softmax((1 − β) · (W_Q h_E)·(H W_Kᵀ)ᵀ/√d + (β · summary_logit · intra + summary_prior) · B)
-· H W_Vᵀ · W_o), where B is 1 at the pooled token (the text's end, the image's CLS). With a gate, what
-stands before W_o is multiplied by 1 + √d · W_G h_E/‖h_E‖, element by element.
+· H W_Vᵀ · W_o), where B is 1 at the pooled token (the text's end, the image's CLS).
+With a gate, what stands before W_o is multiplied by 1 + √d · W_G h_E/‖h_E‖, element by element.
 
 | name | shape | what it is |
 |---|---|---|
