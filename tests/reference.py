@@ -421,10 +421,11 @@ def pair_score(text, image, h, a, b, e, similarity, weight=0.0):
     if similarity == "product":
         return {name: cosine(x, h[e]) * cosine(y, h[e]) for name, (x, y) in sides.items()}
     score = globals()[similarity]
-    return {
-        name: score(x, y) + weight * (score(h[e], x) + score(h[e], y))
-        for name, (x, y) in sides.items()
-    }
+    found = {name: score(x, y) for name, (x, y) in sides.items()}
+    if weight:
+        for name, (x, y) in sides.items():
+            found[name] += weight * (score(h[e], x) + score(h[e], y))
+    return found
 
 
 def rank(scores):

@@ -124,9 +124,8 @@ def test_eval_json_has_the_prescribed_structure(runs, method):
     assert json.loads((workdir / "eval.json").read_text()) == result
     prescribed = ["method", "dataset", "split", "protocol", "retrieval", "relation_type"]
     assert list(result)[:8] == [*prescribed, "retrieval_all", "relation_validity"]
-    extra = {"training_free_product", "retrieval_random", "controls"} | (
-        {"variants"} if method != "rcml" else set()
-    )
+    extra = {"training_free_product", "retrieval_random", "controls"}
+    extra |= {"gain_over_best_control"} | ({"variants"} if method != "rcml" else set())
     assert set(list(result)[8:]) == extra
     assert (result["method"], result["dataset"], result["split"]) == (method, "catalogue", "test")
     check_tasks(result["retrieval"], result["relation_type"])
