@@ -188,8 +188,7 @@ def collator(
             plan = _reordered(plan, order)
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
-        linked = graph.linked(anchor[..., None], positive[..., None], relations.clip(min=0))
-        linked &= relations >= 0
+        linked = graph.linked_inter(anchor[..., None], positive[..., None], relations)
         pictures = images(items)
         if augment is not None:
             pictures = augment(pictures, np.random.default_rng(plan["noise"]))

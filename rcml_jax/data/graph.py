@@ -173,16 +173,18 @@ class RelationGraph:
             return self._or_agreeing(self.related_block(rows, cols), a, b)
         return self.linked_any(a, b)
 
+    def linked_inter(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
+        """`linked` where a relation may be −1, the intra-sample one, which links no two items."""
+        return self.linked(a, b, relation.clip(min=0)) & (relation >= 0)
+
     def linked_blocks(self, items: np.ndarray, relations: np.ndarray) -> np.ndarray:
         """Whether items are linked under each of R relations: (R, n, n) bool, true diagonals.
 
         Relation −1, the intra-sample one, links an item to itself alone.
         """
-        relations = np.asarray(relations)[:, None]
         a, b = np.nonzero(self.linked_any_block(items, items))
-        linked = self.linked(items[a], items[b], relations.clip(min=0)) & (relations >= 0)
         blocks = np.zeros((len(relations), len(items), len(items)), bool)
-        blocks[:, a, b] = linked
+        blocks[:, a, b] = self.linked_inter(items[a], items[b], relations[:, None])
         blocks[:, np.arange(len(items)), np.arange(len(items))] = True
         return blocks
 

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rcml_jax.evaluation.controls import LABELS, gains, rows_of
+from rcml_jax.evaluation.controls import LABELS, rows_of
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
@@ -181,5 +181,5 @@ def _with_controls(result: dict, task: str, measure: str, title: str):
     for _, label, (row,) in rows_of({"": [result]}):
         if task in row:
             yield f"– {label}", row[task][measure]
-    if found := gains(result).get(task):
+    if found := result.get("gain_over_best_control", {}).get(task):
         yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}

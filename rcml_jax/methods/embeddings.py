@@ -12,16 +12,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rcml_jax.data.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
-from rcml_jax.data.graph import split_graph
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.controls import gains
-from rcml_jax.evaluation.probe import PROBES
 from rcml_jax.evaluation.retrieval import retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
-from rcml_jax.methods.relational import RelationalMethod, best_of, check_similarity
-from rcml_jax.methods.task import RelationTask, load_graph
+from rcml_jax.methods.relational import RelationalMethod, best_of, check_evaluation
+from rcml_jax.methods.task import RelationTask, load_graph, make_splits
 
 #: Weights of the sentence that are tried on validation. Weight 0 is the variant "plain".
 WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -65,12 +62,7 @@ class EmbeddingsMethod(RelationalMethod):
     def __init__(self, config: Any, task: RelationTask, found: ItemEmbeddings):
         # Not that of the base class, which builds towers.
         self.config, self.task, self.found = config, task, found
-        self.similarities = check_similarity(config.evaluation.similarity)
-        if config.evaluation.validity_probe not in PROBES:
-            raise UserError(
-                f"config.evaluation.validity_probe={config.evaluation.validity_probe!r} is "
-                f"unknown; choose {' or '.join(PROBES)}"
-            )
+        self.similarities = check_evaluation(config.evaluation)
         widths = {name: x.shape[-1] for name, x in found.vectors().items()}
         side = "text" if "text" in widths else "image"
         self.joint = len({widths[name] for name in ("text", "image") if name in widths}) == 1
@@ -98,11 +90,8 @@ class EmbeddingsMethod(RelationalMethod):
         path = config.embeddings.path
         if file_digest(path) != config.embeddings.sha256:
             raise UserError(f"{path} has changed since it was evaluated; give a new --workdir")
-        data = config.data
-        graph = load_graph(data)
-        splits = split_graph(
-            graph, seed=data.split_seed, disjoint=data.disjoint, domain=data.domain_split
-        )
+        graph = load_graph(config.data)
+        splits = make_splits(graph, config.data)
         found = read_item_embeddings(path, len(graph.relations), len(graph.held_out_sentences()))
         return cls(config, RelationTask(config, graph, splits, None, graph.images, 0), found)
 
@@ -195,7 +184,10 @@ class EmbeddingsMethod(RelationalMethod):
                 f"{self.ignored:,} ignored",
                 file=sys.stderr,
             )
-        result = super().evaluate(params, split, history)
+        return super().evaluate(params, split, history)
+
+    def _reported(self, result: dict) -> dict:
+        """Without what the file cannot answer, and with what the file is."""
         left_out = self._left_out()
         for name in left_out:
             result.pop(name, None)
@@ -205,7 +197,6 @@ class EmbeddingsMethod(RelationalMethod):
                 for task, found in result["training_free_product"].items()
             }
         result = _only_scores(result, self.scores)
-        result["gain_over_best_control"] = gains(result)
         arrays = {name: list(x.shape) for name, x in self.found.vectors().items()}
         about = {
             "file": pathlib.Path(self.config.embeddings.path).name,

@@ -66,12 +66,7 @@ class RelationalMethod(Method):
         self.config = config
         self.task = task
         self.dtype = compute_dtype(config.model.dtype)
-        self.similarities = check_similarity(config.evaluation.similarity)
-        if config.evaluation.validity_probe not in PROBES:
-            raise UserError(
-                f"config.evaluation.validity_probe={config.evaluation.validity_probe!r} is "
-                f"unknown; choose {' or '.join(PROBES)}"
-            )
+        self.similarities = check_evaluation(config.evaluation)
         self.selection = _selection(config)
         for name in ("block", "pair_block"):
             block_size(config.loss, name)
@@ -236,7 +231,6 @@ class RelationalMethod(Method):
             "controls": control_rows(self, params, first, queries, types, validity),
             "training_free_product": score(first, similarity="product"),
         }
-        result["gain_over_best_control"] = gains(result)
         if unseen := self._unseen_sentences(params, items, needed, measure):
             result["unseen_sentences"] = unseen
         if frozen := self._pretrained_tables(items, needed):
@@ -253,6 +247,11 @@ class RelationalMethod(Method):
                 }
                 for similarity in self.similarities
             }
+        result = self._reported(result)
+        return result | {"gain_over_best_control": gains(result)}
+
+    def _reported(self, result: dict) -> dict:
+        """What `eval.json` holds of an evaluation: all of it."""
         return result
 
     def _answered(self, variant: str, found: dict) -> dict:
@@ -415,16 +414,22 @@ def in_rows(embedded: jax.Array, images: jax.Array) -> jax.Array:
     return embedded.reshape(*images.shape[:-3], *embedded.shape[1:])
 
 
-def check_similarity(name: str) -> tuple[str, ...]:
-    """The similarities that `config.evaluation.similarity` names; UserError for an unknown one."""
-    if name == "all":
-        return tuple(SIMILARITIES)
-    if name not in SIMILARITIES:
+def check_evaluation(evaluation: Any) -> tuple[str, ...]:
+    """The similarities that `config.evaluation.similarity` names.
+
+    Raises UserError for an unknown one, or an unknown `validity_probe`.
+    """
+    name, probe = evaluation.similarity, evaluation.validity_probe
+    if name != "all" and name not in SIMILARITIES:
         raise UserError(
             f"config.evaluation.similarity={name!r} is unknown; choose all or one of "
             f"{', '.join(SIMILARITIES)}"
         )
-    return (name,)
+    if probe not in PROBES:
+        raise UserError(
+            f"config.evaluation.validity_probe={probe!r} is unknown; choose {' or '.join(PROBES)}"
+        )
+    return tuple(SIMILARITIES) if name == "all" else (name,)
 
 
 def _selection(config: Any) -> str:

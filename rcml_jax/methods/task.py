@@ -49,6 +49,16 @@ def negatives(loss: Any) -> str:
     return name
 
 
+def make_splits(graph: RelationGraph, data: Any) -> Splits:
+    """The graph's splits, as `config.data` asks for them."""
+    return split_graph(
+        graph,
+        seed=data.split_seed,
+        disjoint=data.disjoint,
+        domain=data.get("domain_split", ""),  # not in the configurations of older runs
+    )
+
+
 def load_graph(data: Any) -> RelationGraph:
     """The relation graph that `config.data` names. Raises UserError for an unknown source."""
     directory = cache_directory(data.dir)
@@ -115,12 +125,7 @@ class RelationTask:
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         data, model = config.data, config.model
         graph = load_graph(data)
-        splits = split_graph(
-            graph,
-            seed=data.split_seed,
-            disjoint=data.disjoint,
-            domain=data.get("domain_split", ""),  # not in the configurations of older runs
-        )
+        splits = make_splits(graph, data)
         # Imported here: who wants the data alone has no need of Hugging Face's classes.
         from rcml_jax.methods.relational_towers import inputs
 
