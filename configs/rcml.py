@@ -101,6 +101,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.towers = ""  # hf: Hugging Face's own Flax CLIP, of transformers before 5
     config.model.init_from = ""  # a work directory of ours whose towers to start from
     config.model.freeze = ""  # text, image, both
+    # The token states of frozen towers are computed once and kept beside the prepared data.
+    config.model.store_frozen = False
     config.model.dtype = "float32"  # of the computation, or bfloat16
     # Less memory, more time: "layers" computes each layer of a tower again for the backward pass,
     # "dots" all of it but the products with weights.
@@ -199,6 +201,9 @@ def _given_towers(config: ml_collections.ConfigDict) -> None:
     given = [name for name in ("text", "image") if config.model[f"{name}_pretrained"]]
     if given:
         config.model.freeze = "both" if len(given) == 2 else given[0]
+        config.model.store_frozen = True
+    if "image" in given:
+        config.batch.image_shift, config.batch.image_flip = 0, False
     if "text" in given:
         config.batch.texts_per_row = 1  # Only CLIP's tower takes several.
         config.model.max_length = 32  # such a tower takes most of a step's time

@@ -195,8 +195,10 @@ def _names(images: ItemImages) -> list:
 class ImageBlocks:
     """The embeddings of images, computed as they are asked for: a source of rows."""
 
+    dtype = np.float32
+
     def __init__(self, tower: Any, images: ItemImages):
-        self.width, self._embed = tower.width, tower.embed
+        self.shape, self._embed = (tower.width,), tower.embed
         self._bank = ImageBank(images, tower.size, cache_bytes=0)
 
     def __len__(self) -> int:
@@ -210,8 +212,10 @@ class ImageBlocks:
 class TextBlocks:
     """The embeddings of texts of at most `max_length` tokens, computed as they are asked for."""
 
+    dtype = np.float32
+
     def __init__(self, tower: Any, texts: Sequence[str], max_length: int):
-        self.width, self._texts, self._max_length = tower.width, texts, max_length
+        self.shape, self._texts, self._max_length = (tower.width,), texts, max_length
         self._embed = tower.embed
         self._tokenizer = Tokenizer.from_pretrained_dir(tower.directory)
 

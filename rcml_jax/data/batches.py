@@ -1,7 +1,8 @@
 """Relation batches: which items, relations and pairs go into a step, and their arrays."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -167,10 +168,12 @@ def collator(
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     texts_per_row: int = 1,
     negatives: str = "unrelated",
+    stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
-    `sentence` gives the sentence of a relation for a number that was drawn.
+    `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
+    "text" and "image", what of items takes the place of their ids and images.
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -181,8 +184,14 @@ def collator(
     the pair where it is "unlinked", (R, N, N).
     """
 
+    stored = stored or {}
+    images = stored.get("image", images)
+
     def collate(plan: dict) -> dict:
-        ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
+        if "text" in stored:
+            ids = stored["text"](plan["items"])
+        else:
+            ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
         if texts_per_row > 1:
             order, ids = pack_texts(ids, mask, texts_per_row)
             plan = _reordered(plan, order)
@@ -193,7 +202,7 @@ def collator(
         if augment is not None:
             pictures = augment(pictures, np.random.default_rng(plan["noise"]))
         if texts_per_row > 1:
-            pictures = pictures.reshape(-1, texts_per_row, *pictures.shape[1:])
+            pictures = _in_rows(pictures, texts_per_row)
         drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
         relation_ids, _ = tokenizer.encode([sentence(r, k) for r, k in drawn], max_length)
         return {
@@ -214,6 +223,13 @@ def collator(
         }
 
     return collate
+
+
+def _in_rows(x: Any, per_row: int) -> Any:
+    """An array (N, ...), or a named tuple of arrays → (N / per_row, per_row, ...)."""
+    if isinstance(x, tuple):
+        return type(x)(*(_in_rows(part, per_row) for part in x))
+    return x.reshape(-1, per_row, *x.shape[1:])
 
 
 def _reordered(plan: dict, order: np.ndarray) -> dict:

@@ -15,7 +15,8 @@ _SECONDS = 10.0
 
 
 class _Blocks(Protocol):
-    width: int
+    shape: tuple[int, ...]
+    dtype: type
 
     def __len__(self) -> int: ...
 
@@ -25,7 +26,7 @@ class _Blocks(Protocol):
 def stored_rows(
     path: pathlib.Path, blocks: _Blocks, *, log: Callable[[str], None] | None = None
 ) -> np.ndarray:
-    """The rows of `blocks`, float32 (n, width), mapped read-only from an `.npy` file.
+    """The rows of `blocks`, (n, *shape), mapped read-only from an `.npy` file.
 
     What the file lacks is computed, once, in steps; killed in the middle, the next call goes on
     after the last whole step. `log` is told now and then how far it is. Raises UserError where the
@@ -60,4 +61,4 @@ def stored_rows(
 
 
 def _new(blocks: _Blocks) -> dict:
-    return {"mode": "w+", "dtype": np.float32, "shape": (len(blocks), blocks.width)}
+    return {"mode": "w+", "dtype": blocks.dtype, "shape": (len(blocks), *blocks.shape)}

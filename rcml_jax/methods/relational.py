@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,13 +25,24 @@ from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.relational_towers import (
     check_packing,
+    checkpoint_tower,
     from_checkpoint,
     frozen_parts,
     load_checkpoints,
+    stored_modalities,
     towers_config,
 )
-from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, texts_per_row
+from rcml_jax.methods.stored_states import (
+    StoredStates,
+    check_storable,
+    image_inputs,
+    params_digest,
+    text_inputs,
+)
+from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory, texts_per_row
+from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
+from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.similarity import SIMILARITIES, l2_normalize
 
@@ -75,14 +87,42 @@ class RelationalMethod(Method):
         self.examples_per_row = texts_per_row(config.batch)
         if self.examples_per_row > 1:
             check_packing(self.towers_config)
+        self.stored_modalities = stored_modalities(config.model)
+        check_storable(config, self.stored_modalities)
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
-        return self.task.batches()
+        return self.task.batches(self.stored)
+
+    @functools.cached_property
+    def stored(self) -> dict[str, StoredStates]:
+        """By modality the states of frozen towers (see `config.model.store_frozen`)."""
+        task, towers = self.task, self.towers_config
+        directory = cache_directory(self.config.data.dir) / "token_states"
+        found = {}
+        for modality in self.stored_modalities:
+            params = checkpoint_tower(self.config.model, modality)
+            if modality == "text":
+                own = towers.text_config
+                inputs, digest = text_inputs(task.tokenizer, task.graph.texts, task.max_length)
+            else:
+                own = towers.vision_config
+                inputs, digest = image_inputs(task.graph.images, task.images.size)
+            key = hashlib.sha256(digest + params_digest(params) + str(self.dtype).encode())
+            name = f"{task.graph.name}-{modality}-{key.hexdigest()[:16]}.npy"
+            apply = functools.partial(
+                build_backbone(own, self.dtype).apply,
+                {"params": params},
+                project=lambda x: x,
+                method="token_states",
+            )
+            found[modality] = StoredStates(directory / name, apply, inputs, len(task.graph))
+        return found
 
     def one_example(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """A text (1, T) and an image (1, H, W, 3) of a batch, whose shapes parameters depend on."""
-        return batch["shared"]["relation_ids"][:1], flat_images(batch["items"]["images"])[:1]
+        """A text (1, T) and an image (1, H, W, 3), whose shapes parameters depend on."""
+        size = self.task.images.size
+        return batch["shared"]["relation_ids"][:1], jnp.zeros((1, size, size, 3), jnp.uint8)
 
     @abc.abstractmethod
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
@@ -302,15 +342,13 @@ class RelationalMethod(Method):
         encoders = {
             name: encoder(f"{name}_states") for name in ("text", "image") if getattr(came, name)
         }
-        parts: dict[str, list] = {name: [] for name in encoders}
-        ids = self.task.encode([self.task.graph.texts[i] for i in items])
-        for start in range(0, len(items), _CHUNK):
-            rows = np.arange(start, start + _CHUNK).clip(max=len(items) - 1)
-            if "text" in encoders:
-                parts["text"].append(encoders["text"](ids[rows]))
-            if "image" in encoders:
-                parts["image"].append(encoders["image"](self.task.images(items[rows])))
-        sides = {name: np.concatenate(found)[: len(items)] for name, found in parts.items()}
+        sides: dict[str, np.ndarray] = {}
+        for rows, texts, images in self.chunks(items):
+            for name, inputs in (("text", texts), ("image", images)):
+                if name in encoders:
+                    found = encoders[name](inputs).reshape(len(rows), -1)
+                    sides.setdefault(name, np.empty((len(items), found.shape[1]), np.float32))
+                    sides[name][rows] = found
         if "text" not in encoders:
             return sides, np.zeros((len(self.task.sentences), 0))
         return sides, np.asarray(encoders["text"](self.relation_ids))
@@ -395,23 +433,32 @@ class RelationalMethod(Method):
         All chunks are of one size: in the last one the last item is repeated.
         """
         size = min(_CHUNK, 1 << (len(items) - 1).bit_length())
-        texts = [self.task.graph.texts[i] for i in items]
-        ids, mask = self.task.tokenizer.encode(texts, self.task.max_length)
+        images, texts = self.stored.get("image", self.task.images), self.stored.get("text")
+        if not texts:
+            said = [self.task.graph.texts[i] for i in items]
+            ids, mask = self.task.tokenizer.encode(said, self.task.max_length)
         for start in range(0, len(items), size):
             rows = np.arange(start, start + size).clip(max=len(items) - 1)
+            if texts:
+                yield rows, texts(items[rows]), images(items[rows])
+                continue
             places, tokens = self.packed(ids[rows], mask[rows])
             rows = rows[places]
-            yield rows, tokens, self.task.images(items[rows])
+            yield rows, tokens, images(items[rows])
 
 
-def flat_images(images: jax.Array) -> jax.Array:
-    """Images (N, H, W, 3), or in rows (N/k, k, H, W, 3) → (N, H, W, 3)."""
+def flat_images(images: jax.Array | TokenStates) -> jax.Array | TokenStates:
+    """Images (N, H, W, 3), or in rows (N/k, k, H, W, 3) → (N, H, W, 3); so with stored states."""
+    if isinstance(images, TokenStates):
+        rows = images.pooled_index.ndim
+        return TokenStates(*(x.reshape(-1, *x.shape[rows:]) for x in images))
     return images.reshape(-1, *images.shape[-3:])
 
 
-def in_rows(embedded: jax.Array, images: jax.Array) -> jax.Array:
+def in_rows(embedded: jax.Array, images: jax.Array | TokenStates) -> jax.Array:
     """Embeddings (N, ...) of flat images → (N/k, k, ...) where the images are in rows."""
-    return embedded.reshape(*images.shape[:-3], *embedded.shape[1:])
+    rows = images.pooled_index.shape if isinstance(images, TokenStates) else images.shape[:-3]
+    return embedded.reshape(*rows, *embedded.shape[1:])
 
 
 def check_evaluation(evaluation: Any) -> tuple[str, ...]:

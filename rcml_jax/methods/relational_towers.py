@@ -127,8 +127,32 @@ def load_checkpoints(model: Any, towers: Params) -> Params:
         towers |= {name: found[name] for name in towers if name in found and name not in own}
     for modality, given in (("text", text), ("image", image)):
         if given:
-            towers[_TOWER[modality]] = load_encoder(given, modality=modality)[1]
+            towers[_TOWER[modality]] = checkpoint_tower(model, modality)
     return towers
+
+
+def frozen_modalities(freeze: str) -> tuple[str, ...]:
+    """The modalities of `config.model.freeze`, text, image or both. Raises UserError for others."""
+    if freeze not in _FROZEN:
+        raise UserError(f"config.model.freeze={freeze!r} is unknown; choose text, image or both")
+    return _FROZEN[freeze]
+
+
+def stored_modalities(model: Any) -> tuple[str, ...]:
+    """Whose states are stored: frozen towers of a checkpoint under `config.model.store_frozen`."""
+    # The configurations of older runs have not this name.
+    if not model.get("store_frozen", False):
+        return ()
+    came = from_checkpoint(model)
+    return tuple(name for name in frozen_modalities(model.freeze) if getattr(came, name))
+
+
+def checkpoint_tower(model: Any, modality: str) -> Params:
+    """The parameters of one tower of the checkpoint that `config.model` names for it."""
+    given = dict(zip(("text", "image"), _given(model), strict=True))[modality]
+    if given:
+        return load_encoder(given, modality=modality)[1]
+    return load_pretrained(model.pretrained)[1][_TOWER[modality]]
 
 
 def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
@@ -136,11 +160,10 @@ def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
 
     The projections of a pair are trained in any case: the two towers have not met before.
     """
-    if freeze not in _FROZEN:
-        raise UserError(f"config.model.freeze={freeze!r} is unknown; choose text, image or both")
-    parts = {_TOWER[modality] for modality in _FROZEN[freeze]}
+    modalities = frozen_modalities(freeze)
+    parts = {_TOWER[modality] for modality in modalities}
     if not isinstance(config, PairConfig):
-        parts |= {_PROJECTION[modality] for modality in _FROZEN[freeze]}
+        parts |= {_PROJECTION[modality] for modality in modalities}
     return frozenset(parts)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -173,8 +173,8 @@ class RelationTask:
             return self.graph
         return self.graph.only(self.splits.pair_split == split_index("train"))
 
-    def batches(self) -> Any:
-        """The grain iterator over training batches."""
+    def batches(self, stored: Mapping[str, Callable] | None = None) -> Any:
+        """The grain iterator over training batches; stored: as of `collator`."""
         batch, seed = self.config.batch, self.config.seed
         sizes = BatchSizes(
             relations=batch.relations if batch.inter_pairs else 0,
@@ -194,6 +194,7 @@ class RelationTask:
             moved if batch.image_shift or batch.image_flip else None,
             texts_per_row(batch),
             negatives(self.config.loss),
+            stored or {},
         )
         return batch_iterator(sampler, collate, self.config.data.threads)
 

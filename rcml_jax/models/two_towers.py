@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -78,24 +79,29 @@ class TwoTowers(nn.Module):
             scale = jnp.float32(config.logit_scale_init_value)
             self.logit_scale = self.param("logit_scale", lambda _: scale)
 
-    def text_states(self, ids: jax.Array | PackedTexts, *, projected: bool = True) -> TokenStates:
+    def text_states(
+        self, ids: jax.Array | PackedTexts | TokenStates, *, projected: bool = True
+    ) -> TokenStates:
         """Token ids (n, T), packed texts for CLIP's → the states of every token (spec: H_T).
 
-        Not `projected`, they have the tower's own width; SigLIP's are the same.
+        Not `projected`, they have the tower's own width; SigLIP's are the same. Token states in the
+        tower's own width are only projected.
         """
         if isinstance(ids, PackedTexts) and not takes_packed(self.config):
             raise UserError("only CLIP's text tower takes packed texts; give one text a row")
         own = isinstance(self.config, SiglipConfig) or not projected
-        return self.text_model.token_states(ids, _same if own else self.text_projection)
+        return _states(self.text_model, ids, _same if own else self.text_projection)
 
-    def image_states(self, pixels: jax.Array, *, projected: bool = True) -> TokenStates:
+    def image_states(
+        self, pixels: jax.Array | TokenStates, *, projected: bool = True
+    ) -> TokenStates:
         """Images (n, H, W, 3), uint8 or already normalised floats → the states of every token.
 
         Each tower normalises uint8 images by its own statistics. Not `projected`, the states have
-        the tower's own width; SigLIP's are the same.
+        the tower's own width; SigLIP's are the same. Token states as of `text_states`.
         """
         own = isinstance(self.config, SiglipConfig) or not projected
-        return self.vision_model.token_states(pixels, _same if own else self.visual_projection)
+        return _states(self.vision_model, pixels, _same if own else self.visual_projection)
 
     def __call__(
         self, ids: jax.Array | PackedTexts | None = None, pixels: jax.Array | None = None
@@ -110,6 +116,12 @@ class TwoTowers(nn.Module):
         if pixels is not None:
             out["image"] = l2_normalize(self.image_states(pixels).pooled)
         return out
+
+
+def _states(tower: nn.Module, inputs: Any, project: Callable) -> TokenStates:
+    if isinstance(inputs, TokenStates):
+        return inputs._replace(states=project(inputs.states))
+    return tower.token_states(inputs, project)
 
 
 def _same(states: jax.Array) -> jax.Array:

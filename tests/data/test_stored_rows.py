@@ -10,7 +10,7 @@ from rcml_jax.errors import UserError
 class Squares:
     """2500 rows; remembers what it was asked for, and stops where it is told to."""
 
-    width = 3
+    shape, dtype = (3,), np.float32
 
     def __init__(self, stop_at=None):
         self.asked, self.stop_at = [], stop_at

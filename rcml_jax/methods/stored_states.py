@@ -1,0 +1,126 @@
+"""Token states of frozen towers, computed once for all items of a task and kept on disk."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rcml_jax.data.images import ImageBank
+from rcml_jax.data.log import log_line
+from rcml_jax.data.stored_rows import stored_rows
+from rcml_jax.errors import UserError
+from rcml_jax.models.transformer import TokenStates
+
+_CHUNK = 64
+#: Item numbers (n,) → what a tower takes of them, one row each.
+Inputs = Callable[[np.ndarray], Any]
+
+
+class StoredStates:
+    """The token states of a frozen tower, in its own width, for items 0 to count − 1.
+
+    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays, the states in
+    float16: within 0.1% of what the tower computes. Those of all items lie in a memory-mapped file,
+    so that a batch costs a copy and not a pass through the tower.
+    """
+
+    def __init__(
+        self, path: pathlib.Path, apply: Callable[[Any], TokenStates], inputs: Inputs, count: int
+    ):
+        """Open the file, or compute what it lacks.
+
+        apply: inputs → token states. Raises UserError where the file cannot be written.
+        """
+        # Of the layout alone nothing is computed: XLA leaves the tower out.
+        layout = jax.jit(lambda x: apply(x)[1:])
+        states = jax.jit(lambda x: apply(x).states.astype(np.float16))
+        shape = jax.eval_shape(states, inputs(np.zeros(1, int))).shape[1:]
+        self._layout = _in_chunks(lambda rows: layout(inputs(rows)), 0, count)
+        blocks = _Blocks(count, shape, lambda rows: states(inputs(rows)))
+        if not path.is_file():
+            size = count * int(np.prod(shape)) * 2 / 2**20
+            log_line(f"Storing the token states of a frozen tower, {size:,.0f} MiB: {path}")
+        self._states = stored_rows(path, blocks, log=log_line)
+
+    def __call__(self, items: np.ndarray) -> TokenStates:
+        """The token states of items (n,)."""
+        items = np.asarray(items)
+        mask, pooled_index = self._layout
+        return TokenStates(self._states[items], mask[items], pooled_index[items])
+
+
+def text_inputs(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Inputs, bytes]:
+    """Token ids of texts, all of one length, and a digest of them."""
+    ids, _ = tokenizer.encode(texts, max_length)
+    return ids.__getitem__, hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).digest()
+
+
+def image_inputs(images: Any, size: int) -> tuple[Inputs, bytes]:
+    """Images of one size, none of which is kept in memory, and a digest of their files."""
+    digest = hashlib.sha256(str(size).encode())
+    for index in range(len(images)):
+        digest.update(hashlib.sha256(images.encoded(index)).digest())
+    return ImageBank(images, size, cache_bytes=0), digest.digest()
+
+
+def params_digest(params: Any) -> bytes:
+    """A digest of a tree of arrays: names, shapes and numbers."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array)
+    return digest.digest()
+
+
+def check_storable(config: Any, modalities: Sequence[str]) -> None:
+    """Raise UserError where `config` asks for what stored states of `modalities` cannot give."""
+    batch = config.batch
+    if "image" in modalities and (batch.image_shift or batch.image_flip):
+        raise UserError(
+            "the images of a stored tower cannot be moved or mirrored; set "
+            "config.batch.image_shift=0 and image_flip=False, or config.model.store_frozen=False"
+        )
+    if "text" in modalities and batch.get("texts_per_row", 1) > 1:
+        raise UserError(
+            "the states of a stored text tower have one text a row; set "
+            "config.batch.texts_per_row=1, or config.model.store_frozen=False"
+        )
+    if modalities and config.model.init_from:
+        raise UserError(
+            "config.model.init_from brings towers of its own, whose states are not stored; set "
+            "config.model.store_frozen=False"
+        )
+    if modalities and jax.process_count() > 1:
+        raise UserError(
+            "the states of frozen towers are stored by one process alone; set "
+            "config.model.store_frozen=False"
+        )
+
+
+class _Blocks:
+    """Rows as `stored_rows` takes them."""
+
+    dtype = np.float16
+
+    def __init__(self, count: int, shape: tuple, rows: Callable[[np.ndarray], jax.Array]):
+        self.shape, self._count, self._rows = shape, count, rows
+
+    def __len__(self) -> int:
+        return self._count
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        return _in_chunks(self._rows, start, stop)
+
+
+def _in_chunks(function: Callable[[np.ndarray], Any], start: int, stop: int) -> Any:
+    """A function of item numbers over chunks of one size, the last filled up."""
+    parts = []
+    for first in range(start, stop, _CHUNK):
+        found = function(np.arange(first, first + _CHUNK).clip(max=stop - 1))
+        parts.append([np.asarray(x)[: stop - first] for x in jax.tree.leaves(found)])
+    joined = [np.concatenate(x) for x in zip(*parts, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(found), joined)
