@@ -130,6 +130,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # Of a pair: items unrelated to it under any relation, as in the paper, or those unlinked under
     # the pair's own, so that what is linked to it otherwise is told apart, too.
     config.loss.negatives = "unlinked" if chosen else "unrelated"
+    # Of a baseline: what is related to an item is no negative of it, either.
+    config.loss.mask_related = False
     config.loss.identification_weight = 1.0  # beyond the paper, which has 0
     # Of DeCLIP alone: the weights of its further terms; what is left to 1 is CLIP's.
     config.loss.declip = ml_collections.ConfigDict()

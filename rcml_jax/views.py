@@ -59,6 +59,33 @@ def drop_tokens(
     return ids, jnp.take_along_axis(count, ends, axis=1) - 1
 
 
+def drop_states(
+    states: jax.Array,
+    mask: jax.Array,
+    pooled_index: jax.Array,
+    key: jax.Array,
+    *,
+    mean: bool,
+    rate: float = 0.25,
+) -> tuple[jax.Array, jax.Array]:
+    """States and mask without some of the tokens, for towers whose inputs are not at hand.
+
+    states: (n, T, d); mask: (n, T) bool; pooled_index: (n,), the pooled state, which stays. Each
+    other token is masked with the probability `rate`. mean: the pooled state is the mean of the
+    tokens, and becomes that of those which remain.
+    """
+    pooled = jnp.arange(mask.shape[1]) == pooled_index[:, None]
+    kept = mask & ~pooled & (jax.random.uniform(key, mask.shape) >= rate)
+    if mean:
+        weights = kept.astype(jnp.float32)
+        # An input that loses all of its tokens keeps its pooled state.
+        weights = jnp.where(kept.any(axis=1, keepdims=True), weights, pooled)
+        weights /= weights.sum(axis=1, keepdims=True)
+        found = jnp.einsum("nt,ntd->nd", weights, states.astype(jnp.float32))
+        states = jnp.where(pooled[..., None], found[:, None].astype(states.dtype), states)
+    return states, kept | pooled
+
+
 def mask_tokens(
     ids: jax.Array, body: jax.Array, key: jax.Array, *, mask_id: int, percent: int = 15
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -88,29 +88,33 @@ def info_nce(queries, keys, temperature=0.1, normalize=True, **options):
     return softmax_contrastive(logits, **options)
 
 
+def allowed_pairs(where, n):
+    where = np.ones(n, bool) if where is None else where
+    return where if where.ndim == 2 else np.outer(where, where)
+
+
 def clip(text, image, temperature=0.07, where=None, targets=None, normalize=True):
     logits = matrix(cosine if normalize else dot, text, image) / temperature
     n = len(logits)
     targets = target_matrix(targets, n, n)
-    where = np.ones(n, bool) if where is None else where
-    both = np.outer(where, where)
+    both = allowed_pairs(where, n)
     forward = softmax_contrastive(logits, targets, both)
-    return (forward + softmax_contrastive(logits.T, targets.T, both)) / 2
+    return (forward + softmax_contrastive(logits.T, targets.T, both.T)) / 2
 
 
 def sigmoid(text, image, temperature=0.1, bias=-10.0, where=None, targets=None, normalize=True):
     logits = matrix(cosine if normalize else dot, text, image) / temperature + bias
     n = len(logits)
     targets = target_matrix(targets, n, n)
-    where = np.ones(n, bool) if where is None else where
+    both = allowed_pairs(where, n)
     total = 0.0
     for i in range(n):
         for j in range(n):
-            if where[i] and where[j]:
+            if both[i, j]:
                 # log σ(l) = −log(1 + exp(−l))
                 total -= targets[i, j] * np.logaddexp(0, -logits[i, j])
                 total -= (1 - targets[i, j]) * np.logaddexp(0, logits[i, j])
-    return -total / max(where.sum(), 1)
+    return -total / max(both.any(axis=1).sum(), 1)
 
 
 def label_supervised(text, image, labels, temperature=0.07, where=None, normalize=True):

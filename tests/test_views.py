@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.training.row_keys import rows_of
-from rcml_jax.views import drop_tokens, image_view, mask_tokens
+from rcml_jax.views import drop_states, drop_tokens, image_view, mask_tokens
 
 START, END, PAD, MASK = 1, 3, 0, 2
 # Three texts of 6, 3 and 0 tokens between start and end.
@@ -121,3 +121,23 @@ def test_a_part_of_a_batch_draws_what_it_draws_in_the_whole(name):
     whole, rows = view(key, np.arange(6)), np.array([1, 3, 5])
     np.testing.assert_array_equal(view(rows_of(key, 1, 2, 3), rows), whole[rows])
     assert not np.array_equal(view(jax.random.key(5), np.arange(6)), whole)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_view_of_states_keeps_the_pooled_one_and_some_tokens(mean):
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(200, 9, 5)).astype(np.float32)
+    mask = np.arange(9) < rng.integers(1, 10, (200, 1))
+    states[:, 0] = np.where(mask[:, 1:, None], states[:, 1:], 0).sum(1) / mask[:, 1:].sum(
+        1, keepdims=True
+    ).clip(1)
+    view = jax.jit(lambda *x: drop_states(*x, jax.random.key(0), mean=mean))
+    found, kept = map(np.asarray, view(states, mask, np.zeros(200, np.int32)))
+    assert kept[:, 0].all()
+    assert not (kept & ~mask).any()
+    tokens = mask[:, 1:]
+    assert 0.7 < kept[:, 1:][tokens].mean() < 0.8
+    np.testing.assert_array_equal(found[:, 1:], states[:, 1:])
+    for row, here, own in zip(found, kept, states, strict=True):
+        expected = row[1:][here[1:]].mean(0) if mean and here[1:].any() else own[0]
+        np.testing.assert_allclose(row[0], expected, rtol=1e-5, atol=1e-6)

@@ -50,5 +50,5 @@ def lowest(dtype: jnp.dtype) -> float:
 
 
 def all_valid(where: jax.Array | None, n: int) -> jax.Array:
-    """(n,) bool: which rows are no padding."""
+    """`where`, or (n,) bool that leaves nothing out."""
     return jnp.ones(n, bool) if where is None else jnp.asarray(where, bool)

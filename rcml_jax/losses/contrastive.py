@@ -122,7 +122,8 @@ def clip(
 ) -> jax.Array:
     """CLIP: the average of InfoNCE from text to image and back (Radford et al., 2021).
 
-    text, image: (n, d). where: (n,) bool, false for padding, which is neither row nor candidate.
+    text, image: (n, d). where: (n,) bool, false for padding, which is neither row nor candidate; or
+    (n, n) bool, false for pairs of a text and an image that are neither positive nor negative.
     targets: as in `softmax_contrastive`, text to image; image to text takes the transposed matrix,
     each row of it normalised on its own. block: texts compared at a time, or None. Raises
     ValueError if text and image differ in shape.
@@ -135,7 +136,8 @@ def clip(
         )
     logits = _logits(text, image, temperature, normalize)
     targets = _target_matrix(targets, logits)
-    both = _both_valid(where, logits)
+    valid = all_valid(where, len(text))
+    both = _allowed(valid, valid)
     forward = softmax_contrastive(logits, targets, where=both)
     backward = softmax_contrastive(logits.T, targets.T, where=both.T)
     return (forward + backward) / 2
@@ -154,7 +156,7 @@ def sigmoid(
 ) -> jax.Array:
     """SigLIP: −(1/n) Σ_ij log σ(y_ij (x_i·y_j/τ + b)), y_ij = ±1 (Zhai et al., 2023).
 
-    text, image: (n, d). where: (n,) bool, false for padding; n counts the valid rows.
+    text, image: (n, d). where: as of `clip`; n counts the rows of which something is valid.
     targets: as in `softmax_contrastive`, but not normalised: an entry t in [0, 1] adds
     t log σ(l) + (1 − t) log σ(−l), so that 1 stands for y = 1 and 0 for y = −1. A row without a
     positive therefore still has its negatives. Without any valid row the loss is 0.
@@ -162,9 +164,8 @@ def sigmoid(
     """
     _check_paired(text, image)
     text, image = _comparable(text, image, normalize)
-    valid = all_valid(where, len(text))
     rows = {"text": text, "targets": _checked_targets(targets, len(text), len(text))}
-    rows["valid"] = valid
+    rows["valid"] = valid = all_valid(where, len(text))
 
     def total(index, own):
         del index
@@ -172,10 +173,11 @@ def sigmoid(
         logits = logits + jnp.asarray(bias, logits.dtype)
         targets = _target_matrix(own["targets"], logits)
         terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
-        return jnp.sum(jnp.where(own["valid"][:, None] & valid, terms, 0))
+        return jnp.sum(jnp.where(_allowed(own["valid"], valid), terms, 0))
 
     sums = total(jnp.arange(len(text)), rows) if block is None else map_rows(total, rows, block)
-    return -jnp.sum(sums) / jnp.maximum(jnp.sum(valid), 1).astype(text.dtype)
+    some = valid if valid.ndim == 1 else jnp.any(valid, axis=1)
+    return -jnp.sum(sums) / jnp.maximum(jnp.sum(some), 1).astype(text.dtype)
 
 
 def label_supervised(
@@ -191,8 +193,8 @@ def label_supervised(
     """UniCL: CLIP with every item of the same label as a positive (Yang et al., 2022, Eq. 2–4).
 
     text, image: (n, d). labels: (n,) integers; the target is spread evenly over the items of the
-    row's label. A negative label is unknown: only the item itself is positive. where: (n,) bool,
-    false for padding. block: texts compared at a time, or None. Raises ValueError if text and image
+    row's label. A negative label is unknown: only the item itself is positive. where: as of `clip`.
+    block: texts compared at a time, or None. Raises ValueError if text and image
     differ in shape.
     """
     labels = jnp.asarray(labels)
@@ -230,7 +232,7 @@ def _blocked_clip(text, image, temperature, where, targets, block, matrix=None):
             target = _target_matrix(own["targets"], logits)
         else:
             target = matrix(index, own["targets"], logits)
-        both = own["valid"][:, None] & valid
+        both = _allowed(own["valid"], valid)
         target = jnp.where(both, target, 0)
         by_image = (
             column_log_sums(logits, both),
@@ -286,12 +288,9 @@ def _checked_targets(targets, n, m):
     return targets
 
 
-def _both_valid(where, logits):
-    """(n, n) bool: true where both row and column are valid."""
-    if where is None:
-        return jnp.ones(logits.shape, bool)
-    where = jnp.asarray(where, bool)
-    return where[:, None] & where
+def _allowed(rows, valid):
+    """(m, n) bool: the allowed pairs of m rows of `valid`, which is (n,) or (n, n)."""
+    return rows if valid.ndim == 2 else rows[:, None] & valid
 
 
 def _check_paired(text, image):

@@ -13,10 +13,12 @@ from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.relational import flat_images, in_rows
 from rcml_jax.methods.task import RelationTask
+from rcml_jax.models.backbones import BACKBONES
 from rcml_jax.models.declip import SimSiamHeads, TokenHead
+from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import joint_width
 from rcml_jax.similarity import as_float, l2_normalize
-from rcml_jax.views import drop_tokens, image_view, mask_tokens
+from rcml_jax.views import drop_states, drop_tokens, image_view, mask_tokens
 
 
 class DeCLIPMethod(BaselineMethod):
@@ -33,6 +35,8 @@ class DeCLIPMethod(BaselineMethod):
       the mask token. The output layer is tied to the token embeddings. CLIP's text tower is
       causal: it predicts from what stands before.
     - SimSiam's batch norm takes its statistics over the whole batch, on all devices.
+    - Of a frozen tower whose states are stored, the second view is the same states without a
+      quarter of the tokens, and stored texts have no masked tokens to predict.
     - The augmentation is weaker: no blur and no change of colour, no synonyms and no swaps. The
       first image has only the augmentation of `config.batch`.
 
@@ -42,6 +46,11 @@ class DeCLIPMethod(BaselineMethod):
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
         self.weights = _weights(config.loss)
+        if config.loss.get("mask_related", False):
+            raise UserError(
+                "config.loss.mask_related is for clip, siglip and unicl: DeCLIP's neighbours and "
+                "views have no mask of pairs; set it to False"
+            )
         self.mask_id = task.tokenizer.mask_id
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
@@ -66,13 +75,25 @@ class DeCLIPMethod(BaselineMethod):
         images, towers = items["images"], {"params": params["towers"]}
         first = super().embed(params, batch, key)
         flip = self.config.batch.image_flip
-        pixels = flat_images(image_view(images, jax.random.fold_in(key, 0), flip=flip))
-        second = in_rows(self.model.apply(towers, None, pixels)["image"], images)
+        view = self._image_view(images, jax.random.fold_in(key, 0), flip)
+        second = in_rows(self.model.apply(towers, None, flat_images(view))["image"], images)
         text, more = self._text_view(params, items["ids"], key)
         return first | {"text_view": text, "image_view": second} | more
 
+    def _image_view(self, images: Any, key: jax.Array, flip: bool) -> Any:
+        if not isinstance(images, TokenStates):
+            return image_view(images, key, flip=flip)
+        rows, vision = images.pooled_index.shape, self.towers_config.vision_config
+        view = _state_view(flat_images(images), key, vision)
+        return TokenStates(*(x.reshape(*rows, *x.shape[1:]) for x in view))
+
     def _text_view(self, params: Params, ids: Any, key: jax.Array) -> tuple[jax.Array, dict]:
         """The second view's embeddings of texts, and what its masked tokens cost."""
+        if isinstance(ids, TokenStates):
+            view = _state_view(ids, jax.random.fold_in(key, 1), self.towers_config.text_config)
+            nothing = jnp.zeros(len(view.mask))
+            found = self.model.apply({"params": params["towers"]}, view)["text"]
+            return found, {"token_loss": nothing, "token_count": nothing}
         tokenizer, packed = self.task.tokenizer, isinstance(ids, PackedTexts)
         tokens, ends = ids if packed else (ids, _first(ids, tokenizer.end_id))
         key = jax.random.fold_in(key, 1)
@@ -154,6 +175,12 @@ class DeCLIPMethod(BaselineMethod):
             "batch, not in a queue, and views are random crops in another brightness and texts "
             "with tokens deleted and masked"
         }
+
+
+def _state_view(states: TokenStates, key: jax.Array, config: Any) -> TokenStates:
+    mean = BACKBONES[config.model_type].mean
+    found, mask = drop_states(*states, key, mean=mean)
+    return TokenStates(found, mask, states.pooled_index)
 
 
 def _weights(loss: Any) -> dict[str, float]:

@@ -13,15 +13,18 @@ import numpy as np
 
 from rcml_jax.data.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.retrieval import retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
-from rcml_jax.methods.relational import RelationalMethod, best_of, check_evaluation
+from rcml_jax.methods.relational import (
+    RelationalMethod,
+    best_of,
+    check_evaluation,
+    retrieval_items,
+    weights_on_validation,
+)
 from rcml_jax.methods.task import RelationTask, load_graph, make_splits
 
-#: Weights of the sentence that are tried on validation. Weight 0 is the variant "plain".
-WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _NO_RELATION = (
     "the file has neither `relation` in the space of the items nor `text_under` or `image_under`"
 )
@@ -160,11 +163,8 @@ class EmbeddingsMethod(RelationalMethod):
     @functools.cached_property
     def weights_tried(self) -> dict[float, float]:
         """Hit@5 on the validation split with each weight of the sentence."""
-        asked = self.task.retrieval_queries("validation")
-        items = np.union1d(asked.query, asked.candidates)
-        arguments = asked.query, asked.candidates, asked.relation
-        tables = {weight: self._table(items, weight=weight) for weight in WEIGHTS}
-        return {w: retrieval(table, *arguments)["hit@5"]["avg"] for w, table in tables.items()}
+        table = self._table(retrieval_items(self.task, "validation"))
+        return weights_on_validation(self.task, table)
 
     @property
     def sentence_weight(self) -> float:

@@ -47,6 +47,9 @@ from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.similarity import SIMILARITIES, l2_normalize
 
 _CHUNK = 256
+#: Weights w of a sentence beside a query (see `EmbeddingTable`), of which validation picks one;
+#: without the sentence it is 0.
+SENTENCE_WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 #: The measure by which the better of several ways to score is picked, for each task.
 _DECIDES = {
     "retrieval": "hit@5",
@@ -459,6 +462,23 @@ def in_rows(embedded: jax.Array, images: jax.Array | TokenStates) -> jax.Array:
     """Embeddings (N, ...) of flat images → (N/k, k, ...) where the images are in rows."""
     rows = images.pooled_index.shape if isinstance(images, TokenStates) else images.shape[:-3]
     return embedded.reshape(*rows, *embedded.shape[1:])
+
+
+def weights_on_validation(task: RelationTask, table: EmbeddingTable) -> dict[float, float]:
+    """By each weight of the sentence Hit@5 AVG on validation.
+
+    table: of what the validation split's retrieval queries need (`retrieval_items`).
+    """
+    asked = task.retrieval_queries("validation")
+    arguments = asked.query, asked.candidates, asked.relation
+    tables = {w: dataclasses.replace(table, sentence_weight=w) for w in SENTENCE_WEIGHTS}
+    return {w: retrieval(x, *arguments)["hit@5"]["avg"] for w, x in tables.items()}
+
+
+def retrieval_items(task: RelationTask, split: str) -> np.ndarray:
+    """The items that the split's retrieval queries look up."""
+    asked = task.retrieval_queries(split)
+    return np.union1d(asked.query, asked.candidates)
 
 
 def check_evaluation(evaluation: Any) -> tuple[str, ...]:

@@ -193,7 +193,8 @@ class RelationTask:
             self.max_length,
             moved if batch.image_shift or batch.image_flip else None,
             texts_per_row(batch),
-            negatives(self.config.loss),
+            # The baselines' losses have one mask for all relations.
+            negatives(self.config.loss) if self.config.method == "rcml" else "unrelated",
             stored or {},
         )
         return batch_iterator(sampler, collate, self.config.data.threads)

@@ -27,13 +27,15 @@ class Backbone:
 
     make: (configuration, dtype, remat) → module with `tokens` and `token_states`. alone: whether it
     has checkpoints of its own, instead of being a half of CLIP or SigLIP. packs: whether it takes
-    several texts in a row. prefix: what may stand before PyTorch's names.
+    several texts in a row. mean: whether its pooled state is the mean of its tokens. prefix: what
+    may stand before PyTorch's names.
     """
 
     make: Callable[..., nn.Module]
     modality: str
     alone: bool = False
     packs: bool = False
+    mean: bool = False
     prefix: str = ""
 
 
@@ -50,9 +52,9 @@ BACKBONES = {
     "siglip_text_model": Backbone(SiglipText, "text"),
     "siglip_vision_model": Backbone(SiglipVision, "image"),
     "vit": Backbone(ViT, "image", alone=True, prefix="vit"),
-    EFFICIENTNET: Backbone(_efficientnet, "image", alone=True),
-    "bert": Backbone(Bert, "text", alone=True, prefix="bert"),
-    "roberta": Backbone(Bert, "text", alone=True, prefix="roberta"),
+    EFFICIENTNET: Backbone(_efficientnet, "image", alone=True, mean=True),
+    "bert": Backbone(Bert, "text", alone=True, mean=True, prefix="bert"),
+    "roberta": Backbone(Bert, "text", alone=True, mean=True, prefix="roberta"),
 }
 
 _KIND = "ViT, BERT or RoBERTa"

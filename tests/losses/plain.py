@@ -49,6 +49,7 @@ PAIRED_OPTIONS = {
     "indices": {"targets": np.array([1, 1, 4, 3, -1])},
     "soft": {"targets": soft_targets(5, 5), "where": np.array([1, 1, 1, 1, 0], bool)},
     "dot": {"normalize": False},
+    "pairs masked": {"where": soft_targets(5, 5, seed=7) + np.eye(5) > 0},
 }
 
 ALL_LOSSES = {

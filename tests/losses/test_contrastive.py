@@ -19,6 +19,8 @@ from tests.losses.plain import (
     value_and_slopes,
 )
 
+PAIRS = PAIRED_OPTIONS["pairs masked"]["where"]
+
 
 def check(ours, twin, *arrays):
     """Value and gradients of our loss, under jit, are the twin's."""
@@ -62,7 +64,7 @@ def test_paired_losses(name, options):
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 0, 0, 1], [2, -1, -1, 2, 7], [-1] * 5, [0] * 5])
-@pytest.mark.parametrize("where", [None, np.array([1, 0, 1, 1, 1], bool)])
+@pytest.mark.parametrize("where", [None, np.array([1, 0, 1, 1, 1], bool), PAIRS])
 def test_label_supervised(labels, where):
     labels = np.array(labels)
     check(

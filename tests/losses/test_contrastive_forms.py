@@ -55,6 +55,7 @@ BLOCKED_OPTIONS = {
     "label_supervised": [
         {"labels": np.array([2, -1, -1, 2, 0])},
         {"labels": np.array([0, 1, 0, 0, 1]), "where": np.array([1, 0, 1, 1, 1], bool)},
+        {"labels": np.array([0, 1, 0, 0, 1]), **PAIRED_OPTIONS["pairs masked"]},
     ],
 }
 

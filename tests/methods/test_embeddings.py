@@ -14,7 +14,8 @@ from rcml_jax.data.folder import load as load_folder
 from rcml_jax.data.items import read_items
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build, embeddings
-from rcml_jax.methods.embeddings import WEIGHTS, embeddings_config
+from rcml_jax.methods.embeddings import embeddings_config
+from rcml_jax.methods.relational import SENTENCE_WEIGHTS as WEIGHTS
 from rcml_jax.report import __main__ as report
 from rcml_jax.training import loop
 from tests.report.runs import relational_result, small_config, write_run

@@ -15,10 +15,12 @@ from rcml_jax.data.text import train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import controls
 from rcml_jax.methods import build
+from rcml_jax.methods.relational import SENTENCE_WEIGHTS
 from rcml_jax.models.clip import small_clip_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.workdir import load_config
+from tests import reference
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.toy import cache_of, read_metrics, tiny_config
 from tests.training.test_loop import train
@@ -149,7 +151,7 @@ def test_eval_json_has_the_prescribed_structure(runs, method):
 def test_baselines_report_the_better_way_to_score(runs, method):
     _, result = runs(method)
     variants = result["variants"]
-    assert set(variants) == {"plain", "sentence"}
+    assert set(variants) == {"plain", "sentence", "added"}
     for variant in variants.values():
         check_tasks(variant["retrieval"], variant["relation_type"])
         check_gallery(variant["retrieval_all"])
@@ -161,8 +163,38 @@ def test_baselines_report_the_better_way_to_score(runs, method):
         assert result[task] in [variant[task] for variant in variants.values()]
     # Without the sentence nothing depends on the relation: ties, which count against the model.
     assert variants["plain"]["relation_type"]["top3"] == dict.fromkeys(SCORES, 0.0)
-    # Images do not see the sentence, either.
+    tried = result["protocol"]["scoring"]["weights_on_validation"]
+    assert len(tried) == len(SENTENCE_WEIGHTS)
+    # The added sentence is compared with images, too.
+    assert variants["added"]["relation_type"]["top3"]["ii"] > 0.0
+    # Images do not see the appended one.
     assert variants["sentence"]["relation_type"]["top3"]["ii"] == 0.0
+
+
+@pytest.mark.parametrize("method", ["clip", "siglip", "unicl"])
+def test_related_items_are_no_negatives_of_a_baseline(catalogue, tmp_path, method):
+    options = {"method": method, "loss.mask_related": True, "loss.block": 0}
+    built = build(tiny_config(catalogue, **options), tmp_path)
+    shared = next(built.batches())["shared"]
+    related, labels = np.asarray(shared["related"]), np.asarray(shared["labels"])
+    assert related.ndim == 2
+    others = related & ~np.eye(len(labels), dtype=bool)
+    if method == "unicl":
+        others &= labels[:, None] != labels
+    text, image = np.random.default_rng(0).normal(size=(2, len(labels), 5)).astype(np.float32)
+    params = {"bias": jnp.float32(-1)}
+
+    allowed = np.asarray(built._unrelated({k: jnp.asarray(v) for k, v in shared.items()}))
+    np.testing.assert_array_equal(allowed, ~others)
+    loss = {"clip": reference.clip, "siglip": reference.sigmoid, "unicl": reference.clip}[method]
+    more = {"bias": -1.0} if method == "siglip" else {}
+    if method == "unicl":
+        more["targets"] = (labels[:, None] == labels) & (labels[:, None] >= 0) | np.eye(
+            len(labels), dtype=bool
+        )
+    expected = loss(text, image, temperature=0.1, where=allowed, **more)
+    found, _ = built.objective(params, {"text": text, "image": image}, {"shared": shared}, 0.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_planted_relations_are_learned(runs):

@@ -131,3 +131,23 @@ def test_what_stored_states_cannot_give(catalogue, towers_on_disk, tmp_path, opt
     options = {"model.store_frozen": True, **options}
     with pytest.raises(UserError, match=message):
         build(config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options), tmp_path)
+
+
+def test_declip_has_views_of_stored_states(catalogue, towers_on_disk, tmp_path):
+    options = {"method": "declip", "model.store_frozen": True}
+    method = build(
+        config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options), tmp_path
+    )
+    batch = next(method.batches())
+    params = random_params(method, batch)
+    embedded = jax.jit(method.embed)(params, batch, jax.random.key(1))
+    for modality in ("text", "image"):
+        first, second = (embedded[name] for name in (modality, f"{modality}_view"))
+        assert first.shape == second.shape
+        assert np.abs(first - second).max() > 1e-3
+    # A frozen text tower without its texts has no masked tokens to predict.
+    assert not np.any(embedded["token_count"])
+    loss, terms = method.loss(params, batch, jax.random.key(1), 0.0)
+    assert np.isfinite(loss)
+    assert terms["masked_tokens"] == 0
+    assert terms["simsiam"] != 0
