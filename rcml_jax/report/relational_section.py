@@ -1,6 +1,7 @@
 """The figures of RCML and its baselines."""
 
 import collections
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,9 @@ def section(
     scored = [run for run in runs if run.result is not None]
     figures = []
     if scored:
-        figures += _bars(folder, scored)
+        title = "Beside the controls"
+        make = functools.partial(_controls, folder, title, scored[:_MOST_BARS])
+        figures += [folder.attempt(title, make), *_bars(folder, scored)]
     first = next((run for run in runs if run.config.method == "rcml"), runs[0])
     others = [run for run in runs if run is not first]
     work = _Models(folder, first, others, models, seed)
@@ -37,6 +40,32 @@ def section(
     figures.append(folder.attempt("Where the pooling head looks", work.attention))
     figures.append(folder.attempt("Latency and parameters", work.cost))
     return Section(f"Relation-conditioned retrieval: {first.dataset}", tuple(figures))
+
+
+def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
+    """Runs and their controls: one picture of retrieval, one of the relation tasks."""
+    path, saved = folder.save("controls.csv", bars.beside_controls(runs))
+    pictures = []
+    for number, entries in enumerate(bars.BESIDE, 1):
+        names = [name for name, _, _ in entries]
+        drawn = bars.draw_controls(saved, folder.picture(f"controls-{number}.svg"), names)
+        if drawn:
+            alt = f"Bars of runs and controls: {', '.join(names)}."
+            pictures.append(Picture(drawn, alt))
+    bare = [run.label for run in runs if run.label not in saved["row"]]
+    return Figure(
+        title,
+        "In percent by AVG; a control that compares one modality alone has that score behind its "
+        "number (TT: texts). In brackets what a run has above the best control of its own "
+        "evaluation. Controls, in grey, leave out a part of the question; relation only and query "
+        "only are of the run's model, the others know none. A row without a bar does not answer "
+        "the task. Controlled candidates are linked to the query or under the relation, random "
+        "ones are unrelated to the query. Ties count against the model."
+        + f" Without controls, so not shown: {', '.join(bare)}."
+        * bool(bare),
+        tuple(pictures),
+        data=(path,),
+    )
 
 
 def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:

@@ -11,6 +11,7 @@ from tests.report.runs import (
     relational_lines,
     relational_result,
     small_config,
+    with_controls,
     write_relational,
     write_run,
 )
@@ -43,6 +44,7 @@ def without_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     for method in ("rcml", "clip"):
         result = relational_result(method)
+        result = with_controls(result) if method == "rcml" else result
         write_run(folder / method, small_config(method), result, relational_lines())
     kinds = {"image": "image", "text": "text"}
     result = classification_result(kinds=kinds)
