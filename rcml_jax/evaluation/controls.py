@@ -151,7 +151,7 @@ def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
     for name, row in controls.items():
         values = row.get(task, {}).get(measure, {})
         if values:
-            found[name] = _headline(values)
+            found[name] = headline(values)[1]
     if not found:
         return None
     name = max(found, key=found.get)
@@ -170,16 +170,19 @@ def gains(result: dict) -> dict[str, dict]:
         best_one = best(result.get("controls", {}), task, measure)
         if result.get(task) and best_one is not None:
             name, value = best_one
-            gain = _headline(result[task][measure]) - value
+            gain = headline(result[task][measure])[1] - value
             found[task] = {"measure": measure, "control": name, "gain": gain}
     return found
 
 
-def _headline(values: dict[str, float] | float) -> float:
-    """A rate as it is; of several scores AVG, or the one modality that there is."""
+def headline(values: dict[str, float] | float) -> tuple[str, float]:
+    """Of several scores the name and value of AVG, or of the one modality that there is.
+
+    The name of a measure without scores is "".
+    """
     if not isinstance(values, dict):
-        return values
-    return next(values[name] for name in ("avg", "tt", "ii") if name in values)
+        return "", values
+    return next((name, values[name]) for name in ("avg", "tt", "ii") if name in values)
 
 
 def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:

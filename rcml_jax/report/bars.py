@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rcml_jax.evaluation.controls import headline, rows_of
 from rcml_jax.evaluation.scores import SCORES
 from rcml_jax.report import style
 from rcml_jax.report.arrays import Arrays, LeftOutError
@@ -25,6 +26,17 @@ MEASURES = {
         "selected on validation": "classification/validation_selected/accuracy",
     },
 }
+#: Names, tasks and measures that controls have beside a run: one figure, a picture for each row.
+BESIDE = (
+    (
+        ("Hit@5, controlled", "retrieval", "hit@5"),
+        ("Hit@5, random", "retrieval_random", "hit@5"),
+    ),
+    (
+        ("relation type, Top-3", "relation_type", "top3"),
+        ("relation validity", "relation_validity", "accuracy"),
+    ),
+)
 _FREE = ("seed", "seeds", "platform", "devices", "tensorboard", "data.dir", "data.threads")
 
 
@@ -74,6 +86,39 @@ def validity(runs: Sequence[Run]) -> dict[str, Any]:
         if not _left_out(run, "relation_validity/accuracy")
     ]
     return _drawn(rows, "relation_validity")
+
+
+def beside_controls(runs: Sequence[Run]) -> dict[str, Any]:
+    """Columns row, kind ("run" or "control"), measure, score, value, gain: runs, then controls.
+
+    Score is AVG, the one modality that a row has, or "" for validity. Gain is a run's value above
+    that of its best control; NaN for a control. Runs without controls have no row. Raises
+    LeftOutError where no run has any.
+    """
+    having = [run for run in runs if run.result.get("controls")]
+    if not having:
+        raise LeftOutError(
+            f"{runs[0].path / 'eval.json'} has no controls; evaluate again: python eval.py "
+            f"--workdir {runs[0].path}"
+        )
+    found = rows_of({run.label: [run.result] for run in having})
+    names = [label for _, label, _ in found]
+    shown = [(run.label, "run", run.result) for run in having]
+    # A control that knows a model has a row for each run, next to each other.
+    shown += [
+        (label if names.count(label) == 1 else f"{label}, {run}", "control", result)
+        for run, label, (result,) in sorted(found, key=lambda row: names.index(row[1]))
+    ]
+    rows = []
+    for row, kind, result in shown:
+        gains = result.get("gain_over_best_control", {})
+        for name, task, measure in (entry for picture in BESIDE for entry in picture):
+            values = _at(result, f"{task}/{measure}")
+            if values is not None:
+                score, value = headline(values)
+                gain = gains.get(task, {}).get("gain", np.nan)
+                rows.append((row, kind, name, score.upper(), value, gain))
+    return _columns(("row", "kind", "measure", "score", "value", "gain"), rows)
 
 
 def sweep_measures(sweep: Sweep) -> dict[str, Any]:
@@ -212,6 +257,54 @@ def draw_groups(arrays: Arrays, path: pathlib.Path, what: str, chance: float = 0
                 figure, *axes.get_legend_handles_labels(), columns=1 if len(runs) > 3 else 2
             )
         return style.save(figure, path)
+
+
+def draw_controls(
+    arrays: Arrays, path: pathlib.Path, measures: Sequence[str]
+) -> pathlib.Path | None:
+    """Horizontal bars of runs, and under them of controls in grey: a panel for each measure.
+
+    A run's number has its gain beside it, and one that is not of AVG its score. None, and no file,
+    where no row has any of the measures.
+    """
+    mine = np.isin(arrays["measure"].astype(str), measures)
+    if not mine.any():
+        return None
+    arrays = {name: column[mine] for name, column in arrays.items()}
+    rows = labels(arrays, "row")
+    runs = labels({"run": arrays["row"][arrays["kind"].astype(str) == "run"]})
+    with style.drawing(style.WIDE, 1.1 + 0.36 * len(rows)) as figure:
+        panels = figure.subplots(1, len(measures), sharey=True)
+        for axes, measure in zip(np.atleast_1d(panels), measures, strict=True):
+            for place in np.flatnonzero(arrays["measure"].astype(str) == measure):
+                row, value = str(arrays["row"][place]), 100 * float(arrays["value"][place])
+                number = runs.index(row) % 8 if row in runs else None
+                axes.barh(
+                    rows.index(row), value, 0.72, edgecolor="white",
+                    color="#B5B5B5" if number is None else style.COLOURS[number],
+                    hatch="" if number is None else style.HATCHES[number],
+                )  # fmt: skip
+                axes.annotate(
+                    _said(value, arrays["gain"][place], str(arrays["score"][place])),
+                    (value, rows.index(row)), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=9.5, weight="normal" if number is None else "bold",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                )  # fmt: skip
+            axes.set_title(measure, loc="left", fontsize=11)
+            axes.grid(visible=False, axis="y")
+            axes.grid(visible=True, axis="x")
+            axes.set(xlabel="percent", xlim=(0, 165), xticks=(0, 50, 100))
+        axes.set_yticks(range(len(rows)), [style.wrap(row, 24, 2) for row in rows])
+        axes.invert_yaxis()
+        return style.save(figure, path)
+
+
+def _said(value: float, gain: float, score: str) -> str:
+    """A bar's number in percent, with its gain (a fraction) and its score where there is one."""
+    text = f"{value:.1f}"
+    if np.isfinite(gain):
+        text += f" ({100 * gain:+.1f})".replace("-", "−")
+    return text if score in ("", "AVG") else f"{text} {score}"
 
 
 def draw_variants(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """The figures of RCML and its baselines."""
 
 import collections
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from rcml_jax.report.models import Models, Opened, on_device
 from rcml_jax.report.projection import PERPLEXITY
 from rcml_jax.report.sources import Run
 
-_MOST_MAPS, _MOST_BARS = 4, 8
+_MOST_MAPS, _MOST_BARS, _MOST_COSTS = 4, 8, 6
 _PLURAL = {"success": "successes", "failure": "failures"}
 _SCORES = (
     "TT, II, TI and IT compare A's text or picture with B's; AVG compares the averages of both, "
@@ -28,7 +29,9 @@ def section(
     scored = [run for run in runs if run.result is not None]
     figures = []
     if scored:
-        figures += _bars(folder, scored)
+        title = "Beside the controls"
+        make = functools.partial(_controls, folder, title, scored[:_MOST_BARS])
+        figures += [folder.attempt(title, make), *_bars(folder, scored)]
     first = next((run for run in runs if run.config.method == "rcml"), runs[0])
     others = [run for run in runs if run is not first]
     work = _Models(folder, first, others, models, seed)
@@ -37,6 +40,32 @@ def section(
     figures.append(folder.attempt("Where the pooling head looks", work.attention))
     figures.append(folder.attempt("Latency and parameters", work.cost))
     return Section(f"Relation-conditioned retrieval: {first.dataset}", tuple(figures))
+
+
+def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
+    """Runs and their controls: one picture of retrieval, one of the relation tasks."""
+    path, saved = folder.save("controls.csv", bars.beside_controls(runs))
+    pictures = []
+    for number, entries in enumerate(bars.BESIDE, 1):
+        names = [name for name, _, _ in entries]
+        drawn = bars.draw_controls(saved, folder.picture(f"controls-{number}.svg"), names)
+        if drawn:
+            alt = f"Bars of runs and controls: {', '.join(names)}."
+            pictures.append(Picture(drawn, alt))
+    bare = [run.label for run in runs if run.label not in saved["row"]]
+    return Figure(
+        title,
+        "In percent by AVG; a control that compares one modality alone has that score behind its "
+        "number (TT: texts). In brackets what a run has above the best control of its own "
+        "evaluation. Controls, in grey, leave out a part of the question; relation only and query "
+        "only are of the run's model, the others know none. A row without a bar does not answer "
+        "the task. Controlled candidates are linked to the query or under the relation, random "
+        "ones are unrelated to the query. Ties count against the model."
+        + f" Without controls, so not shown: {', '.join(bare)}."
+        * bool(bare),
+        tuple(pictures),
+        data=(path,),
+    )
 
 
 def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
@@ -224,29 +253,55 @@ class _Models:
         )
 
     def cost(self) -> Figure:
-        """The table of latency and parameters."""
-        opened = self.models.open(self.first)
-        with on_device(opened.run.config):
+        """The table of latency and parameters: the runs whose models differ."""
+        opened, skipped, known = [], [], {}
+        for run in (self.first, *self.others):
+            config = run.config
+            # What makes no difference to the model, as a seed, is no second row.
+            model = repr((config.method, config.get("model"), config.loss.get("learn_temperature")))
+            if model in known:
+                skipped.append(f"{run.label} has the same model as {known[model]}")
+            elif len(opened) == _MOST_COSTS:
+                skipped.append(f"{run.label}, of more than {_MOST_COSTS} models")
+            elif opened and config.platform != opened[0].run.config.platform:
+                skipped.append(f"{run.label} has another config.platform")
+            else:
+                try:
+                    opened.append(self.models.open(run))
+                    known[model] = run.label
+                except LeftOutError as error:
+                    skipped.append(str(error))
+        if not opened:
+            raise LeftOutError(skipped[0])
+        with on_device(opened[0].run.config):
             path, saved = self.folder.save("cost.csv", cost(opened))
-        first = saved["milliseconds"][0]
         rows = [
             (
                 str(model),
-                f"{int(saved['parameters'][i]):,}",
+                str(saved["method"][i]),
+                f"{int(saved['used'][i]):,}",
+                "–" if np.isnan(saved["trained"][i]) else f"{int(saved['trained'][i]):,}",
                 f"{saved['milliseconds'][i]:.3f}",
                 f"{saved['fastest'][i]:.3f} to {saved['slowest'][i]:.3f}",
-                f"{saved['milliseconds'][i] / first:.2f}",
+                f"{saved['relative'][i]:.2f}",
             )
             for i, model in enumerate(saved["model"])
         ]
-        header = ("model", "parameters", "ms a sample, median", "fastest to slowest", "CLIP = 1")
+        header = (
+            "model", "method", "parameters that embed", "trained", "ms a sample, median",
+            "fastest to slowest", "towers alone = 1",
+        )  # fmt: skip
         return Figure(
             "Latency and parameters",
             f"Measured when this page was made, on {saved['machine'][0]}: embedding one item, text "
             f"and picture, in batches of {saved['batch'][0]:.0f}; median of "
             f"{saved['repeats'][0]:.0f} calls after the one that compiles, the models called in "
-            "turn. CLIP is the same towers with CLIP's pooling; RCML's time includes encoding its "
-            "relation sentences, once a batch. Other programs on the machine show in the spread.",
+            "turn. RCML's time includes encoding its relation sentences, once a batch. The last "
+            "column is the median ratio to the same towers alone in the same turn: a baseline's, "
+            "or RCML's own with CLIP's pooling. Baselines on the same towers compute the same; "
+            "what they differ by is noise. Trained are the parameters that training changes: "
+            "frozen towers do not count, heads and scalars that only the loss uses do."
+            + "".join(f" Left out: {why}." for why in skipped),
             table=Table(header, rows),
             data=(path,),
         )

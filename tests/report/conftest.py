@@ -11,6 +11,7 @@ from tests.report.runs import (
     relational_lines,
     relational_result,
     small_config,
+    with_controls,
     write_relational,
     write_run,
 )
@@ -37,12 +38,36 @@ def opened_clip(clip_dir):
     return Models().open(read_sources([clip_dir]).runs[0])
 
 
+def open_untrained(catalogue, path, method, **options):
+    directory = write_relational(path, catalogue, method, **options)
+    return Models().open(read_sources([directory]).runs[0])
+
+
+@pytest.fixture(scope="session")
+def opened_siglip(catalogue, tmp_path_factory):
+    return open_untrained(catalogue, tmp_path_factory.mktemp("report") / "siglip", "siglip")
+
+
+@pytest.fixture(scope="session")
+def opened_declip(catalogue, tmp_path_factory):
+    return open_untrained(catalogue, tmp_path_factory.mktemp("report") / "declip", "declip")
+
+
+@pytest.fixture(scope="session")
+def opened_frozen(catalogue, tmp_path_factory):
+    """RCML on towers of two layers, of which the one of texts is frozen."""
+    options = {"model__layers": 2, "model__freeze": "text"}
+    path = tmp_path_factory.mktemp("report") / "frozen"
+    return open_untrained(catalogue, path, "rcml", **options)
+
+
 @pytest.fixture(scope="session")
 def without_models(tmp_path_factory):
     """Directories of which a report needs no model: two runs, a classifier, a sweep, a study."""
     folder = tmp_path_factory.mktemp("report")
     for method in ("rcml", "clip"):
         result = relational_result(method)
+        result = with_controls(result) if method == "rcml" else result
         write_run(folder / method, small_config(method), result, relational_lines())
     kinds = {"image": "image", "text": "text"}
     result = classification_result(kinds=kinds)

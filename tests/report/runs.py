@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 
+from rcml_jax.evaluation.controls import gains
 from rcml_jax.methods import build
 from rcml_jax.training.checkpoint import Checkpoints
 from rcml_jax.training.step import create
@@ -43,6 +44,19 @@ def relational_result(method="rcml", base=0.5, similarities=()):
         one = {"retrieval": retrieval, "relation_type": types}
         result["similarities"] = dict.fromkeys(similarities, one)
     return result
+
+
+def with_controls(result, relation_only=0.3):
+    """The same `eval.json` with some controls of each sort: five scores, TT alone, a rate."""
+    names = ("retrieval", "retrieval_random")
+    words = {name: {"hit@5": {"tt": 0.4}, "mrr": {"tt": 0.2}} for name in names}
+    controls = {
+        "relation_only": {name: {"hit@5": rates(relation_only)} for name in names},
+        "relation_one_hot": {"relation_validity": {"accuracy": 0.51}},
+        "words": words | {"relation_type": {"top3": {"tt": 0.65}}},
+    }
+    result = result | {"retrieval_random": result["retrieval"], "controls": controls}
+    return result | {"gain_over_best_control": gains(result)}
 
 
 def measure(*values):

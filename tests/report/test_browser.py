@@ -76,7 +76,7 @@ def test_a_whole_report_has_every_figure_of_relational_runs(whole_report):
     text = (whole_report / "index.html").read_text("utf-8")
     for part in (
         "t-SNE (perplexity 30", "Silhouette of the kinds by cosine", "median of 2 calls",
-        "Drawn by the seed 0, not chosen", "Measured when this page was made", "RCML, 10 relations",
+        "Drawn by the seed 0, not chosen", "Measured when this page was made", "rcml, 10 relations",
     ):  # fmt: skip
         assert part in text
 

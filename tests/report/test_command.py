@@ -119,6 +119,7 @@ def test_an_evaluation_with_holes_leaves_figures_out(tmp_path, capsys):
     status, _, err = run(["--workdir", workdir, "--out", tmp_path / "report"], capsys)
     assert status == 0, err
     text = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert f"eval.json has no controls; evaluate again: python eval.py --workdir {workdir}" in text
     for what in ("retrieval/hit@5/tt", "relation_type/top3/tt", "relation_validity/probe"):
         assert f"lacks {what}; evaluate again" in text
     assert "metrics.jsonl is missing or empty in run" in text

@@ -13,6 +13,7 @@ from tests.report.runs import (
     relational_lines,
     relational_result,
     small_config,
+    with_controls,
     write_run,
 )
 
@@ -162,6 +163,53 @@ def test_bars_of_validity_and_what_an_evaluation_lacks(tmp_path):
     del run.result["relation_validity"]["accuracy"]
     with pytest.raises(LeftOutError, match="lacks relation_validity/accuracy; evaluate again"):
         bars.validity([run])
+
+
+def test_runs_stand_beside_their_controls(tmp_path):
+    runs = read_runs(
+        tmp_path,
+        {
+            "rcml": with_controls(relational_result(base=0.5)),
+            "clip": with_controls(relational_result("clip", 0.25), relation_only=0.2),
+            "bare": relational_result(),
+        },
+    )
+    arrays = saved(tmp_path, bars.beside_controls(runs), "c.csv")
+    columns = [arrays[name].tolist() for name in ("row", "measure", "kind", "score", "value")]
+    found = {(row, measure): rest for row, measure, *rest in zip(*columns, strict=True)}
+    controlled, random = "Hit@5, controlled", "Hit@5, random"
+    assert found["rcml", controlled] == ["run", "AVG", pytest.approx(0.58)]
+    assert found["rcml", "relation validity"] == ["run", "", 0.5]
+    # Of the controls that both runs have the same, one row; TT where there is no AVG.
+    assert found["word overlap", random] == ["control", "TT", 0.4]
+    assert found["relation only, rcml", controlled] == ["control", "AVG", pytest.approx(0.38)]
+    assert found["relation only, clip", controlled] == ["control", "AVG", pytest.approx(0.28)]
+    assert found["one-hot of the relation", "relation validity"] == ["control", "", 0.51]
+    assert ("one-hot of the relation", controlled) not in found
+    assert list(dict.fromkeys(columns[0])) == [
+        "rcml", "clip", "relation only, rcml", "relation only, clip", "one-hot of the relation",
+        "word overlap",
+    ]  # fmt: skip
+    gain = dict(zip(zip(columns[0], columns[1], strict=True), arrays["gain"], strict=True))
+    assert gain["rcml", controlled] == pytest.approx(0.58 - 0.4)
+    assert gain["clip", "relation validity"] == pytest.approx(0.25 - 0.51)
+    assert all(np.isnan(gain[key]) == (rest[0] == "control") for key, rest in found.items())
+
+    draw = lambda names: bars.draw_controls(arrays, tmp_path / "a.svg", names)  # noqa: E731
+    shown = check(
+        draw([controlled, random]),
+        controlled, random, "58.0 (+18.0)", "33.0 (−7.0)", "40.0 TT", "relation only, clip",
+    )  # fmt: skip
+    assert "one-hot of the relation" not in shown  # it answers neither of the two
+    assert shown.count("38.0") == 2  # once on each set of candidates
+    check(draw(["relation validity"]), "51.0", "25.0 (−26.0)", "one-hot of the relation")
+    assert draw(["something else"]) is None
+
+
+def test_an_evaluation_without_controls_has_none_to_show(tmp_path):
+    runs = read_runs(tmp_path, {"old": relational_result()})
+    with pytest.raises(LeftOutError, match=r"eval\.json has no controls; evaluate again: python"):
+        bars.beside_controls(runs)
 
 
 def sweep_of(tmp_path, variants, result=relational_result, method="rcml"):

@@ -78,6 +78,7 @@ def test_no_file_names_another_host(report):
 def test_the_figures_that_need_no_model_are_there(report):
     names = {path.name for path in report.glob("*.svg")}
     assert {
+        "controls-1.svg", "controls-2.svg",
         "retrieval.svg", "relation-type.svg", "validity.svg", "against-beta-hit-5.svg",
         "curve-relational-loss.svg", "curve-relational-validation.svg",
         "curve-classification-learning-rate.svg", "accuracy-by-epoch-test.svg",
@@ -100,6 +101,7 @@ def test_captions_state_the_protocol(report):
     text = (report / "index.html").read_text("utf-8")
     for part in (
         "chance of Hit@5 0.238", "Ties count against the model", "drawn by a fixed seed",
+        "Without controls, so not shown: clip", "above the best control of its own evaluation",
         "probe on frozen features", "at every look of training", "the ring is the best validation",
     ):  # fmt: skip
         assert part in text

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.report import relational_data
-from rcml_jax.report.arrays import LeftOutError
-from rcml_jax.report.cost import cost, measure, parameters
+from rcml_jax.report import relational_data, relational_section
+from rcml_jax.report.arrays import LeftOutError, load
+from rcml_jax.report.cost import BATCH, _rows, cost, measure, parameters
+from rcml_jax.report.folder import Folder
 from rcml_jax.report.models import Models
 from rcml_jax.report.projection import silhouette, tsne, umap
 from rcml_jax.report.sources import Run
@@ -172,21 +173,88 @@ def test_attention_is_the_heads_own(opened):
 def test_a_baseline_has_no_pooling_head(opened_clip):
     with pytest.raises(LeftOutError, match="has no pooling head"):
         relational_data.attention(opened_clip, seed=0)
-    with pytest.raises(LeftOutError, match="has no pooling head"):
-        cost(opened_clip)
 
 
-def test_cost_counts_parameters_and_measures_each_model(opened, monkeypatch):
+@pytest.fixture
+def twice(monkeypatch):
+    """Calls that are measured twice; RCML under one relation alone."""
     monkeypatch.setattr("rcml_jax.report.cost.REPEATS", 2)
     monkeypatch.setattr("rcml_jax.report.cost.RELATIONS", 1)
-    found = cost(opened)
-    assert found["model"] == ["CLIP", "RCML, 1 relation"]
+
+
+def ordered(found):
+    times = (found[name] for name in ("fastest", "milliseconds", "slowest"))
+    return all(0 < low <= mid <= high for low, mid, high in zip(*times, strict=True))
+
+
+def test_cost_of_rcml_alone_is_beside_its_own_towers(opened, twice):
+    found = cost([opened])
+    assert found["model"] == ["rcml, CLIP's pooling", "rcml, 1 relation"]
+    assert found["method"] == ["towers alone", "rcml"]
     towers = parameters(opened.params["towers"])
-    assert found["parameters"] == [towers, towers + 4 * 16**2]
-    for low, mid, high in zip(
-        found["fastest"], found["milliseconds"], found["slowest"], strict=True
-    ):
-        assert 0 < low <= mid <= high
+    assert found["used"] == [towers, towers + 4 * 16**2]
+    np.testing.assert_array_equal(found["trained"], [np.nan, towers + 4 * 16**2])
+    assert ordered(found)
+    assert found["relative"][0] == 1
+
+
+def test_cost_of_every_method_on_the_same_towers(
+    opened, opened_clip, opened_siglip, opened_declip, twice
+):
+    runs = [opened, opened_clip, opened_siglip, opened_declip]
+    found = cost(runs)
+    assert found["model"] == ["rcml, 1 relation", "clip", "siglip", "declip"]
+    assert found["method"] == ["rcml", "clip", "siglip", "declip"]
+    towers = parameters(opened.params["towers"])
+    assert found["used"] == [towers + 4 * 16**2, towers, towers, towers]
+    heads = sum(parameters(opened_declip.params[name]) for name in ("simsiam", "token_head"))
+    assert heads > 16**2
+    # SigLIP's bias and DeCLIP's heads are trained, but nothing is embedded by them.
+    assert found["trained"] == [towers + 4 * 16**2, towers, towers + 1, towers + heads]
+    assert ordered(found)
+    assert found["relative"][1] == 1
+    assert found["relative"][0] > 0
+
+
+def test_other_towers_have_a_measure_of_their_own(opened, opened_clip, opened_frozen, twice):
+    found = cost([opened_clip, opened_frozen])
+    assert found["model"] == ["clip", "frozen, CLIP's pooling", "frozen, 1 relation"]
+    assert found["relative"][:2] == [1, 1]
+    towers = opened_frozen.params["towers"]
+    frozen = parameters(towers["text_model"]) + parameters(towers["text_projection"])
+    assert frozen > 16**2
+    assert found["used"][2] == parameters(towers) + 4 * 16**2
+    assert found["trained"][2] == found["used"][2] - frozen
+
+
+def test_one_table_of_cost_for_the_runs_whose_models_differ(opened, opened_clip, twice, tmp_path):
+    configs = [opened.run.config.copy_and_resolve_references() for _ in range(2)]
+    configs[0].seed, configs[1].model.beta = 7, 0.25
+    runs = [opened.run, opened_clip.run, Run("other seed", opened.run.path, configs[0], None)]
+    runs.append(Run("lost", tmp_path, configs[1], None))
+    work = relational_section._Models(Folder(tmp_path), runs[0], runs[1:], Models(), 0)
+    figure = work.cost()
+    assert [row[0] for row in figure.table.rows] == ["rcml, 1 relation", "clip"]
+    assert figure.table.rows[1][-1] == "1.00"
+    assert load(figure.data[0])["model"].tolist() == ["rcml, 1 relation", "clip"]
+    assert "Left out: other seed has the same model as rcml." in figure.caption
+    assert "Left out: the model of lost cannot be opened" in figure.caption
+    with pytest.raises(LeftOutError, match="the model of lost cannot be opened"):
+        relational_section._Models(Folder(tmp_path), runs[3], [], Models(), 0).cost()
+
+
+def test_calls_embed_as_the_methods_do(opened, opened_clip):
+    for run in (opened, opened_clip):
+        *_, row = _rows(run)
+        out = row.call()
+        items = np.resize(run.method.task.splits.items("test"), BATCH)
+        table = next(iter(run.method.tables(run.params, np.unique(items)).values()))
+        # The last row of RCML embeds under its first relations.
+        text = out["text"][:, 0] if run is opened else out["text"]
+        image = out["image"][:, 0] if run is opened else out["image"]
+        rows = table.rows(items)
+        np.testing.assert_allclose(text, table.text[0, rows], atol=1e-4)
+        np.testing.assert_allclose(image, table.image[0, rows], atol=1e-4)
 
 
 def test_functions_are_measured_in_turn():
