@@ -91,7 +91,8 @@ class BaselineMethod(RelationalMethod):
         """ "plain": the items alone; "sentence": the relation sentence appended to the text.
 
         "added": the sentence as a second query vector, with the weight that does best on
-        validation. The last two are made only where `needed` says what will be looked up.
+        validation. The last two are made only where `needed` says what will be looked up, the
+        second not where the text tower's states are stored.
         """
         towers = params["towers"]
         said = list(self.task.sentences if sentences is None else sentences)
@@ -103,8 +104,10 @@ class BaselineMethod(RelationalMethod):
             image[0, rows] = self._images(towers, images)
         tables = {"plain": EmbeddingTable(items, text, image, relation)}
         if needed is not None:
-            with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
-            tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
+            # A stored tower is there so that it need not be run on every text again.
+            if "text" not in self.stored_modalities:
+                with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
+                tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
             weights = self.weights_tried(params)
             weight = max(weights, key=weights.get)
             tables["added"] = EmbeddingTable(items, text, image, relation, weight)
@@ -178,14 +181,15 @@ class BaselineMethod(RelationalMethod):
         return Embedder(text, image, {"text": (1 + len(sentences), width), "image": (1, width)})
 
     def describe(self) -> dict:
-        """Three ways to score; each task reports the best of them."""
+        """The ways to score; each task reports the best of them."""
         tried = {f"{weight:g}": found for weight, found in self._weights[1].items()}
         return {
             "plain": "the items alone; validity always in this way",
-            "sentence": "the relation sentence appended to the text, cut at the tower's limit",
+            "sentence": "the relation sentence appended to the text, cut at the tower's limit; not "
+            "where the text tower's states are stored (config.model.store_frozen)",
             "added": "s(A, B) + w (s(h_E, A) + s(h_E, B)): for a query A the order of candidates "
             "by the query vector A + w h_E; w is the best on validation",
             "weights_on_validation": tried,
-            "reported": "for retrieval and relation type the best of the three on this split, all "
+            "reported": "for retrieval and relation type the best of these on this split, all "
             "under variants",
         }

@@ -89,6 +89,9 @@ def test_losses_gradients_and_tables_are_those_of_the_towers(
     np.testing.assert_allclose(losses[0][0], losses[1][0], **CLOSE)
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-3 * max(np.abs(a).max(), 1e-2))
+    if method == "clip":
+        needed = np.ones((len(stored.task.sentences), 3), bool)
+        assert set(stored.tables(params, np.arange(3), needed)) == {"plain", "added"}
     items = np.arange(5)
     for a, b in zip(*(x.tables(params, items).values() for x in (plain, stored)), strict=True):
         np.testing.assert_allclose(a.text, b.text, **CLOSE)
