@@ -65,24 +65,21 @@ def drop_states(
     pooled_index: jax.Array,
     key: jax.Array,
     *,
-    mean: bool,
     rate: float = 0.25,
 ) -> tuple[jax.Array, jax.Array]:
     """States and mask without some of the tokens, for towers whose inputs are not at hand.
 
-    states: (n, T, d); mask: (n, T) bool; pooled_index: (n,), the pooled state, which stays. Each
-    other token is masked with the probability `rate`. mean: the pooled state is the mean of the
-    tokens, and becomes that of those which remain.
+    states: (n, T, d); mask: (n, T) bool; pooled_index: (n,), the pooled state, which is the mean of
+    the other tokens. Each of those is masked with the probability `rate`, and the pooled state
+    becomes the mean of the ones that remain.
     """
     pooled = jnp.arange(mask.shape[1]) == pooled_index[:, None]
     kept = mask & ~pooled & (jax.random.uniform(key, mask.shape) >= rate)
-    if mean:
-        weights = kept.astype(jnp.float32)
-        # An input that loses all of its tokens keeps its pooled state.
-        weights = jnp.where(kept.any(axis=1, keepdims=True), weights, pooled)
-        weights /= weights.sum(axis=1, keepdims=True)
-        found = jnp.einsum("nt,ntd->nd", weights, states.astype(jnp.float32))
-        states = jnp.where(pooled[..., None], found[:, None].astype(states.dtype), states)
+    # An input that loses all of its tokens keeps its pooled state.
+    weights = jnp.where(kept.any(axis=1, keepdims=True), kept, pooled).astype(jnp.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    found = jnp.einsum("nt,ntd->nd", weights, states.astype(jnp.float32))
+    states = jnp.where(pooled[..., None], found[:, None].astype(states.dtype), states)
     return states, kept | pooled
 
 

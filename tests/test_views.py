@@ -123,15 +123,14 @@ def test_a_part_of_a_batch_draws_what_it_draws_in_the_whole(name):
     assert not np.array_equal(view(jax.random.key(5), np.arange(6)), whole)
 
 
-@pytest.mark.parametrize("mean", [False, True])
-def test_a_view_of_states_keeps_the_pooled_one_and_some_tokens(mean):
+def test_a_view_of_states_is_the_mean_of_some_tokens():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(200, 9, 5)).astype(np.float32)
     mask = np.arange(9) < rng.integers(1, 10, (200, 1))
     states[:, 0] = np.where(mask[:, 1:, None], states[:, 1:], 0).sum(1) / mask[:, 1:].sum(
         1, keepdims=True
     ).clip(1)
-    view = jax.jit(lambda *x: drop_states(*x, jax.random.key(0), mean=mean))
+    view = jax.jit(lambda *x: drop_states(*x, jax.random.key(0)))
     found, kept = map(np.asarray, view(states, mask, np.zeros(200, np.int32)))
     assert kept[:, 0].all()
     assert not (kept & ~mask).any()
@@ -139,5 +138,5 @@ def test_a_view_of_states_keeps_the_pooled_one_and_some_tokens(mean):
     assert 0.7 < kept[:, 1:][tokens].mean() < 0.8
     np.testing.assert_array_equal(found[:, 1:], states[:, 1:])
     for row, here, own in zip(found, kept, states, strict=True):
-        expected = row[1:][here[1:]].mean(0) if mean and here[1:].any() else own[0]
+        expected = row[1:][here[1:]].mean(0) if here[1:].any() else own[0]
         np.testing.assert_allclose(row[0], expected, rtol=1e-5, atol=1e-6)

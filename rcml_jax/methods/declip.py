@@ -35,8 +35,8 @@ class DeCLIPMethod(BaselineMethod):
       the mask token. The output layer is tied to the token embeddings. CLIP's text tower is
       causal: it predicts from what stands before.
     - SimSiam's batch norm takes its statistics over the whole batch, on all devices.
-    - Of a frozen tower whose states are stored, the second view is the same states without a
-      quarter of the tokens, and stored texts have no masked tokens to predict.
+    - Of a frozen tower whose states are stored, the second view is the mean of three quarters of
+      the tokens, and stored texts have no masked tokens to predict.
     - The augmentation is weaker: no blur and no change of colour, no synonyms and no swaps. The
       first image has only the augmentation of `config.batch`.
 
@@ -51,6 +51,13 @@ class DeCLIPMethod(BaselineMethod):
                 "config.loss.mask_related is for clip, siglip and unicl: DeCLIP's neighbours and "
                 "views have no mask of pairs; set it to False"
             )
+        own = {"text": self.towers_config.text_config, "image": self.towers_config.vision_config}
+        for modality in self.stored_modalities:
+            if not BACKBONES[own[modality].model_type].mean:
+                raise UserError(
+                    f"DeCLIP has no second view of stored {modality} states whose pooled state is "
+                    "no mean of tokens; set config.model.store_frozen=False"
+                )
         self.mask_id = task.tokenizer.mask_id
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
@@ -83,14 +90,14 @@ class DeCLIPMethod(BaselineMethod):
     def _image_view(self, images: Any, key: jax.Array, flip: bool) -> Any:
         if not isinstance(images, TokenStates):
             return image_view(images, key, flip=flip)
-        rows, vision = images.pooled_index.shape, self.towers_config.vision_config
-        view = _state_view(flat_images(images), key, vision)
+        rows = images.pooled_index.shape
+        view = _state_view(flat_images(images), key)
         return TokenStates(*(x.reshape(*rows, *x.shape[1:]) for x in view))
 
     def _text_view(self, params: Params, ids: Any, key: jax.Array) -> tuple[jax.Array, dict]:
         """The second view's embeddings of texts, and what its masked tokens cost."""
         if isinstance(ids, TokenStates):
-            view = _state_view(ids, jax.random.fold_in(key, 1), self.towers_config.text_config)
+            view = _state_view(ids, jax.random.fold_in(key, 1))
             nothing = jnp.zeros(len(view.mask))
             found = self.model.apply({"params": params["towers"]}, view)["text"]
             return found, {"token_loss": nothing, "token_count": nothing}
@@ -177,10 +184,8 @@ class DeCLIPMethod(BaselineMethod):
         }
 
 
-def _state_view(states: TokenStates, key: jax.Array, config: Any) -> TokenStates:
-    mean = BACKBONES[config.model_type].mean
-    found, mask = drop_states(*states, key, mean=mean)
-    return TokenStates(found, mask, states.pooled_index)
+def _state_view(states: TokenStates, key: jax.Array) -> TokenStates:
+    return TokenStates(*drop_states(*states, key), states.pooled_index)
 
 
 def _weights(loss: Any) -> dict[str, float]:

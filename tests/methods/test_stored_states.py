@@ -138,9 +138,10 @@ def test_what_stored_states_cannot_give(catalogue, towers_on_disk, tmp_path, opt
 
 def test_declip_has_views_of_stored_states(catalogue, towers_on_disk, tmp_path):
     options = {"method": "declip", "model.store_frozen": True}
-    method = build(
-        config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options), tmp_path
-    )
+    with pytest.raises(UserError, match="no second view of stored image states"):
+        build(config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options), tmp_path)
+    config = config_of(catalogue, towers_on_disk, tmp_path, PAIR, "text", **options)
+    method = build(config, tmp_path)
     batch = next(method.batches())
     params = random_params(method, batch)
     embedded = jax.jit(method.embed)(params, batch, jax.random.key(1))
