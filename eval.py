@@ -7,7 +7,7 @@ python eval.py --config configs/rcml.py --list DIRECTORY
 
 import sys
 
-from rcml_jax.commands import evaluate
+from rcml_jax.cli.commands import evaluate
 
 if __name__ == "__main__":
     sys.exit(evaluate(sys.argv))

@@ -5,7 +5,7 @@ python train.py --config configs/rcml.py --workdir runs/rcml [--config.steps=100
 
 import sys
 
-from rcml_jax.commands import train
+from rcml_jax.cli.commands import train
 
 if __name__ == "__main__":
     sys.exit(train(sys.argv))

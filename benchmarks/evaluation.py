@@ -21,8 +21,8 @@ from types import ModuleType
 import numpy as np
 
 from benchmarks import timing
-from rcml_jax.evaluation.relations import relation_type
-from rcml_jax.evaluation.retrieval import retrieval
+from rcml_jax.evaluation.relation_probes import relation_type
+from rcml_jax.evaluation.relation_retrieval import retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 
 OURS, NUMPY, TORCH = "ours", "plain NumPy", "plain PyTorch"

@@ -21,7 +21,7 @@ from sklearn.metrics.pairwise import additive_chi2_kernel
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks import timing
-from rcml_jax.evaluation.streaming import search, search_both
+from rcml_jax.evaluation.cross_modal import search, search_both
 
 TOP = 10
 _NUMPY_BLOCK = 128

@@ -18,12 +18,12 @@ import numpy as np
 from benchmarks import gpu_work, inputs
 from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes, item_batch
-from rcml_jax.commands import load_config_file
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.losses import contrastive, mixup
-from rcml_jax.losses.relation import relation_contrastive, relation_identification
+from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.methods import build as build_method
 from rcml_jax.models.relation_pooling import RelationPooling
-from rcml_jax.training import optimizer, parallel, step
+from rcml_jax.training import optimizer, sharding, step
 from rcml_jax.training.checkpoint import Checkpoints
 
 #: The largest relative error, of a value or a gradient, by precision. "default" is float32 at the
@@ -255,7 +255,7 @@ def _run(
     method: Any, params: Any, batches: list[dict], device: jax.Device, root: pathlib.Path | None
 ) -> dict[str, Any]:
     """Losses of the steps; with a folder the state is saved half-way, too, and gone on from."""
-    placed = parallel.build("jit", [device], in_place=True)
+    placed = sharding.build("jit", [device], in_place=True)
     transform, _ = optimizer.build(
         method.config.optimizer, method.steps, method.frozen(params), method.decayed(params)
     )

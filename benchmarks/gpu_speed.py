@@ -20,7 +20,7 @@ from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes, item_batch
 from benchmarks.throughput_measure import Program, Work, measure
 from benchmarks.throughput_work import step_program
-from rcml_jax.training import parallel
+from rcml_jax.training import sharding
 
 CLIP, RCML, PAPER = "CLIP step", "RCML step, amazon's loss", "RCML step, Eq. 1-2"
 #: Steps in a row.
@@ -135,7 +135,7 @@ class _Steps:
         """Compile a step; the loss of the first one, before any update, is kept."""
         method = self.methods[title]
         params = {k: x for k, x in self._params().items() if title != CLIP or k != "head"}
-        placed = parallel.build("jit", [self.device])
+        placed = sharding.build("jit", [self.device])
         self.programs[title] = step_program(method, params, self.batch, placed)
         _, metrics = self.programs[title].call()
         self.losses[title] = float(metrics["loss"])

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import throughput_flops as flops
 from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes
-from rcml_jax.commands import load_config_file
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.methods.base import Method
 from rcml_jax.models.transformer import TokenStates
 

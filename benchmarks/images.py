@@ -26,13 +26,13 @@ from absl import flags
 from PIL import Image
 
 from benchmarks import timing, train_step
-from rcml_jax.data import store
-from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
-from rcml_jax.data.graph import RelationGraph, pairs_within, split_graph
+from rcml_jax.data import prepared
 from rcml_jax.data.images import EncodedImages, ImageBank, augment
-from rcml_jax.data.text import train_tokenizer
+from rcml_jax.data.relation_graph import RelationGraph, pairs_within, split_graph
+from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.training import optimizer, step
-from rcml_jax.training.parallel import ShardedJit
+from rcml_jax.training.sharding import ShardedJit
 
 STEP = "training step"
 SIDES = (800, 500)
@@ -78,8 +78,8 @@ def prepare(folder: pathlib.Path, side: int, items: int, relations: int) -> Rela
         pair_split=np.full(len(pairs), -1, np.int8),
         images=EncodedImages(items, lambda index: pictures[index % len(pictures)]),
     )
-    store.prepare(folder, graph)
-    return store.load(folder, graph.name)
+    prepared.prepare(folder, graph)
+    return prepared.load(folder, graph.name)
 
 
 def source(config, graph: RelationGraph, image_size: int) -> tuple[RelationSampler, Callable]:

@@ -47,7 +47,7 @@ def pair_indices(
 ) -> dict[str, np.ndarray]:
     """The pairs of a relation batch: `relations` rows of `pairs`, and the intra-sample row first.
 
-    As in rcml_jax/data/batches.py: intra, anchor, positive, pair_valid, linked, related
+    As in rcml_jax/data/sampling.py: intra, anchor, positive, pair_valid, linked, related
     and valid. An item
     may be in pairs of several relations.
     """
@@ -80,7 +80,7 @@ def pair_tables(
 
 
 def relation_batch(config: CLIPConfig, sizes: Any, text_length: int, sentence_length: int) -> dict:
-    """A batch as `rcml_jax.data.batches.collator` makes it; sizes: a configuration's `batch`."""
+    """A batch as `rcml_jax.data.sampling.collator` makes it; sizes: a configuration's `batch`."""
     rng = np.random.default_rng(0)
     pairs = pair_indices(
         rng, sizes.size, sizes.relations, sizes.pairs_per_relation, sizes.intra_pairs

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import inputs
 from rcml_jax.data.packing import pack, pack_order
-from rcml_jax.data.text import LENGTHS
+from rcml_jax.data.tokenizer import LENGTHS
 
 MEDIAN_TITLE, TITLE_SIGMA, SHORTEST_TITLE = 20, 0.5, 4
 SENTENCES, SELF_SENTENCE = (30, 60), 16
@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
 class ItemBatch(NamedTuple):
     """One batch, padded and packed.
 
-    padded: as `rcml_jax.data.batches.collator` makes it; packed: the same with TEXTS_PER_ROW titles
-    in a row, as in configs/rcml.py:amazon; title_lengths (items,) in tokens.
+    padded: as `rcml_jax.data.sampling.collator` makes it; packed: the same with TEXTS_PER_ROW
+    titles in a row, as in configs/rcml.py:amazon; title_lengths (items,) in tokens.
     """
 
     padded: dict

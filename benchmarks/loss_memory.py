@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import inputs, timing
 from rcml_jax.losses import contrastive
-from rcml_jax.losses.relation import relation_contrastive
+from rcml_jax.losses.rcml import relation_contrastive
 
 OURS, BLOCKED, NAIVE = "ours", "ours, block=1", "naive"
 PAIRS = "ours, block=1, pair_block=128"

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import timing
-from rcml_jax.commands import load_config_file
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.methods import build
 from rcml_jax.training import optimizer as optimizers
-from rcml_jax.training import parallel
+from rcml_jax.training import sharding
 from rcml_jax.training.step import create, make_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -81,7 +81,7 @@ class Ours(Side):
             config.optimizer, method.steps, method.frozen(params), method.decayed(params)
         )
         steps = [make_step(phase, transform, method.steps) for _, phase in method.phases()]
-        self._place = parallel.build("jit", jax.devices(), method.in_place)
+        self._place = sharding.build("jit", jax.devices(), method.in_place)
         self._compiled = dict(zip(PHASES, map(self._place.compile, steps), strict=True))
         self._batch = jax.device_put(batch)
         self._first = self._place.put_state(create(params, transform, jax.random.key(1)))

@@ -23,7 +23,7 @@ SIZES = Sizes(relations=10, pairs=3, self_pairs=2)
 class Workload(NamedTuple):
     """One batch in the three forms, with random texts and pictures.
 
-    ours: as `rcml_jax.data.batches.collator` makes it; packed: the same with TEXTS_PER_ROW titles
+    ours: as `rcml_jax.data.sampling.collator` makes it; packed: the same with TEXTS_PER_ROW titles
     in a row, as in configs/rcml.py:amazon; factored: ours as tensors; plain: pair by pair and
     padded to `limit` tokens. All hold the same `items` distinct items.
     """

@@ -32,7 +32,7 @@ from benchmarks import embedding, timing, torch_rcml, train_step
 from benchmarks.item_batches import TEXTS_PER_ROW
 from benchmarks.peer_batches import SIZES, Workload, build_workload
 from rcml_jax.data.packing import pack
-from rcml_jax.data.text import LENGTHS
+from rcml_jax.data.tokenizer import LENGTHS
 
 OURS, PLAIN, FACTORED = "ours", "plain PyTorch", "factored PyTorch"
 OPEN_CLIP = "open_clip"

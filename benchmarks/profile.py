@@ -30,9 +30,9 @@ import jax
 import numpy as np
 
 from benchmarks import timing
-from rcml_jax.commands import load_config_file, parse_flags
+from rcml_jax.cli.commands import load_config_file, parse_flags
 from rcml_jax.methods import build
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 
 LIMIT = 0.03
@@ -201,8 +201,8 @@ def profiled(config: Any, workdir: pathlib.Path, rounds: int, size: int) -> Prof
     config.patience = 0
     workdirs.prepare(workdir, config)
     clock, method = Clock(), build(config, workdir)
-    devices = parallel.build(
-        config.parallel, parallel.pick_devices(config.platform, config.devices)
+    devices = sharding.build(
+        config.parallel, sharding.pick_devices(config.platform, config.devices)
     )
     batches, put = method.batches, devices.put_batch
 

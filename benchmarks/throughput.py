@@ -31,9 +31,9 @@ from benchmarks import throughput_flops, timing
 from benchmarks import throughput_models as models
 from benchmarks.throughput_measure import measure
 from benchmarks.throughput_work import SUBJECTS, Plan
-from rcml_jax.commands import guard, load_config_file, parse_flags
+from rcml_jax.cli.commands import guard, load_config_file, parse_flags
 from rcml_jax.errors import UserError
-from rcml_jax.training.parallel import PARALLEL, pick_devices
+from rcml_jax.training.sharding import PARALLEL, pick_devices
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _COLUMNS = (

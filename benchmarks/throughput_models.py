@@ -14,20 +14,20 @@ from transformers import BertConfig, CLIPConfig, RobertaConfig, ViTConfig
 from benchmarks import inputs
 from configs import m3col as m3col_config
 from configs import rcml as rcml_config
-from rcml_jax.data.batches import BatchSizes
 from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.sampling import BatchSizes
 from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.methods.base import Method, Params
 from rcml_jax.methods.baselines import BaselineMethod
+from rcml_jax.methods.classification import ClassificationTask
 from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.methods.rcml import RCMLMethod
 from rcml_jax.methods.relational_towers import inputs as tower_inputs
-from rcml_jax.methods.samples import ClassificationTask
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.clip import end_token
-from rcml_jax.models.minilm import resolve
 from rcml_jax.models.two_towers import pretrained_config
 
 # Checkpoints of configs/ whose sizes are known, so that they need not be fetched.

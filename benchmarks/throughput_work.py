@@ -12,11 +12,11 @@ import numpy as np
 from benchmarks import throughput_flops as flops
 from benchmarks import throughput_models as models
 from benchmarks.throughput_measure import Program, Work, compile_program
-from rcml_jax.evaluation.retrieval import retrieval
+from rcml_jax.evaluation.relation_retrieval import retrieval
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.methods.base import Method, Params
-from rcml_jax.training import optimizer, parallel, step
-from rcml_jax.training.accumulation import check, parts_of
+from rcml_jax.training import optimizer, sharding, step
+from rcml_jax.training.gradcache import check, parts_of
 
 SUBJECTS = ("clip", "rcml", "m3col", "embedding", "evaluation")
 TITLES = {"clip": "CLIP step", "rcml": "RCML step"}
@@ -30,7 +30,7 @@ class Plan:
     """What was asked for.
 
     subjects: of SUBJECTS; config: RCML's, None where M3CoL alone is measured; m3col: M3CoL's;
-    modes: of `parallel.PARALLEL`; devices: all that take part; counts: of how many of them steps
+    modes: of `sharding.PARALLEL`; devices: all that take part; counts: of how many of them steps
     are measured, the last all; texts and sentences in tokens, None for the default; embedded:
     items a call; queries: of the evaluation; gallery: its items.
     """
@@ -129,7 +129,7 @@ def _steps(
     for mode in plan.modes:
 
         def build(mode: str = mode) -> Program:
-            placed = parallel.build(mode, list(devices))
+            placed = sharding.build(mode, list(devices))
             return step_program(method, params(), batch(), placed)
 
         yield Work(title, mode, devices, method.config.batch.size, "items", needed, build)
@@ -140,7 +140,7 @@ def step_program(method: Method, params: Params, batch: dict, devices: Any) -> P
     config, size = method.config, method.config.batch.size
     accumulation = config.get("accumulation", "exact")
     parts = parts_of(size, config.get("micro_batch", 0))
-    gathered = len(devices.devices) if isinstance(devices, parallel.Pmap) else 1
+    gathered = len(devices.devices) if isinstance(devices, sharding.Pmap) else 1
     check(accumulation, method, batch, parts, gathered)
     transform, _ = optimizer.build(
         config.optimizer, method.steps, method.frozen(params), method.decayed(params)

@@ -168,7 +168,7 @@ def pairs_loss(
 def items_loss(
     model: TorchRCML, batch: Tensors, *, temperature: float, intra_modal_weight: float
 ) -> torch.Tensor:
-    """The factored form's loss: what `rcml_jax.losses.relation.relation_contrastive` computes.
+    """The factored form's loss: what `rcml_jax.losses.rcml.relation_contrastive` computes.
 
     batch: that of `embed_items`, and anchor, positive (R, G), pair_valid (R, G) bool and related
     (N, N) bool. Every item is valid, and at least one pair is inter-sample.

@@ -21,7 +21,7 @@ from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.rcml import RCMLMethod
 from rcml_jax.models.clip import end_token
 from rcml_jax.training import optimizer, step
-from rcml_jax.training.parallel import ShardedJit
+from rcml_jax.training.sharding import ShardedJit
 
 TARGET = 1.10
 CLASSES = {"clip": BaselineMethod, "rcml": RCMLMethod}

@@ -3,7 +3,7 @@
     python train.py --config configs/m3col.py --workdir runs/m3col
     python train.py --config configs/m3col.py:rosmap --workdir runs/rosmap --config.seeds=5
     python train.py --config configs/m3col.py:n24news,path=N24News --workdir runs/n24news
-    python -m rcml_jax.sweep --config configs/m3col.py:rosmap --workdir runs/ablations --ablations
+    rcml-sweep --config configs/m3col.py:rosmap --workdir runs/ablations --ablations
 
 The argument after the colon names the data: `openmoji` (the default, embedded), `rosmap`, `brca`
 (fetched once), `n24news`, `food101` (local copies, path=DIRECTORY). `paper=True` is the paper's

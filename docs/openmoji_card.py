@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from rcml_jax.data import openmoji
-from rcml_jax.data.graph import RelationGraph
-from rcml_jax.data.openmoji_respects import SENTENCES, colours, outline
+from rcml_jax.data.relation_graph import RelationGraph
+from rcml_jax.data.sources import openmoji
+from rcml_jax.data.sources.openmoji import SENTENCES, colours, outline
 from rcml_jax.methods.task import cache_directory
-from rcml_jax.report import style
+from rcml_jax.report import page
 from rcml_jax.report.relational import box, frame
 
 PARTNERS, WRONG = 3, 2
@@ -99,7 +99,7 @@ def draw(graph: RelationGraph, found: list[Example], path: pathlib.Path) -> path
     partners = _LEFT + _STEP + _GAP
     wrong = partners + PARTNERS * _STEP + _GAP
     width, height = wrong + WRONG * _STEP + 0.1, _HEAD + _HEIGHT * len(found) + 0.25
-    with style.drawing(width, height) as figure:
+    with page.drawing(width, height) as figure:
         figure.set_layout_engine("none")
 
         def write(left: float, top: float, text: str, **options: Any) -> None:
@@ -114,16 +114,16 @@ def draw(graph: RelationGraph, found: list[Example], path: pathlib.Path) -> path
         for number, line in enumerate(found):
             top = _HEAD + _HEIGHT * number
             write(0.1, top, names[line.relation], fontsize=11, weight="bold")
-            sentence = style.wrap(graph.relations[line.relation], 23, 4)
+            sentence = page.wrap(graph.relations[line.relation], 23, 4)
             write(0.1, top + 0.21, sentence, fontsize=8.5)
             said = value(names[line.relation], _pixels(graph, line.query))
             if said:
                 below = top + 0.26 + 0.145 * (1 + sentence.count("\n"))
-                said = style.wrap(f"(here: {said})", 26, 2)
+                said = page.wrap(f"(here: {said})", 26, 2)
                 write(0.1, below, said, fontsize=7.5, style="italic", color="#666666")
             shown = [(_LEFT, line.query, "", "#444444")]
             shown += [
-                (partners + _STEP * i, x, "", style.RIGHT) for i, x in enumerate(line.partners)
+                (partners + _STEP * i, x, "", page.RIGHT) for i, x in enumerate(line.partners)
             ]
             for i, (item, linked) in enumerate(zip(line.wrong, line.linked, strict=True)):
                 said = " and ".join(names[r] for r in linked)
@@ -132,14 +132,14 @@ def draw(graph: RelationGraph, found: list[Example], path: pathlib.Path) -> path
                 axes = box(figure, left, top, _SIZE)
                 axes.imshow(_pixels(graph, item))
                 frame(axes, colour, 1.5)
-                name = style.wrap(graph.texts[item], 14, 3 - bool(said))
+                name = page.wrap(graph.texts[item], 14, 3 - bool(said))
                 write(left, top + _SIZE + 0.04, name, fontsize=7.5)
                 if said:
                     below = top + _SIZE + 0.04 + 0.125 * (1 + name.count("\n"))
-                    said = style.wrap(f"({said})", 17, 2)
+                    said = page.wrap(f"({said})", 17, 2)
                     write(left, below, said, fontsize=7, style="italic", color="#666666")
         write(0.1, height - 0.2, _SOURCE, fontsize=8, color="#444444")
-        style.save(figure, path)
+        page.save_figure(figure, path)
     # Drawings of few colours: a palette is a third of the size and looks the same.
     with Image.open(path) as picture:
         few = picture.convert("RGB").quantize(255, dither=Image.Dither.NONE)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from rcml_jax.commands import call_config_file, load_config_file, parse_flags
+from rcml_jax.cli.commands import call_config_file, load_config_file, parse_flags
+from rcml_jax.cli.sweep import read_variants
 from rcml_jax.errors import UserError
-from rcml_jax.sweep import read_variants
 from tests.toy import ROOT
 
 RCML, M3COL = (str(ROOT / "configs" / name) for name in ("rcml.py", "m3col.py"))

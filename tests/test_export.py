@@ -17,7 +17,7 @@ from flax.core import FrozenDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.export import run as run_module
 from rcml_jax.export.__main__ import main as export_main

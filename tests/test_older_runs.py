@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from rcml_jax import commands
+from rcml_jax.cli import commands
 from rcml_jax.training import loop
 from rcml_jax.training.workdir import load_config
-from tests.test_commands import fails, run
+from tests.cli.test_commands import fails, run
 from tests.toy import tiny_config
 from tests.toy_run import make_run
 

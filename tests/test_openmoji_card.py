@@ -9,7 +9,7 @@ from PIL import Image
 
 from docs.openmoji_card import FIGURE, PARTNERS, WRONG, draw, examples, grey_pairs, value
 from rcml_jax.data.images import EncodedImages
-from rcml_jax.data.openmoji_respects import SENTENCES
+from rcml_jax.data.sources.openmoji import SENTENCES
 from tests.data.conftest import make_graph
 
 

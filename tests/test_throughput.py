@@ -12,7 +12,7 @@ from benchmarks import throughput, throughput_flops
 from benchmarks import throughput_measure as measure
 from benchmarks import throughput_models as models
 from benchmarks.throughput_work import Plan
-from rcml_jax.commands import load_config_file
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.models.bert import Bert
 from rcml_jax.models.m3col import M3CoL
 from rcml_jax.models.rcml import RCML

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rcml_jax.data.graph import SPLITS
+from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
 
 

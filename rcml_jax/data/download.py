@@ -3,7 +3,9 @@
 httpx comes with the extra `amazon`.
 """
 
+import asyncio
 import contextlib
+import dataclasses
 import email.utils
 import errno
 import hashlib
@@ -12,11 +14,17 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+import urllib.parse
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from PIL import Image, UnidentifiedImageError
+
+from rcml_jax.data.images import DECODE_ERRORS, check_decodes, storable
 from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 
@@ -302,3 +310,355 @@ def bytes_text(count: float | None) -> str:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+# Pictures from the net: many at a time, each once, in any number of runs.
+
+
+__all__ = ["JOURNAL", "OUTCOMES", "FetchReport", "download", "fetch_images", "image_path"]
+
+OUTCOMES = ("ok", "cached", "not_found", "truncated", "oversized", "no_image", "failed")
+#: What the journal remembers, so that later runs do not ask again.
+PERMANENT = ("not_found", "oversized", "no_image")
+JOURNAL = "journal.jsonl"
+_GONE = (404, 410)
+_SLOWEST = 6  # a picture may take so many times `timeout` in all
+_GIVE_UP = 50  # so many URLs in a row that cannot be had, and a host is left for the next run
+
+
+class _CutShort(Temporary):
+    """The body ended too early."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchReport:
+    """What became of the pictures.
+
+    paths: for each URL asked for, in their order, the picture's file or None; counts: for each of
+    OUTCOMES the number of distinct URLs. "cached" were there already; "failed" is whatever may go
+    better in the next run (no answer, an error of the server, too many requests).
+    """
+
+    paths: list[Path | None]
+    counts: dict[str, int]
+
+
+def fetch_images(
+    urls: Sequence[str],
+    directory: str | Path,
+    *,
+    concurrency: int = 64,
+    per_host: int = 16,
+    retries: int = 4,
+    timeout: float = 20.0,
+    max_bytes: int = 20 * 2**20,
+    max_size: int | None = 512,
+    log: Log | None = None,
+    backoff: float = 0.5,
+) -> FetchReport:
+    """Fetch pictures into a directory, each once, in any number of runs.
+
+    At most `concurrency` requests run at a time, `per_host` to one host. A picture is stored when
+    Pillow reads the whole of it: PNG or JPEG, its longer side `max_size` at most, in a file named
+    by the URL's hash (`image_path`). What is there is not asked for again, nor what `journal.jsonl`
+    there knows to be missing, no picture or over `max_bytes`. Other failures are tried again
+    `retries` times, after about `backoff` seconds, doubled each time, or what Retry-After says, and
+    then in the next run. A run that was interrupted or killed goes on when it is started again.
+    `max_size` counts when a picture is stored; those that are there keep their size.
+
+    Raises:
+      UserError: the disk is full or cannot be written, or another process fetches into the
+        directory.
+    """
+    directory = Path(directory).expanduser()
+    httpx = load_httpx()
+    options = {"concurrency": concurrency, "per_host": per_host, "max_bytes": max_bytes}
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    run = _Fetch(httpx, directory, retries, timeout, max_bytes, max_size, backoff, log or log_line)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with alone(directory / ".lock", f"fetches into {directory}"):
+            run.prepare(urls)
+            if run.left:
+                _await(run.run(concurrency, per_host))
+    except OSError as error:
+        missing = f"{run.left:,} pictures are still to be fetched"
+        raise disk_error(error, directory, missing) from error
+    found = ("ok", "cached")
+    return FetchReport(
+        [image_path(directory, url) if run.outcomes[url] in found else None for url in urls],
+        dict.fromkeys(OUTCOMES, 0) | Counter(run.outcomes.values()),
+    )
+
+
+def image_path(directory: str | Path, url: str) -> Path:
+    """Where a URL's picture is stored: a folder of 256 by the first two digits of the hash."""
+    key = _key(url)
+    return Path(directory) / key[:2] / key
+
+
+@dataclasses.dataclass
+class _Host:
+    """A host's URLs that are left, and how it behaves."""
+
+    name: str
+    urls: list[str] = dataclasses.field(default_factory=list)
+    free_at: float = 0.0  # the loop's time before which it wants no request
+    failures: int = 0  # URLs in a row that could not be had
+
+
+@dataclasses.dataclass(eq=False)
+class _Fetch:
+    """One run over many URLs; the event loop's thread owns everything but the files."""
+
+    httpx: ModuleType
+    directory: Path
+    retries: int
+    timeout: float
+    max_bytes: int
+    max_size: int | None
+    backoff: float
+    log: Log
+
+    def __post_init__(self):
+        self.outcomes: dict[str, str] = {}
+        self.hosts: dict[str, _Host] = {}
+        self.counts: Counter[str] = Counter()  # of what was asked for in this run
+        self.left = 0
+        self.shown = 0.0  # when a line of progress was last put out
+
+    def prepare(self, urls: Sequence[str]) -> None:
+        """Sort out what is there and what the journal knows; the rest by host."""
+        parts = self.directory / "part"
+        parts.mkdir(exist_ok=True)
+        for leftover in parts.iterdir():  # of a run that was killed
+            leftover.unlink()
+        self.journal = _Journal(self.directory / JOURNAL)
+        known = self.journal.read(self.max_bytes)
+        for url in dict.fromkeys(urls):
+            if _is_stored(image_path(self.directory, url)):
+                self.outcomes[url] = "cached"
+            elif (outcome := known.get(_key(url))) is not None:
+                self.outcomes[url] = outcome
+            else:
+                self.outcomes[url] = "failed"
+                name = _host(url)
+                self.hosts.setdefault(name, _Host(name)).urls.append(url)
+                self.left += 1
+        for host in self.hosts.values():
+            # Else URLs that always fail, side by side in the list, would hide the rest for ever.
+            random.shuffle(host.urls)
+
+    async def run(self, concurrency: int, per_host: int) -> None:
+        """Fetch what is left."""
+        # A token is the right to one request to a host. There are as many workers as tokens at
+        # most and each holds one at a time, so a worker that finds none is not needed any more.
+        tokens = deque(
+            host for host in self.hosts.values() for _ in range(min(per_host, len(host.urls)))
+        )
+        workers, self.shown = min(concurrency, len(tokens)), time.monotonic()
+        limits = {"max_connections": workers, "max_keepalive_connections": workers}
+        client = self.httpx.AsyncClient(
+            limits=self.httpx.Limits(**limits),
+            timeout=self.httpx.Timeout(self.timeout, pool=None),
+            follow_redirects=True,
+            headers=HEADERS,
+        )
+        try:
+            with self.journal, ThreadPoolExecutor(os.cpu_count()) as self.pool:
+                async with client, asyncio.TaskGroup() as group:
+                    for _ in range(workers):
+                        group.create_task(self._work(client, tokens))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _work(self, client: Any, tokens: deque[_Host]) -> None:
+        while tokens:
+            host = tokens.popleft()
+            if host.urls:
+                url = host.urls.pop()
+                outcome = await self._fetch(client, host, url)
+                self._record(url, outcome)
+                tokens.append(host)
+
+    def _record(self, url: str, outcome: str) -> None:
+        self.outcomes[url] = outcome
+        self.counts[outcome] += 1
+        self.left -= 1
+        if outcome in PERMANENT:
+            self.journal.write(_key(url), outcome, self.max_bytes)
+        if time.monotonic() - self.shown > PROGRESS_SECONDS or not self.left:
+            self.shown = time.monotonic()
+            done = self.counts.total()
+            parts = [f"{n:,} {k.replace('_', ' ')}" for k in OUTCOMES if (n := self.counts[k])]
+            self.log(f"Pictures: {done:,} of {done + self.left:,}: {', '.join(parts)}")
+
+    async def _fetch(self, client: Any, host: _Host, url: str) -> str:
+        """The outcome of a URL, all tries included."""
+        for attempt in range(self.retries + 1):
+            if not await self._may_ask(host):
+                return "failed"
+            try:
+                outcome, body = await self._ask(client, url)
+            except Temporary as error:
+                outcome = "truncated" if isinstance(error, _CutShort) else "failed"
+                if error.wait is not None:
+                    now = asyncio.get_running_loop().time()
+                    host.free_at = max(host.free_at, now + error.wait)
+                elif attempt < self.retries:
+                    await asyncio.sleep(pause(self.backoff, attempt))
+                continue
+            host.failures = 0
+            if outcome == "ok":
+                loop = asyncio.get_running_loop()
+                outcome = await loop.run_in_executor(self.pool, self._store, url, body)
+            return outcome
+        host.failures = host.failures + 1 if outcome == "failed" else 0
+        if host.failures == _GIVE_UP:
+            self.log(
+                f"{host.name} cannot be reached or is too busy; its other {len(host.urls):,} "
+                "pictures are left for the next run"
+            )
+        return outcome
+
+    async def _may_ask(self, host: _Host) -> bool:
+        """Wait until a host is free; False where that is too long or in vain."""
+        while True:
+            wait = host.free_at - asyncio.get_running_loop().time()
+            if host.failures >= _GIVE_UP or wait > LONGEST_WAIT:
+                return False
+            if wait <= 0:
+                return True
+            await asyncio.sleep(wait + random.uniform(0, self.backoff))
+
+    async def _ask(self, client: Any, url: str) -> tuple[str, bytes]:
+        """The outcome of one request, and the body where it is "ok"; or raises Temporary."""
+        httpx, begun = self.httpx, False
+        try:
+            async with (
+                asyncio.timeout(_SLOWEST * self.timeout),
+                client.stream("GET", url) as response,
+            ):
+                status = response.status_code
+                if status in BUSY:
+                    wait = retry_after(response.headers)
+                    raise Temporary(status_line(response), wait)
+                if status != 200:
+                    return ("not_found" if status in _GONE else "failed"), b""
+                begun = True
+                return await self._read(response)
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise Temporary("no answer in time") from error
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects):
+            return "failed", b""
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise (_CutShort if begun else Temporary)(str(error)) from error
+
+    async def _read(self, response: Any) -> tuple[str, bytes]:
+        length = response.headers.get("Content-Length", "")
+        if length.isdigit() and int(length) > self.max_bytes:
+            return "oversized", b""
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > self.max_bytes:
+                return "oversized", b""
+        return "ok", bytes(body)
+
+    def _store(self, url: str, body: bytes) -> str:
+        """Check, scale down and write a picture; runs in a thread."""
+        try:
+            check_decodes(body)
+            stored = storable(body, self.max_size)
+        except Image.DecompressionBombError:
+            return "oversized"
+        except UnidentifiedImageError:
+            return "no_image" if body else "truncated"
+        except DECODE_ERRORS:
+            return "truncated"
+        path = image_path(self.directory, url)
+        part = self.directory / "part" / path.name
+        part.write_bytes(stored)
+        path.parent.mkdir(exist_ok=True)
+        os.replace(part, path)
+        return "ok"
+
+
+class _Journal:
+    """What will not go better: a JSON object a line with a URL's hash and its outcome."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self, max_bytes: int) -> dict[str, str]:
+        """Outcomes by hash, but for pictures that the limit of today may let in."""
+        known = {}
+        if self.path.exists():
+            for line in self.path.read_text("utf-8", "replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    if entry["outcome"] in PERMANENT and entry.get("limit", max_bytes) >= max_bytes:
+                        known[entry["url"]] = entry["outcome"]
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # cut off when a run was killed
+        return known
+
+    def __enter__(self) -> "_Journal":
+        cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")
+        if cut:
+            self.file.write("\n")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def write(self, key: str, outcome: str, limit: int) -> None:
+        """Add a line; what is oversized is so under a limit."""
+        entry = {"url": key, "outcome": outcome}
+        self.file.write(
+            json.dumps(entry | ({"limit": limit} if outcome == "oversized" else {})) + "\n"
+        )
+
+
+def _key(url: str) -> str:
+    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _host(url: str) -> str:
+    try:
+        return urllib.parse.urlsplit(url).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _is_stored(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _await(coroutine: Coroutine) -> None:
+    """As `asyncio.run`, also where a loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(coroutine)
+        return
+    running = []
+
+    async def main() -> None:
+        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        await coroutine
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, main())
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            for loop, task in running:
+                loop.call_soon_threadsafe(task.cancel)
+            raise

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.graph import SPLITS, split_index
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb
 from rcml_jax.data.log import log_line
+from rcml_jax.data.relation_graph import SPLITS, split_index
 from rcml_jax.errors import UserError
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rcml_jax.data.text import LENGTHS
+from rcml_jax.data.tokenizer import LENGTHS
 
 _STEP = 8  # Beyond LENGTHS rows have a multiple of it: few lengths, each of which is compiled.
 

@@ -2,7 +2,7 @@
 
 A similarity is done in two steps: `prepare` once for every row, `scores` for every pair of blocks.
 A score depends on its two rows alone: wherever they stand in blocks of a given shape, it has the
-same bits, so that equal rows tie. `rcml_jax.similarity` has the forms with gradients.
+same bits, so that equal rows tie. `rcml_jax.ops.similarity` has the forms with gradients.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.similarity import as_float, l2_normalize
+from rcml_jax.ops.similarity import as_float, l2_normalize
 
 #: Rows of x worked on at a time, and dimensions added at a time: a tile of scores stays in the
 #: processor's cache, and is read and written once in so many dimensions.
@@ -28,9 +28,10 @@ def scores(
 ) -> jax.Array:
     """Scores of prepared rows: (n, d), (m, d) → (n, m).
 
-    similarity: a name of `rcml_jax.similarity`; signed, epsilon: of "chi_square", as there. n is at
-    most 128 or a multiple of it. Products have full float32 precision on every device. The others
-    are sums of the dimensions one after the other, vectorised over pairs; no (n, m, d) is held.
+    similarity: a name of `rcml_jax.ops.similarity`; signed, epsilon: of "chi_square", as there. n
+    is at most 128 or a multiple of it. Products have full float32 precision on every device. The
+    others are sums of the dimensions one after the other, vectorised over pairs; no (n, m, d) is
+    held.
     """
     if similarity in ("cosine", "dot"):
         return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
-from rcml_jax.evaluation.probe import fit_classifier
+from rcml_jax.evaluation.relation_probes import fit_classifier
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 
 LABELS = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
 from rcml_jax.losses.contrastive import softmax_contrastive
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize
 
 MLPS = ("mlp_mse", "mlp_cosine", "mlp_contrastive")
 CLOSED = ("procrustes", "cca")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcml_jax.similarity import l2_normalize, paired
+from rcml_jax.ops.similarity import l2_normalize, paired
 
 #: Text-text, image-image, A's text with B's image, A's image with B's text, and the similarity of
 #: the averaged and renormalised embeddings.
@@ -106,8 +106,8 @@ def pair_scores(
     """The five scores, (q, c) each, of pairs (a, b) under relations.
 
     a, b, relation: (q, 1) or (q, c), or with one row for all; rows of the table
-    (`EmbeddingTable.rows`) and relation indices. similarity: a name of `rcml_jax.similarity`, or
-    "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E). Vectors are gathered for a few
+    (`EmbeddingTable.rows`) and relation indices. similarity: a name of `rcml_jax.ops.similarity`,
+    or "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E). Vectors are gathered for a few
     queries at a time, so that (q, c, d) is never held. A score depends on its two vectors and its
     relation alone: equal candidates of a query tie to the last bit. Raises ValueError for an
     unknown similarity.

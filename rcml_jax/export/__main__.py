@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rcml_jax.commands import guard, take_option
+from rcml_jax.cli.commands import guard, take_option
 from rcml_jax.errors import UserError
 from rcml_jax.export.run import export_run
 

@@ -12,8 +12,8 @@ rows × candidates. Value and gradient are the same up to rounding.
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.losses.blocks import all_valid, column_log_sums, map_rows
-from rcml_jax.similarity import as_float, cosine, dot, l2_normalize
+from rcml_jax.losses._chunked import all_valid, column_log_sums, map_rows
+from rcml_jax.ops.similarity import as_float, cosine, dot, l2_normalize
 
 
 def softmax_contrastive(

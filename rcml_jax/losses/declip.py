@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.losses.blocks import all_valid, map_rows, unstack
+from rcml_jax.losses._chunked import all_valid, map_rows, unstack
 from rcml_jax.losses.contrastive import clip, info_nce
-from rcml_jax.similarity import as_float, cosine, l2_normalize, paired_cosine
+from rcml_jax.ops.similarity import as_float, cosine, l2_normalize, paired_cosine
 
 
 def declip(

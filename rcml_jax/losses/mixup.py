@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.losses.blocks import all_valid, column_log_sums, lowest, map_rows, unstack
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.losses._chunked import all_valid, column_log_sums, lowest, map_rows, unstack
+from rcml_jax.ops.similarity import l2_normalize
 
 #: Cosines over a temperature from here on have exponentials and sums of them within the range of
 #: float32, so that none need be shifted by the largest.

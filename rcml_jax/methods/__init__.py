@@ -38,9 +38,9 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
 
 def _classifier(config: Any, workdir: pathlib.Path) -> Method:
     """M3CoL: one model, or one for each seed (and fold, where there is no validation split)."""
+    from rcml_jax.methods.classification import ClassificationTask
     from rcml_jax.methods.m3col import M3CoLMethod
-    from rcml_jax.methods.members import Members
-    from rcml_jax.methods.samples import ClassificationTask
+    from rcml_jax.methods.seeds import Members
 
     if config.seeds < 1:
         raise UserError(f"config.seeds={config.seeds} must be at least 1")

@@ -6,11 +6,11 @@ import numpy as np
 import scipy.sparse
 
 from rcml_jax.evaluation import controls
-from rcml_jax.evaluation.relations import relation_validity, type_measures, validity_features
-from rcml_jax.evaluation.retrieval import retrieval, retrieval_measures
+from rcml_jax.evaluation.relation_probes import relation_validity, type_measures, validity_features
+from rcml_jax.evaluation.relation_retrieval import retrieval, retrieval_measures
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.relational_towers import from_checkpoint
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize
 
 #: Training items of a relation that its mean embedding is made of, at most.
 ITEMS_OF_RELATION = 100

@@ -11,19 +11,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from rcml_jax.data.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
+from rcml_jax.data.sources.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
-from rcml_jax.methods.relational import (
-    RelationalMethod,
-    best_of,
-    check_evaluation,
-    retrieval_items,
-    weights_on_validation,
-)
+from rcml_jax.methods.relational import RelationalMethod, best_of, check_evaluation
 from rcml_jax.methods.task import RelationTask, load_graph, make_splits
+from rcml_jax.methods.tower_tables import retrieval_items, weights_on_validation
 
 _NO_RELATION = (
     "the file has neither `relation` in the space of the items nor `text_under` or `image_under`"

@@ -11,13 +11,13 @@ from flax.core import FrozenDict
 
 from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
-from rcml_jax.losses.relation import relation_contrastive, relation_identification
+from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize
 
 
 class RCMLMethod(RelationalMethod):

@@ -14,12 +14,16 @@ from flax import traverse_util
 
 from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.data.packing import PackedTexts, pack_texts
-from rcml_jax.data.protocol import every_relation
+from rcml_jax.data.queries import every_relation
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.controls import gains
-from rcml_jax.evaluation.probe import PROBES
-from rcml_jax.evaluation.relations import relation_type, relation_validity, validity_features
-from rcml_jax.evaluation.retrieval import gallery_retrieval, retrieval
+from rcml_jax.evaluation.relation_probes import (
+    PROBES,
+    relation_type,
+    relation_validity,
+    validity_features,
+)
+from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.control_rows import control_rows
@@ -40,16 +44,14 @@ from rcml_jax.methods.stored_states import (
     text_inputs,
 )
 from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory, texts_per_row
+from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
-from rcml_jax.similarity import SIMILARITIES, l2_normalize
+from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
 
 _CHUNK = 256
-#: Weights w of a sentence beside a query (see `EmbeddingTable`), of which validation picks one;
-#: without the sentence it is 0.
-SENTENCE_WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 #: The measure by which the better of several ways to score is picked, for each task.
 _DECIDES = {
     "retrieval": "hit@5",
@@ -317,11 +319,10 @@ class RelationalMethod(Method):
         """Those of the CLIP checkpoint before any training, where the towers began as one."""
         if not self.config.model.pretrained or isinstance(self.towers_config, PairConfig):
             return {}
-        from rcml_jax.methods.baselines import BaselineMethod  # which is made of this module
-
         _, towers = load_pretrained(self.config.model.pretrained)
-        params = {"towers": jax.tree.map(jnp.asarray, towers)}
-        return BaselineMethod(self.config, self.task).tables(params, items, needed)
+        towers = jax.tree.map(jnp.asarray, towers)
+        model = build_towers(self.towers_config, self.dtype)
+        return TowerTables(self, model).tables(towers, items, needed)
 
     def checkpoint_states(
         self, params: Params, items: np.ndarray
@@ -462,23 +463,6 @@ def in_rows(embedded: jax.Array, images: jax.Array | TokenStates) -> jax.Array:
     """Embeddings (N, ...) of flat images → (N/k, k, ...) where the images are in rows."""
     rows = images.pooled_index.shape if isinstance(images, TokenStates) else images.shape[:-3]
     return embedded.reshape(*rows, *embedded.shape[1:])
-
-
-def weights_on_validation(task: RelationTask, table: EmbeddingTable) -> dict[float, float]:
-    """By each weight of the sentence Hit@5 AVG on validation.
-
-    table: of what the validation split's retrieval queries need (`retrieval_items`).
-    """
-    asked = task.retrieval_queries("validation")
-    arguments = asked.query, asked.candidates, asked.relation
-    tables = {w: dataclasses.replace(table, sentence_weight=w) for w in SENTENCE_WEIGHTS}
-    return {w: retrieval(x, *arguments)["hit@5"]["avg"] for w, x in tables.items()}
-
-
-def retrieval_items(task: RelationTask, split: str) -> np.ndarray:
-    """The items that the split's retrieval queries look up."""
-    asked = task.retrieval_queries(split)
-    return np.union1d(asked.query, asked.candidates)
 
 
 def check_evaluation(evaluation: Any) -> tuple[str, ...]:

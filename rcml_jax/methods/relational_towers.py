@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
 from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.clip import end_token, small_clip_config
-from rcml_jax.models.minilm import resolve
 from rcml_jax.models.transformer import check_remat
 from rcml_jax.models.two_towers import (
     PairConfig,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.log import log_line
-from rcml_jax.data.stored_rows import stored_rows
+from rcml_jax.data.stages import stored_rows
 from rcml_jax.errors import UserError
 from rcml_jax.models.transformer import TokenStates
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data import folder, gallery, openmoji, protocol
-from rcml_jax.data.batches import BatchSizes, RelationSampler, batch_iterator, collator
-from rcml_jax.data.graph import RelationGraph, Splits, split_graph, split_index
+from rcml_jax.data import queries
 from rcml_jax.data.images import ImageBank, augment
-from rcml_jax.data.text import Tokenizer, train_tokenizer
+from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
+from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.sources import folder, openmoji
+from rcml_jax.data.tokenizer import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 
 #: Up to so many relations, all of them are also ranked.
@@ -71,11 +72,11 @@ def load_graph(data: Any) -> RelationGraph:
             )
         return folder.load(pathlib.Path(data.path), directory, strict=data.strict)
     if data.name == "grocery":
-        from rcml_jax.data import grocery
+        from rcml_jax.data.sources import grocery
 
         return grocery.load(directory, path=data.path, strict=data.strict)
     if data.name == "amazon":
-        from rcml_jax.data import amazon
+        from rcml_jax.data.sources import amazon
 
         return amazon.load(
             directory,
@@ -92,7 +93,7 @@ def load_graph(data: Any) -> RelationGraph:
                 "the hm source needs the files of the H&M competition, which cannot be fetched for "
                 "you: --config configs/rcml.py:hm,path=DIRECTORY"
             )
-        from rcml_jax.data import hm
+        from rcml_jax.data.sources import hm
 
         return hm.load(
             directory,
@@ -211,33 +212,33 @@ class RelationTask:
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def retrieval_queries(
         self, split: str, candidates: str = "controlled"
-    ) -> protocol.RetrievalQueries:
+    ) -> queries.RetrievalQueries:
         """The split's retrieval queries, the same for every method and seed.
 
         candidates: "controlled" or "random".
         """
-        draws = {"controlled": protocol.controlled_queries, "random": protocol.retrieval_queries}
+        draws = {"controlled": queries.controlled_queries, "random": queries.retrieval_queries}
         return draws[candidates](self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
-    def gallery_queries(self, split: str) -> gallery.GalleryQueries:
+    def gallery_queries(self, split: str) -> queries.GalleryQueries:
         """The split's queries over all of its items, for which every linked one is right."""
-        return gallery.gallery_queries(self.graph, self.splits, split, **self._draw())
+        return queries.gallery_queries(self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
-    def relation_queries(self, split: str) -> protocol.RelationQueries:
+    def relation_queries(self, split: str) -> queries.RelationQueries:
         """The split's pairs with the relations to choose among."""
         total = len(self.graph.relations)
         # Of few relations half are drawn, so that frequent ones need not always be among them.
         candidates = 10 if total > MOST_RELATIONS else max(2, total // 2)
-        return protocol.relation_candidates(
+        return queries.relation_candidates(
             self.graph, self.splits, split, candidates=candidates, **self._draw()
         )
 
     @functools.cache  # noqa: B019
-    def validity_examples(self, split: str) -> protocol.ValidityExamples:
+    def validity_examples(self, split: str) -> queries.ValidityExamples:
         """The split's true and false triples (A, B, relation)."""
-        return protocol.validity_examples(self.graph, self.splits, split, **self._draw())
+        return queries.validity_examples(self.graph, self.splits, split, **self._draw())
 
 
 def cache_directory(given: str = "") -> pathlib.Path:

@@ -9,20 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import build_backbone, load_encoder
 from rcml_jax.models.bert import max_text_length
-from rcml_jax.models.checkpoints import pretrained_directory, read_config
+from rcml_jax.models.checkpoints import pretrained_directory, read_config, resolve
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
-from rcml_jax.models.minilm import resolve
 from rcml_jax.models.resnet import IMAGE_MEAN, IMAGE_STD, ResNet, load_resnet
-from rcml_jax.models.two_towers import (
-    TwoTowers,
-    joint_width,
-    load_pretrained,
-    set_special_tokens,
-)
+from rcml_jax.models.two_towers import TwoTowers, joint_width, load_pretrained, set_special_tokens
 
 LAYERS = ("projected", "penultimate")
 POOLINGS = ("auto", "first", "mean")

@@ -10,7 +10,7 @@ from flax.core import FrozenDict
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.models.relation_pooling import RelationPooling
 from rcml_jax.models.two_towers import build_towers, joint_width
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize
 
 
 class RCML(nn.Module):

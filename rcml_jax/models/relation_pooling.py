@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rcml_jax.models.transformer import TokenStates
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize
 
 
 def _identity(key, shape, dtype=jnp.float32):

@@ -17,7 +17,7 @@ from rcml_jax.models.backbones import BACKBONES, build_backbone
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
 from rcml_jax.models.hf_flax import HFText, HFVision, check_hugging_face
 from rcml_jax.models.transformer import TokenStates, check_remat
-from rcml_jax.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rcml_jax.commands import guard
+from rcml_jax.cli.commands import guard
 from rcml_jax.errors import UserError
-from rcml_jax.report import common_section, style
-from rcml_jax.report.folder import Folder, Section
-from rcml_jax.report.page import is_ours, write_page
-from rcml_jax.report.sources import Sources, groups, read_sources
+from rcml_jax.report import common, page
+from rcml_jax.report.page import Folder, Section, is_ours, write_page
+from rcml_jax.report.runs import Sources, groups, read_sources
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,10 +43,10 @@ def _report(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv[1:])
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
-    style.require()
+    page.require()
     sources = read_sources(args.workdir)
     start = time.perf_counter()
-    page = write_report(
+    made = write_report(
         sources,
         args.out,
         command=shlex.join(["python", "-m", "rcml_jax.report", *argv[1:]]),
@@ -56,7 +55,7 @@ def _report(argv: Sequence[str]) -> int:
         data_dir=args.data_dir,
         data_path=args.data_path,
     )
-    print(f"wrote {page} in {time.perf_counter() - start:.0f} s")
+    print(f"wrote {made} in {time.perf_counter() - start:.0f} s")
     return 0
 
 
@@ -96,8 +95,8 @@ def write_report(
 def _check_free(out: pathlib.Path) -> None:
     if not out.exists():
         return
-    page = out / "index.html"
-    if not out.is_dir() or (any(out.iterdir()) and not (page.is_file() and is_ours(page))):
+    made = out / "index.html"
+    if not out.is_dir() or (any(out.iterdir()) and not (made.is_file() and is_ours(made))):
         raise UserError(f"{out} holds something else than a report; give another --out")
 
 
@@ -105,23 +104,21 @@ def _sections(
     folder: Folder, sources: Sources, *, seed: int, relation: str, data_dir: str, data_path: str
 ) -> list[Section]:
     # Imported here: what is wrong with the arguments is said before the models' classes are loaded.
-    from rcml_jax.report import classification_section, relational_section
-    from rcml_jax.report.models import Models
+    from rcml_jax.report import classification, relational
+    from rcml_jax.report.runs import Models
 
     models, sections = Models(data_dir, data_path), []
     if sources.runs:
-        sections.append(common_section.results(folder, sources.runs))
+        sections.append(common.results(folder, sources.runs))
     for runs, sweeps in groups(sources, "relational").values():
         runs = runs or [run for sweep in sweeps for run in sweep.firsts]
-        sections.append(
-            relational_section.section(folder, runs, models, seed=seed, relation=relation)
-        )
+        sections.append(relational.section(folder, runs, models, seed=seed, relation=relation))
     for runs, sweeps in groups(sources, "classification").values():
-        sections.append(classification_section.section(folder, runs, sweeps, models, seed=seed))
-    sections += [common_section.sweep(folder, sweep) for sweep in sources.sweeps]
-    sections += [common_section.study(folder, study) for study in sources.studies]
+        sections.append(classification.section(folder, runs, sweeps, models, seed=seed))
+    sections += [common.sweep(folder, sweep) for sweep in sources.sweeps]
+    sections += [common.study(folder, study) for study in sources.studies]
     if sources.runs:
-        sections.append(common_section.training(folder, sources.runs))
+        sections.append(common.training(folder, sources.runs))
     return sections
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.report import style
+from rcml_jax.report import page
 
-_BLUE, _ORANGE, _GREEN = style.COLOURS[:3]
+_BLUE, _ORANGE, _GREEN = page.COLOURS[:3]
 _CALIBRATIONS = {"none": ("o", _BLUE), "centred": ("s", _ORANGE), "whitened": ("^", _GREEN)}
 _COLUMNS = 2
 _HEIGHT = 2.7  # inches of one of several panels
@@ -25,21 +25,21 @@ def draw(
     modalities on their first two principal axes before and after centring. Raises UserError
     without matplotlib (extra `plots`).
     """
-    style.require()
+    page.require()
     directory.mkdir(parents=True, exist_ok=True)
     count = len(result["sources"])
     rows = math.ceil(count / _COLUMNS)
-    width = style.WIDE if count > 1 else style.PANEL
+    width = page.WIDE if count > 1 else page.PANEL
     figures = (
         ("similarities", _histograms, (width, _HEIGHT * rows + 0.5)),
-        ("gap", _gap, (style.WIDE, 4.6)),
-        ("plane", _planes, (style.WIDE, _HEIGHT * count + 0.5)),
+        ("gap", _gap, (page.WIDE, 4.6)),
+        ("plane", _planes, (page.WIDE, _HEIGHT * count + 0.5)),
     )
     paths = []
     for name, function, size in figures:
-        with style.drawing(*size) as figure:
+        with page.drawing(*size) as figure:
             function(figure, result, arrays)
-            paths.append(style.save(figure, directory / f"{name}.svg"))
+            paths.append(page.save_figure(figure, directory / f"{name}.svg"))
     return paths
 
 
@@ -60,9 +60,9 @@ def _histograms(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> 
             share = 100 * arrays[f"{source}/{name}"]
             axis.stairs(share, edges, color=colour, fill=True, alpha=0.35)
             axis.stairs(share, edges, color=colour, label=f"{name} pairs")
-        axis.set(title=style.short(source, 28), xlabel="cosine", xlim=(-1, 1), yticks=[])
+        axis.set(title=page.short(source, 28), xlabel="cosine", xlim=(-1, 1), yticks=[])
         axis.set_ylabel("share of pairs")
-    style.below(figure, *axis.get_legend_handles_labels(), columns=2)
+    page.below(figure, *axis.get_legend_handles_labels(), columns=2)
 
 
 def _gap(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
@@ -90,7 +90,7 @@ def _gap(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
     axis.set_ylim(bottom=0)
     axis.margins(x=0.15, y=0.12)
     axis.grid(axis="both")
-    style.below(figure, *axis.get_legend_handles_labels(), columns=3)
+    page.below(figure, *axis.get_legend_handles_labels(), columns=3)
 
 
 def _recall(found: dict) -> float:
@@ -113,6 +113,6 @@ def _planes(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None
                 (sides[1], "^", _ORANGE, "texts"),
             ):
                 axis.scatter(*side.T, s=9, marker=marker, color=colour, label=label, alpha=0.7)
-            axis.set(title=f"{style.short(source, 18)}: {title}", xticks=[], yticks=[])
+            axis.set(title=f"{page.short(source, 18)}: {title}", xticks=[], yticks=[])
             axis.set_aspect("equal", adjustable="datalim")
-    style.below(figure, *grid[0, 0].get_legend_handles_labels(), columns=2)
+    page.below(figure, *grid[0, 0].get_legend_handles_labels(), columns=2)

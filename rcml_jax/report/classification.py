@@ -1,26 +1,252 @@
-"""M3CoL's figures, drawn from saved arrays."""
+"""The figures of M3CoL and its ablations."""
 
+import math
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
-from rcml_jax.report import style
-from rcml_jax.report.arrays import Arrays
-from rcml_jax.report.curves import labels
+from rcml_jax.evaluation.display import collect
+from rcml_jax.methods import classification as analyses
+from rcml_jax.methods.seeds import Members
+from rcml_jax.report import page
+from rcml_jax.report.common import labels
+from rcml_jax.report.page import (
+    Arrays,
+    Figure,
+    Folder,
+    LeftOutError,
+    Picture,
+    Section,
+    Table,
+    percent,
+    slug,
+)
 from rcml_jax.report.relational import box, frame, overlay, scatter
+from rcml_jax.report.relational_data import NEIGHBOURS, silhouette, umap
+from rcml_jax.report.runs import Models, Opened, Run, Sweep, on_device
+from rcml_jax.training.writer import read_history
+
+# The arrays behind M3CoL's figures, computed from opened runs or read from their files.
+
+
+CLASSES = 10
+_SAMPLES = 1500
+_WORDS = 3
+
+
+def embedding_map(opened: Opened, seed: int) -> dict[str, Any]:
+    """UMAP of each modality's embeddings and of the fused ones, test samples of at most 10 classes.
+
+    Fused are the modalities' embeddings one after the other, which the fusion classifier is given.
+    points (parts, n, 2), silhouette (parts,) by cosine in the full space. Raises LeftOutError where
+    there are too few samples, or none of a second class.
+    """
+    method, data = opened.method, opened.method.task.data
+    rows = data.rows("test")
+    classes, counts = np.unique(data.labels[rows], return_counts=True)
+    classes = np.sort(classes[np.argsort(-counts, kind="stable")][:CLASSES])
+    if len(classes) < 2:
+        raise LeftOutError(
+            f"the test split of {data.name} has one class only; there is nothing to part"
+        )
+    rows = rows[np.isin(data.labels[rows], classes)]
+    if len(rows) > _SAMPLES:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, _SAMPLES, replace=False))
+    embeddings = {n: x[_first_model(method)] for n, x in _embeddings(opened, rows).items()}
+    if len(embeddings) > 1:
+        embeddings["fused"] = np.concatenate(list(embeddings.values()), axis=1)
+    labels = data.labels[rows]
+    return {
+        "parts": list(embeddings),
+        "points": np.stack([umap(x) for x in embeddings.values()]),
+        "class": np.searchsorted(classes, labels),
+        "classes": [data.label_names[c] for c in classes],
+        "silhouette": [silhouette(x, labels) for x in embeddings.values()],
+        "row": rows,
+    }
+
+
+def _embeddings(opened: Opened, rows: np.ndarray) -> dict[str, np.ndarray]:
+    return opened.method.embeddings(opened.params, rows)
+
+
+def _first_model(method: Any) -> int:
+    return method.models().reported[0]
+
+
+# Heat maps
+
+
+def drawn_samples(opened: Opened, seed: int, count: int = 3) -> np.ndarray:
+    """A few test samples of different classes, drawn by the seed.
+
+    Raises LeftOutError where the data have no pictures and texts.
+    """
+    data = opened.method.task.data
+    _names(opened)
+    rows = np.random.default_rng(seed).permutation(data.rows("test"))
+    _, first = np.unique(data.labels[rows], return_index=True)
+    return rows[np.sort(first)[:count]]
+
+
+def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
+    """Cosine of the words of each sample's class name with its picture's patches.
+
+    A word's embedding is the mean of its tokens' states, the word being encoded as a text of its
+    own; a patch's is its state; both before pooling. heat (words, g, g), pixels (H, W, 3): the
+    picture as the model is given it.
+    """
+    method, params = _single(opened)
+    data, task = method.task.data, method.task
+    names, module = _names(opened), method.model
+    states = jax.jit(
+        lambda p, n, x: module.apply({"params": p}, x, method=_tokens(n)), static_argnums=1
+    )
+    pixels = task.inputs(rows)[names["image"]][0]
+    patches = np.asarray(states(params, names["image"], (pixels,)), np.float32)[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+        raise LeftOutError(f"the image encoder of {opened.run.label} has no square of patches")
+    found = []
+    for row, picture, of_patches in zip(rows, pixels, patches, strict=True):
+        label = data.label_names[data.labels[row]]
+        words = class_words(label)
+        ids, mask = task.tokenizer.encode(words, task.max_length)
+        tokens = np.asarray(states(params, names["text"], (ids, mask)), np.float32)
+        inner = (
+            mask.astype(bool) & (ids != task.tokenizer.start_id) & (ids != task.tokenizer.end_id)
+        )
+        means = [t[i].mean(axis=0) if i.any() else t[0] for t, i in zip(tokens, inner, strict=True)]
+        heat = _unit(np.stack(means)) @ _unit(of_patches).T
+        found.append(
+            {
+                "class": label,
+                "words": words,
+                "heat": heat.reshape(len(words), side, side),
+                "pixels": picture,
+                "row": row,
+            }
+        )
+    return found
+
+
+def _names(opened: Opened) -> dict[str, str]:
+    """Kind → name of a picture and a text. Raises LeftOutError where there are not just these."""
+    modalities = opened.method.task.data.modalities
+    if sorted(m.kind for m in modalities) != ["image", "text"]:
+        raise LeftOutError(f"{opened.run.label} has not a picture and a text of each sample")
+    return {m.kind: m.name for m in modalities}
+
+
+def _tokens(name: str) -> Any:
+    """The method of the model that gives the states of one modality's tokens."""
+    return lambda module, inputs: module.encoders[name].tokens(*inputs)
+
+
+def _single(opened: Opened) -> tuple[Any, Any]:
+    """The first model alone, where several were trained side by side."""
+    method, params = opened.method, opened.params
+    if not isinstance(method, Members):
+        return method, params
+    place = _first_model(method)
+    return method.single, jax.tree.map(lambda x: x[place], params)
+
+
+def class_words(label: str) -> list[str]:
+    """The words of a class name, a few at most; the name itself where it has none."""
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", label.replace("_", " "))[:_WORDS] or [label]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+# Confidence
+
+
+def noise_confidence(opened: Opened) -> np.ndarray:
+    """Top softmax scores (models × samples,) of the fused prediction on random inputs.
+
+    Every modality is Gaussian noise with the mean and variance of the training split, as in
+    `eval.json`; as many samples as the test split has.
+    """
+    method, params = opened.method, opened.params
+    noise = analyses.noise_inputs(method, params, len(method.task.data.rows("test")))
+    fused = np.asarray(method.classify_all(params, noise)["fused"])
+    return np.concatenate([fused[place].max(axis=-1) for place in method.models().reported])
+
+
+# Accuracy by epoch
+
+
+def accuracy_by_epoch(runs: Sequence[Run]) -> dict[str, Any]:
+    """Columns run, split, step, epoch (NaN where unknown), mean and std over models, of all looks.
+
+    Raises LeftOutError where no run has looks in its `metrics.jsonl`.
+    """
+    columns: dict[str, list] = {
+        name: [] for name in ("run", "split", "step", "epoch", "mean", "std", "models")
+    }
+    for run in runs:
+        steps = _steps_of_epoch(run)
+        for line in read_history(run.path):
+            for split, values in _accuracies(line).items():
+                step = line["step"]
+                row = (
+                    run.label,
+                    split,
+                    step,
+                    step / steps if steps else math.nan,
+                    float(np.mean(values)),
+                    float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+                    len(values),
+                )
+                for column, value in zip(columns.values(), row, strict=True):
+                    column.append(value)
+    if not columns["run"]:
+        raise LeftOutError("no metrics.jsonl of these runs holds a look at validation or test")
+    return columns
+
+
+def _accuracies(line: Mapping[str, float]) -> dict[str, list[float]]:
+    """Split → the accuracies of its models: on test of those trained on all of train."""
+    found: dict[str, list[float]] = {}
+    for name, value in line.items():
+        parts = name.split("/")
+        if parts[0] == "look" and parts[3] == "accuracy":
+            if parts[2] == "test" and parts[1].startswith("held-out"):
+                continue
+            found.setdefault(parts[2], []).append(value)
+    return found
+
+
+def _steps_of_epoch(run: Run) -> float:
+    """Steps an epoch has, from the configuration and the number of steps in the protocol."""
+    looks = str((run.result or {}).get("protocol", {}).get("looks", ""))
+    total = re.search(r" of (\d+)$", looks)
+    epochs = run.config.get("epochs", 0)
+    return int(total[1]) / epochs if total and epochs and not run.config.steps else 0.0
+
+
+# M3CoL's figures, drawn from saved arrays.
+
 
 BINS = 25
 
 
 def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
     """The plane of a modality's or the fused embeddings: a colour and a mark for each class."""
-    with style.drawing(style.PANEL, 5.2) as figure:
+    with page.drawing(page.PANEL, 5.2) as figure:
         axes = figure.add_subplot()
         scatter(axes, arrays["points"][place], arrays["class"], [str(c) for c in arrays["classes"]])
-        score = f"silhouette {style.signed(arrays['silhouette'][place])}"
+        score = f"silhouette {page.signed(arrays['silhouette'][place])}"
         axes.set_title(f"{arrays['parts'][place]}, {score}", loc="left")
-        style.below(figure, *axes.get_legend_handles_labels(), columns=2)
-        return style.save(figure, path)
+        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
+        return page.save_figure(figure, path)
 
 
 def upsample(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -45,45 +271,45 @@ def draw_heat(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
     words = [str(word) for word in arrays["words"]]
     heat, limits = arrays["heat"], (float(arrays["heat"].min()), float(arrays["heat"].max()))
     step = _CELL + _MARGIN
-    width, across = max(style.PANEL, _LEFT + step * (1 + len(words))), step * (1 + len(words))
+    width, across = max(page.PANEL, _LEFT + step * (1 + len(words))), step * (1 + len(words))
     height = _ABOVE + step * len(heat) + _BELOW
-    with style.drawing(width, height) as figure:
+    with page.drawing(width, height) as figure:
         figure.set_layout_engine("none")
         for row, (run, pixels) in enumerate(zip(arrays["runs"], arrays["pixels"], strict=True)):
             top = _ABOVE + step * row
             picture = box(figure, _LEFT, top, _CELL)
             picture.imshow(pixels)
             frame(picture)
-            picture.set_ylabel(style.wrap(str(run), 16, 2), fontsize=10)
+            picture.set_ylabel(page.wrap(str(run), 16, 2), fontsize=10)
             cells = [box(figure, _LEFT + step * (i + 1), top, _CELL) for i in range(len(words))]
             for cell, found in zip(cells, heat[row], strict=True):
                 image = overlay(cell, pixels, upsample(found, pixels.shape[:2]), limits)
             for cell, title in zip([picture, *cells], ["picture", *words], strict=True):
-                cell.set_title("" if row else style.short(title, 13), fontsize=11)
+                cell.set_title("" if row else page.short(title, 13), fontsize=11)
         place = (_LEFT / width, 0.52 / height, (across - _MARGIN) / width, 0.13 / height)
         bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
         bar.ax.locator_params(nbins=4)
         bar.set_label("cosine of word and patch")
-        return style.save(figure, path)
+        return page.save_figure(figure, path)
 
 
 def draw_confidence(arrays: Arrays, path: pathlib.Path, chance: float) -> pathlib.Path:
     """Histograms of top softmax scores on random inputs, an outline for each run."""
     runs = labels(arrays)
-    with style.drawing(style.WIDE, 3.8 + 0.25 * len(runs)) as figure:
+    with page.drawing(page.WIDE, 3.8 + 0.25 * len(runs)) as figure:
         axes = figure.add_subplot()
         edges = np.linspace(chance, 1, BINS + 1)
         for place, run in enumerate(runs):
             values = arrays["confidence"][arrays["run"].astype(str) == run]
             share = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
             axes.stairs(
-                share, edges, label=f"{style.short(run, 46)} (mean {100 * values.mean():.0f} %)",
-                color=style.COLOURS[place % 8], linestyle=style.LINES[place % 4], linewidth=2.2,
+                share, edges, label=f"{page.short(run, 46)} (mean {100 * values.mean():.0f} %)",
+                color=page.COLOURS[place % 8], linestyle=page.LINES[place % 4], linewidth=2.2,
             )  # fmt: skip
         axes.set(xlabel="top softmax score", ylabel="samples (%)", xlim=(chance, 1))
         axes.set_ylim(bottom=0)
-        style.below(figure, *axes.get_legend_handles_labels(), columns=1)
-        return style.save(figure, path)
+        page.below(figure, *axes.get_legend_handles_labels(), columns=1)
+        return page.save_figure(figure, path)
 
 
 def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Path:
@@ -92,16 +318,228 @@ def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Pat
     arrays = {name: column[here] for name, column in arrays.items()}
     runs = labels(arrays)
     by_epoch = not np.isnan(arrays["epoch"]).any()
-    with style.drawing(style.WIDE, 3.6 + 0.25 * len(runs)) as figure:
+    with page.drawing(page.WIDE, 3.6 + 0.25 * len(runs)) as figure:
         axes = figure.add_subplot()
         for place, run in enumerate(runs):
             mine = arrays["run"].astype(str) == run
             x = arrays["epoch" if by_epoch else "step"][mine]
             mean, std = 100 * arrays["mean"][mine], 100 * arrays["std"][mine]
-            look = style.series(place) | {"markevery": max(1, len(x) // 8)}
-            axes.plot(x, mean, label=style.short(run, 46), **look)
+            look = page.series(place) | {"markevery": max(1, len(x) // 8)}
+            axes.plot(x, mean, label=page.short(run, 46), **look)
             if len(runs) <= 2 and np.any(std > 0):
                 axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15)
         axes.set(xlabel="epoch" if by_epoch else "step", ylabel=f"{split} accuracy (%)")
-        style.below(figure, *axes.get_legend_handles_labels(), columns=1)
-        return style.save(figure, path)
+        page.below(figure, *axes.get_legend_handles_labels(), columns=1)
+        return page.save_figure(figure, path)
+
+
+_MOST = 6
+
+
+def section(
+    folder: Folder, runs: Sequence[Run], sweeps: Sequence[Sweep], models: Models, *, seed: int
+) -> Section:
+    """Figures of classifiers of one data set: the runs, and the first of each sweep's variants."""
+    shown: dict[pathlib.Path, Run] = {}
+    for run in (*runs, *(run for sweep in sweeps for run in sweep.firsts)):
+        shown.setdefault(run.path.resolve(), run)
+    make = _Figures(folder, list(shown.values()), models, seed)
+    figures = [folder.attempt("Accuracy by epoch", make.accuracy)]
+    figures.append(folder.attempt("Embeddings of each modality and fused", make.maps))
+    figures += make.heat_maps()
+    figures.append(folder.attempt("Confidence on random inputs", make.confidence))
+    figures += [
+        folder.attempt("Error analysis", lambda sweep=sweep: _errors(folder, sweep))
+        for sweep in sweeps
+    ] or [Figure("Error analysis", left_out=_NO_SWEEP)]
+    return Section(f"Multimodal classification: {make.runs[0].dataset}", tuple(figures))
+
+
+_NO_SWEEP = (
+    "it compares a model with others that were trained on one modality alone; give the directory "
+    "of a sweep that has them: python -m rcml_jax.cli.sweep ... --ablations"
+)
+
+
+class _Figures:
+    def __init__(self, folder: Folder, runs: Sequence[Run], models: Models, seed: int):
+        self.folder, self.runs, self.models, self.seed = folder, runs, models, seed
+
+    def accuracy(self) -> Figure:
+        """Accuracy at every look of training."""
+        shown = self.runs[:_MOST]
+        path, saved = self.folder.save("accuracy-by-epoch.csv", accuracy_by_epoch(shown))
+        pictures = []
+        for split in labels(saved, "split"):
+            file = self.folder.picture(f"accuracy-by-epoch-{split}.svg")
+            picture = draw_accuracy(saved, file, split)
+            pictures.append(Picture(picture, f"{split} accuracy against the epoch."))
+        rest = len(self.runs) - len(shown)
+        several = ""
+        if np.max(saved["models"]) > 1:
+            band = "; the band is their standard deviation" * (len(shown) <= 2)
+            several = f" Mean over the models trained together{band}."
+        return Figure(
+            "Accuracy by epoch",
+            "Accuracy of the fused prediction at every look of training; validation samples were "
+            "held out from the models that are scored on them."
+            + several
+            + (f" The first {_MOST} of {len(self.runs)} runs." if rest > 0 else ""),
+            tuple(pictures),
+            data=(path,),
+        )
+
+    def maps(self) -> Figure:
+        """UMAP of the first run's embeddings."""
+        opened = self.models.open(self.runs[0])
+        with on_device(opened.run.config):
+            arrays = embedding_map(opened, self.seed)
+        path, saved = self.folder.save("umap.npz", arrays)
+        pictures = []
+        for place, part in enumerate(saved["parts"]):
+            name = f"umap-{slug(str(part))}.svg"
+            picture = draw_map(saved, self.folder.picture(name), place)
+            pictures.append(Picture(picture, f"Scatter plot of {part} embeddings by class."))
+        return Figure(
+            "Embeddings of each modality and fused",
+            f"{self.runs[0].label}: UMAP ({NEIGHBOURS} neighbours, minimum distance 0.1, cosine, a "
+            f"fixed seed) of {len(saved['class'])} test samples of {len(saved['classes'])} classes "
+            f"(at most {CLASSES}, the most frequent). Fused: the modalities' "
+            "embeddings one after the other, which the fusion classifier is given. Silhouette of "
+            "the classes by cosine in the full space, not in the plane.",
+            tuple(pictures),
+            data=(path,),
+        )
+
+    def heat_maps(self) -> list[Figure]:
+        """A picture for each of a few samples, a line in it for each run."""
+        title = "Words of the class name over the picture"
+        self.folder.log(title)
+        shown, found, reasons = [], [], []
+        rows = None
+        for run in _with_pictures_and_texts(self.runs)[:_MOST]:
+            try:
+                opened = self.models.open(run)
+                if rows is None:
+                    rows, data = self._samples(opened), opened.method.task.data
+                elif not _same_samples(data, opened.method.task.data):
+                    raise LeftOutError(f"{run.label} has other samples")
+                with on_device(run.config):
+                    found.append(heat_maps(opened, rows))
+                shown.append(run.label)
+            except LeftOutError as error:
+                reasons.append(str(error))
+        if not shown:
+            why = reasons[0] if reasons else "no run has a picture and a text of each sample"
+            return [Figure(title, left_out=why)]
+        return [self._heat_figure(title, shown, found)]
+
+    def _samples(self, opened: Opened) -> np.ndarray:
+        return drawn_samples(opened, self.seed)
+
+    def _heat_figure(self, title: str, shown: list[str], found: list[list[dict]]) -> Figure:
+        pictures, files = [], []
+        for number, maps in enumerate(zip(*found, strict=True), 1):
+            arrays = {name: maps[0][name] for name in ("class", "words", "row")}
+            arrays |= {name: np.stack([m[name] for m in maps]) for name in ("heat", "pixels")}
+            path, saved = self.folder.save(f"heat-{number}.npz", arrays | {"runs": shown})
+            picture = draw_heat(saved, self.folder.picture(f"heat-{number}.svg"))
+            alt = (
+                f"Heat maps of {', '.join(maps[0]['words'])} over a picture of {maps[0]['class']}."
+            )
+            pictures.append(Picture(picture, alt))
+            files.append(path)
+        return Figure(
+            title,
+            "Dot product of each word of the sample's class name with each patch of its picture: "
+            "the encoders' states before pooling, normalised (so the cosine), a word's being the "
+            "mean over its tokens; bilinear upsampling from the patches to the pixels. The picture "
+            "is what the model is given. Test samples of different classes, drawn by the seed "
+            f"{self.seed}; a line for each run, one colour scale for each sample.",
+            tuple(pictures),
+            data=tuple(files),
+        )
+
+    def confidence(self) -> Figure:
+        """Histograms of the full method and of its ablations with several modalities."""
+        columns: dict[str, list] = {"run": [], "confidence": []}
+        reasons, chances = [], []
+        for run in _chosen(self.runs):
+            try:
+                opened = self.models.open(run)
+                with on_device(run.config):
+                    values = noise_confidence(opened)
+            except LeftOutError as error:
+                reasons.append(str(error))
+                continue
+            columns["run"] += [run.label] * len(values)
+            columns["confidence"] += values.tolist()
+            chances.append(1 / opened.method.task.data.classes)
+        if not columns["run"]:
+            raise LeftOutError(reasons[0])
+        path, saved = self.folder.save("confidence.csv", columns)
+        picture = draw_confidence(saved, self.folder.picture("confidence.svg"), min(chances))
+        return Figure(
+            "Confidence on random inputs",
+            "Top softmax score of the fused prediction where every modality is Gaussian noise with "
+            "the mean and variance of the training split (pixels and tables at the input, texts at "
+            f"the encoder's output). The lowest possible score is {100 * min(chances):.0f} %.",
+            (Picture(picture, "Histograms of the top softmax score."),),
+            data=(path,),
+        )
+
+
+def _chosen(runs: Sequence[Run]) -> list[Run]:
+    """The full method and MultiSClip alone where both are there, else the first few runs."""
+    several = [run for run in runs if len(_kinds(run)) != 1]
+    full = [run for run in several if run.config.loss.contrastive == "scheduled"]
+    soft = [run for run in several if run.config.loss.contrastive == "multi_soft_clip"]
+    return [full[0], soft[0]] if full and soft else list(several or runs)[:_MOST]
+
+
+def _kinds(run: Run) -> list[str]:
+    """The kinds of a run's modalities, from its evaluation; nothing without one."""
+    protocol = (run.result or {}).get("protocol", {})
+    return sorted(protocol.get("modalities", {}).values())
+
+
+def _with_pictures_and_texts(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if _kinds(run) in ([], ["image", "text"])]
+
+
+def _same_samples(a, b) -> bool:
+    return (
+        a.name == b.name
+        and a.label_names == b.label_names
+        and np.array_equal(a.labels, b.labels)
+        and np.array_equal(a.split, b.split)
+    )
+
+
+def _errors(folder: Folder, sweep: Sweep) -> Figure:
+    """The table of the sweep: who is right where."""
+    folders = {label: runs[0].path.parent.name for label, runs in sweep.variants.items()}
+    seeds = sorted(
+        {
+            int(run.path.name.removeprefix("seed"))
+            for runs in sweep.variants.values()
+            for run in runs
+        }
+    )
+    rows = collect(sweep.path, folders, seeds).get("error_analysis")
+    if not rows:
+        raise LeftOutError(
+            f"{sweep.label} lacks the variants full and “only <modality>” of one seed with their "
+            "predictions.npz; run them: python -m rcml_jax.cli.sweep ... --ablations"
+        )
+    path, _ = folder.save(
+        f"errors-{slug(sweep.label)}.csv", {name: [row[name] for row in rows] for name in rows[0]}
+    )
+    cells = [[x if isinstance(x, str) else percent(x) for x in row.values()] for row in rows]
+    return Figure(
+        f"Error analysis: {sweep.label}",
+        "Shares of the test samples (%) by which models are right, every modality trained alone; "
+        "mean over the seeds.",
+        table=Table(list(rows[0]), cells),
+        data=(path,),
+    )

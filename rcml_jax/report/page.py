@@ -1,13 +1,265 @@
 """The page: an HTML file beside its figures, readable without a server, on a phone, in the dark."""
 
+import contextlib
+import csv
+import dataclasses
 import html
 import pathlib
 import re
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
-from rcml_jax.report.arrays import slug
-from rcml_jax.report.folder import Figure, Section, Table
+import numpy as np
+
+from rcml_jax.errors import UserError
+from rcml_jax.training.workdir import write_arrays
+
+# How all figures look: sizes, colours that colour-blind readers tell apart, how they are saved.
+
+
+#: Okabe and Ito's colours, those with contrast on white first; the yellow is left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+LINES = ("-", "--", "-.", ":")
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "+++", "ooo")
+RIGHT = "#009E73"
+#: From low to high, light to dark in grey, too.
+HEAT = "viridis"
+#: Width in inches of a figure, and of one of several side by side: two or three fit a page.
+WIDE, PANEL = 6.2, 4.2
+
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.labelsize": 12,
+    "legend.fontsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#D9D9D9",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "hatch.linewidth": 0.6,
+    # Names of items and classes are shown as they are, dollar signs and all.
+    "text.parse_math": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "rcml_jax",
+}
+
+
+def require() -> None:
+    """Raise UserError, naming the extra, where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError('the report needs matplotlib: pip install "rcml_jax[plots]"') from error
+
+
+@contextlib.contextmanager
+def drawing(width: float, height: float) -> Iterator[Any]:
+    """A new figure of so many inches, in the report's style while it is drawn and saved."""
+    require()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Not matplotlib's own state: a file of settings in the user's home changes nothing here.
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        # Names may be in any script; the font's empty box is shown instead.
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from")
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    """Write a figure to `.svg` or `.png`, the same bytes for the same figure."""
+    # A PNG has two dots for each pixel of the page.
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=192, metadata=metadata)
+    return path
+
+
+def series(index: int) -> dict[str, Any]:
+    """Colour, mark and line of the series with this number."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)],
+    }
+
+
+def short(text: str, width: int) -> str:
+    """A text on one line of at most so many characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def wrap(text: str, width: int, lines: int = 3) -> str:
+    """A text broken into a few lines of at most so many characters; the rest is cut off."""
+    text = " ".join(str(text).split())
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or " "
+
+
+def signed(value: float) -> str:
+    """A number with two decimals and a true minus."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def below(figure: Any, handles: list, labels: list[str], *, columns: int) -> None:
+    """A legend under the axes, where it covers nothing."""
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, handletextpad=0.4,
+        columnspacing=1.2,
+    )  # fmt: skip
+
+
+# The numbers behind figures: saved as CSV or `.npz`, and read back to be drawn.
+
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class LeftOutError(Exception):
+    """A figure that cannot be drawn; the message is the reason that the page gives."""
+
+
+def save(path: pathlib.Path, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Write columns of one length to `.csv`, or any arrays to `.npz`; returns what `load` reads.
+
+    Raises UserError where the file cannot be written.
+    """
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            _write_csv(path, arrays)
+        else:
+            write_arrays(path, arrays)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return load(path)
+
+
+def _write_csv(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+
+
+def load(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a saved file; columns of a table are numbers where all cells are."""
+    if path.suffix != ".csv":
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    columns = zip(*rows, strict=True) if rows else [()] * len(header)
+    return {name: _column(cells) for name, cells in zip(header, columns, strict=True)}
+
+
+def _column(cells: Sequence[str]) -> np.ndarray:
+    try:
+        return np.array([float(cell) for cell in cells])
+    except ValueError:
+        return np.array(cells)
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name: lower case letters, digits, hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
+# A report's folder, figures beside the page and numbers under `data`; and what a page holds.
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure's file and what it shows, in words."""
+
+    path: pathlib.Path
+    alt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; `marked` holds (row, column) of those to be seen first."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """An entry of the page: pictures or a table with a caption, or the reason why there is none."""
+
+    title: str
+    caption: str = ""
+    pictures: tuple[Picture, ...] = ()
+    table: Table | None = None
+    data: tuple[pathlib.Path, ...] = ()
+    left_out: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading with its figures."""
+
+    title: str
+    figures: tuple[Figure, ...]
+
+
+class Folder:
+    """Names files of a report and saves arrays there; every name is given out once."""
+
+    def __init__(self, root: pathlib.Path, log: Callable[[str], None] = lambda line: None):
+        self.root, self.log = root, log
+        self._given: set[str] = set()
+
+    def save(self, name: str, arrays: Mapping[str, Any]) -> tuple[pathlib.Path, dict]:
+        """Save arrays as `data/<name>`, `.csv` or `.npz`; gives the file and what is read back."""
+        path = self._path("data", name)
+        return path, save(path, arrays)
+
+    def picture(self, name: str) -> pathlib.Path:
+        """Where the picture of this name is to be drawn."""
+        return self._path("", name)
+
+    def _path(self, folder: str, name: str) -> pathlib.Path:
+        stem, _, suffix = name.rpartition(".")
+        number = 1
+        while f"{folder}/{name}" in self._given:
+            number += 1
+            name = f"{stem}-{number}.{suffix}"
+        self._given.add(f"{folder}/{name}")
+        return self.root / folder / name
+
+    def attempt(self, title: str, make: Callable[[], Figure]) -> Figure:
+        """The figure, or in its place the reason why it cannot be drawn."""
+        self.log(title)
+        try:
+            return make()
+        except (LeftOutError, UserError) as error:
+            return Figure(title, left_out=str(error))
+
+
+def percent(rate: float) -> str:
+    """A rate as a table shows it, in percent."""
+    return "–" if np.isnan(rate) else f"{100 * rate:.1f}"
+
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b616a; --paper: #f6f7f8;

@@ -1,11 +1,19 @@
-"""RCML's figures, drawn from saved arrays."""
+"""The figures of RCML and its baselines."""
 
+import collections
+import functools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from rcml_jax.report import style
-from rcml_jax.report.arrays import Arrays
+from rcml_jax.report import common, page, relational_data
+from rcml_jax.report.page import Arrays, Figure, Folder, LeftOutError, Picture, Section, Table, slug
+from rcml_jax.report.relational_data import PERPLEXITY, cost
+from rcml_jax.report.runs import Models, Opened, Run, on_device
+
+# RCML's figures, drawn from saved arrays.
+
 
 SCORES = {
     "tt": "text – text",
@@ -20,22 +28,22 @@ def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
     """One run's plane: a colour and a mark for each kind."""
     kinds = [str(kind) for kind in arrays["kinds"]]
     points = arrays["points"][place]
-    with style.drawing(style.PANEL, 4.9) as figure:
+    with page.drawing(page.PANEL, 4.9) as figure:
         axes = figure.add_subplot()
         scatter(axes, points, arrays["kind"], kinds)
-        score = f"silhouette {style.signed(arrays['silhouette'][place])}"
-        axes.set_title(f"{style.wrap(arrays['runs'][place], 40)}\n{score}", loc="left")
-        style.below(figure, *axes.get_legend_handles_labels(), columns=2)
-        return style.save(figure, path)
+        score = f"silhouette {page.signed(arrays['silhouette'][place])}"
+        axes.set_title(f"{page.wrap(arrays['runs'][place], 40)}\n{score}", loc="left")
+        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
+        return page.save_figure(figure, path)
 
 
 def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> None:
     """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units."""
     for number, name in enumerate(names):
-        here, marker = kind == number, style.MARKERS[number % 10]
+        here, marker = kind == number, page.MARKERS[number % 10]
         axes.scatter(
             *points[here].T, s=70 if marker == "*" else 34, marker=marker, edgecolors="white",
-            color=style.COLOURS[number % 8], label=style.short(name, 24), linewidths=0.5,
+            color=page.COLOURS[number % 8], label=page.short(name, 24), linewidths=0.5,
         )  # fmt: skip
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
@@ -50,15 +58,15 @@ _TEXT, _ROW, _COLUMNS_AT, _COLUMN = 0.19, 1.54, 1.36, 0.96
 
 def draw_case(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
     """A case study: the query above, a line of the top candidates for each similarity below."""
-    sentence = style.wrap(f"under: {arrays['relation']}", 52, 5)
+    sentence = page.wrap(f"under: {arrays['relation']}", 52, 5)
     head = _TOP + _QUERY + 0.1 + _TEXT * (1 + sentence.count("\n")) + 0.32
-    with style.drawing(style.PANEL, head + _ROW * len(arrays["order"])) as figure:
+    with page.drawing(page.PANEL, head + _ROW * len(arrays["order"])) as figure:
         figure.set_layout_engine("none")
         _query(figure, arrays)
         _write(figure, _LEFT, _TOP + _QUERY + 0.08, sentence, fontsize=10.5)
         for row, name in enumerate(arrays["scores"]):
             _line(figure, arrays, row, str(name), head + _ROW * row)
-        return style.save(figure, path)
+        return page.save_figure(figure, path)
 
 
 def box(figure, left: float, top: float, size: float):
@@ -82,7 +90,7 @@ def _query(figure, arrays: Arrays) -> None:
         (f"truth: {arrays['candidates'][0]}", {"color": "#00664B"}),
     )
     for text, options in lines:
-        broken = style.wrap(text, 34, 2)
+        broken = page.wrap(text, 34, 2)
         _write(figure, _LEFT + _QUERY + 0.12, top, broken, fontsize=11, **options)
         top += _TEXT * (1 + broken.count("\n")) + 0.1
 
@@ -96,10 +104,10 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
         axes = box(figure, left, top, _SIZE)
         axes.imshow(arrays["pictures"][place])
         right = place == 0
-        frame(axes, style.RIGHT if right else "#BBBBBB", 4 if right else 1)
-        title = f"{column + 1}. {style.signed(arrays['score'][row, column])}"
+        frame(axes, page.RIGHT if right else "#BBBBBB", 4 if right else 1)
+        title = f"{column + 1}. {page.signed(arrays['score'][row, column])}"
         axes.set_title(f"{title} ✓" if right else title, fontsize=10, pad=4)
-        text = style.wrap(str(arrays["candidates"][place]), 14, 3)
+        text = page.wrap(str(arrays["candidates"][place]), 14, 3)
         _write(figure, left + _SIZE / 2, top + _SIZE + 0.06, text, fontsize=8.5, ha="center")
 
 
@@ -115,23 +123,23 @@ def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Pa
     tokens = [str(token) for token in arrays["tokens"]]
     top = 100 * float(max(arrays["image"].max(), arrays["image_summary"].max()))
     longest = 100 * float(arrays["text"].max())
-    with style.drawing(style.PANEL, max(3.9, 1.5 + 0.26 * len(tokens))) as figure:
+    with page.drawing(page.PANEL, max(3.9, 1.5 + 0.26 * len(tokens))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
         heat = overlay(left, arrays["pixels"], 100 * arrays["image"][place], (0, top))
         bar = figure.colorbar(heat, ax=left, orientation="horizontal", pad=0.03, aspect=12)
         bar.set_label("weight of a patch (%)")
         left.set_anchor("N")
         left.set_title(f"[CLS] {100 * arrays['image_summary'][place]:.0f} %", fontsize=11)
-        right.barh(range(len(tokens)), 100 * arrays["text"][place], color=style.COLOURS[0])
-        right.set_yticks(range(len(tokens)), [style.short(token, 10) for token in tokens])
+        right.barh(range(len(tokens)), 100 * arrays["text"][place], color=page.COLOURS[0])
+        right.set_yticks(range(len(tokens)), [page.short(token, 10) for token in tokens])
         right.invert_yaxis()
         right.grid(visible=False, axis="y")
         right.grid(visible=True, axis="x")
         right.set(xlabel="of a token (%)", xlim=(0, 1.08 * longest))
-        sentence = style.wrap(str(arrays["relations"][place]), 40, 2)
+        sentence = page.wrap(str(arrays["relations"][place]), 40, 2)
         # Always two lines, so that pictures side by side are of one height.
         figure.suptitle(sentence + "\n " * ("\n" not in sentence), fontsize=11.5)
-        return style.save(figure, path)
+        return page.save_figure(figure, path)
 
 
 def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, float]):
@@ -139,8 +147,317 @@ def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, flo
     height, width = pixels.shape[:2]
     axes.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=255)
     image = axes.imshow(
-        heat, cmap=style.HEAT, alpha=0.65, vmin=limits[0], vmax=limits[1],
+        heat, cmap=page.HEAT, alpha=0.65, vmin=limits[0], vmax=limits[1],
         extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
     )  # fmt: skip
     frame(axes)
     return image
+
+
+_MOST_MAPS, _MOST_BARS, _MOST_COSTS = 4, 8, 6
+_PLURAL = {"success": "successes", "failure": "failures"}
+_SCORES = (
+    "TT, II, TI and IT compare A's text or picture with B's; AVG compares the averages of both, "
+    "renormalised"
+)
+
+
+def section(
+    folder: Folder, runs: Sequence[Run], models: Models, *, seed: int, relation: str
+) -> Section:
+    """Figures of runs on one relation graph; those that need a model are of the first RCML run."""
+    scored = [run for run in runs if run.result is not None]
+    figures = []
+    if scored:
+        title = "Beside the controls"
+        make = functools.partial(_controls, folder, title, scored[:_MOST_BARS])
+        figures += [folder.attempt(title, make), *_bars(folder, scored)]
+    first = next((run for run in runs if run.config.method == "rcml"), runs[0])
+    others = [run for run in runs if run is not first]
+    work = _Models(folder, first, others, models, seed)
+    figures.append(folder.attempt("The same items under one relation", lambda: work.maps(relation)))
+    figures += work.cases()
+    figures.append(folder.attempt("Where the pooling head looks", work.attention))
+    figures.append(folder.attempt("Latency and parameters", work.cost))
+    return Section(f"Relation-conditioned retrieval: {first.dataset}", tuple(figures))
+
+
+def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
+    """Runs and their controls: one picture of retrieval, one of the relation tasks."""
+    path, saved = folder.save("controls.csv", common.beside_controls(runs))
+    pictures = []
+    for number, entries in enumerate(common.BESIDE, 1):
+        names = [name for name, _, _ in entries]
+        drawn = common.draw_controls(saved, folder.picture(f"controls-{number}.svg"), names)
+        if drawn:
+            alt = f"Bars of runs and controls: {', '.join(names)}."
+            pictures.append(Picture(drawn, alt))
+    bare = [run.label for run in runs if run.label not in saved["row"]]
+    return Figure(
+        title,
+        "In percent by AVG; a control that compares one modality alone has that score behind its "
+        "number (TT: texts). In brackets what a run has above the best control of its own "
+        "evaluation. Controls, in grey, leave out a part of the question; relation only and query "
+        "only are of the run's model, the others know none. A row without a bar does not answer "
+        "the task. Controlled candidates are linked to the query or under the relation, random "
+        "ones are unrelated to the query. Ties count against the model."
+        + f" Without controls, so not shown: {', '.join(bare)}."
+        * bool(bare),
+        tuple(pictures),
+        data=(path,),
+    )
+
+
+def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
+    protocol = collections.defaultdict(str, runs[0].result["protocol"])
+    asked = [run.result["relation_type"] for run in runs if "relation_type" in run.result]
+    candidates = asked[0].get("candidates", 10) if asked else 10
+    runs = runs[:_MOST_BARS]
+
+    def figure(title, name, arrays, what, chance, caption) -> Figure:
+        path, saved = folder.save(f"{name}.csv", arrays)
+        picture = common.draw_groups(saved, folder.picture(f"{name}.svg"), what, chance)
+        alt = f"Bars: {what} by {', '.join(dict.fromkeys(map(str, arrays['group'])))}."
+        return Figure(title, caption, (Picture(picture, alt),), data=(path,))
+
+    types = (
+        f"The true relation of a test pair among {candidates}: {protocol['relation_type']}. "
+        "Ties count against the model."
+    )
+    return [
+        folder.attempt(
+            "Retrieval: Hit@5",
+            lambda: figure(
+                "Retrieval: Hit@5", "retrieval", common.by_score(runs, "retrieval", "hit@5"),
+                "Hit@5 (%)", _chance(protocol["retrieval"]),
+                f"Queries: {protocol['retrieval']}. {_SCORES}. Ties count against the model.",
+            ),
+        ),
+        folder.attempt(
+            "Relation type: Top-3",
+            lambda: figure(
+                "Relation type: Top-3", "relation-type",
+                common.by_score(runs, "relation_type", "top3"), "Top-3 (%)",
+                min(1.0, 3 / candidates), f"{types} {_SCORES}.",
+            ),
+        ),
+        folder.attempt(
+            "Relation type: Top-3 by similarity",
+            lambda: figure(
+                "Relation type: Top-3 by similarity", "relation-type-by-similarity",
+                common.by_similarity(runs, "relation_type", "top3"), "Top-3 by AVG (%)",
+                min(1.0, 3 / candidates), f"{types} Scored by AVG under each similarity.",
+            ),
+        ),
+        folder.attempt(
+            "Relation validity",
+            lambda: figure(
+                "Relation validity", "validity", common.validity(runs), "accuracy (%)", 0.5,
+                f"Does the relation hold? A {protocol['relation_validity']}.",
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def _chance(said: str) -> float:
+    """The chance of Hit@5 that the protocol's sentence ends with; 0 where it names none."""
+    try:
+        return float(said.rpartition("chance of Hit@5 ")[2])
+    except ValueError:
+        return 0.0
+
+
+class _Models:
+    """What is computed from the models: one table of embeddings for all figures of a run."""
+
+    def __init__(
+        self, folder: Folder, first: Run, others: Sequence[Run], models: Models, seed: int
+    ):
+        self.folder, self.first, self.others = folder, first, others
+        self.models, self.seed = models, seed
+
+    def maps(self, asked: str) -> Figure:
+        """t-SNE of the same items, a picture for each run."""
+        first = self.models.open(self.first)
+        relation = relational_data.chosen_relation(first, asked)
+        items = relational_data.chosen_items(first, self.seed)
+        runs, skipped = [first], []
+        for run in self.others[: _MOST_MAPS - 1]:
+            try:
+                other = self.models.open(run)
+            except LeftOutError as error:
+                skipped.append(str(error))
+                continue
+            if relational_data.same_items(first, other):
+                runs.append(other)
+            else:
+                skipped.append(f"{run.label} was tested on other items")
+        arrays = self._map(runs, items, relation)
+        path, saved = self.folder.save("map.npz", arrays)
+        pictures = []
+        for place, label in enumerate(saved["runs"]):
+            name = f"map-{slug(str(label))}.svg"
+            picture = draw_map(saved, self.folder.picture(name), place)
+            alt = f"Scatter plot of {len(items)} items of {label}, coloured by kind."
+            pictures.append(Picture(picture, alt))
+        return Figure(
+            "The same items under one relation",
+            _map_caption(saved, bool(asked)) + "".join(f" Left out: {why}." for why in skipped),
+            tuple(pictures),
+            data=(path,),
+        )
+
+    def _map(self, runs: list[Opened], items: np.ndarray, relation: int) -> dict:
+        tables = []
+        for opened in runs:
+            with on_device(opened.run.config):
+                tables.append(relational_data.table_of(opened, items))
+        return relational_data.embedding_map(runs, tables, items, relation)
+
+    def cases(self) -> list[Figure]:
+        """Case studies of the first run, the successes before the failures."""
+        title = "Case studies"
+        try:
+            opened = self.models.open(self.first)
+            self.folder.log(title)
+            with on_device(opened.run.config):
+                places = relational_data.drawn_queries(opened, self.seed)
+                items = relational_data.items_of_queries(opened, places)
+                table = relational_data.table_of(opened, items)
+                cases = relational_data.case_studies(opened, table, places)
+        except LeftOutError as error:
+            return [Figure(title, left_out=str(error))]
+        by_outcome = {"success": [], "failure": []}
+        for case in cases:
+            by_outcome[case["outcome"]].append(case)
+        return [
+            self._case_figure(f"{title}: {_PLURAL[outcome]}", outcome, found, cases[0])
+            if found
+            else Figure(
+                f"{title}: {_PLURAL[outcome]}",
+                left_out=f"none of the {len(places)} queries that were drawn is a {outcome}",
+            )
+            for outcome, found in by_outcome.items()
+        ]
+
+    def _case_figure(self, title: str, outcome: str, cases: list[dict], any_case: dict) -> Figure:
+        pictures, files = [], []
+        for number, case in enumerate(cases, 1):
+            path, saved = self.folder.save(f"case-{outcome}-{number}.npz", case)
+            picture = draw_case(saved, self.folder.picture(f"case-{outcome}-{number}.svg"))
+            best = case["candidates"][case["order"][-1][0]]
+            alt = (
+                f"Query {case['query']}, {case['relation']}; truth {case['candidates'][0]}; "
+                f"first by average: {best}."
+            )
+            pictures.append(Picture(picture, alt))
+            files.append(path)
+        top, count = relational_data.TOP, len(cases[0]["candidates"])
+        return Figure(
+            title,
+            f"{self.first.label}: queries of the test split, each with the top {top} of {count} "
+            "candidates by cosine, one line a score, the truth framed and ticked in green and its "
+            f"rank beside. Drawn by the seed {self.seed}, not chosen: of {any_case['drawn']} "
+            f"queries {any_case['successes']} have the truth among the top {top} by average (a "
+            f"success); these are the first {len(cases)} {_PLURAL[outcome]} in the order drawn. "
+            "Ties count against the truth.",
+            tuple(pictures),
+            data=tuple(files),
+        )
+
+    def attention(self) -> Figure:
+        """One picture for each of the relations."""
+        opened = self.models.open(self.first)
+        with on_device(opened.run.config):
+            arrays = relational_data.attention(opened, self.seed)
+        path, saved = self.folder.save("attention.npz", arrays)
+        pictures = []
+        for place, sentence in enumerate(saved["relations"]):
+            picture = draw_attention(
+                saved, self.folder.picture(f"attention-{place + 1}.svg"), place
+            )
+            alt = f"Attention over patches and tokens of {saved['item']} under: {sentence}"
+            pictures.append(Picture(picture, alt))
+        patches, tokens = saved["image"][0].size, len(saved["tokens"])
+        return Figure(
+            "Where the pooling head looks",
+            f"{self.first.label}: weights of the relation-guided pooling (Eq. 5) for the test item "
+            f"“{saved['item']}” under {len(saved['relations'])} of its relations; item and "
+            f"relations are drawn by the seed {self.seed}. The {patches} patches and [CLS] add up "
+            f"to 100 %, so do the {tokens} tokens; were all alike, each would have "
+            f"{100 / (patches + 1):.0f} % and {100 / tokens:.0f} %. One scale for all pictures.",
+            tuple(pictures),
+            data=(path,),
+        )
+
+    def cost(self) -> Figure:
+        """The table of latency and parameters: the runs whose models differ."""
+        opened, skipped, known = [], [], {}
+        for run in (self.first, *self.others):
+            config = run.config
+            # What makes no difference to the model, as a seed, is no second row.
+            model = repr((config.method, config.get("model"), config.loss.get("learn_temperature")))
+            if model in known:
+                skipped.append(f"{run.label} has the same model as {known[model]}")
+            elif len(opened) == _MOST_COSTS:
+                skipped.append(f"{run.label}, of more than {_MOST_COSTS} models")
+            elif opened and config.platform != opened[0].run.config.platform:
+                skipped.append(f"{run.label} has another config.platform")
+            else:
+                try:
+                    opened.append(self.models.open(run))
+                    known[model] = run.label
+                except LeftOutError as error:
+                    skipped.append(str(error))
+        if not opened:
+            raise LeftOutError(skipped[0])
+        with on_device(opened[0].run.config):
+            path, saved = self.folder.save("cost.csv", cost(opened))
+        rows = [
+            (
+                str(model),
+                str(saved["method"][i]),
+                f"{int(saved['used'][i]):,}",
+                "–" if np.isnan(saved["trained"][i]) else f"{int(saved['trained'][i]):,}",
+                f"{saved['milliseconds'][i]:.3f}",
+                f"{saved['fastest'][i]:.3f} to {saved['slowest'][i]:.3f}",
+                f"{saved['relative'][i]:.2f}",
+            )
+            for i, model in enumerate(saved["model"])
+        ]
+        header = (
+            "model", "method", "parameters that embed", "trained", "ms a sample, median",
+            "fastest to slowest", "towers alone = 1",
+        )  # fmt: skip
+        return Figure(
+            "Latency and parameters",
+            f"Measured when this page was made, on {saved['machine'][0]}: embedding one item, text "
+            f"and picture, in batches of {saved['batch'][0]:.0f}; median of "
+            f"{saved['repeats'][0]:.0f} calls after the one that compiles, the models called in "
+            "turn. RCML's time includes encoding its relation sentences, once a batch. The last "
+            "column is the median ratio to the same towers alone in the same turn: a baseline's, "
+            "or RCML's own with CLIP's pooling. Baselines on the same towers compute the same; "
+            "what they differ by is noise. Trained are the parameters that training changes: "
+            "frozen towers do not count, heads and scalars that only the loss uses do."
+            + "".join(f" Left out: {why}." for why in skipped),
+            table=Table(header, rows),
+            data=(path,),
+        )
+
+
+def _map_caption(saved: dict, asked: bool) -> str:
+    found = "; ".join(
+        f"{run}: {page.signed(under)} under it, {page.signed(over)} on average over the "
+        f"{int(saved['relations'])} relations of the test split"
+        for run, under, over in zip(
+            saved["runs"], saved["silhouette"], saved["mean_silhouette"], strict=True
+        )
+    )
+    rule = "asked for" if asked else "the one with the most test pairs"
+    return (
+        f"t-SNE (perplexity {PERPLEXITY}, cosine, a fixed seed) of {len(saved['kind'])} test items "
+        f"of the {len(saved['kinds'])} most frequent kinds under the relation "
+        f"“{saved['relation']}” ({rule}): text and picture averaged and renormalised, as the "
+        "score AVG compares them; baselines embed the items alone. Silhouette of the kinds by "
+        f"cosine in the full space, not in the plane: {found}."
+    )

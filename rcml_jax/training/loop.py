@@ -4,8 +4,10 @@ import math
 import pathlib
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from flax.errors import FlaxError
@@ -14,13 +16,62 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods.base import Method
 from rcml_jax.training import optimizer as optimizers
-from rcml_jax.training import parallel
+from rcml_jax.training import sharding
 from rcml_jax.training import workdir as workdirs
-from rcml_jax.training.accumulation import ACCUMULATIONS, check, parts_of
 from rcml_jax.training.checkpoint import Checkpoints, read_params
-from rcml_jax.training.prefetch import Prefetched
+from rcml_jax.training.gradcache import ACCUMULATIONS, check, parts_of
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import MetricsWriter, Progress, read_history
+
+# Batches on the devices, one ahead of the step, at the place of the batches that were taken.
+
+
+class Prefetched(grain.DatasetIterator):
+    """A grain iterator whose next batch may be on the devices already.
+
+    data: the iterator over host batches; put: a host batch → one on the devices.
+
+    `fetch` loads one batch ahead and starts its transfer; `next` takes it. The state is the place
+    after the last batch that was taken, as if nothing had been read ahead, so that a checkpoint may
+    be saved at any moment.
+    """
+
+    def __init__(self, data: grain.DatasetIterator, put: Callable[[Any], Any]):
+        super().__init__()
+        self._data, self._put = data, put
+        self._ahead: tuple[Any, Exception | None] | None = None
+        self._place: dict | None = None
+
+    def fetch(self) -> None:
+        """Load the next batch and start its transfer, unless that is done already.
+
+        What is wrong with it is raised by `next`: the steps before it are no concern of it.
+        """
+        if self._ahead is not None:
+            return
+        self._place = self._data.get_state()
+        try:
+            self._ahead = self._put(next(self._data)), None
+        except Exception as error:
+            self._ahead = None, error
+
+    def __next__(self) -> Any:
+        """The next batch, on the devices. Raises what reading or putting it raised."""
+        self.fetch()
+        batch, error = self._ahead
+        if error is not None:
+            raise error
+        self._ahead = self._place = None
+        return batch
+
+    def get_state(self) -> dict:
+        """The place after the last batch that was taken."""
+        return self._data.get_state() if self._ahead is None else self._place
+
+    def set_state(self, state: dict) -> None:
+        """Go to a place; what was loaded ahead is dropped."""
+        self._ahead = self._place = None
+        self._data.set_state(state)
 
 
 class Interrupt:
@@ -53,13 +104,13 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     Returns what is written to `eval.json`; None where a signal ended the run, whose next start goes
     on from there. Raises UserError for whatever a user can mend.
     """
-    devices = parallel.pick_devices(config.platform, config.devices)
+    devices = sharding.pick_devices(config.platform, config.devices)
     _check(config)
     workdir = _prepare(pathlib.Path(workdir), config)
-    with jax.default_device(parallel.first_local(devices)):
+    with jax.default_device(sharding.first_local(devices)):
         method = _build(config, workdir)
         with Interrupt() as interrupt:
-            place = parallel.build(config.parallel, devices, method.in_place)
+            place = sharding.build(config.parallel, devices, method.in_place)
             run = Run(config, workdir, method, place)
             finished = run.train(interrupt)
         if not finished:
@@ -85,7 +136,7 @@ def evaluate(
     there is no checkpoint, or one of another model.
     """
     workdir = pathlib.Path(workdir)
-    device = parallel.first_local(parallel.pick_devices(config.platform))
+    device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
         with jax.default_device(device):
             method = method or build_method(config, workdir)
@@ -98,7 +149,7 @@ def evaluate(
             "restore that file, or train anew in another --workdir"
         ) from error
     predictions = result.pop("predictions", None)
-    if parallel.is_primary():
+    if sharding.is_primary():
         suffix = "" if split == "test" else f"_{split}"
         workdirs.write_json(workdir / f"eval{suffix}.json", result)
         if predictions is not None:
@@ -108,18 +159,18 @@ def evaluate(
 
 def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:
     """The primary process makes the work directory; then all check it."""
-    if parallel.is_primary():
+    if sharding.is_primary():
         workdirs.prepare(workdir, config)
-    parallel.wait_for_all("work directory")
+    sharding.wait_for_all("work directory")
     return workdirs.prepare(workdir, config)
 
 
 def _build(config: Any, workdir: pathlib.Path) -> Method:
     """The primary process makes what all share on the disk, as a tokenizer; then the others."""
-    if parallel.is_primary():
+    if sharding.is_primary():
         method = build_method(config, workdir)
-    parallel.wait_for_all("data")
-    return method if parallel.is_primary() else build_method(config, workdir)
+    sharding.wait_for_all("data")
+    return method if sharding.is_primary() else build_method(config, workdir)
 
 
 def _check(config: Any) -> None:
@@ -231,7 +282,7 @@ class Run:
 
     def _steps(self, step: int, interrupt: Interrupt) -> bool:
         """Whether a signal came; then everything up to it is saved."""
-        config, asked = self.config, parallel.any_process(interrupt.asked)
+        config, asked = self.config, sharding.any_process(interrupt.asked)
         while not self._over(step) and not asked:
             self.state, metrics = self.step_at(step)(self.state, next(self.data))
             step += 1
@@ -261,7 +312,7 @@ class Run:
         """
         if jax.process_count() == 1:
             return interrupt.asked
-        return step % self.config.log_every == 0 and parallel.any_process(interrupt.asked)
+        return step % self.config.log_every == 0 and sharding.any_process(interrupt.asked)
 
     def step_at(self, step: int) -> Any:
         """The compiled step of the phase that a step is in."""

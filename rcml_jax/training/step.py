@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rcml_jax.methods.base import Method
-from rcml_jax.training.accumulation import ACCUMULATIONS, whole
+from rcml_jax.training.gradcache import ACCUMULATIONS, whole
 
 
 class TrainState(NamedTuple):

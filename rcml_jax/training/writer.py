@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from rcml_jax.errors import UserError
-from rcml_jax.training.parallel import is_primary
+from rcml_jax.training.sharding import is_primary
 
 
 def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:

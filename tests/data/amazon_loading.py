@@ -2,7 +2,7 @@
 
 import json
 
-from rcml_jax.data import amazon
+from rcml_jax.data.sources import amazon
 from tests.data.planted_amazon import DOMAIN
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcml_jax.data import openmoji
-from rcml_jax.data.graph import RelationGraph, normalize_pairs, pairs_within
 from rcml_jax.data.images import EncodedImages
+from rcml_jax.data.relation_graph import RelationGraph, normalize_pairs, pairs_within
+from rcml_jax.data.sources import openmoji
 from tests.data import planted_amazon
 
 

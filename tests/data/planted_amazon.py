@@ -2,7 +2,8 @@
 
     python -m tests.data.planted_amazon DIRECTORY
 
-writes it, pictures included, for `rcml_jax.data.amazon.load(cache, "Planted", path=DIRECTORY)`.
+writes it, pictures included, for `amazon.load(cache, "Planted", path=DIRECTORY)` of
+`rcml_jax.data.sources`.
 Nothing in it is real: no user, product, brand or picture exists. It is for tests, and for seeing
 whether a method uses relations at all; figures measured on it say nothing about real catalogues.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rcml_jax.data.degrade import drop_words, hide_patches
+from rcml_jax.data.images import drop_words, hide_patches
 
 GREY = 128
 

@@ -226,7 +226,7 @@ def test_a_part_does_not_outlive_its_state(server, path, monkeypatch):
 
 
 def test_a_killed_download_goes_on(server, path):
-    code = "import sys; from rcml_jax.data.fetch import download; download(*sys.argv[1:])"
+    code = "import sys; from rcml_jax.data.download import download; download(*sys.argv[1:])"
     command = [sys.executable, "-c", code, server.url("file-held"), str(path)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 20

@@ -14,9 +14,8 @@ import time
 import pytest
 from PIL import Image
 
-from rcml_jax.data import fetch
-from rcml_jax.data.download import alone
-from rcml_jax.data.fetch import JOURNAL, OUTCOMES, fetch_images, image_path
+from rcml_jax.data import download
+from rcml_jax.data.download import JOURNAL, OUTCOMES, alone, fetch_images, image_path
 from rcml_jax.errors import UserError
 from tests.data import misbehaving_server
 from tests.data.misbehaving_server import picture
@@ -95,7 +94,7 @@ def test_every_misbehaviour_is_counted_and_only_what_may_change_is_asked_again(s
 
 
 def test_a_picture_that_only_trickles_in_is_given_up(server, directory, monkeypatch):
-    monkeypatch.setattr(fetch, "_SLOWEST", 2)
+    monkeypatch.setattr(download, "_SLOWEST", 2)
     start = time.monotonic()
     report = run([server.url("trickle/a")], directory, timeout=0.2, retries=0)
     assert report.counts == counts(failed=1)
@@ -212,7 +211,7 @@ def known(directory, urls):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_cut_off_goes_on(server, directory, number):
     urls = some(server, "not-found", 3) + some(server, "held", 24)
-    code = "from rcml_jax.data.fetch import fetch_images; import sys; "
+    code = "from rcml_jax.data.download import fetch_images; import sys; "
     code += "fetch_images(sys.argv[2:], sys.argv[1])"
     command = [sys.executable, "-c", code, str(directory), *urls]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.data.packing import pack, pack_order
-from rcml_jax.data.text import LENGTHS
+from rcml_jax.data.tokenizer import LENGTHS
 
 
 def padded(rng, lengths):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rcml_jax.data.stored_rows import stored_rows
+from rcml_jax.data.stages import stored_rows
 from rcml_jax.errors import UserError
 
 

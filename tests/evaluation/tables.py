@@ -3,7 +3,7 @@
 import numpy as np
 
 from rcml_jax.evaluation.scores import EmbeddingTable
-from rcml_jax.similarity import SIMILARITIES
+from rcml_jax.ops.similarity import SIMILARITIES
 
 NAMES = (*SIMILARITIES, "product")
 ITEMS = np.array([3, 4, 7, 10, 11, 15, 20, 21, 30, 42])

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rcml_jax.data import protocol
-from rcml_jax.data.graph import normalize_pairs, split_graph
+from rcml_jax.data import queries
+from rcml_jax.data.relation_graph import normalize_pairs, split_graph
 from rcml_jax.evaluation import controls
-from rcml_jax.evaluation.relations import type_measures
-from rcml_jax.evaluation.retrieval import retrieval, retrieval_measures
+from rcml_jax.evaluation.relation_probes import type_measures
+from rcml_jax.evaluation.relation_retrieval import retrieval, retrieval_measures
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from tests import reference
 from tests.data.conftest import make_graph
@@ -155,8 +155,8 @@ def planted(which):
 def test_the_controls_tell_what_an_answer_needs(which):
     graph, known = planted(which)
     splits = split_graph(graph, seed=0, fractions=(0.5, 0, 0.5))
-    controlled = protocol.controlled_queries(graph, splits, "test", limit=600, seed=0)
-    drawn = protocol.retrieval_queries(graph, splits, "test", limit=600, seed=0)
+    controlled = queries.controlled_queries(graph, splits, "test", limit=600, seed=0)
+    drawn = queries.retrieval_queries(graph, splits, "test", limit=600, seed=0)
     everything = np.arange(240)
     train = splits.pairs("train")
     rows, relation = train[:, :2].ravel(), np.repeat(train[:, 2], 2)

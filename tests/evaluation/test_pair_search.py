@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.alignment import retrieval
-from rcml_jax.evaluation.pair_search import pair_retrieval
+from rcml_jax.evaluation.cross_modal import pair_retrieval, retrieval
 
 
 def data(seed=0, images=13, texts=29, width=3):

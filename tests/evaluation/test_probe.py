@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from rcml_jax.evaluation.probe import fit_classifier, minimise
+from rcml_jax.evaluation.relation_probes import fit_classifier, minimise
 
 
 def problem(seed=0, examples=120, features=6):

@@ -4,10 +4,10 @@ import pytest
 from scipy.spatial.distance import cdist
 from sklearn.metrics.pairwise import additive_chi2_kernel, pairwise_distances
 
-from rcml_jax import similarity as similarities
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import blocks, streaming
-from rcml_jax.evaluation.streaming import search, search_both
+from rcml_jax.evaluation import blocks, cross_modal
+from rcml_jax.evaluation.cross_modal import search, search_both
+from rcml_jax.ops import similarity as similarities
 from tests import reference, reference_alignment
 
 NAMES = sorted(similarities.SIMILARITIES)
@@ -76,7 +76,7 @@ def test_memory_changes_nothing(name):
     x, y = (rng.normal(size=(rows, 64)).astype(np.float32) for rows in (430, 530))
     y[300:] = y[:230]
     images = image_of_text(430, 530)
-    shapes = {streaming.block_shape(430, 530, 64, memory) for memory in (2**19, 2**21, 2**30)}
+    shapes = {cross_modal.block_shape(430, 530, 64, memory) for memory in (2**19, 2**21, 2**30)}
     assert len(shapes) == 3
     first, *others = (
         search_both(x, y, images, similarity=name, memory=memory)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.losses.relation import relation_identification
+from rcml_jax.losses.rcml import relation_identification
 from tests import reference
 from tests.losses.relation_batch import make_batch
 

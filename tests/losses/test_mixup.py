@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcml_jax.losses.contrastive import clip
 from rcml_jax.losses.mixup import m3co, multi_soft_clip
-from rcml_jax.mixup import coefficients, mix, partners, symmetric_beta
-from rcml_jax.training.parallel import across_devices
+from rcml_jax.ops.mixup import coefficients, mix, partners, symmetric_beta
+from rcml_jax.training.sharding import across_devices
 from tests import reference
 
 N, D = 5, 4

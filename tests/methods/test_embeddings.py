@@ -9,17 +9,18 @@ import re
 import numpy as np
 import pytest
 
-from rcml_jax import commands, sweep_table
-from rcml_jax.data.folder import load as load_folder
-from rcml_jax.data.items import read_items
+from rcml_jax.cli import commands
+from rcml_jax.data.sources.folder import load as load_folder
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import display
 from rcml_jax.methods import build, embeddings
 from rcml_jax.methods.embeddings import embeddings_config
-from rcml_jax.methods.relational import SENTENCE_WEIGHTS as WEIGHTS
+from rcml_jax.methods.tower_tables import SENTENCE_WEIGHTS as WEIGHTS
 from rcml_jax.report import __main__ as report
+from rcml_jax.search.items import read_items
 from rcml_jax.training import loop
+from tests.cli.test_commands import fails, run
 from tests.report.runs import relational_result, small_config, write_run
-from tests.test_commands import fails, run
 from tests.toy import CONFIG, ITEMS, KINDS, PLACES, ROOT, cache_of, tiny_config
 
 RELATIONS = KINDS + PLACES
@@ -258,10 +259,10 @@ def test_the_table_of_a_sweep_takes_the_result(catalogue, graph, tmp_path, seed)
     assert result["protocol"]["split_seed"] == seed
     (tmp_path / "theirs" / "seed0").mkdir(parents=True)
     (tmp_path / "theirs" / "seed0" / "eval.json").write_text(json.dumps(result))
-    table = sweep_table.collect(tmp_path, {"theirs": "theirs"}, [0])
+    table = display.collect(tmp_path, {"theirs": "theirs"}, [0])
     assert table["rows"][0]["Hit@5 TT"]["mean"] == result["retrieval"]["hit@5"]["tt"]
     assert "Top-3" not in table["rows"][0]
-    assert "| theirs | 1 |" in sweep_table.markdown(table)
+    assert "| theirs | 1 |" in display.markdown(table)
 
 
 def test_a_report_takes_the_result_beside_a_trained_runs(catalogue, graph, tmp_path, capsys):

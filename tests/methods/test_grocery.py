@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.commands import load_config_file
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.methods.task import RelationTask, load_graph
@@ -84,7 +84,7 @@ def test_photographs_of_a_product_are_not_each_others_negatives(copy, tmp_path):
 
 
 def test_what_the_sources_are_loaded_with(copy, tmp_path, monkeypatch):
-    from rcml_jax.data import amazon
+    from rcml_jax.data.sources import amazon
 
     given = []
     monkeypatch.setattr(amazon, "load", lambda *args, **options: given.append((args, options)))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.commands import load_config_file
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.methods.task import RelationTask, load_graph
@@ -65,7 +65,7 @@ def test_no_candidate_and_no_wrong_relation_is_true_by_an_attribute(copy, tmp_pa
 
 
 def test_what_the_source_is_loaded_with(copy, tmp_path, monkeypatch):
-    from rcml_jax.data import hm
+    from rcml_jax.data.sources import hm
 
     given = []
     monkeypatch.setattr(hm, "load", lambda *args, **options: given.append((args, options)))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax import commands
+from rcml_jax.cli import commands
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.training import loop

@@ -7,8 +7,8 @@ import pytest
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.training import loop, parallel
-from rcml_jax.training.accumulation import parts_of
+from rcml_jax.training import loop, sharding
+from rcml_jax.training.gradcache import parts_of
 from rcml_jax.training.optimizer import build as build_optimizer
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
@@ -64,7 +64,7 @@ def test_several_seeds_of_news(news, tmp_path):
 
 def one_step(method, config, batch, devices, name):
     """Loss, gradient norm and parameters after a step under a parallel mode."""
-    mode = parallel.build(name, devices)
+    mode = sharding.build(name, devices)
     params = method.init(jax.random.key(0), batch)
     transform, _ = build_optimizer(
         config.optimizer, 10, method.frozen(params), method.decayed(params)
@@ -124,7 +124,7 @@ def test_the_plateau_is_observed_once_a_validation(news, tmp_path):
 
 
 def test_pretrained_encoders_are_taken(news, tmp_path):
-    from rcml_jax.data.text import train_tokenizer
+    from rcml_jax.data.tokenizer import train_tokenizer
     from rcml_jax.models.bert import small_bert_config
     from rcml_jax.models.vit import small_vit_config
 

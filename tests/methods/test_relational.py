@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax.serialization import msgpack_restore
 
-from rcml_jax.data.folder import load as load_folder
-from rcml_jax.data.text import train_tokenizer
+from rcml_jax.data.sources.folder import load as load_folder
+from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import controls
 from rcml_jax.methods import build
-from rcml_jax.methods.relational import SENTENCE_WEIGHTS
+from rcml_jax.methods.tower_tables import SENTENCE_WEIGHTS
 from rcml_jax.models.clip import small_clip_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, normalizers, pre_tokenizers
 
-from rcml_jax.commands import load_config_file
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.cli.commands import load_config_file
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.methods.relational_towers import (

@@ -21,7 +21,7 @@ from transformers import (
     ViTConfig,
 )
 
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import Bert, max_text_length, small_bert_config

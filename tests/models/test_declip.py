@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcml_jax.models.declip import SimSiamHeads, TokenHead, WholeBatchNorm
+from rcml_jax.methods.declip import SimSiamHeads, TokenHead, WholeBatchNorm
 from tests import reference
 
 WHERE = np.array([1, 1, 0, 1, 1, 0, 1], bool)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.models.dropout import Dropout
-from rcml_jax.training.row_keys import rows_of
+from rcml_jax.models.m3col import Dropout
+from rcml_jax.training.gradcache import rows_of
 
 
 def apply(rate, x, key, deterministic=False):

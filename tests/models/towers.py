@@ -4,7 +4,7 @@ import json
 
 from transformers import ResNetConfig
 
-from rcml_jax.data.text import train_tokenizer
+from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.models.bert import small_bert_config
 from rcml_jax.models.clip import small_clip_config
 from rcml_jax.models.vit import small_vit_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 
-from rcml_jax.losses.relation import relation_contrastive
+from rcml_jax.losses.rcml import relation_contrastive
 from rcml_jax.models.rcml import RCML
 
 torch = pytest.importorskip("torch")

@@ -3,8 +3,7 @@
 import pytest
 
 from rcml_jax.report.__main__ import main
-from rcml_jax.report.models import Models
-from rcml_jax.report.sources import read_sources
+from rcml_jax.report.runs import Models, read_sources
 from tests.report.runs import (
     classification_lines,
     classification_result,
@@ -94,7 +93,7 @@ def whole_report(without_models, rcml_dir, clip_dir, tmp_path_factory):
     found = without_models | {"rcml": rcml_dir, "clip": clip_dir}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rcml_jax.report.relational_data.KINDS", 12)  # more items than t-SNE needs
-        patch.setattr("rcml_jax.report.cost.REPEATS", 2)
+        patch.setattr("rcml_jax.report.relational_data.REPEATS", 2)
         return write_report(out, found.values())
 
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from rcml_jax.evaluation.histograms import BINS, POINTS, cosine_histograms, plane
+from rcml_jax.evaluation.modality_gap import BINS, POINTS, cosine_histograms, plane
 
 SOURCES = ("ours", "theirs", "others", "more")
 

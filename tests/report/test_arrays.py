@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.report.arrays import load, save, slug
+from rcml_jax.report.page import load, save, slug
 
 
 def test_a_table_keeps_numbers_and_texts(tmp_path):

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.report import classification_data, projection
-from rcml_jax.report.arrays import LeftOutError
-from rcml_jax.report.models import Models
-from rcml_jax.report.sources import read_sources
+from rcml_jax.report import classification, relational_data
+from rcml_jax.report.page import LeftOutError
+from rcml_jax.report.runs import Models, read_sources
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import news_config, omics_config, write_tables
 from tests.report.runs import (
@@ -45,7 +44,7 @@ def test_accuracy_by_epoch_has_the_models_of_each_split(tmp_path):
     config = small_config("m3col", steps=0) | {"epochs": 4}
     path = write_run(tmp_path / "run", config, classification_result(), lines)
     (run,) = read_sources([path]).runs
-    found = {n: np.array(x) for n, x in classification_data.accuracy_by_epoch([run]).items()}
+    found = {n: np.array(x) for n, x in classification.accuracy_by_epoch([run]).items()}
     test = found["split"] == "test"
     np.testing.assert_array_equal(found["step"][test], [2, 4, 6, 8])
     np.testing.assert_allclose(found["epoch"][test], [1, 2, 3, 4])  # 8 steps are 4 epochs
@@ -59,13 +58,13 @@ def test_accuracy_by_epoch_has_the_models_of_each_split(tmp_path):
 def test_without_epochs_the_axis_is_the_step(tmp_path):
     path = write_run(tmp_path / "r", small_config("m3col"), None, classification_lines())
     (run,) = read_sources([path]).runs
-    assert np.isnan(classification_data.accuracy_by_epoch([run])["epoch"]).all()
+    assert np.isnan(classification.accuracy_by_epoch([run])["epoch"]).all()
 
 
 def test_no_looks_no_figure(tmp_path):
     path = write_run(tmp_path / "r", small_config("m3col"), classification_result())
     with pytest.raises(LeftOutError, match=r"no metrics\.jsonl"):
-        classification_data.accuracy_by_epoch(read_sources([path]).runs)
+        classification.accuracy_by_epoch(read_sources([path]).runs)
 
 
 def first_columns(vectors):
@@ -73,8 +72,8 @@ def first_columns(vectors):
 
 
 def test_planes_of_modalities_and_fused(tables, monkeypatch):
-    monkeypatch.setattr(classification_data, "umap", first_columns)
-    arrays = classification_data.embedding_map(tables, seed=0)
+    monkeypatch.setattr(classification, "umap", first_columns)
+    arrays = classification.embedding_map(tables, seed=0)
     assert arrays["parts"] == ["mrna", "methylation", "mirna", "fused"]
     assert arrays["points"].shape == (4, 20, 2)
     data = tables.method.task.data
@@ -93,34 +92,34 @@ def test_one_class_is_nothing_to_part(tables, monkeypatch):
     data = tables.method.task.data
     monkeypatch.setitem(data.__dict__, "labels", np.zeros_like(data.labels))
     with pytest.raises(LeftOutError, match="one class only"):
-        classification_data.embedding_map(tables, seed=0)
+        classification.embedding_map(tables, seed=0)
 
 
 def test_few_samples_have_no_umap(news):
     with pytest.raises(LeftOutError, match="needs more than 15 samples"):
-        classification_data.embedding_map(news, seed=0)
+        classification.embedding_map(news, seed=0)
 
 
 def test_umap_is_left_out_where_it_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(LeftOutError, match=r"umap-learn cannot be imported .*plots"):
-        projection.umap(np.eye(40))
+        relational_data.umap(np.eye(40))
 
 
 @pytest.mark.slow  # compiles for half a minute
 def test_umap_keeps_far_things_apart():
     pytest.importorskip("umap")
     far = np.eye(3)[np.arange(60) % 3] + np.random.default_rng(0).normal(0, 0.05, (60, 3))
-    points = projection.umap(far)
+    points = relational_data.umap(far)
     assert points.shape == (60, 2)
-    assert projection.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
+    assert relational_data.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
 
 
 def test_heat_maps_are_cosines_of_words_and_patches(news):
-    rows = classification_data.drawn_samples(news, seed=0)
+    rows = classification.drawn_samples(news, seed=0)
     data, task = news.method.task.data, news.method.task
     assert len(set(data.labels[rows])) == len(rows) == 3
-    found = classification_data.heat_maps(news, rows)
+    found = classification.heat_maps(news, rows)
     assert [x["class"] for x in found] == [data.label_names[label] for label in data.labels[rows]]
     for x in found:
         assert x["words"] == [x["class"]]
@@ -142,7 +141,7 @@ def test_heat_maps_are_cosines_of_words_and_patches(news):
 
 def test_tables_have_no_words_over_pictures(tables):
     with pytest.raises(LeftOutError, match="has not a picture and a text"):
-        classification_data.drawn_samples(tables, seed=0)
+        classification.drawn_samples(tables, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +154,11 @@ def test_tables_have_no_words_over_pictures(tables):
     ],
 )
 def test_words_of_class_names(label, words):
-    assert classification_data.class_words(label) == words
+    assert classification.class_words(label) == words
 
 
 def test_confidence_is_that_of_every_reported_model(tables):
-    found = classification_data.noise_confidence(tables)
+    found = classification.noise_confidence(tables)
     data = tables.method.task.data
     assert found.shape == (2 * len(data.rows("test")),)
     assert (found >= 1 / data.classes - 1e-6).all()

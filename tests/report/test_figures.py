@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rcml_jax.report import bars, classification, curves, relational, style
-from rcml_jax.report.arrays import LeftOutError, load, save
-from rcml_jax.report.sources import read_sources
+from rcml_jax.report import classification, common, page, relational
+from rcml_jax.report.page import LeftOutError, load, save
+from rcml_jax.report.runs import read_sources
 from tests.report.runs import (
     classification_lines,
     classification_result,
@@ -136,10 +136,10 @@ def test_bars_by_score(tmp_path):
     runs = read_runs(
         tmp_path, {"rcml": relational_result(base=0.5), "clip": relational_result("clip", 0.25)}
     )
-    arrays = saved(tmp_path, bars.by_score(runs, "retrieval", "hit@5"), "b.csv")
+    arrays = saved(tmp_path, common.by_score(runs, "retrieval", "hit@5"), "b.csv")
     np.testing.assert_allclose(arrays["value"][:5], [0.5, 0.52, 0.54, 0.56, 0.58])
     shown = check(
-        bars.draw_groups(arrays, tmp_path / "a.svg", "Hit@5 (%)", 0.238),
+        common.draw_groups(arrays, tmp_path / "a.svg", "Hit@5 (%)", 0.238),
         "Hit@5 (%)", "TT", "AVG", "rcml", "clip", "chance", "25",
     )  # fmt: skip
     assert shown.count("58") == 1
@@ -147,22 +147,22 @@ def test_bars_by_score(tmp_path):
 
 def test_bars_by_similarity_need_a_sweep(tmp_path):
     runs = read_runs(tmp_path, {"one": relational_result(similarities=("cosine", "chi_square"))})
-    arrays = saved(tmp_path, bars.by_similarity(runs, "relation_type", "top3"), "b.csv")
+    arrays = saved(tmp_path, common.by_similarity(runs, "relation_type", "top3"), "b.csv")
     assert arrays["group"].tolist() == ["cosine", "chi-square"]
     np.testing.assert_allclose(arrays["value"], 0.58)
     with pytest.raises(LeftOutError, match=r"config\.evaluation\.similarity=all"):
-        bars.by_similarity(
+        common.by_similarity(
             read_runs(tmp_path, {"other": relational_result()}), "relation_type", "top3"
         )
 
 
 def test_bars_of_validity_and_what_an_evaluation_lacks(tmp_path):
     (run,) = read_runs(tmp_path, {"one": relational_result(base=0.75)})
-    arrays = saved(tmp_path, bars.validity([run]), "b.csv")
-    check(bars.draw_groups(arrays, tmp_path / "a.svg", "accuracy (%)", 0.5), "linear probe", "75")
+    arrays = saved(tmp_path, common.validity([run]), "b.csv")
+    check(common.draw_groups(arrays, tmp_path / "a.svg", "accuracy (%)", 0.5), "linear probe", "75")
     del run.result["relation_validity"]["accuracy"]
     with pytest.raises(LeftOutError, match="lacks relation_validity/accuracy; evaluate again"):
-        bars.validity([run])
+        common.validity([run])
 
 
 def test_runs_stand_beside_their_controls(tmp_path):
@@ -174,7 +174,7 @@ def test_runs_stand_beside_their_controls(tmp_path):
             "bare": relational_result(),
         },
     )
-    arrays = saved(tmp_path, bars.beside_controls(runs), "c.csv")
+    arrays = saved(tmp_path, common.beside_controls(runs), "c.csv")
     columns = [arrays[name].tolist() for name in ("row", "measure", "kind", "score", "value")]
     found = {(row, measure): rest for row, measure, *rest in zip(*columns, strict=True)}
     controlled, random = "Hit@5, controlled", "Hit@5, random"
@@ -195,7 +195,7 @@ def test_runs_stand_beside_their_controls(tmp_path):
     assert gain["clip", "relation validity"] == pytest.approx(0.25 - 0.51)
     assert all(np.isnan(gain[key]) == (rest[0] == "control") for key, rest in found.items())
 
-    draw = lambda names: bars.draw_controls(arrays, tmp_path / "a.svg", names)  # noqa: E731
+    draw = lambda names: common.draw_controls(arrays, tmp_path / "a.svg", names)  # noqa: E731
     shown = check(
         draw([controlled, random]),
         controlled, random, "58.0 (+18.0)", "33.0 (−7.0)", "40.0 TT", "relation only, clip",
@@ -209,7 +209,7 @@ def test_runs_stand_beside_their_controls(tmp_path):
 def test_an_evaluation_without_controls_has_none_to_show(tmp_path):
     runs = read_runs(tmp_path, {"old": relational_result()})
     with pytest.raises(LeftOutError, match=r"eval\.json has no controls; evaluate again: python"):
-        bars.beside_controls(runs)
+        common.beside_controls(runs)
 
 
 def sweep_of(tmp_path, variants, result=relational_result, method="rcml"):
@@ -224,14 +224,14 @@ def test_variants_have_means_and_deviations(tmp_path):
     sweep = sweep_of(
         tmp_path, {"full": ({}, [0.2, 0.4]), "none": ({"loss__contrastive": "x"}, [0.5])}
     )
-    assert bars.varied_option(sweep) is None
-    arrays = saved(tmp_path, bars.sweep_measures(sweep), "b.csv")
+    assert common.varied_option(sweep) is None
+    arrays = saved(tmp_path, common.sweep_measures(sweep), "b.csv")
     here = arrays["measure"] == "validity"
     np.testing.assert_allclose(arrays["mean"][here], [0.3, 0.5])
     np.testing.assert_allclose(arrays["std"][here], [np.std([0.2, 0.4], ddof=1), 0])
     np.testing.assert_array_equal(arrays["seeds"][here], [2, 1])
     check(
-        bars.draw_variants(arrays, tmp_path / "a.svg"),
+        common.draw_variants(arrays, tmp_path / "a.svg"),
         "full", "none", "Hit@5 AVG", "Top-3 AVG", "validity", "30.0", "percent",
     )  # fmt: skip
 
@@ -239,15 +239,15 @@ def test_variants_have_means_and_deviations(tmp_path):
 def test_a_number_that_was_varied_is_an_axis(tmp_path):
     variants = {f"beta={b}": ({"model__beta": b}, [b / 2, b / 4]) for b in (0.0, 1.0, 0.5)}
     sweep = sweep_of(tmp_path, variants)
-    option, values = bars.varied_option(sweep)
+    option, values = common.varied_option(sweep)
     assert option == "model.beta"
     assert values == {f"beta={b}": b for b in (0.0, 1.0, 0.5)}
-    arrays = saved(tmp_path, bars.against_option(sweep, values), "b.csv")
+    arrays = saved(tmp_path, common.against_option(sweep, values), "b.csv")
     here = arrays["measure"] == "validity"
     np.testing.assert_allclose(arrays["option"][here], [0, 0.5, 1])
     np.testing.assert_allclose(arrays["mean"][here], [0, 3 / 16, 3 / 8])
-    assert curves.labels(arrays, "panel") == ["Hit@5", "other"]
-    path = bars.draw_against(arrays, tmp_path / "a.svg", "β", "Hit@5")
+    assert common.labels(arrays, "panel") == ["Hit@5", "other"]
+    path = common.draw_against(arrays, tmp_path / "a.svg", "β", "Hit@5")
     check(path, "β", "percent", "Hit@5 AVG", "Hit@5 TT")
 
 
@@ -257,13 +257,13 @@ def test_training_curves(tmp_path):
     # A kill may cut the last line.
     with (runs[0].path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "kind": "tra')
-    arrays = saved(tmp_path, curves.curves(runs), "c.csv")
+    arrays = saved(tmp_path, common.curves(runs), "c.csv")
     here = (arrays["run"] == "one") & (arrays["name"] == "loss")
     np.testing.assert_array_equal(arrays["step"][here], [2, 4, 6])
     np.testing.assert_array_equal(arrays["value"][here], [10, 8, 6])
     terms = {n for n in arrays["name"] if n.startswith("term/")}
     assert terms == {"term/tt", "term/identification"}
-    draw = lambda name: curves.draw_runs(arrays, tmp_path / "a.svg", name, "relational")  # noqa: E731
+    draw = lambda name: common.draw_runs(arrays, tmp_path / "a.svg", name, "relational")  # noqa: E731
     check(draw("loss"), "training loss", "step", "one", "two")
     check(draw("validation"), "validation Hit@5 AVG (%)")
     check(draw("learning_rate"), "learning rate")
@@ -272,14 +272,14 @@ def test_training_curves(tmp_path):
 
 def test_curves_of_nothing_are_left_out(tmp_path):
     with pytest.raises(LeftOutError, match=r"metrics\.jsonl is missing or empty in one"):
-        curves.curves(read_runs(tmp_path, {"one": None}))
+        common.curves(read_runs(tmp_path, {"one": None}))
 
 
 def test_classifier_terms_are_called_by_their_modality(tmp_path):
     (run,) = read_runs(tmp_path, {"m": classification_result()}, classification_lines())
-    arrays = saved(tmp_path, curves.curves([run]), "c.csv")
+    arrays = saved(tmp_path, common.curves([run]), "c.csv")
     assert set(arrays["name"]) == {"loss", "learning_rate", "validation", "term/mrna"}
-    assert curves.what("term/mrna", "classification") == "term: mrna classifier"
+    assert common.what("term/mrna", "classification") == "term: mrna classifier"
 
 
 def test_classes_in_planes_of_each_part(tmp_path):
@@ -336,7 +336,7 @@ def luminance(colour):
 
 
 def test_series_differ_in_more_than_their_colour():
-    looks = [style.series(i) for i in range(8)]
+    looks = [page.series(i) for i in range(8)]
     assert len({(look["marker"], look["linestyle"]) for look in looks}) == 8
     assert len({look["color"] for look in looks}) == 8
     # Nothing as pale as yellow on white.
@@ -344,16 +344,16 @@ def test_series_differ_in_more_than_their_colour():
 
 
 def test_texts_are_cut_to_what_fits():
-    assert style.short("a  b\nc", 10) == "a b c"
-    assert style.short("abcdefgh", 5) == "abcd…"
-    assert style.wrap("one two three four", 8, 2).split("\n") == ["one two", "three …"]
-    assert style.signed(-0.031) == "−0.03"
+    assert page.short("a  b\nc", 10) == "a b c"
+    assert page.short("abcdefgh", 5) == "abcd…"
+    assert page.wrap("one two three four", 8, 2).split("\n") == ["one two", "three …"]
+    assert page.signed(-0.031) == "−0.03"
 
 
 def test_what_is_measured_keeps_its_values_over_seeds():
-    assert bars.values_at({"a": {"b": measure(0.1, 0.2)}}, "a/b") == [0.1, 0.2]
-    assert bars.values_at({"a": {"b": 0.5}}, "a/b") == [0.5]
-    assert bars.values_at({"a": {}}, "a/b") == []
+    assert common.values_at({"a": {"b": measure(0.1, 0.2)}}, "a/b") == [0.1, 0.2]
+    assert common.values_at({"a": {"b": 0.5}}, "a/b") == [0.5]
+    assert common.values_at({"a": {}}, "a/b") == []
 
 
 def test_saved_arrays_are_read_by_name(tmp_path):

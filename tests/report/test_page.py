@@ -6,9 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from rcml_jax.report.arrays import load
-from rcml_jax.report.folder import Figure, Folder, Picture, Section, Table
-from rcml_jax.report.page import is_ours, write_page
+from rcml_jax.report.page import Figure, Folder, Picture, Section, Table, is_ours, load, write_page
 
 
 class Links(html.parser.HTMLParser):

@@ -6,13 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.report import relational_data, relational_section
-from rcml_jax.report.arrays import LeftOutError, load
-from rcml_jax.report.cost import BATCH, _rows, cost, measure, parameters
-from rcml_jax.report.folder import Folder
-from rcml_jax.report.models import Models
-from rcml_jax.report.projection import silhouette, tsne, umap
-from rcml_jax.report.sources import Run
+from rcml_jax.report import relational, relational_data
+from rcml_jax.report.page import Folder, LeftOutError, load
+from rcml_jax.report.relational_data import (
+    BATCH,
+    _rows,
+    cost,
+    measure,
+    parameters,
+    silhouette,
+    tsne,
+    umap,
+)
+from rcml_jax.report.runs import Models, Run
 
 
 def with_graph(opened, **changes):
@@ -178,8 +184,8 @@ def test_a_baseline_has_no_pooling_head(opened_clip):
 @pytest.fixture
 def twice(monkeypatch):
     """Calls that are measured twice; RCML under one relation alone."""
-    monkeypatch.setattr("rcml_jax.report.cost.REPEATS", 2)
-    monkeypatch.setattr("rcml_jax.report.cost.RELATIONS", 1)
+    monkeypatch.setattr("rcml_jax.report.relational_data.REPEATS", 2)
+    monkeypatch.setattr("rcml_jax.report.relational_data.RELATIONS", 1)
 
 
 def ordered(found):
@@ -232,7 +238,7 @@ def test_one_table_of_cost_for_the_runs_whose_models_differ(opened, opened_clip,
     configs[0].seed, configs[1].model.beta = 7, 0.25
     runs = [opened.run, opened_clip.run, Run("other seed", opened.run.path, configs[0], None)]
     runs.append(Run("lost", tmp_path, configs[1], None))
-    work = relational_section._Models(Folder(tmp_path), runs[0], runs[1:], Models(), 0)
+    work = relational._Models(Folder(tmp_path), runs[0], runs[1:], Models(), 0)
     figure = work.cost()
     assert [row[0] for row in figure.table.rows] == ["rcml, 1 relation", "clip"]
     assert figure.table.rows[1][-1] == "1.00"
@@ -240,7 +246,7 @@ def test_one_table_of_cost_for_the_runs_whose_models_differ(opened, opened_clip,
     assert "Left out: other seed has the same model as rcml." in figure.caption
     assert "Left out: the model of lost cannot be opened" in figure.caption
     with pytest.raises(LeftOutError, match="the model of lost cannot be opened"):
-        relational_section._Models(Folder(tmp_path), runs[3], [], Models(), 0).cost()
+        relational._Models(Folder(tmp_path), runs[3], [], Models(), 0).cost()
 
 
 def test_calls_embed_as_the_methods_do(opened, opened_clip):

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.report.sources import differences, groups, labels_of, read_sources
+from rcml_jax.report.runs import differences, groups, labels_of, read_sources
 from tests.report.runs import (
     classification_result,
     relational_result,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.training import parallel
+from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
-from rcml_jax.training.parallel import pick_devices
+from rcml_jax.training.sharding import pick_devices
 from rcml_jax.training.step import TrainState
 
 
@@ -136,12 +136,12 @@ def test_what_was_put_off_is_written_as_it_was(tmp_path, end):
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_saved_on_eight_devices_restored_on_any(checkpoints, mode):
-    eight = parallel.build(mode, pick_devices("cpu", 8))
+    eight = sharding.build(mode, pick_devices("cpu", 8))
     placed = eight.put_state(make_state(4))
     checkpoints.save(4, eight.get_state(placed), make_data(), {})
     checkpoints.wait()
     for other, count in (("jit", 1), ("jit", 8), ("pmap", 8), ("pmap", 2)):
-        place = parallel.build(other, pick_devices("cpu", count))
+        place = sharding.build(other, pick_devices("cpu", count))
         template = place.get_state(place.put_state(make_state(0)))
         state, _ = checkpoints.restore(4, template, make_data())
         state = place.put_state(state)
@@ -150,7 +150,7 @@ def test_saved_on_eight_devices_restored_on_any(checkpoints, mode):
 
 
 def test_parameters_come_as_numpy_arrays(checkpoints, tmp_path):
-    eight = parallel.build("jit", pick_devices("cpu", 8))
+    eight = sharding.build("jit", pick_devices("cpu", 8))
     state = eight.put_state(make_state(4))
     checkpoints.save(4, state, make_data(), {})
     checkpoints.wait()

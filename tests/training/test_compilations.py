@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.data.text import LENGTHS
+from rcml_jax.data.tokenizer import LENGTHS
 from rcml_jax.methods import build as build_method
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from tests.methods.m3col_data import omics_config, write_tables
 from tests.toy import tiny_config, write_catalogue, write_rows
@@ -70,7 +70,7 @@ def run(catalogue_of_lengths, tmp_path_factory):
     config = tiny_config(catalogue_of_lengths, model__max_length=48, **options)
     workdirs.prepare(workdir, config)
     method = build_method(config, workdir)
-    run = loop.Run(config, workdir, method, parallel.build("jit", parallel.pick_devices("cpu", 1)))
+    run = loop.Run(config, workdir, method, sharding.build("jit", sharding.pick_devices("cpu", 1)))
     lengths, step_at = [], run.step_at
 
     def stepping(step):

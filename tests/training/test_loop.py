@@ -14,7 +14,7 @@ import pytest
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.optimizer import schedule
@@ -27,10 +27,10 @@ EVERY = {"log_every": 2, "validate_every": 2}
 def train(config, workdir, after=lambda step: None) -> bool:
     """`train_and_evaluate` without the evaluation; `after` is called after each step."""
     workdir = workdirs.prepare(pathlib.Path(workdir), config)
-    devices = parallel.pick_devices(config.platform, config.devices)
+    devices = sharding.pick_devices(config.platform, config.devices)
     with loop.Interrupt() as interrupt:
         method = build_method(config, workdir)
-        place = parallel.build(config.parallel, devices, method.in_place)
+        place = sharding.build(config.parallel, devices, method.in_place)
         run = loop.Run(config, workdir, method, place)
         step_at = run.step_at
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_is_of_its_step_though_the_next_one_uses_its_state_up(
     """As on accelerators: the state is donated to a step that runs while it is being saved."""
     config = tiny_config(catalogue, **EVERY)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "donated", lambda *_: (0,))
+        patch.setattr(sharding, "donated", lambda *_: (0,))
         with pytest.raises(Killed):
             train(config, tmp_path, after=kill(6))
     assert max(steps_of(tmp_path)) == 4

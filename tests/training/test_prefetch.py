@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.data.batches import batch_iterator
+from rcml_jax.data.sampling import batch_iterator
 from rcml_jax.methods import build as build_method
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import Checkpoints
-from rcml_jax.training.prefetch import Prefetched
+from rcml_jax.training.loop import Prefetched
 from rcml_jax.training.step import TrainState
 from tests.toy import tiny_config
 
@@ -119,7 +119,7 @@ def test_the_loop_saves_and_puts_before_it_waits_for_the_step(catalogue, tmp_pat
     workdirs.prepare(tmp_path, config)
     method = build_method(config, tmp_path)
     monkeypatch.setattr(method, "validate", lambda params: {"hit@5": {"avg": 0.5}})
-    run = loop.Run(config, tmp_path, method, parallel.build("jit", parallel.pick_devices("cpu", 1)))
+    run = loop.Run(config, tmp_path, method, sharding.build("jit", sharding.pick_devices("cpu", 1)))
     events = []
     log, putting, saving = run._log, run.devices.put_batch, run.checkpoints._save
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rcml_jax.training.row_keys import _counters, rows_of
+from rcml_jax.training.gradcache import _counters, rows_of
 
 KEY = jax.random.key(5)
 N, START, STRIDE, COUNT = 24, 2, 4, 6

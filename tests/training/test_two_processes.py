@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.methods import build as build_method
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop, sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from tests.toy import ROOT, read_metrics, tiny_config
 from tests.training.test_loop import at, steps_of, train
@@ -83,7 +83,7 @@ def test_a_toy_of_two_processes_goes_on_in_one(toys, mode):
     """The losses of one process, and a checkpoint for two devices, in parts and with noise."""
     directory, (_, state, losses) = toys
     other = "fsdp" if mode == "jit" else "jit"
-    place = parallel.build(other, parallel.pick_devices("cpu", 2))
+    place = sharding.build(other, sharding.pick_devices("cpu", 2))
     nothing = jax.tree.map(np.zeros_like, state.params)
     target = place.put_state(state._replace(step=np.int32(0), params=nothing))
     checkpoints, data = Checkpoints(directory / mode), places()
@@ -136,7 +136,7 @@ def test_rcml_of_two_processes_is_resumed_by_one(together, alone, catalogue, mod
     workdir = together[0] / mode
     assert steps_of(workdir) == [STOP]
     config = tiny_config(catalogue, **RCML | {"devices": 2})
-    place = parallel.build("jit", parallel.pick_devices("cpu", 2))
+    place = sharding.build("jit", sharding.pick_devices("cpu", 2))
     run = loop.Run(config, workdir, build_method(config, workdir), place)
     for part in (run.checkpoints, run.progress, run.writer):
         part.close()

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import optax
 
-from rcml_jax.training import loop, parallel
+from rcml_jax.training import loop, sharding
 from rcml_jax.training.checkpoint import Checkpoints
 from rcml_jax.training.step import create, make_step
 from tests.toy import tiny_config
 
-MODES = tuple(parallel.PARALLEL)
+MODES = tuple(sharding.PARALLEL)
 STOP = 4
 RCML = {"devices": 0, "steps": 24, "log_every": 1, "validate_every": 24}
 
@@ -37,12 +37,12 @@ def places():
 def toy_run(mode, devices):
     """Some steps with mixing, noise and parts: the mode, the state and the losses."""
     # It makes a random key, which may not be before the processes have joined.
-    from tests.training.test_accumulation import BATCH, BOTH, KEY, normals
+    from tests.training.test_gradcache import BATCH, BOTH, KEY, normals
 
     # Large enough to be split over devices.
     params = {"w": normals(0, 64, 32), "scale": normals(1, 32)}
     items = {"a": 0.2 * normals(2, 16, 64), "b": 0.2 * normals(3, 16, 64)}
-    place, adam = parallel.build(mode, devices), optax.adam(1e-2)
+    place, adam = sharding.build(mode, devices), optax.adam(1e-2)
     state = place.put_state(create(params, adam, KEY))
     step = place.compile(make_step(BOTH, adam, 10, parts=2))
     losses = []
@@ -54,7 +54,7 @@ def toy_run(mode, devices):
 
 def toy(mode, directory):
     # As on accelerators, a step uses the state up; a checkpoint of it is written thereafter.
-    parallel.donated = lambda *_: (0,)
+    sharding.donated = lambda *_: (0,)
     place, state, losses = toy_run(mode, jax.devices())
     checkpoints, data = Checkpoints(directory), places()
     checkpoints.put_off(STOP, place.snapshot(state), data, {"losses": losses})
@@ -81,7 +81,7 @@ def rcml(mode, directory, catalogue):
 
 
 def main(kind: str, directory: str, *rest: str) -> None:
-    parallel.initialize_distributed()
+    sharding.initialize_distributed()
     for mode in MODES:
         {"toy": toy, "rcml": rcml}[kind](mode, pathlib.Path(directory) / mode, *rest)
         print(mode, jax.process_count(), len(jax.devices()), len(jax.local_devices()))

@@ -1,0 +1,136 @@
+"""Embed a catalogue under relation sentences with a trained work directory.
+
+    python -m rcml_jax.cli.embed --workdir runs/rcml --items my_catalogue --to embeddings \
+        --relation "both of them show a heart" --relation "co-purchased by anglers"
+
+`--items` is a folder with `items.csv` or `items.jsonl`, or such a file: columns `id`, `text`,
+`image`; left out, the items of the run's own data set. Beside the given relations the items are
+embedded as what they are. An interrupted command goes on when it is started again. `--dtype
+float16` halves the files; `--shard N` sets how many items are between two points to go on from;
+`--strict` makes a picture that cannot be read an error. Then `python -m rcml_jax.cli.related`.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rcml_jax.cli.commands import guard, parse_flags, read_config
+from rcml_jax.errors import UserError
+from rcml_jax.search.catalogue import Embeddings, embed_catalogue, open_model
+from rcml_jax.search.embedding_store import DTYPES
+from rcml_jax.search.items import from_graph, read_items
+
+_FREE = ("config.data.dir", "config.data.path", "config.platform")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Embed what the command line asks for."""
+    return guard(_embed, argv)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UserError."""
+
+    def error(self, message: str) -> None:
+        """Instead of printing the usage."""
+        raise UserError(f"{message}; see --help")
+
+
+def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
+    """A work directory's configuration with what may be overridden: where data and devices are."""
+    for argument in overrides:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name not in _FREE:
+            raise UserError(
+                f"--{name} would make another model of {workdir}; only "
+                f"{', '.join(f'--{free}' for free in _FREE)} can be given"
+            )
+    return parse_flags(overrides, read_config(workdir)).config
+
+
+def _embed(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="rcml_jax.cli.embed", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--items", type=pathlib.Path)
+    parser.add_argument("--relation", action="append", default=[])
+    parser.add_argument("--to", required=True, type=pathlib.Path)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--shard", default=1024, type=int)
+    parser.add_argument("--strict", action="store_true")
+    args, overrides = parser.parse_known_args(argv[1:])
+    config = model_config(args.workdir, overrides)
+    # Read before the model, so that a mistake in it is said at once.
+    items = None if args.items is None else read_items(args.items)
+    model = open_model(args.workdir, config)
+    if items is None:
+        items = from_graph(model.method.task.graph)
+    line = _Line()
+    try:
+        embeddings = embed_catalogue(
+            model,
+            items,
+            args.relation,
+            args.to,
+            dtype=args.dtype,
+            shard=args.shard,
+            strict=args.strict,
+            note=line.show,
+        )
+    finally:
+        line.end()
+    _report(embeddings)
+    return 0
+
+
+def _report(embeddings: Embeddings) -> None:
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in embeddings.vectors.items())
+    dtype = next(iter(embeddings.vectors.values())).dtype
+    print(f"{embeddings.directory}: {shapes}, {dtype}")
+    for name, what in (
+        ("unreadable", "pictures that cannot be read, left out"),
+        ("empty", "items with neither text nor picture"),
+    ):
+        problem = embeddings.problems.get(name, {"count": 0, "first": []})
+        count, ids = problem["count"], problem["first"]
+        if count:
+            listed = ", ".join(ids) + (", ..." if count > len(ids) else "")
+            print(f"warning: {what}: {count:,} ({listed})", file=sys.stderr)
+
+
+class _Line:
+    """One live line on a terminal, else a line every tenth of the way."""
+
+    def __init__(self):
+        self._live = sys.stderr.isatty()
+        self._start, self._first, self._tenth = time.perf_counter(), None, 0
+
+    def show(self, done: int, total: int) -> None:
+        """Show how many items are done; the first chunk's compilation is left out of the rate."""
+        now = time.perf_counter()
+        rate = ""
+        if self._first is None:
+            self._first, self._start = done, now
+        else:
+            rate = f"  {(done - self._first) / (now - self._start):,.0f} items/s"
+        text = f"{done:,} of {total:,} items{rate}"
+        tenth = 10 * done // total
+        if self._live:
+            sys.stderr.write(f"\r\x1b[K{text}")
+        elif tenth > self._tenth:
+            sys.stderr.write(f"{text}\n")
+        self._tenth = tenth
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """End the live line."""
+        if self._live and self._first is not None:
+            sys.stderr.write("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,251 @@
+"""The items of an embedded catalogue that are most related to one, under a relation sentence.
+
+    python -m rcml_jax.cli.related --embeddings embeddings --item ID --relation "both show a heart"
+    python -m rcml_jax.cli.related --embeddings embeddings --image cup.jpg --html page.html
+    python -m rcml_jax.cli.related --embeddings embeddings --text "a red cup" --k 20 --against image
+
+The sentence is one that the catalogue was embedded under; left out, the items are compared as what
+they are. `--against text` or `image` compares with that of the candidates alone. `--html` also
+writes a page with the pictures in it. `--workdir` says where the model is if it was moved.
+"""
+
+import argparse
+import base64
+import dataclasses
+import html
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rcml_jax.cli.commands import guard
+from rcml_jax.cli.embed import Parser, model_config
+from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
+from rcml_jax.errors import UserError
+from rcml_jax.methods.task import load_graph
+from rcml_jax.search.catalogue import Match, open_model, related, relation_number
+from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
+
+# A page of related items: one HTML file with its pictures in it, and nothing from elsewhere.
+
+
+_SIDE = 320  # pixels of a thumbnail's longer side: sharp on a phone's dense screen
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --soft: #5d646d; --card: #f4f5f7;
+  --line: #dfe2e6; --accent: #2557a7; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #e8eaed; --soft: #9aa2ad;
+  --card: #1f2329; --line: #333941; --accent: #8ab4f8; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1.25rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 1rem; }
+.query { display: flex; gap: 1rem; align-items: center; padding: 1rem; margin-bottom: 1.5rem;
+  border: 1px solid var(--line); border-left: 4px solid var(--accent); border-radius: .75rem; }
+.query .frame { flex: 0 0 7rem; }
+ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .9rem;
+  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+li { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
+  overflow: hidden; }
+li > div:last-child { padding: .6rem .75rem .8rem; }
+.frame { aspect-ratio: 1; display: grid; place-items: center; background: #fff; color: #6b7280;
+  font-size: .85rem; border-radius: .5rem; overflow: hidden; }
+li .frame { border-radius: 0; border-bottom: 1px solid var(--line); }
+.frame img { width: 100%; height: 100%; object-fit: contain; display: block; }
+p { margin: 0; }
+.score, .id, footer { color: var(--soft); font-size: .85rem; }
+.score { font-variant-numeric: tabular-nums; }
+footer { margin-top: 1.5rem; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What is shown of the query or of an item that was found; picture: the bytes of its file."""
+
+    id: str = ""
+    text: str = ""
+    picture: bytes | None = None
+    score: float | None = None
+
+
+def page(relation: str, query: Card, found: Sequence[Card], note: str = "") -> str:
+    """The page of what was found for a query under a relation, best first; note: the last line.
+
+    All texts are escaped. A picture that cannot be decoded is shown as missing.
+    """
+    cards = "\n".join(
+        f"<li>{_frame(card)}<div><p class=score>{number} · {card.score:.3f}</p>{_words(card)}"
+        "</div></li>"
+        for number, card in enumerate(found, 1)
+    )
+    frame = _frame(query) if query.picture is not None or query.id else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{_escape(query.text or query.id)}: related items</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{_escape(relation)}</h1>
+<section class="query" aria-label="Query">{frame}<div>{_words(query)}</div></section>
+<main><ol aria-label="Related items, the most related first">
+{cards}
+</ol></main>
+<footer>{_escape(note)}</footer>
+</body>
+</html>
+"""
+
+
+def _words(card: Card) -> str:
+    text = f"<p>{_escape(card.text)}</p>" if card.text else ""
+    return text + (f"<p class=id>{_escape(card.id)}</p>" if card.id else "")
+
+
+def _frame(card: Card) -> str:
+    data = None if card.picture is None else _thumbnail(card.picture)
+    if data is None:
+        return '<div class="frame">no picture</div>'
+    alt = _escape(card.text or card.id or "the query")
+    return f'<div class="frame"><img src="data:image/jpeg;base64,{data}" alt="{alt}"></div>'
+
+
+def _thumbnail(encoded: bytes) -> str | None:
+    """A small JPEG in base64, upright, transparent parts white; None where that cannot be made."""
+    try:
+        picture = open_rgb(storable(encoded, _SIDE))
+        picture.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    except DECODE_ERRORS:
+        return None
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=85)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def _escape(text: str) -> str:
+    # Half of a surrogate pair, which JSON can hold, has no UTF-8.
+    return html.escape(text.encode("utf-8", "replace").decode())
+
+
+_SHOWN = 200
+
+
+def main(argv: Sequence[str]) -> int:
+    """Find and print what the command line asks for."""
+    return guard(_related, argv)
+
+
+def _related(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="rcml_jax.cli.related", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--embeddings", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", type=pathlib.Path)
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--item")
+    query.add_argument("--image", type=pathlib.Path)
+    query.add_argument("--text")
+    parser.add_argument("--relation")
+    parser.add_argument("--k", default=10, type=int)
+    parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
+    parser.add_argument("--html", type=pathlib.Path)
+    args, overrides = parser.parse_known_args(argv[1:])
+    embeddings = open_embeddings(args.embeddings)
+    relation = embeddings.relations[relation_number(embeddings, args.relation)]
+    workdir = args.workdir or pathlib.Path(embeddings.model["workdir"])
+    # An item needs no model, but a mistyped option must not pass.
+    config = model_config(workdir, overrides) if overrides or args.item is None else None
+    model = open_model(workdir, config) if args.item is None else None
+    found = related(
+        embeddings,
+        relation,
+        item=args.item,
+        text=args.text,
+        image=args.image,
+        model=model,
+        k=args.k,
+        against=args.against,
+    )
+    _print(relation, found)
+    if args.html:
+        read = _reader(embeddings, workdir, overrides)
+        query = _query_card(embeddings, args, read)
+        cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
+        step, method = embeddings.model["step"], embeddings.model["method"]
+        note = f"{len(embeddings.items):,} items, embedded by {method} after step {step}"
+        _write(args.html, page(relation, query, cards, note))
+    return 0
+
+
+def _print(relation: str, found: Sequence[Match]) -> None:
+    table = Table(title=Text(_printable(relation)), title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("id")
+    table.add_column("text")
+    for number, match in enumerate(found, 1):
+        words = (Text(_printable(value)) for value in (match.id, match.text))
+        table.add_row(str(number), f"{match.score:.3f}", *words)
+    Console(highlight=False).print(table)
+
+
+def _printable(text: str) -> str:
+    """A text that cannot steer the terminal, cut where it is very long."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def _reader(
+    embeddings: Embeddings, workdir: pathlib.Path, overrides: Sequence[str]
+) -> Callable[[int], bytes]:
+    """What gives the bytes of an item's picture: its file, or the data set of the model's run."""
+    if embeddings.items.root is not None:
+        return embeddings.items.read
+    graph = load_graph(model_config(workdir, overrides).data)
+    if graph.ids != embeddings.items.ids:
+        raise UserError(
+            f"the data set of {workdir} has other items than {embeddings.directory}; embed anew, "
+            "or leave --html out"
+        )
+    return graph.images.encoded
+
+
+def _query_card(
+    embeddings: Embeddings, args: argparse.Namespace, read: Callable[[int], bytes]
+) -> Card:
+    if args.item is not None:
+        index = embeddings.items.ids.index(args.item)
+        return Card(args.item, embeddings.items.texts[index], _bytes(read, index))
+    if args.image is not None:
+        return Card(text=args.image.name, picture=args.image.read_bytes())
+    return Card(text=args.text)
+
+
+def _bytes(read: Callable[[int], bytes], index: int) -> bytes | None:
+    try:
+        return read(index)
+    except DECODE_ERRORS:
+        return None
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, "utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

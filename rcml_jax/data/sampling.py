@@ -1,0 +1,246 @@
+"""Relation batches: which items, relations and pairs go into a step, and their arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from rcml_jax.data.packing import pack_texts
+from rcml_jax.data.relation_graph import RelationGraph, Splits
+from rcml_jax.data.tokenizer import Tokenizer
+from rcml_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """Static sizes of a relation batch.
+
+    relations: inter-sample relations a batch; pairs: pairs of each; intra_pairs: self pairs under
+    the intra-sample relation; items: distinct items. Places that the pairs leave free are filled
+    with further training items, which serve as negatives.
+    """
+
+    relations: int
+    pairs: int
+    intra_pairs: int
+    items: int
+
+    def check(self, training_items: int) -> None:
+        """Raise UserError where a batch cannot be made of the data."""
+        if min(self.relations, self.pairs, self.intra_pairs, self.items) < 0:
+            raise UserError("the sizes in config.batch must not be negative")
+        if self.relations * self.pairs + self.intra_pairs == 0:
+            raise UserError(
+                "a batch without pairs: raise config.batch.pairs_per_relation or intra_pairs"
+            )
+        if self.items > training_items:
+            raise UserError(
+                f"a batch of {self.items} items is larger than the training split, which has "
+                f"{training_items}; lower config.batch.size"
+            )
+        if self.items < 2 * self.relations * self.pairs:
+            raise UserError(
+                f"{self.relations} relations of {self.pairs} pairs need room for "
+                f"{2 * self.relations * self.pairs} items; raise config.batch.size "
+                f"({self.items}) or lower config.batch.relations or pairs_per_relation"
+            )
+        if self.intra_pairs > self.items:
+            raise UserError(
+                f"config.batch.intra_pairs={self.intra_pairs} exceeds config.batch.size="
+                f"{self.items}; lower it"
+            )
+
+
+class RelationSampler:
+    """Random-access source of batch plans: plan k is a function of the seed and k alone.
+
+    A plan names items (N,), the relation of each row (R,), and anchor and positive (R, G) as places
+    in the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is padded, with
+    `pair_valid` false there. `noise` seeds the batch's augmentation, `paraphrase` (R,) draws one of
+    each relation's sentences.
+    """
+
+    def __init__(self, graph: RelationGraph, splits: Splits, sizes: BatchSizes, seed: int):
+        self._items = splits.items("train")
+        self._sizes = sizes
+        self._seed = seed
+        pairs = splits.pairs("train")
+        order = np.argsort(pairs[:, 2], kind="stable")
+        self._pairs = pairs[order]
+        bounds = np.searchsorted(self._pairs[:, 2], np.arange(len(graph.relations) + 1))
+        self._bounds = bounds
+        self._relations = np.flatnonzero(np.diff(bounds))
+        if sizes.relations > len(self._relations):
+            raise UserError(
+                f"config.batch.relations={sizes.relations}, but only {len(self._relations)} "
+                "relations have training pairs; lower it"
+            )
+
+    def __len__(self) -> int:
+        """As good as endless: every place is a new draw."""
+        return 2**31 - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self._seed, int(index)))
+        sizes = self._sizes
+        relations = rng.choice(self._relations, sizes.relations, replace=False)
+        groups = [self._draw_pairs(rng, relation) for relation in relations]
+        drawn = np.concatenate([np.zeros((0, 2), int), *groups])
+        rest = np.setdiff1d(self._items, drawn, assume_unique=False)
+        paired = np.unique(drawn)
+        fill = rng.choice(rest, sizes.items - len(paired), replace=False)
+        items = np.concatenate([paired, fill]).astype(np.int64)
+        place = {item: i for i, item in enumerate(items.tolist())}
+        itself = rng.choice(sizes.items, sizes.intra_pairs, replace=False)
+
+        width = max(sizes.intra_pairs, sizes.pairs)
+        anchor = np.zeros((sizes.relations + 1, width), np.int32)
+        positive = np.zeros_like(anchor)
+        pair_valid = np.zeros(anchor.shape, bool)
+        anchor[0, : len(itself)] = positive[0, : len(itself)] = itself
+        pair_valid[0, : len(itself)] = True
+        for row, group in enumerate(groups, start=1):
+            anchor[row, : len(group)] = [place[a] for a in group[:, 0].tolist()]
+            positive[row, : len(group)] = [place[b] for b in group[:, 1].tolist()]
+            pair_valid[row, : len(group)] = True
+        return {
+            "items": items,
+            "relations": np.concatenate([[-1], relations]),
+            "anchor": anchor,
+            "positive": positive,
+            "pair_valid": pair_valid,
+            "noise": rng.integers(2**63, size=2),
+            "paraphrase": rng.integers(2**31, size=len(relations) + 1),
+        }
+
+    def _draw_pairs(self, rng: np.random.Generator, relation: int) -> np.ndarray:
+        start, stop = self._bounds[relation], self._bounds[relation + 1]
+        count = min(self._sizes.pairs, stop - start)
+        rows = start + rng.choice(stop - start, count, replace=False)
+        return self._pairs[rows, :2]
+
+
+class EpochSampler:
+    """Random-access source of batches that go through the rows once an epoch, in a new order each.
+
+    Plan k is a function of the seed and k alone: `rows` (size,), `valid` (size,) bool, false where
+    the last batch of an epoch is padded, and `noise`, the seed of the batch's augmentation.
+    """
+
+    def __init__(self, rows: np.ndarray, size: int, seed: int):
+        """size: rows of a batch; 0 for all of them, which then keep their order."""
+        if not 0 <= size <= len(rows):
+            raise UserError(
+                f"a batch of {size} samples does not fit the training split, which has "
+                f"{len(rows)}; set config.batch.size between 1 and that, or 0 for all of them"
+            )
+        self._rows, self._seed = rows, seed
+        self.size = size or len(rows)
+        self.per_epoch = -(-len(rows) // self.size)
+
+    def __len__(self) -> int:
+        """As good as endless."""
+        return 2**31 - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(index), self.per_epoch)
+        rows = self._rows
+        if self.per_epoch > 1:
+            rows = np.random.default_rng((self._seed, epoch)).permutation(rows)
+        rows = rows[place * self.size : (place + 1) * self.size]
+        padding = self.size - len(rows)
+        rng = np.random.default_rng((self._seed, int(index), 1))
+        return {
+            "rows": np.concatenate([rows, np.repeat(rows[:1], padding)]),
+            "valid": np.arange(self.size) < self.size - padding,
+            "noise": rng.integers(2**63, size=2),
+        }
+
+
+def collator(
+    graph: RelationGraph,
+    tokenizer: Tokenizer,
+    images: Callable[[np.ndarray], np.ndarray],
+    sentence: Callable[[int, int], str],
+    max_length: int,
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    texts_per_row: int = 1,
+    negatives: str = "unrelated",
+    stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
+) -> Callable[[dict], dict]:
+    """A function from a plan to a relation batch; `augment` changes its images.
+
+    `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
+    "text" and "image", what of items takes the place of their ids and images.
+
+    `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
+    k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
+    come in another order. `shared` has what every device needs whole: relation_ids (R, T'),
+    intra (R,), anchor, positive and pair_valid (R, G), linked (R, G, R), whether a pair is linked
+    under each of the batch's relations, related, valid (N,) and labels (N,). What is related is no
+    negative: under any relation where `negatives` is "unrelated", (N, N), and under the relation of
+    the pair where it is "unlinked", (R, N, N).
+    """
+
+    stored = stored or {}
+    images = stored.get("image", images)
+
+    def collate(plan: dict) -> dict:
+        if "text" in stored:
+            ids = stored["text"](plan["items"])
+        else:
+            ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
+        if texts_per_row > 1:
+            order, ids = pack_texts(ids, mask, texts_per_row)
+            plan = _reordered(plan, order)
+        items, relations = plan["items"], plan["relations"]
+        anchor, positive = items[plan["anchor"]], items[plan["positive"]]
+        linked = graph.linked_inter(anchor[..., None], positive[..., None], relations)
+        pictures = images(items)
+        if augment is not None:
+            pictures = augment(pictures, np.random.default_rng(plan["noise"]))
+        if texts_per_row > 1:
+            pictures = _in_rows(pictures, texts_per_row)
+        drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
+        relation_ids, _ = tokenizer.encode([sentence(r, k) for r, k in drawn], max_length)
+        return {
+            "items": {"ids": ids, "images": pictures},
+            "shared": {
+                "relation_ids": relation_ids,
+                "intra": relations < 0,
+                "anchor": plan["anchor"],
+                "positive": plan["positive"],
+                "pair_valid": plan["pair_valid"],
+                "linked": linked,
+                "related": graph.related_block(items, items)
+                if negatives == "unrelated"
+                else graph.linked_blocks(items, relations),
+                "valid": np.ones(len(items), bool),
+                "labels": graph.labels[items],
+            },
+        }
+
+    return collate
+
+
+def _in_rows(x: Any, per_row: int) -> Any:
+    """An array (N, ...), or a named tuple of arrays → (N / per_row, per_row, ...)."""
+    if isinstance(x, tuple):
+        return type(x)(*(_in_rows(part, per_row) for part in x))
+    return x.reshape(-1, per_row, *x.shape[1:])
+
+
+def _reordered(plan: dict, order: np.ndarray) -> dict:
+    """The same plan with its items in another order."""
+    place = np.argsort(order).astype(np.int32)
+    pairs = {name: place[plan[name]] for name in ("anchor", "positive")}
+    return {**plan, **pairs, "items": plan["items"][order]}
+
+
+def batch_iterator(sampler: RelationSampler, collate: Callable[[dict], dict], threads: int = 1):
+    """A grain iterator over batches, whose state is its place; `threads` read ahead."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
+    dataset = grain.MapDataset.source(sampler).map(collate)
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,325 @@
+"""Records of Amazon Reviews 2023: JSON lines, plain or gzipped, read one by one.
+
+Two views of the same records are in circulation, the raw files and the Hugging Face data set; both
+are read. Reviews name an item by `asin` (one variant, say a size) and by `parent_asin`; the latter
+is the item's id here.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rcml_jax.data.sources.copurchases import CORE, distinct_purchases, k_core
+from rcml_jax.data.stages import Arrays, pack
+from rcml_jax.errors import UserError
+
+# A longer line is no record: without a limit, a foreign file could fill the memory.
+LONGEST_LINE = 16 * 2**20
+_BUFFER = 2**20
+_TIME_NAMES = ("timestamp", "sort_timestamp", "sortTimestamp")
+_VOTE_NAMES = ("helpful_vote", "helpful_votes")
+
+
+class Review(NamedTuple):
+    """Who bought what; `timestamp` in milliseconds; a number that is not there is None."""
+
+    user: str
+    item: str
+    rating: float | None
+    timestamp: int | None
+    helpful_votes: int | None
+
+
+class Item(NamedTuple):
+    """A product: `title` and `image` (the address of its MAIN picture) are "" where missing."""
+
+    id: str
+    title: str
+    image: str
+    categories: tuple[str, ...]
+    price: float | None
+    details: dict[str, Any]
+
+    @property
+    def category(self) -> str:
+        """The second-level category, "" where there is none."""
+        return self.categories[1] if len(self.categories) > 1 else ""
+
+
+def records(path: Path, counts: Counter, *, strict: bool = False) -> Iterator[tuple[int, dict]]:
+    """(line number, JSON object) of each line of a `.jsonl` or `.jsonl.gz` file, as a stream.
+
+    A line that is no JSON object adds to `counts["malformed"]`; with `strict` it is an error. At
+    the end of a gzipped file its checksum has been verified.
+
+    Raises:
+      UserError: the file cannot be read, or is cut or damaged, or a malformed line (`strict`).
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                try:
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError("no JSON object")
+                except (ValueError, RecursionError) as error:
+                    if line.strip():
+                        malformed(path, number, str(error), counts, strict)
+                    continue
+                yield number, record
+    except EOFError as error:
+        raise UserError(
+            f"{path} is cut: its compressed data end in the middle, after line {number:,}; "
+            "delete it and download it again."
+        ) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is no whole gzip file ({error}, after line {number:,}); delete it and "
+            "download it again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); check the file.") from error
+
+
+def malformed(path: Path, number: int, problem: str, counts: Counter, strict: bool) -> None:
+    """Count a line that is no usable record, or raise UserError for it if `strict`."""
+    if strict:
+        raise UserError(
+            f"{path}, line {number}: malformed record ({problem}); mend or remove the line, or "
+            "turn strict off to leave such lines out."
+        )
+    counts["malformed"] += 1
+
+
+def parse_review(record: dict) -> Review | None:
+    """A review from either view and spelling; None if it does not tell the user or the item."""
+    user, item = record.get("user_id"), record.get("parent_asin")
+    if not (_is_id(user) and _is_id(item)):
+        return None
+    return Review(
+        user,
+        item,
+        _number(record.get("rating"), float),
+        _number(_first(record, _TIME_NAMES), int),
+        _number(_first(record, _VOTE_NAMES), int),
+    )
+
+
+def parse_item(record: dict) -> Item | None:
+    """An item from either view; None if it has no `parent_asin`."""
+    key = record.get("parent_asin")
+    if not _is_id(key):
+        return None
+    categories = record.get("categories")
+    return Item(
+        id=key,
+        title=_clean(record.get("title")),
+        image=main_image(record.get("images")),
+        categories=tuple(map(_clean, categories)) if isinstance(categories, list) else (),
+        price=_price(record.get("price")),
+        details=_details(record.get("details")),
+    )
+
+
+def main_image(images: Any) -> str:
+    """The MAIN picture's address, in high resolution where there is one; "" without any.
+
+    images: a list of objects (raw files), or one object of lists (Hugging Face).
+    """
+    if isinstance(images, dict):
+        lists = {key: value for key, value in images.items() if isinstance(value, list)}
+        length = max(map(len, lists.values()), default=0)
+        images = [
+            {key: value[i] for key, value in lists.items() if i < len(value)} for i in range(length)
+        ]
+    for image in images if isinstance(images, list) else ():
+        if isinstance(image, dict) and image.get("variant") == "MAIN":
+            for size in ("hi_res", "large"):
+                address = image.get(size)
+                if isinstance(address, str) and address.startswith(("http://", "https://")):
+                    return address
+    return ""
+
+
+def identity(key: str) -> int:
+    """64 bits of a hash of an id, the same on every machine.
+
+    Among 20 million ids, any two agree with a probability of about 1e-5.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _open(path: Path) -> io.BufferedReader:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
+    return path.open("rb", _BUFFER)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and value == _clean(value)
+
+
+def _clean(value: Any) -> str:
+    """Text in one line that UTF-8 can hold; "" for anything but text."""
+    if not isinstance(value, str):
+        return ""
+    return " ".join(value.encode("utf-8", "ignore").decode("utf-8").split())
+
+
+def _first(record: dict, names: tuple[str, ...]) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _number(value: Any, kind: type) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _price(value: Any) -> float | None:
+    """Hugging Face has text, such as "12.99" or "None"."""
+    return _number(value.strip().lstrip("$") if isinstance(value, str) else value, float)
+
+
+def _details(value: Any) -> dict[str, Any]:
+    """Hugging Face has a JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+# The two passes over Amazon's files: the 5-core of the reviews, and the records of its items.
+
+
+def read_purchases(path: Path, *, strict: bool = False) -> Arrays:
+    """The 5-core of a review file, as a stage: the arrays of `Purchases`, and packed `counts`.
+
+    counts: reviews, malformed review lines, repeated reviews, users with one purchase. The last
+    two are no mistakes, and allowed with `strict`.
+
+    Raises:
+      UserError: the file is cut or cannot be read, its 5-core is empty, or a malformed line
+        (`strict`).
+    """
+    problems: Counter[str] = Counter()
+    users, items = array("Q"), array("Q")
+    for number, record in records(path, problems, strict=strict):
+        review = parse_review(record)
+        if review is None:
+            malformed(path, number, "no user_id or parent_asin", problems, strict)
+            continue
+        users.append(identity(review.user))
+        items.append(identity(review.item))
+    hashes = np.frombuffer(users, np.uint64), np.frombuffer(items, np.uint64)
+    purchases, left_out = distinct_purchases(*hashes)
+    core = k_core(purchases)
+    if not len(core.user):
+        raise UserError(
+            f"{path} holds no users and items with {CORE} purchases each ({len(users):,} reviews); "
+            "give a larger file."
+        )
+    counts = {
+        "reviews": len(users),
+        "malformed review lines": problems["malformed"],
+        "repeated reviews": left_out["repeated"],
+        "users with one purchase": left_out["single"],
+    }
+    return {
+        "users": core.users,
+        "items": core.items,
+        "user": core.user,
+        "item": core.item,
+        "counts": pack(counts),
+    }
+
+
+def read_items(
+    path: Path, items: np.ndarray, *, strict: bool = False, pictured: Container[str] = ()
+) -> Arrays:
+    """The records of the items with hashes (N,) uint64, as a stage.
+
+    ids, titles, images: packed lists of N strings, "" where something is missing; category (N,)
+    int32, a place in the packed list `categories`, -1 for unknown; packed `counts`. Of several
+    records of one item the first with a title and an image counts.
+
+    With `strict` an item lacks no record, title, second-level category, or image (unless it is in
+    `pictured`).
+
+    Raises:
+      UserError: the file is cut or cannot be read, none of the items is in it, or one that is not
+        whole (`strict`), with file and line.
+    """
+    place = {key: i for i, key in enumerate(items.tolist())}
+    found: list[Item | None] = [None] * len(items)
+    problems: Counter[str] = Counter()
+    for number, record in records(path, problems, strict=strict):
+        item = parse_item(record)
+        if item is None:
+            malformed(path, number, "no parent_asin", problems, strict)
+            continue
+        i = place.get(identity(item.id))
+        if i is None:
+            continue
+        if strict:
+            _check(item, pictured, f"{path}, line {number}")
+        known = found[i]
+        problems["repeated"] += known is not None
+        if known is None or (not (known.title and known.image) and item.title and item.image):
+            # Only what the graph needs: records are long.
+            found[i] = item._replace(details={}, categories=item.categories[:2])
+    whole = [item or Item("", "", "", (), None, {}) for item in found]
+    missing = found.count(None)
+    if missing == len(found) or (strict and missing):
+        raise UserError(
+            f"{path} has no record of {missing:,} of the {len(found):,} items that the reviews "
+            "name; give the item file of the same domain, whole"
+            + (", or turn strict off." if missing < len(found) else ".")
+        )
+    categories = sorted({item.category for item in whole} - {""})
+    number_of = {name: i for i, name in enumerate(categories)} | {"": -1}
+    category = np.array([number_of[item.category] for item in whole], np.int32)
+    counts = {
+        "malformed item lines": problems["malformed"],
+        "repeated item records": problems["repeated"],
+        "items without a record": missing,
+        "items without a title": sum(not item.title for item in whole) - missing,
+        "items without a second-level category": int(np.sum(category < 0)) - missing,
+    }
+    return {
+        "ids": pack([item.id for item in whole]),
+        "titles": pack([item.title for item in whole]),
+        "images": pack([item.image for item in whole]),
+        "category": category,
+        "categories": pack(categories),
+        "counts": pack(counts),
+    }
+
+
+def _check(item: Item, pictured: Container[str], where: str) -> None:
+    lacks = {
+        "title": not item.title,
+        "MAIN image": not item.image and item.id not in pictured,
+        "second-level category": not item.category,
+    }
+    for part, missing in lacks.items():
+        if missing:
+            raise UserError(
+                f"{where}: item {item.id} has no {part}; complete the record, or turn strict off "
+                "to leave such items out."
+            )

@@ -1,0 +1,196 @@
+"""Pictures with several captions each, from local copies: Flickr30K and MS-COCO.
+
+Flickr30K (Young et al., 2014): `flickr30k-images/*.jpg` with the captions of
+`results_20130124.token` (`<image>#<n>\\t<caption>`), or with the Karpathy split
+`dataset_flickr30k.json`, which is preferred. MS-COCO (Lin et al., 2014), 2017:
+`annotations/captions_{train,val}2017.json`, `{train,val}2017/*.jpg`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rcml_jax.data.imagetext import ImageFiles, reading, require_files
+from rcml_jax.data.log import log_line
+from rcml_jax.data.relation_graph import SPLITS, ItemImages
+from rcml_jax.errors import UserError
+
+_FLICKR_SPLITS = {"train": 0, "restval": 0, "val": 1, "test": 2}
+_FLICKR_FILES = ("dataset_flickr30k.json", "results_20130124.token")
+_FLICKR_REMEDY = (
+    "get Flickr30K from its authors, so that DIRECTORY has the folder flickr30k-images and "
+    f"{' or '.join(_FLICKR_FILES)}, and name it with "
+    "--config configs/alignment.py:flickr30k,path=DIRECTORY"
+)
+_COCO_FILES = tuple(f"annotations/captions_{part}2017.json" for part in ("train", "val"))
+_COCO_REMEDY = (
+    "get the 2017 pictures and annotations from cocodataset.org, so that DIRECTORY has the folders "
+    "annotations, train2017 and val2017, and name it with "
+    "--config configs/alignment.py:coco,path=DIRECTORY"
+)
+# Shares of what is drawn by the seed where a source declares no split.
+_DRAWN = {"flickr30k": (0.6, 0.2, 0.2), "coco": (0.95, 0.05)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionedImages:
+    """Pictures and their captions: n images, m >= n texts, each image with one text at least.
+
+    image_of_text: (m,) int64, rows of images; split: (n,) int8, places in SPLITS.
+    """
+
+    name: str
+    images: ItemImages
+    texts: tuple[str, ...]
+    image_of_text: np.ndarray
+    split: np.ndarray
+
+
+def flickr30k(
+    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+) -> CaptionedImages:
+    """Flickr30K. Without the Karpathy split, 60, 20 and 20 % of the pictures by the seed.
+
+    Pictures without a file or a caption, and empty captions, are left out and counted in one line
+    to `log` (default: standard error). Raises UserError for a missing or malformed file, and where
+    more than half of the pictures are missing.
+    """
+    folder = require_files(directory, (), title="Flickr30K", remedy=_FLICKR_REMEDY)
+    found = [name for name in _FLICKR_FILES if (folder / name).is_file()]
+    if not found:
+        require_files(folder, _FLICKR_FILES[1:], title="Flickr30K", remedy=_FLICKR_REMEDY)
+    read = _karpathy if found[0] == _FLICKR_FILES[0] else _token_file
+    captions, split = read(folder / found[0])
+    paths = {name: str(folder / "flickr30k-images" / name) for name in captions}
+    return _assemble("flickr30k", captions, paths, split, seed, log, _FLICKR_REMEDY)
+
+
+def coco(
+    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+) -> CaptionedImages:
+    """MS-COCO 2017: val2017 is the test split, and 5 % of train2017 by the seed the validation.
+
+    Left out, counted and raised as for `flickr30k`.
+    """
+    folder = require_files(directory, _COCO_FILES, title="MS-COCO", remedy=_COCO_REMEDY)
+    captions: dict[str, list[str]] = {}
+    paths, split = {}, {}
+    for part, file in zip(("train", "val"), _COCO_FILES, strict=True):
+        content = _read_json(folder / file)
+        names = {}
+        for entry in _records(content, "images", file):
+            name = f"{part}2017/{_field(entry, 'file_name', str, file)}"
+            names[_field(entry, "id", int, file)] = name
+            captions[name], paths[name] = [], str(folder / name)
+            if part == "val":
+                split[name] = 2
+        for entry in _records(content, "annotations", file):
+            image = _field(entry, "image_id", int, file)
+            if image not in names:
+                raise UserError(f"{file}: a caption names the image {image}, which is not there.")
+            captions[names[image]].append(_field(entry, "caption", str, file))
+    return _assemble("coco", captions, paths, split, seed, log, _COCO_REMEDY)
+
+
+def _karpathy(path: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+    captions, split = {}, {}
+    for entry in _records(_read_json(path), "images", path.name):
+        name, part = (_field(entry, key, str, path.name) for key in ("filename", "split"))
+        if part not in _FLICKR_SPLITS:
+            raise UserError(f"{path.name}: {name} has the unknown split {part!r}; get it anew.")
+        split[name] = _FLICKR_SPLITS[part]
+        sentences = _records(entry, "sentences", f"{path.name}, {name}")
+        captions[name] = [_field(s, "raw", str, f"{path.name}, {name}") for s in sentences]
+    return captions, split
+
+
+def _token_file(path: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+    captions: dict[str, list[str]] = {}
+    with reading(path):
+        lines = path.read_text("utf-8-sig").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        image, tab, caption = line.partition("\t")
+        name, hash_sign, _ = image.rpartition("#")
+        if not (tab and hash_sign and name):
+            raise UserError(
+                f"{path.name}, line {number}: not of the form <image>#<n>, tab, caption; get the "
+                "file anew."
+            )
+        captions.setdefault(name, []).append(caption)
+    return captions, {}
+
+
+def _assemble(
+    name: str,
+    captions: dict[str, list[str]],
+    paths: dict[str, str],
+    split: dict[str, int],
+    seed: int,
+    log: Callable[[str], None] | None,
+    remedy: str,
+) -> CaptionedImages:
+    """What has a file and a caption, in the source's order; splits not declared are drawn."""
+    texts = {image: [t.strip() for t in lines if t.strip()] for image, lines in captions.items()}
+    no_file = [image for image in captions if not os.path.isfile(paths[image])]
+    if 2 * len(no_file) >= len(captions):
+        first = f", {paths[no_file[0]]} among them" if no_file else ""
+        raise UserError(
+            f"{name}: {len(no_file):,} of {len(captions):,} pictures are missing{first}; {remedy}"
+        )
+    lost = set(no_file)
+    no_text = [image for image in captions if image not in lost and not texts[image]]
+    if lost or no_text:
+        (log or log_line)(
+            f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} pictures are left out "
+            f"({len(lost):,} without a file, {len(no_text):,} without a caption)"
+        )
+    kept = [image for image in captions if image not in lost and texts[image]]
+    free = np.flatnonzero([image not in split for image in kept])
+    place = np.array([split.get(image, 0) for image in kept], np.int8)
+    shares = np.cumsum(_DRAWN[name])[:-1]
+    order = np.random.default_rng(seed).permutation(free)
+    for part, rows in enumerate(np.split(order, np.round(shares * len(free)).astype(int))):
+        place[rows] = part
+    empty = [part for i, part in enumerate(SPLITS) if not (place == i).any()]
+    if empty:
+        raise UserError(f"{name}: the split {empty[0]} has no pictures; {remedy}")
+    counts = [len(texts[image]) for image in kept]
+    return CaptionedImages(
+        name=name,
+        images=ImageFiles([paths[image] for image in kept]),
+        texts=tuple(text for image in kept for text in texts[image]),
+        image_of_text=np.repeat(np.arange(len(kept)), counts),
+        split=place,
+    )
+
+
+def _read_json(path: Path) -> Any:
+    with reading(path):
+        content = path.read_text("utf-8-sig")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is malformed JSON ({error}); get the file anew.") from error
+
+
+def _records(content: Any, key: str, where: str) -> list:
+    """A list of records under a key."""
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise UserError(f"{where} has no list {key!r}; get the file anew.")
+    return found
+
+
+def _field(entry: Any, key: str, kind: type, where: str) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind):
+        name = {str: "text", int: "number"}[kind]
+        raise UserError(f"{where}: a record has no {name} {key!r}; get the file anew.")
+    return value

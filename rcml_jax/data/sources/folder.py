@@ -1,0 +1,270 @@
+"""People's own data: a folder with tables of items, relations and pairs, and images.
+
+Each table is a `.csv` file with a header or a `.jsonl` file (UTF-8):
+
+- `items`: `id`, `text`, `image` (a path relative to the folder) and, if there are classes, `label`;
+- `relations`: `id`, `sentence`;
+- `pairs`: `item_a`, `item_b` (or `item_1`, `item_2`, or `a`, `b`), `relation` and, optionally,
+  `split` (train, validation or val, test; an empty one is none).
+
+Ids are compared as text. Order within a pair does not matter, and a pair that comes twice counts
+once.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rcml_jax.data import images, prepared
+from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
+from rcml_jax.data.tables import optional, required, rows_of, table_of
+from rcml_jax.errors import UserError
+
+CACHE = ".prepared"
+_RECIPE = 1
+_SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "test": 2}
+_PAIR_COLUMNS = (("item_a", "item_b"), ("item_1", "item_2"), ("a", "b"))
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What was left out for images that cannot be decoded: item ids, and the number of pairs."""
+
+    items: tuple[str, ...] = ()
+    pairs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    id: str
+    text: str
+    image: Path
+    label: str
+    where: str
+
+
+def load(
+    folder: str | Path,
+    cache_dir: str | Path | None = None,
+    *,
+    strict: bool = False,
+    max_image_size: int | None = 512,
+    intra_relation: str = INTRA_RELATION,
+    log: Callable[[str], None] | None = None,
+) -> RelationGraph:
+    """The folder's graph; prepared into `cache_dir` (default `<folder>/.prepared`) if it is new.
+
+    A change of a table, of an image's size or time, or of an argument here makes it anew, in a
+    folder beside the older ones (which may be deleted). Images are stored with a longer side of
+    `max_image_size` at most. An image that cannot be decoded is left out with its pairs, and a
+    warning is logged; with `strict` it is an error.
+
+    Raises:
+      UserError: anything else that is wrong in a table, with file, line and reason.
+    """
+    folder = Path(folder).expanduser()
+    items = _read_items(folder)
+    fingerprint = _fingerprint(folder, items, f"{strict} {max_image_size} {intra_relation}")
+    graph = prepared.load_or_prepare(
+        folder / CACHE if cache_dir is None else cache_dir,
+        _cache_name(folder),
+        lambda: read(
+            folder, strict=strict, max_image_size=max_image_size, intra_relation=intra_relation
+        )[0],
+        fingerprint=fingerprint,
+        log=log,
+        description=f"The items, relations and pairs of the folder {folder.resolve().name}.",
+    )
+    kept = set(graph.ids)
+    lost = [item.id for item in items if item.id not in kept]
+    if lost:
+        _log.warning(
+            "%d of %d items were left out with their pairs, because their images cannot be "
+            "decoded: %s%s",
+            len(lost),
+            len(items),
+            ", ".join(lost[:5]),
+            ", ..." if len(lost) > 5 else "",
+        )
+    return graph
+
+
+def read(
+    folder: str | Path,
+    *,
+    strict: bool = False,
+    max_image_size: int | None = 512,
+    intra_relation: str = INTRA_RELATION,
+) -> tuple[RelationGraph, Skipped]:
+    """The folder's graph straight from its files, every row and image checked, nothing cached.
+
+    Raises:
+      UserError: as `load`.
+    """
+    folder = Path(folder).expanduser()
+    items = _read_items(folder)
+    relations = _read_relations(folder)
+    pairs, pair_split = _read_pairs(folder, items, relations)
+    good = _check_images(items, strict)
+    if not good.any():
+        raise UserError(f"No image of {folder} can be decoded; check the image files.")
+    kept_items = [item for item, ok in zip(items, good, strict=True) if ok]
+    keep = good[pairs[:, 0]] & good[pairs[:, 1]]
+    if not keep.any():
+        raise UserError(f"No pair of {folder} is left; check its pairs and image files.")
+    number = np.cumsum(good) - 1
+    pairs = np.stack([number[pairs[:, 0]], number[pairs[:, 1]], pairs[:, 2]], axis=1)[keep]
+    pairs, pair_split = normalize_pairs(pairs, pair_split[keep])
+    label_names = sorted({item.label for item in kept_items} - {""})
+    labels = [label_names.index(item.label) if item.label else -1 for item in kept_items]
+    graph = RelationGraph(
+        name=_cache_name(folder),
+        ids=tuple(item.id for item in kept_items),
+        texts=tuple(item.text for item in kept_items),
+        labels=np.array(labels, np.int32),
+        label_names=tuple(label_names),
+        relations=tuple(relations.values()),
+        intra_relation=intra_relation,
+        pairs=pairs,
+        pair_split=pair_split,
+        images=images.EncodedImages(
+            len(kept_items), lambda index: _stored(kept_items[index], max_image_size)
+        ),
+    )
+    lost = tuple(item.id for item, ok in zip(items, good, strict=True) if not ok)
+    return graph.validate(), Skipped(lost, int(np.sum(~keep)))
+
+
+def _read_items(folder: Path) -> list[_Item]:
+    items: dict[str, _Item] = {}
+    for where, row in rows_of(table_of(folder, "items")):
+        item = _Item(
+            id=required(row, "id", where),
+            text=required(row, "text", where),
+            image=folder / required(row, "image", where),
+            label=optional(row, "label"),
+            where=where,
+        )
+        if item.id in items:
+            raise UserError(
+                f"{where}: the id '{item.id}' is used before ({items[item.id].where}); give "
+                "every item its own id."
+            )
+        if not item.image.is_file():
+            raise UserError(
+                f"{where}: there is no image file {item.image}; write a path relative to {folder}."
+            )
+        items[item.id] = item
+    if not items:
+        raise UserError(f"{table_of(folder, 'items')} has no items; add a row for each item.")
+    return list(items.values())
+
+
+def _read_relations(folder: Path) -> dict[str, str]:
+    relations: dict[str, str] = {}
+    for where, row in rows_of(table_of(folder, "relations")):
+        key = required(row, "id", where)
+        if key in relations:
+            raise UserError(
+                f"{where}: the id '{key}' is used before; give every relation its own id."
+            )
+        relations[key] = required(row, "sentence", where)
+    if not relations:
+        raise UserError(f"{table_of(folder, 'relations')} has no relations; add a row for each.")
+    return relations
+
+
+def _read_pairs(
+    folder: Path, items: list[_Item], relations: dict[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    item_number = {item.id: number for number, item in enumerate(items)}
+    relation_number = {key: number for number, key in enumerate(relations)}
+    rows, splits = [], []
+    declared: dict[tuple[int, int], tuple[int, str]] = {}
+    for where, row in rows_of(table_of(folder, "pairs")):
+        names = next((pair for pair in _PAIR_COLUMNS if set(pair) & set(row)), _PAIR_COLUMNS[0])
+        a, b = (_known(row, name, where, item_number, "item") for name in names)
+        relation = _known(row, "relation", where, relation_number, "relation")
+        if a == b:
+            raise UserError(
+                f"{where}: item '{items[a].id}' is paired with itself; remove the row (an item's "
+                "own text and image are a pair anyway)."
+            )
+        split = _split(row, where)
+        if split >= 0:
+            unit = (min(a, b), max(a, b))
+            before, line = declared.setdefault(unit, (split, where))
+            if before != split:
+                raise UserError(
+                    f"{where}: this pair is in split {SPLITS[split]}, but in {SPLITS[before]} "
+                    f"before ({line}); declare one split for all the relations of a pair."
+                )
+        rows.append((a, b, relation))
+        splits.append(split)
+    if not rows:
+        raise UserError(f"{table_of(folder, 'pairs')} has no pairs; add a row for each.")
+    # Where a pair comes twice, a declared split goes before none.
+    order = np.argsort(-np.array(splits), kind="stable")
+    return np.array(rows, np.int32)[order], np.array(splits, np.int8)[order]
+
+
+def _split(row: dict, where: str) -> int:
+    name = optional(row, "split").lower()
+    if not name:
+        return -1
+    if name not in _SPLIT_NAMES:
+        raise UserError(
+            f"{where}: there is no split '{name}'; use train, validation or test, or leave it "
+            "empty."
+        )
+    return _SPLIT_NAMES[name]
+
+
+def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: str) -> int:
+    key = required(row, column, where)
+    if key not in numbers:
+        raise UserError(f"{where}: there is no {kind} '{key}'; add it to {kind}s or correct it.")
+    return numbers[key]
+
+
+def _check_images(items: list[_Item], strict: bool) -> np.ndarray:
+    """Whether each item's image can be decoded (N,) bool; with `strict` all can, or UserError."""
+    problems = images.decode_problems([item.image.read_bytes for item in items])
+    for item, text in zip(items, problems, strict=True):
+        if text and strict:
+            raise UserError(
+                f"{item.where}: the image {item.image} cannot be decoded ({text}); replace it or "
+                "leave `strict` off."
+            )
+    return np.array([not text for text in problems])
+
+
+def _stored(item: _Item, max_image_size: int | None) -> bytes:
+    try:
+        return images.storable(item.image.read_bytes(), max_image_size)
+    except images.DECODE_ERRORS as error:
+        raise UserError(
+            f"{item.where}: the image {item.image} cannot be read ({error}); replace it."
+        ) from error
+
+
+def _cache_name(folder: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "_", folder.resolve().name).strip("_") or "folder"
+
+
+def _fingerprint(folder: Path, items: list[_Item], arguments: str) -> str:
+    """Changes with the tables' contents and with the images' names, sizes and times."""
+    digest = hashlib.sha256(f"{_RECIPE} {arguments}".encode())
+    for name in ("items", "relations", "pairs"):
+        path = table_of(folder, name)
+        digest.update(path.name.encode() + path.read_bytes())
+    for item in items:
+        stat = item.image.stat()
+        digest.update(f"{item.image} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,441 @@
+"""Similarities learned on frozen embeddings: networks of pairs, projections and closed forms.
+
+    learned = fit("two_tower", image, text, image_of_text, (val_image, val_text, val_rows))
+    scores = learned.score(image, text)  # (n, d), (m, d′) → (n, m), for any other rows
+
+Embeddings are images (n, d) and texts (m, d′), whose widths may differ, and `image_of_text` (m,)
+int, the row of each text's image. Every learner first brings rows to length one, subtracts the mean
+of their modality over the training pairs, and divides by one number, the root mean square of what
+is left, so that angles stay.
+
+mlp_mse, mlp_cosine, mlp_contrastive: an MLP on [x; y] (Xu and Leiva, 2025). The first two have
+    squared error on each pair and `negatives` others of its batch, against 1 for matched pairs and
+    0 for others, or against the pair's cosine before anything is subtracted.
+bilinear: xᵀ W y. two_tower: the cosine of two MLPs, which without hidden layers are projections.
+attention: both vectors become `tokens` tokens of `width`; each token u of the text attends to those
+    of the image, and the score is the mean over tokens of Σ_s softmax_s(q·k_s/√width) cos(u, v_s).
+procrustes: the cosine after the best rotation of images onto texts. cca: the cosine of canonical
+    variates, each times its correlation.
+All but the first two and the closed forms have the CLIP loss over the batch, in which texts of one
+image are positives of each other's images.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rcml_jax.errors import UserError
+from rcml_jax.evaluation import learners
+from rcml_jax.evaluation.learners import CLOSED, EMBEDDING, MLPS, Options, read_options
+from rcml_jax.evaluation.learners import LEARNERS as LEARNERS
+from rcml_jax.evaluation.modality_gap import check_pairs, inverse_root
+from rcml_jax.ops.ranking import retrieval_metrics
+
+# Similarities in closed form, orthogonal Procrustes and CCA, and what every learner subtracts.
+
+
+MODALITIES = ("image", "text")
+BLOCK = 8192
+
+
+def fit_preparation(image: np.ndarray, text: np.ndarray, rows: np.ndarray) -> dict[str, dict]:
+    """{"image", "text"} → {"mean": (d,), "scale": ()} of rows of length one over the pairs.
+
+    scale: the root mean square of the entries of what is left after the mean is subtracted. Raises
+    UserError if nothing is left.
+    """
+    sums = [np.zeros(x.shape[1]) for x in (image, text)]
+    squares = [0.0, 0.0]
+    for pair in _pair_blocks(image, text, rows):
+        for i, x in enumerate(pair):
+            sums[i] += x.sum(axis=0)
+            squares[i] += np.sum(x * x)
+    found = {}
+    for name, total, square in zip(MODALITIES, sums, squares, strict=True):
+        mean = total / len(text)
+        variance = square / len(text) - mean @ mean
+        # Below this, rows of float32 differ by their rounding alone.
+        if variance < 1e-13:
+            raise UserError(f"the rows of {name} all point the same way; there is nothing to learn")
+        scale = np.sqrt(variance / len(mean))
+        found[name] = {"mean": jnp.asarray(mean, jnp.float32), "scale": jnp.float32(scale)}
+    return found
+
+
+def procrustes(
+    options: Any, prepare: dict, image: np.ndarray, text: np.ndarray, rows: np.ndarray
+) -> dict[str, jax.Array]:
+    """{"rotation": (d, d′)}: the R that brings prepared images X nearest to their texts Y.
+
+    R = U Vᵀ of XᵀY = U S Vᵀ (Schönemann, 1966), a rotation or reflection; with unequal widths the
+    partial isometry that makes tr(Rᵀ XᵀY) greatest.
+    """
+    _, _, cross = _moments(prepare, image, text, rows)
+    u, _, vt = np.linalg.svd(cross, full_matrices=False)
+    return {"rotation": jnp.asarray(u @ vt, jnp.float32)}
+
+
+def cca(
+    options: Any, prepare: dict, image: np.ndarray, text: np.ndarray, rows: np.ndarray
+) -> dict[str, jax.Array]:
+    """{"image": (d, k), "text": (d′, k), "correlations": (k,)}: canonical directions, best first.
+
+    Variates have a variance of one. k is the narrower width or `options.width`, if that is less;
+    covariances are shrunk by `options.shrinkage` (`gap.inverse_root`). Raises UserError if one is
+    singular.
+    """
+    x_x, y_y, cross = _moments(prepare, image, text, rows)
+    whiten_x = inverse_root(x_x, options.shrinkage, "image")
+    whiten_y = inverse_root(y_y, options.shrinkage, "text")
+    u, correlations, vt = np.linalg.svd(whiten_x @ cross @ whiten_y, full_matrices=False)
+    kept = slice(0, options.width)
+    params = {
+        "image": (whiten_x @ u)[:, kept],
+        "text": (whiten_y @ vt.T)[:, kept],
+        "correlations": np.minimum(correlations[kept], 1),
+    }
+    return {name: jnp.asarray(p, jnp.float32) for name, p in params.items()}
+
+
+CLOSED_FORMS = {"procrustes": procrustes, "cca": cca}
+
+
+def _moments(prepare, image, text, rows):
+    """XᵀX, YᵀY and XᵀY of the prepared pairs, over their number."""
+    widths = image.shape[1], text.shape[1]
+    moments = [np.zeros((widths[i], widths[j])) for i, j in ((0, 0), (1, 1), (0, 1))]
+    means, scales = (
+        [np.asarray(prepare[name][key], np.float64) for name in MODALITIES]
+        for key in ("mean", "scale")
+    )
+    for pair in _pair_blocks(image, text, rows):
+        x, y = ((v - m) / s for v, m, s in zip(pair, means, scales, strict=True))
+        for moment, (a, b) in zip(moments, ((x, x), (y, y), (x, y)), strict=True):
+            moment += a.T @ b
+    return [moment / len(text) for moment in moments]
+
+
+def _pair_blocks(
+    image: np.ndarray, text: np.ndarray, rows: np.ndarray
+) -> Iterator[list[np.ndarray]]:
+    """Rows of length one of matched pairs, in float64, block by block; rows of zeros stay zero."""
+    for start in range(0, len(text), BLOCK):
+        part = slice(start, start + BLOCK)
+        pair = [np.asarray(x, np.float64) for x in (image[rows[part]], text[part])]
+        lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in pair]
+        yield [x / np.where(n > 0, n, 1) for x, n in zip(pair, lengths, strict=True)]
+
+
+_NETWORK = {
+    "width": [64, 128, 256, 512],
+    "depth": (1, 3),
+    "dropout": (0.0, 0.5),
+    "learning_rate": (1e-4, 1e-2),
+}
+#: What `search` looks through for each learner: choices (a list) or bounds (a tuple).
+SPACES = {
+    **dict.fromkeys(MLPS, _NETWORK),
+    "two_tower": _NETWORK | {"depth": (0, 2)},
+    "attention": {k: v for k, v in _NETWORK.items() if k != "depth"} | {"tokens": [1, 2, 4, 8]},
+    "bilinear": {"learning_rate": (1e-4, 1e-2), "weight_decay": (1e-6, 1e-1)},
+    "cca": {"width": [16, 32, 64, 128, 256, 512], "shrinkage": (1e-4, 0.5)},
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Learned:
+    """A learned similarity.
+
+    params and prepare: its arrays. history: a dict for each validation, with `step`, the mean
+    training `loss` since the last one, and `mrr` and `recall@1` on the validation rows, averaged
+    over both directions; best: the entry whose parameters these are (None without validation).
+    """
+
+    name: str
+    options: Options
+    params: Any
+    prepare: Any
+    history: list[dict]
+    best: dict | None
+
+    def score(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Scores (n, m) of images (n, d) with texts (m, d′), larger for more similar; jitted.
+
+        Networks of pairs hold, beyond the scores, at most `PAIR_NUMBERS` numbers or those of one
+        image with all texts.
+        """
+        self._check(image=x, text=y)
+        return learners.score(self.name, self.params, self.prepare, x, y)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the score is `embed_image(x) @ embed_text(y).T`."""
+        return self.name in EMBEDDING
+
+    def embed_image(self, x: jax.Array) -> jax.Array:
+        """Embeddings (n, k) of images (n, d); UserError if the learner has none."""
+        return self._embed("image", x)
+
+    def embed_text(self, y: jax.Array) -> jax.Array:
+        """Embeddings (m, k) of texts (m, d′); UserError if the learner has none."""
+        return self._embed("text", y)
+
+    def _embed(self, modality: str, x: jax.Array) -> jax.Array:
+        if not self.embeds:
+            raise UserError(f"{self.name} scores pairs and has no embedding; use its score")
+        self._check(**{modality: x})
+        return learners.embedding(self.name, modality, self.params, self.prepare, x)
+
+    def _check(self, **arrays: jax.Array) -> None:
+        for modality, x in arrays.items():
+            width = self.prepare[modality]["mean"].shape[0]
+            if x.ndim != 2 or x.shape[1] != width:
+                raise UserError(
+                    f"{modality} has shape {x.shape}; {self.name} was fitted on (rows, {width})"
+                )
+
+
+def fit(
+    name: str,
+    image: np.ndarray,
+    text: np.ndarray,
+    image_of_text: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Learned:
+    """Fit one of `LEARNERS` to training pairs; `options` are those of `Options` that differ.
+
+    validation: (image, text, image_of_text) of other pairs. Training (AdamW, constant rate) stops,
+    and takes its best parameters back, by the mean reciprocal rank among these rows, averaged over
+    both directions, ties against the model: one measure for every loss, and one that still moves
+    where recall@1 is 0. The closed forms use it for their figures alone and can do without.
+    Equal seeds give equal results. Raises UserError for input that cannot be, and if the loss is
+    not finite.
+    """
+    settings = read_options(name, options)
+    image, text, rows = check_pairs(image, text, image_of_text, same_width=name == "mlp_cosine")
+    if validation is not None:
+        try:
+            validation = check_pairs(*validation)
+        except UserError as error:
+            raise UserError(f"validation: {error}") from error
+        for modality, x, y in zip(("image", "text"), (image, text), validation[:2], strict=True):
+            if x.shape[1] != y.shape[1]:
+                raise UserError(
+                    f"validation {modality} has width {y.shape[1]} and training {x.shape[1]}; "
+                    "they must agree"
+                )
+        validation = _some(*validation, settings.validation_rows, seed)
+    elif name not in CLOSED:
+        raise UserError(
+            f"{name} needs validation=(image, text, image_of_text) to know when to stop"
+        )
+    prepare = fit_preparation(image, text, rows)
+    if name not in CLOSED:
+        params, history, best = _descend(
+            name, settings, prepare, image, text, rows, validation, seed
+        )
+        return Learned(name, settings, params, prepare, history, best)
+    params = CLOSED_FORMS[name](settings, prepare, image, text, rows)
+    best = None
+    if validation is not None:
+        best = {"step": 0, "loss": None} | _validate(name, params, prepare, *validation)
+    return Learned(name, settings, params, prepare, [best] if best else [], best)
+
+
+def _descend(name, options, prepare, image, text, rows, validation, seed):
+    """Minibatch descent with early stopping: the best parameters, the history, its best entry."""
+    rng = np.random.default_rng(seed)
+    start, noise = jax.random.split(jax.random.key(seed))
+    params = learners.initial(name, start, image.shape[1], text.shape[1], options)
+    state = _optimizer(options.learning_rate, options.weight_decay).init(params)
+    size = min(options.batch_size, len(rows))
+    batches = _endless_batches(rng, len(rows), size)
+    arrays = [
+        learners.prepared(prepare["image"], jnp.asarray(image)),
+        learners.prepared(prepare["text"], jnp.asarray(text)),
+        jnp.asarray(rows, jnp.int32),
+    ]
+    best = {"step": 0, "loss": None} | _validate(name, params, prepare, *validation)
+    history, kept = [best], params
+    step = 0
+    while step < options.steps:
+        count = min(options.validate_every, options.steps - step)
+        chosen = np.stack(list(itertools.islice(batches, count)))
+        keys = jax.vmap(partial(jax.random.fold_in, noise))(step + jnp.arange(count))
+        params, state, loss = _train(
+            name,
+            options.dropout,
+            options.negatives,
+            (options.learning_rate, options.weight_decay),
+            (params, state),
+            (*arrays, prepare),
+            (chosen, keys),
+        )
+        step += count
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss of {name} is not finite at step {step}; lower learning_rate")
+        entry = {"step": step, "loss": loss} | _validate(name, params, prepare, *validation)
+        history.append(entry)
+        if entry["mrr"] > best["mrr"]:
+            best, kept = entry, params
+        elif step - best["step"] >= options.patience * options.validate_every:
+            break
+    return kept, history, best
+
+
+class Diverged(UserError):
+    """The loss is not finite; `search` counts such a trial as 0."""
+
+
+@partial(jax.jit, static_argnames=("name", "dropout", "negatives"))
+def _train(name, dropout, negatives, rates, carry, arrays, inputs):
+    """Take a step for each batch of pair indices and key; the mean of the losses comes along."""
+    image, text, rows, prepare = arrays
+    optimizer = _optimizer(*rates)
+
+    def step(carry, batch):
+        params, state = carry
+        chosen, key = batch
+        x, y = image[rows[chosen]], text[chosen]
+        same = rows[chosen][:, None] == rows[chosen]
+        loss, grad = jax.value_and_grad(
+            lambda p: learners.loss(
+                name, p, prepare, x, y, same, key, dropout=dropout, negatives=negatives
+            )
+        )(params)
+        updates, state = optimizer.update(grad, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    (params, state), losses = jax.lax.scan(step, carry, inputs)
+    return params, state, jnp.mean(losses)
+
+
+def _optimizer(rate, decay):
+    matrices = partial(jax.tree.map, lambda p: p.ndim > 1)
+    return optax.adamw(rate, weight_decay=decay, mask=matrices)
+
+
+def _endless_batches(rng, count, size):
+    """Indices (size,) into the pairs, each pass in a new order; what is left of it is left out."""
+    while True:
+        order = rng.permutation(count)
+        yield from order[: count - count % size].reshape(-1, size)
+
+
+def _validate(name, params, prepare, image, text, rows):
+    """{"mrr", "recall@1"} of validation rows, averaged over both directions."""
+    scores = np.asarray(learners.score(name, params, prepare, image, text))
+    relevant = np.arange(len(image))[:, None] == rows
+    both = [
+        retrieval_metrics(_ranks(s, r), ks=(1,), where=jnp.asarray(r.any(axis=1)))
+        for s, r in ((scores, relevant), (scores.T, relevant.T))
+    ]
+    return {
+        name: sum(metrics[key] for metrics in both) / 2
+        for name, key in (("mrr", "mrr"), ("recall@1", "hit@1"))
+    }
+
+
+def _ranks(scores, relevant):
+    """0-based rank of each query's best relevant candidate; ties and NaN count against it."""
+    best = np.max(scores, axis=1, where=relevant, initial=-np.inf, keepdims=True)
+    return jnp.asarray(np.sum(~(scores < best) & ~relevant, axis=1))
+
+
+def _some(image, text, rows, count, seed):
+    """At most so many texts, drawn by the seed, and then their images alone."""
+    if len(text) <= count:
+        return image, text, rows
+    chosen = np.sort(np.random.default_rng(seed).choice(len(text), count, replace=False))
+    images, rows = np.unique(rows[chosen], return_inverse=True)
+    return image[images], text[chosen], rows
+
+
+class Searched(NamedTuple):
+    """best: the learner of the best trial. trials: {"options", "mrr"} of each, in order."""
+
+    best: Learned
+    trials: list[dict]
+
+
+def search(
+    name: str,
+    image: np.ndarray,
+    text: np.ndarray,
+    image_of_text: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    trials: int = 20,
+    options: Mapping[str, Any] | None = None,
+    space: Mapping[str, list | tuple] | None = None,
+    seed: int = 0,
+) -> Searched:
+    """Fit a learner `trials` times with options by Optuna (TPE, seeded); the best on validation.
+
+    Looks through `SPACES[name]`, but for what `options` sets or `space` replaces, a dict of that
+    form: a list of choices, or a tuple of bounds (low, high), whole if both are, on a log scale if
+    low is a fraction above 0. A trial whose loss is not finite counts as 0. Raises UserError if
+    Optuna (extra `search`) is missing, as `fit` does, and if every trial diverged.
+    """
+    read_options(name, options)
+    if name not in SPACES:
+        raise UserError(f"{name} has nothing to search; fit it")
+    if trials < 1:
+        raise UserError(f"trials={trials} must be at least 1")
+    options = dict(options or {})
+    space = {k: v for k, v in SPACES[name].items() if k not in options} | dict(space or {})
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError('search needs Optuna: pip install "rcml_jax[search]"') from error
+    best: Learned | None = None
+    done: list[dict] = []
+
+    def objective(trial) -> float:
+        nonlocal best
+        chosen = {key: _suggest(trial, key, choices) for key, choices in space.items()}
+        done.append({"options": chosen, "mrr": 0.0})
+        try:
+            learned = fit(
+                name, image, text, image_of_text, validation, options=options | chosen, seed=seed
+            )
+        except Diverged:
+            return 0.0
+        done[-1]["mrr"] = learned.best["mrr"]
+        if best is None or learned.best["mrr"] > best.best["mrr"]:
+            best = learned
+        return learned.best["mrr"]
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        sampler = optuna.samplers.TPESampler(seed=seed)
+        optuna.create_study(direction="maximize", sampler=sampler).optimize(objective, trials)
+    finally:
+        optuna.logging.set_verbosity(level)
+    if best is None:
+        raise UserError(f"the loss of {name} was not finite in any trial; lower learning_rate")
+    return Searched(best, done)
+
+
+def _suggest(trial, key: str, choices: list | tuple) -> Any:
+    if isinstance(choices, list):
+        return trial.suggest_categorical(key, choices)
+    if len(choices) != 2 or not choices[0] <= choices[1]:
+        raise UserError(f"space of {key} is {choices}; give a list of choices or (low, high)")
+    low, high = choices
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(key, low, high)
+    return trial.suggest_float(key, low, high, log=low > 0)

@@ -1,0 +1,211 @@
+"""Relation-guided retrieval: one positive among unrelated candidates, or all in a gallery."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import scipy.sparse
+
+from rcml_jax.evaluation import blocks
+from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.ops.ranking import candidate_ranks, retrieval_metrics
+from rcml_jax.ops.similarity import l2_normalize
+
+_MEASURES = ("hit@5", "r_precision", "map")
+_BLOCK = 128  # queries ranked at a time
+
+
+def retrieval(
+    table: EmbeddingTable,
+    query: np.ndarray,
+    candidates: np.ndarray,
+    relation: np.ndarray,
+    *,
+    similarity: str = "cosine",
+) -> dict:
+    """Hit@1, Hit@5 and MRR for each of the five scores.
+
+    query (q,), candidates (q, c) with the positive in column 0: item identifiers; relation (q,).
+    Ties count against the model. Returns what `retrieval_measures` does.
+    """
+    scores = pair_scores(
+        table,
+        table.rows(query)[:, None],
+        table.rows(candidates),
+        relation[:, None],
+        similarity=similarity,
+    )
+    return retrieval_measures(scores, relation)
+
+
+def retrieval_measures(scores: dict[str, np.ndarray], relation: np.ndarray) -> dict:
+    """Hit@1, Hit@5 and MRR of scores (q, c) by name, with the positive in column 0.
+
+    relation (q,). Returns {"queries", "hit@1", "hit@5", "mrr", "macro"}, for each score its rate as
+    a fraction; "macro" has the same measures as means over relations of each relation's mean.
+    """
+    ranks = {name: np.asarray(candidate_ranks(x)) for name, x in scores.items()}
+    return {"queries": len(relation), **rank_measures(ranks, relation, ("hit@1", "hit@5", "mrr"))}
+
+
+def rank_measures(
+    ranks: dict[str, np.ndarray], relation: np.ndarray, measures: Sequence[str]
+) -> dict:
+    """Measures ("hit@k", "mrr") of 0-based ranks (q,) by name, and under "macro" by relation."""
+    result: dict = {measure: {} for measure in measures}
+    result["macro"] = {measure: {} for measure in measures}
+    ks = tuple(int(m.removeprefix("hit@")) for m in measures if m != "mrr")
+    of_relation = [np.flatnonzero(relation == e) for e in np.unique(relation)]
+    for name, found in ranks.items():
+        whole = retrieval_metrics(found, ks=ks)
+        parts = [retrieval_metrics(found[rows], ks=ks) for rows in of_relation]
+        for measure in measures:
+            result[measure][name] = float(whole[measure])
+            result["macro"][measure][name] = float(np.mean([part[measure] for part in parts]))
+    return result
+
+
+def gallery_retrieval(
+    table: EmbeddingTable,
+    items: np.ndarray,
+    texts: np.ndarray,
+    query: np.ndarray,
+    relation: np.ndarray,
+    right: scipy.sparse.csr_array,
+    hidden: scipy.sparse.csr_array,
+    *,
+    similarity: str = "cosine",
+) -> dict:
+    """Hit@5, R-precision and mean average precision over a gallery, for each of the five scores.
+
+    items (n,): identifiers of the gallery. texts (n,): the place of the first item with the same
+        text, whose embedding stands for all of them.
+    query (q,): places in the gallery; relation (q,), sorted; right, hidden (q, n) sparse bool: what
+        answers the query, and what is not ranked.
+
+    Where texts are ranked (TT, IT), each distinct one is ranked once and is right if an item that
+    has it is; the query's own text is no answer to itself. Where texts ask (TT, TI), each is asked
+    once under each relation. Hit@5: an answer is among the first five; R-precision: the share of
+    answers among the first R, with R answers. Ties count against the model: wrong ones go first.
+
+    Returns {"gallery": {"items", "texts"}, "queries", "hit@5", "r_precision", "map", "chance"}, for
+    each score the number of queries and means as fractions; chance is the expectation over all
+    orders of the same galleries.
+    """
+    rows, first = table.rows(items), np.unique(texts)
+    text_of = np.searchsorted(first, texts)
+    shape = len(items), len(first)
+    carried = scipy.sparse.csr_array((np.ones(len(items)), (np.arange(len(items)), text_of)), shape)
+    asked = text_of[query] + relation.astype(np.int64) * len(first)
+    once = np.isin(np.arange(len(query)), np.unique(asked, return_index=True)[1])
+    total: dict = {name: np.zeros((2, len(_MEASURES))) for name in SCORES}
+    counts = dict.fromkeys(SCORES, 0)
+    for part in _blocks_of(relation):
+        places, e = query[part], relation[part[0]]
+        of_item = right[part].toarray(), ~hidden[part].toarray()
+        shown = np.asarray(carried.sum(axis=0)) > (hidden[part].astype(float) @ carried).toarray()
+        of_text = (right[part].astype(float) @ carried).toarray() > 0, shown
+        others = shown & (np.arange(len(first)) != text_of[places][:, None])
+        scores = _gallery_scores(table, e, rows, texts, first, places, similarity)
+        for name in SCORES:
+            is_right, ranked = of_text if name[-1] == "t" else of_item
+            ranked = others if name == "tt" else ranked
+            counted = np.any(is_right & ranked, axis=1)
+            if name[0] == "t":
+                counted &= once[part]
+            chosen = scores[name][counted], is_right[counted], ranked[counted]
+            total[name] += np.stack([_ranked_measures(*chosen), _expected_measures(*chosen[1:])])
+            counts[name] += int(counted.sum())
+    means = {name: total[name] / max(counts[name], 1) for name in SCORES}
+    by_measure = [
+        {m: {name: float(means[name][row, i]) for name in SCORES} for i, m in enumerate(_MEASURES)}
+        for row in (0, 1)
+    ]
+    gallery = {"items": len(items), "texts": len(first)}
+    return {"gallery": gallery, "queries": counts, **by_measure[0], "chance": by_measure[1]}
+
+
+def _blocks_of(relation: np.ndarray):
+    """Yield the rows of queries in blocks of one relation each."""
+    bounds = np.flatnonzero(np.diff(relation, prepend=-1, append=-1))
+    for start, stop in itertools.pairwise(bounds):
+        for low in range(start, stop, _BLOCK):
+            yield np.arange(low, min(low + _BLOCK, stop))
+
+
+def _gallery_scores(
+    table: EmbeddingTable, relation: int, rows, texts, first, places, similarity: str
+) -> dict[str, np.ndarray]:
+    """Scores of queries with every item (II, TI, AVG) or every distinct text (TT, IT)."""
+    text, image = (
+        side[relation if len(side) > 1 else 0][rows] for side in (table.text, table.image)
+    )
+    text = text[texts]
+    padded = np.minimum(np.arange(_BLOCK), len(places) - 1)
+    sentence = (table.relation[relation], table.sentence_weight) if table.sentence_weight else None
+    scores = _score_block(text, image, text[first], places[padded], sentence, similarity)
+    return {name: np.asarray(block)[: len(places)] for name, block in scores.items()}
+
+
+@functools.partial(jax.jit, static_argnames="similarity")
+def _score_block(text, image, distinct, places, sentence, similarity):
+    def score_rows(x, y):
+        return blocks.scores(
+            similarity, blocks.prepare(similarity, x), blocks.prepare(similarity, y)
+        )
+
+    def score(x, y):
+        found = score_rows(x, y)
+        if sentence is None:
+            return found
+        # The query's own score with the sentence is the same for all candidates.
+        vector, weight = sentence
+        return found + weight * score_rows(vector[None], y)
+
+    both = l2_normalize(text + image)
+    return {
+        "tt": score(text[places], distinct),
+        "ii": score(image[places], image),
+        "ti": score(text[places], image),
+        "it": score(image[places], distinct),
+        "avg": score(both[places], both),
+    }
+
+
+def _ranked_measures(scores: np.ndarray, right: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Sums (3,) of the measures over rows (q, c), each with one right and ranked place at least."""
+    right = right & ranked
+    worst = np.where(right, -np.inf, np.inf)
+    scores = np.where(np.isnan(scores), worst, scores).astype(np.float32) + np.float32(0)
+    # One unsigned key a place: by falling score, then wrong before right; last what is not ranked.
+    bits = scores.view(np.uint32)
+    rising = bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+    keys = (~rising).astype(np.uint64) << np.uint64(1) | right
+    keys[~ranked] = np.iinfo(np.uint64).max - 1
+    keys.sort(axis=1)
+    hits = (keys & np.uint64(1)).astype(np.int64)
+    found, answers = hits.cumsum(axis=1), right.sum(axis=1)
+    in_first = np.take_along_axis(found, answers[:, None] - 1, axis=1)[:, 0]
+    precision = np.sum(hits * found / np.arange(1, hits.shape[1] + 1), axis=1) / answers
+    return np.array(
+        [
+            np.sum(np.any(hits[:, :5], axis=1)),
+            np.sum(in_first / answers),
+            np.sum(precision),
+        ]
+    )
+
+
+def _expected_measures(right: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """What `_ranked_measures` is on average over all orders of the ranked places."""
+    n = ranked.sum(axis=1).astype(float)
+    answers = (right & ranked).sum(axis=1).astype(float)
+    # Of n places, the first five all hold none of the answers.
+    free = np.stack([(n - answers - k).clip(min=0) / (n - k).clip(min=1) for k in range(5)])
+    harmonic = np.cumsum(1 / np.arange(1, ranked.shape[1] + 1))[n.astype(int) - 1]
+    # E[AP] = Σ_k (1 + (k - 1) (R - 1)/(n - 1)) / (k n)
+    others = (answers - 1) / (n - 1).clip(min=1)
+    precision = (harmonic + others * (n - harmonic)) / n
+    return np.array([np.sum(1 - np.prod(free, axis=0)), np.sum(answers / n), np.sum(precision)])

@@ -1,0 +1,153 @@
+"""Running top-K lists and ranks of many queries, fed block by block."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found for each of q queries.
+
+    index, scores, right: (q, k), best first: places in the gallery, their scores, and whether they
+    are right; fewer columns if the gallery is smaller than k. Among equal scores the wrong ones
+    come first, then the lower places. rank: (q,) how many wrong items of the whole gallery score no
+    less than the best of the right ones; 0 is best. answers: (q,) number of right answers.
+    """
+
+    index: np.ndarray
+    scores: np.ndarray
+    right: np.ndarray
+    rank: np.ndarray
+    answers: np.ndarray
+
+
+class Best:
+    """The best k items of each of some rows, so far; new ones wait until they are many."""
+
+    def __init__(self, rows: int, k: int):
+        self.scores = np.full((rows, k), -np.inf, np.float32)
+        self.index = np.full((rows, k), -1, np.int64)
+        self._new: list[tuple[np.ndarray, ...]] = []
+        self._waiting = 0
+
+    @property
+    def floor(self) -> np.ndarray:
+        """(rows,) scores that a later item has to exceed; it loses a tie."""
+        return self.scores[:, -1]
+
+    def add(self, row: np.ndarray, index: np.ndarray, scores: np.ndarray) -> None:
+        """Take up items (n,); those of a row come in the order of their index if they tie."""
+        self._new.append((row, index, scores))
+        self._waiting += len(row)
+        if self._waiting >= self.scores.size:
+            self.merge()
+
+    def merge(self) -> None:
+        """Take up the items that wait."""
+        rows, k = self.scores.shape
+        old = np.repeat(np.arange(rows), k), self.index.reshape(-1), self.scores.reshape(-1)
+        row, index, scores = (np.concatenate(parts) for parts in zip(old, *self._new, strict=True))
+        kept = _first(row, scores, rows, k)
+        self.index, self.scores = index[kept], scores[kept]
+        self._new, self._waiting = [], 0
+
+
+class Direction:
+    """All queries of one direction, in blocks of `block`, and what is known of them so far.
+
+    pairs: (p, 2) query and right answer, every query in at least one; scores: (p,) theirs. The
+    items that are added and counted are the wrong ones.
+    """
+
+    def __init__(self, pairs, scores, queries: int, gallery: int, k: int, block: int):
+        self._pairs, self._scores, self._queries = pairs, scores, queries
+        blocks = -(-queries // block)
+        bar = np.full(blocks * block, -np.inf, np.float32)
+        np.maximum.at(bar, pairs[:, 0], scores)
+        #: (blocks, block) score of the best right answer.
+        self.bar = bar.reshape(blocks, block)
+        #: (blocks, block) how many wrong items have reached it.
+        self.count = np.zeros((blocks, block), np.int64)
+        self.best = [Best(block, min(k, gallery)) for _ in range(blocks)]
+
+    def state(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores that an item has to exceed to be listed, and to reach to be counted, (block,)."""
+        return self.best[block].floor, self.bar[block]
+
+    def found(self) -> Found:
+        """The lists, with the right answers in their places, and the ranks."""
+        for best in self.best:
+            best.merge()
+        q = self._queries
+        wrong, wrong_scores = (
+            np.concatenate([getattr(best, name) for best in self.best])[:q]
+            for name in ("index", "scores")
+        )
+        k = wrong.shape[1]
+        query, answer = self._pairs.T
+        row = np.concatenate([np.repeat(np.arange(q), k), query])
+        scores = np.concatenate([wrong_scores.reshape(-1), self._scores])
+        kept = _first(row, scores, q, k)  # wrong before right if they tie
+        index = np.concatenate([wrong.reshape(-1), answer])[kept]
+        answers = np.bincount(query, minlength=q)
+        return Found(index, scores[kept], kept >= q * k, self.count.reshape(-1)[:q], answers)
+
+
+def _first(row: np.ndarray, scores: np.ndarray, rows: int, k: int) -> np.ndarray:
+    """Places (rows, k) of the k highest scores of each row, in order; the first of equals first.
+
+    row, scores: (n,), at least k of each row.
+    """
+    bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes one of the two zeros
+    falling = np.where(bits >> 31, bits, ~(bits | np.uint32(1 << 31)))
+    key = row.astype(np.uint64) << np.uint64(32) | falling
+    counts = np.bincount(row, minlength=rows)
+    first = np.cumsum(counts) - counts
+    return np.argsort(key, kind="stable")[first[:, None] + np.arange(k)]
+
+
+# The items nearest to one query of several modalities, block by block over mapped files.
+
+
+_BLOCK_BYTES = 16 * 2**20
+
+
+def nearest(
+    vectors: Mapping[str, np.ndarray],
+    has: Mapping[str, np.ndarray],
+    query: Sequence[np.ndarray],
+    k: int,
+    *,
+    leave_out: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places and scores, (k,) each or fewer, of the best of n items for a query.
+
+    vectors: of each modality (n, d), memory-mapped files among them, of any float type, unit
+    vectors or zeros; has: of each (n,) bool, whether an item has it; query: unit vectors (d,), of
+    one modality or several. A score is the mean cosine over all pairs of one of the query's vectors
+    and one of the item's. An item that has nothing, and `leave_out`, are no candidates. Of equal
+    scores the first comes first. The search is exact, in float32, and holds 16 MiB of rows.
+    """
+    n = len(next(iter(vectors.values())))
+    # The sum of all cosines is the product of the two sums.
+    total = np.sum([np.asarray(vector, np.float32) for vector in query], axis=0)
+    best = Best(1, min(k, n))
+    step = max(1, _BLOCK_BYTES // (4 * len(total)))
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        scores = np.zeros(part.stop - start, np.float32)
+        count = np.zeros(part.stop - start, np.float32)
+        for name, rows in vectors.items():
+            scores += np.where(has[name][part], rows[part].astype(np.float32) @ total, 0)
+            count += has[name][part]
+        scores /= len(query) * np.maximum(count, 1)
+        found = (count > 0) & (scores > best.floor[0])
+        if leave_out is not None and start <= leave_out < part.stop:
+            found[leave_out - start] = False
+        places = np.flatnonzero(found)
+        best.add(np.zeros_like(places), places + start, scores[places])
+    best.merge()
+    kept = best.index[0] >= 0
+    return best.index[0][kept], best.scores[0][kept]

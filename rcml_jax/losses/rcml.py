@@ -1,0 +1,214 @@
+"""The relation-conditioned objective of RCML (Eq. 1–2), relation by relation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rcml_jax.ops.similarity import as_float
+
+_CROSS_MODAL = ("ti", "it")
+_INTRA_MODAL = ("tt", "ii")
+
+Terms = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def relation_contrastive(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    related: jax.Array,
+    valid: jax.Array,
+    intra: jax.Array,
+    temperature: float | jax.Array = 0.1,
+    intra_modal_weight: float | jax.Array = 0.5,
+    block: int | None = None,
+    pair_block: int | None = None,
+    remat: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """RCML's loss (L_ti + L_it)/2 + λ (L_tt + L_ii) of a batch (arXiv 2508.17497, Eq. 1–2).
+
+    L_xy is the mean over pairs (i, j, e), in both directions, of
+    −log [exp(z_x^i·z_y^j/τ) / Σ_{k ∈ {j} ∪ N(i)} exp(z_x^i·z_y^k/τ)], where z are the embeddings
+    under the pair's own relation e and N(i) the valid items not related to i. The intra-modal means
+    L_tt and L_ii leave the intra-sample pairs out: an item compared with itself has similarity 1
+    and no gradient. A mean over no pairs is 0.
+
+    text, image: (R, N, d) embeddings of all N items under each of R relations, L2-normalised (by
+        the pooling head; they are not normalised again here) and finite at padding, too.
+    anchor, positive: (R, G) indices of the items of each relation's pairs, within 0..N−1.
+    pair_valid: (R, G) bool, false for padding. A pair of an item that is not valid does not count.
+    related: (N, N) bool, whether two items are paired under any relation of the whole graph, as in
+        the paper; or (R, N, N), whether they are under each relation of the batch, so that items
+        paired under another relation alone are negatives. Symmetric, true on the diagonal.
+    valid: (N,) bool, false for padding.
+    intra: (R,) bool, true for the intra-sample relation, whose pairs have anchor = positive.
+    intra_modal_weight: λ.
+    block: relations handled at a time; None for all at once, which is the fastest and holds the
+        8·R·G·N logits.
+    pair_block: pairs of a relation handled at a time; None for all. With block=1, 8·pair_block·N
+        logits are held, however many the pairs and relations.
+    remat: with blocks, compute their logits again in the backward pass instead of keeping them.
+
+    Returns the loss and a dict of scalars: the terms `tt`, `ti`, `it` and `ii` (`ti` goes from the
+    anchor's text to the positive's image), `pairs`, the number of valid pairs, and `accuracy`, the
+    share of cross-modal rows whose positive is strictly above all its negatives.
+    """
+
+    again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
+    related = jnp.asarray(related, bool)
+
+    @again
+    def terms_of_pairs(text, image, related, anchor, positive, pair_valid):
+        return relation_terms(
+            text,
+            image,
+            anchor,
+            positive,
+            pair_valid=pair_valid,
+            related=related,
+            valid=valid,
+            temperature=temperature,
+        )
+
+    def terms_of(relation):
+        own, *pairs = relation
+        states = (own["text"], own["image"], own.get("related", related))
+        if pair_block is None:
+            return terms_of_pairs(*states, *pairs)
+        one = lambda part: terms_of_pairs(*states, *part)  # noqa: E731
+        parts = jax.lax.map(one, _split(pairs, pair_block))
+        return jax.tree.map(jnp.sum, parts)
+
+    of_relation = {"text": text, "image": image}
+    if related.ndim == 3:
+        of_relation["related"] = related
+    relations = (of_relation, anchor, positive, pair_valid)
+    terms = jax.lax.map(terms_of, relations, batch_size=block or len(text))
+    inter = ~jnp.asarray(intra, bool)
+    means = {name: _mean(*terms[name]) for name in (*_CROSS_MODAL, "accuracy")}
+    means |= {name: _mean(*terms[name], where=inter) for name in _INTRA_MODAL}
+    cross_modal = sum(means[name] for name in _CROSS_MODAL) / 2
+    intra_modal = sum(means[name] for name in _INTRA_MODAL)
+    rows = jnp.sum(terms["ti"][1])
+    loss = cross_modal + jnp.asarray(intra_modal_weight, rows.dtype) * intra_modal
+    return loss, {**means, "pairs": rows / 2}
+
+
+def relation_identification(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    linked: jax.Array,
+    valid: jax.Array,
+    intra: jax.Array,
+    temperature: float | jax.Array = 0.1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Contrast a pair's similarity under its own relation with that under the others.
+
+    L = mean over inter-sample pairs (i, j, e) and over the four modality combinations (x, y) of
+    −log [exp(z_x^i(e)·z_y^j(e)/τ) / Σ_{e' ∈ {e} ∪ U(i, j)} exp(z_x^i(e')·z_y^j(e')/τ)], where
+    U(i, j) are the batch's relations under which i and j are not linked. Not in the paper: Eq. 2
+    compares candidates under one relation and leaves the levels of different relations free, so
+    that a pair's similarities under two relations cannot be compared.
+
+    text, image, anchor, positive, pair_valid, valid, intra: as in `relation_contrastive`.
+    linked: (R, G, R) bool, whether the pair is linked under each relation of the batch.
+
+    Returns the loss and {"relation_accuracy"}: the share of rows whose own relation is strictly
+    above all the others. Without inter-sample pairs both are 0.
+    """
+    text, image = as_float(text), as_float(image)
+    linked, intra = jnp.asarray(linked, bool), jnp.asarray(intra, bool)
+    live = _live(anchor, positive, pair_valid, valid) & ~intra[:, None]
+
+    def similarities(embeddings):
+        items = jnp.stack(embeddings)
+        return jnp.einsum("xrgd,yrgd->xyrg", items[:, anchor], items[:, positive])
+
+    # (x, y, R, G, R'): every pair under every relation of the batch.
+    logits = jnp.moveaxis(jax.lax.map(similarities, (text, image)), 0, -1)
+    logits = logits / jnp.asarray(temperature, text.dtype)
+    own = jnp.eye(len(text), dtype=bool)[:, None]
+    target = jnp.sum(jnp.where(own, logits, 0), axis=-1)
+    other = ~linked & ~own
+    kept = jnp.where(other | own, logits, -jnp.inf)
+    losses = jnp.where(live, jax.nn.logsumexp(kept, axis=-1) - target, 0)
+    wins = live & (target > jnp.max(jnp.where(other, logits, -jnp.inf), axis=-1))
+    count = jnp.maximum(4 * jnp.sum(live), 1)
+    return jnp.sum(losses) / count, {"relation_accuracy": jnp.sum(wins) / count}
+
+
+def relation_terms(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    related: jax.Array,
+    valid: jax.Array,
+    temperature: float | jax.Array = 0.1,
+) -> Terms:
+    """Sums and counts of the four terms of one relation, for callers with blocks of their own.
+
+    text, image: (N, d); anchor, positive, pair_valid: (G,); related: (N, N); the rest as in
+    `relation_contrastive`.
+    Returns (sum, count) of `tt`, `ti`, `it`, `ii` and `accuracy`. Each valid pair is two rows, one
+    a direction, so `count` of a term is twice the number of pairs; an intra-sample pair is the same
+    row twice, which leaves its mean unchanged. All four terms are summed under any relation: the
+    caller drops `tt` and `ii` of the intra-sample one.
+    """
+    text, image = as_float(text), as_float(image)
+    # NumPy arrays cannot be indexed by traced ones.
+    related, valid = jnp.asarray(related, bool), jnp.asarray(valid, bool)
+    rows = jnp.concatenate([anchor, positive])
+    columns = jnp.concatenate([positive, anchor])
+    live = _live(anchor, positive, pair_valid, valid)
+    live = jnp.concatenate([live, live])
+    is_positive = columns[:, None] == jnp.arange(text.shape[0])
+    is_negative = valid & ~related[rows] & ~is_positive
+
+    queries = jnp.concatenate([text[rows], image[rows]])
+    logits = queries @ jnp.concatenate([text, image]).T / jnp.asarray(temperature, text.dtype)
+    # (modality of the anchor, row, modality of the candidate, candidate)
+    logits = logits.reshape(2, len(rows), 2, len(text))
+    is_positive, is_negative = is_positive[:, None], is_negative[:, None]
+    target = jnp.sum(jnp.where(is_positive, logits, 0), axis=-1)
+    kept = jnp.where(is_positive | is_negative, logits, -jnp.inf)
+    losses = jnp.where(live[:, None], jax.nn.logsumexp(kept, axis=-1) - target, 0)
+    hardest = jnp.max(jnp.where(is_negative, logits, -jnp.inf), axis=-1)
+    wins = live[:, None] & (target > hardest)
+
+    count = jnp.sum(live).astype(losses.dtype)
+    sums = jnp.sum(losses, axis=1)
+    terms = {x + y: (sums[i, j], count) for i, x in enumerate("ti") for j, y in enumerate("ti")}
+    cross_wins = jnp.sum(wins[0, :, 1]) + jnp.sum(wins[1, :, 0])
+    return {**terms, "accuracy": (cross_wins.astype(losses.dtype), 2 * count)}
+
+
+def _split(pairs, size):
+    """Arrays (G,) → (blocks, at most size); padded with zeros, which are no valid pair."""
+    if size < 1:
+        raise ValueError(f"pair_block={size} must be at least 1, or None for all pairs at once")
+    count = pairs[0].shape[0]
+    blocks = -(-count // size)
+    padding = blocks * -(-count // blocks) - count
+    return [jnp.pad(x, (0, padding)).reshape(blocks, -1) for x in pairs]
+
+
+def _live(anchor, positive, pair_valid, valid):
+    """Which pairs count: they are no padding, and neither of their items is."""
+    pair_valid, valid = jnp.asarray(pair_valid, bool), jnp.asarray(valid, bool)
+    return pair_valid & valid[anchor] & valid[positive]
+
+
+def _mean(sums, counts, where=None):
+    """The mean over all relations, or 0 if nothing was counted."""
+    return jnp.sum(sums, where=where) / jnp.maximum(jnp.sum(counts, where=where), 1)

@@ -1,0 +1,434 @@
+"""The alignment study of a configuration: embeddings from its sources, and what is said of them."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rcml_jax.data.images import ImageBank
+from rcml_jax.data.log import log_line
+from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_graph
+from rcml_jax.data.sources import captions, openmoji
+from rcml_jax.data.sources.captions import CaptionedImages
+from rcml_jax.data.sources.embeddings import (
+    Pairs,
+    join_pairs,
+    project_to_narrower,
+    read_npz,
+    select_pairs,
+    split_pairs,
+)
+from rcml_jax.data.stages import stored_rows
+from rcml_jax.data.tokenizer import Tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.evaluation import modality_gap as gap
+from rcml_jax.evaluation.cross_modal import check_pairs, pair_retrieval, retrieval
+from rcml_jax.evaluation.learned_similarity import LEARNERS, SPACES, fit, search
+from rcml_jax.evaluation.modality_gap import (
+    calibrate,
+    cosine_histograms,
+    modality_gap,
+    negative_share,
+    plane,
+)
+from rcml_jax.methods import build
+from rcml_jax.methods.relational import RelationalMethod
+from rcml_jax.methods.task import cache_directory
+from rcml_jax.ops.similarity import SIMILARITIES
+from rcml_jax.training import loop, sharding
+from rcml_jax.training import workdir as workdirs
+from rcml_jax.training.checkpoint import read_params
+
+# Where the alignment study's embeddings come from: runs of ours, towers of checkpoints, files.
+
+
+NAMES = ("openmoji", "npz", "flickr30k", "coco", "runs")
+#: Train, validation and test pairs of a source.
+Splits = list[Pairs]
+_SHARES = (0.6, 0.2, 0.2)
+_CHUNK = 64
+
+
+def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits]]:
+    """By name, what reads a source's splits; the runs of `config.runs` are trained already.
+
+    Raises UserError for an unknown name and for a source without a path or towers.
+    """
+    data, towers = config.data, [t for t in config.towers.names.split(",") if t]
+    if data.name not in NAMES:
+        raise UserError(
+            f"config.data.name={data.name!r} is unknown; choose one of {', '.join(NAMES)}"
+        )
+    if data.name in ("npz", "runs"):
+        if towers:
+            raise UserError(f"the source {data.name} takes no towers; leave towers out")
+        return {"npz": lambda: _npz(config)} if data.name == "npz" else _runs(data.path)
+    found: dict[str, Callable[[], Splits]] = {}
+    if data.name == "openmoji":
+        found = {
+            "rcml": lambda: _run(workdir / "runs" / "rcml", config.runs.rcml),
+            "clip": lambda: _run(workdir / "runs" / "clip", config.runs.clip),
+            "apart": lambda: _apart(config, workdir),
+        }
+    elif not towers:
+        raise UserError(
+            f"the source {data.name} needs towers: --config.towers.names=CLIP, or IMAGE+TEXT for "
+            "two that were trained apart; directories or names on the Hugging Face hub"
+        )
+    data_once = functools.cache(lambda: _captioned(config))  # the same for all towers
+    for name in towers:
+        _check_towers(name)
+        label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
+        if label in found:
+            raise UserError(f"two sources are called {label!r}; rename one of the directories")
+        found[label] = lambda name=name: _towers(name, data_once(), config.towers, workdir)
+    return found
+
+
+def _npz(config: Any) -> Splits:
+    pairs = read_npz(config.data.path)
+    # Looked at as a whole, so that what is wrong with it is said by the file's own rows.
+    whole = project_to_narrower(Pairs(*gap.check_pairs(*pairs.arrays())), 0)
+    asked = config.evaluation.similarity
+    known = tuple(SIMILARITIES) if asked == "all" else tuple(asked.split(","))
+    check_pairs(*whole.arrays(), similarities=known)
+    return split_pairs(pairs, _SHARES, config.data.split_seed)
+
+
+def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
+    directories = [pathlib.Path(path) for path in paths.split(",") if path]
+    if not directories:
+        raise UserError("name work directories: --config configs/alignment.py:runs,path=DIRECTORY")
+    names = [directory.resolve().name for directory in directories]
+    if len(set(names)) < len(names):
+        raise UserError("two of the work directories have the same name; rename one")
+    return {
+        name: lambda directory=directory: _run(directory, workdirs.load_config(directory))
+        for name, directory in zip(names, directories, strict=True)
+    }
+
+
+def _run(directory: pathlib.Path, config: Any) -> Splits:
+    """The towers of a relational method, each item with itself."""
+    method = build(config, directory)
+    if not isinstance(method, RelationalMethod):
+        raise UserError(
+            f"{directory} holds a run of {config.method!r}, whose images and texts share no space; "
+            "name a run of configs/rcml.py"
+        )
+    params = jax.tree.map(jax.numpy.asarray, read_params(directory))
+    found = []
+    for split in SPLITS:
+        items = np.sort(method.task.splits.items(split))
+        image, text = method.own_embeddings(params, items)
+        found.append(Pairs(image, text, np.arange(len(items))))
+    return found
+
+
+def _apart(config: Any, workdir: pathlib.Path) -> Splits:
+    """An image and a text encoder that were trained apart, on the same items."""
+    sides = {}
+    for modality in ("image", "text"):
+        name = f"apart_{modality}"
+        directory = workdir / "runs" / name
+        method = build(config.runs[name], directory)
+        params = jax.tree.map(jax.numpy.asarray, read_params(directory))
+        sides[modality] = [
+            method.embeddings(params, method.task.data.rows(split))[modality][0] for split in SPLITS
+        ]
+    return [
+        Pairs(image, text, np.arange(len(text)))
+        for image, text in zip(sides["image"], sides["text"], strict=True)
+    ]
+
+
+# Towers of checkpoints, on any data
+
+
+def _captioned(config: Any) -> CaptionedImages:
+    """The pictures and texts that towers of checkpoints embed."""
+    data = config.data
+    if data.name in ("flickr30k", "coco"):
+        return getattr(captions, data.name)(data.path, seed=data.split_seed)
+    graph = openmoji.load(cache_directory(data.dir))
+    run = config.runs.rcml.data  # its items, so that all sources are asked the same
+    splits = split_graph(graph, seed=run.split_seed, disjoint=run.disjoint)
+    split = np.zeros(len(graph), np.int8)
+    for place, name in enumerate(SPLITS):
+        split[splits.items(name)] = place
+    return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
+
+
+def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
+    """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
+    from rcml_jax.models.frozen import load_towers
+
+    image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
+    length = min(text.size, asked.max_length)
+    blocks = {
+        "image": ImageBlocks(image, data.images),
+        "text": TextBlocks(text, data.texts, length),
+    }
+    key = {"name": name, "layer": asked.layer, "pooling": asked.pooling, "length": length}
+    key |= {
+        "files": _fingerprints(name),
+        "texts": list(data.texts),
+        "images": _image_names(data.images),
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    directory = workdir / "embeddings" / digest
+    sides = {
+        side: stored_rows(directory / f"{side}.npy", rows, log=log_line)
+        for side, rows in blocks.items()
+    }
+    pairs = Pairs(sides["image"], sides["text"], data.image_of_text)
+    return [select_pairs(pairs, np.flatnonzero(data.split == i)) for i in range(len(SPLITS))]
+
+
+def _check_towers(name: str) -> None:
+    """Say what is wrong with a name before anything is trained or embedded."""
+    from rcml_jax.models.frozen import tower_types
+
+    tower_types(name)
+
+
+def _fingerprints(name: str) -> list:
+    """Sizes and times of local checkpoints, so that another one in its place is embedded anew."""
+    files = [
+        f for side in name.split("+") for f in sorted(pathlib.Path(side).glob("*.safetensors"))
+    ]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _image_names(images: ItemImages) -> list:
+    return list(getattr(images, "paths", ())) or [len(images)]
+
+
+class ImageBlocks:
+    """The embeddings of images, computed as they are asked for: a source of rows."""
+
+    dtype = np.float32
+
+    def __init__(self, tower: Any, images: ItemImages):
+        self.shape, self._embed = (tower.width,), tower.embed
+        self._bank = ImageBank(images, tower.size, cache_bytes=0)
+
+    def __len__(self) -> int:
+        return len(self._bank.images)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """The rows from start to before stop, (stop - start, width)."""
+        return _in_chunks(lambda rows: self._embed(self._bank(rows)), start, stop)
+
+
+class TextBlocks:
+    """The embeddings of texts of at most `max_length` tokens, computed as they are asked for."""
+
+    dtype = np.float32
+
+    def __init__(self, tower: Any, texts: Sequence[str], max_length: int):
+        self.shape, self._texts, self._max_length = (tower.width,), texts, max_length
+        self._embed = tower.embed
+        self._tokenizer = Tokenizer.from_pretrained_dir(tower.directory)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """The rows from start to before stop, (stop - start, width)."""
+        return _in_chunks(self._rows, start, stop)
+
+    def _rows(self, rows: np.ndarray) -> jax.Array:
+        ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
+        return self._embed(ids, mask)
+
+
+def _in_chunks(embed: Callable[[np.ndarray], jax.Array], start: int, stop: int) -> np.ndarray:
+    """Rows in chunks of one size, the last filled up, so that little is compiled."""
+    parts = []
+    for first in range(start, stop, _CHUNK):
+        rows = np.arange(first, first + _CHUNK).clip(max=stop - 1)
+        parts.append(np.asarray(embed(rows))[: stop - first])
+    return np.concatenate(parts)
+
+
+ARRAYS = "similarities.npz"
+GALLERIES = ("test", "all")
+
+
+def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
+    """Compare similarities, gaps and learned similarities on every source; writes `eval.json`.
+
+    Beside it `similarities.npz` has what pictures are drawn from: for each source the histograms of
+    cosines and, for each calibration, the plane of `evaluation.histograms`. Runs that `config.runs`
+    names and the work directory lacks are trained first, under <workdir>/runs. Returns None where a
+    signal ended one of them. Raises UserError for what a user can mend.
+    """
+    workdir = pathlib.Path(workdir)
+    similarities = _names("similarity", config.evaluation.similarity, tuple(SIMILARITIES))
+    learners = _names("learned", config.evaluation.learned, LEARNERS)
+    gallery = config.evaluation.gallery
+    if gallery not in GALLERIES:
+        raise UserError(f"config.evaluation.gallery={gallery!r} is unknown; choose test or all")
+    readers = sources(config, workdir)
+    device = sharding.first_local(sharding.pick_devices(config.platform))
+    workdirs.prepare(workdir, config)
+    if not train_missing(config, workdir):
+        return None
+    found, arrays = {}, {}
+    with jax.default_device(device):
+        for name, read in readers.items():
+            found[name], drawn = _study_source(read(), config, similarities, learners)
+            arrays |= {f"{name}/{key}": value for key, value in drawn.items()}
+    first = next(iter(found))
+    result = {
+        "method": "alignment",
+        "dataset": config.data.name,
+        "protocol": _protocol(config, first),
+        **found[first],
+        "sources": found,
+    }
+    workdirs.write_arrays(workdir / ARRAYS, arrays)
+    workdirs.write_json(workdir / "eval.json", result)
+    return result
+
+
+def train_missing(config: Any, workdir: pathlib.Path) -> bool:
+    """Train the configuration's runs that are not finished; false where a signal ended one."""
+    for name, run in config.runs.items():
+        directory = workdir / "runs" / name
+        run = _with_data_dir(run, config.data.dir)
+        if (directory / "eval.json").is_file():
+            workdirs.prepare(directory, run)  # refuses what was trained otherwise
+            continue
+        print(f"training {name}", file=sys.stderr, flush=True)
+        if loop.train_and_evaluate(run, directory) is None:
+            return False
+    return True
+
+
+def _with_data_dir(run: Any, directory: str) -> Any:
+    run = run.copy_and_resolve_references()
+    run.data.dir = run.data.dir or directory
+    return run
+
+
+def _names(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """ "all", or names with commas between, or nothing. Raises UserError for an unknown one."""
+    if value == "all":
+        return tuple(known)
+    names = tuple(name for name in value.split(",") if name)
+    unknown = [name for name in names if name not in known]
+    if unknown or (option == "similarity" and not names):
+        raise UserError(
+            f"config.evaluation.{option}={value!r}: choose all or from {', '.join(known)}"
+        )
+    return names
+
+
+# What is said of a source
+
+
+def _study_source(
+    splits: list[Pairs], config: Any, similarities: tuple[str, ...], learners: tuple[str, ...]
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Retrieval under each similarity, the gap, calibration, learned similarities; and arrays."""
+    options, seed = config.evaluation, config.seed
+    widths = [splits[0].image.shape[1], splits[0].text.shape[1]]
+    narrow = [project_to_narrower(pairs, seed) for pairs in splits]
+    train, test = narrow[0].arrays(), narrow[2].arrays()
+    whole = join_pairs(narrow).arrays() if options.gallery == "all" else test
+    memory = options.memory_mb * 2**20
+
+    def score(pairs: tuple, names: tuple[str, ...]) -> dict:
+        return retrieval(*pairs, similarities=names, memory=memory)
+
+    gap = modality_gap(*whole, wasserstein=options.wasserstein, seed=seed)
+    for warning in gap["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    result = {
+        "images": len(whole[0]),
+        "texts": len(whole[1]),
+        "widths": widths,
+        "precision": score(whole, similarities),
+        "modality_gap": gap,
+    }
+    calibration, arrays = {}, cosine_histograms(*whole, seed=seed)
+    for name, moved in _calibrations(train, test).items():
+        calibration[name] = _calibrated(moved, score, seed)
+        points = plane(*moved, seed=seed)
+        arrays |= {f"{name}/{modality}": rows for modality, rows in points.items()}
+    result["calibration"] = calibration
+    result["learned"] = {name: _learned(name, narrow, config, score) for name in learners}
+    return result, arrays
+
+
+def _calibrations(train: tuple, test: tuple) -> dict[str, tuple]:
+    """The test pairs as they are, centred, and centred and whitened, as fitted on train."""
+    found = {"none": test}
+    for name, whiten in (("centred", False), ("whitened", True)):
+        try:
+            fitted = calibrate(train[0], train[1], whiten=whiten)
+        except UserError as error:  # a collapsed embedding: the rest of the study stands
+            print(f"warning: not {name}: {error}", file=sys.stderr)
+            continue
+        found[name] = fitted.image(test[0]), fitted.text(test[1]), test[2]
+    return found
+
+
+def _calibrated(pairs: tuple, score: Callable, seed: int) -> dict:
+    """Cosine retrieval, the gap that is left, and the share of unrelated pairs below 0."""
+    found = score(pairs, ("cosine",))
+    return {
+        "negative_share": negative_share(*pairs, seed=seed),
+        "centroid": modality_gap(*pairs, pairs=1)["centroid"],
+        "image_to_text": found["image_to_text"]["cosine"],
+        "text_to_image": found["text_to_image"]["cosine"],
+    }
+
+
+def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> dict:
+    """A similarity fitted on train, stopped by validation, scored on test."""
+    train, validation, test = (pairs.arrays() for pairs in splits)
+    asked, seed = config.evaluation, config.seed
+    print(f"fitting {name}", file=sys.stderr, flush=True)
+    options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
+    if asked.search_trials and name in SPACES:
+        found = search(
+            name, *train, validation, trials=asked.search_trials, options=options, seed=seed
+        )
+        learned = found.best
+    else:
+        learned = fit(name, *train, validation, options=options, seed=seed)
+    if learned.embeds:
+        moved = np.asarray(learned.embed_image(test[0])), np.asarray(learned.embed_text(test[1]))
+        found = score((*moved, test[2]), ("dot",))
+        found = {direction: measures["dot"] for direction, measures in found.items()}
+    else:
+        memory = config.evaluation.memory_mb * 2**20
+        found = pair_retrieval(learned.score, *test, memory=memory)
+    return {"validation": learned.best, **found}
+
+
+def _protocol(config: Any, first: str) -> dict:
+    return {
+        "split": "test items or images, unseen by the calibration, the learners and towers of ours",
+        "precision on": {
+            "test": "the test split",
+            "all": "all splits together; calibration and learned similarities on test alone",
+        }[config.evaluation.gallery],
+        "ties": "count against the model",
+        "ranks": "exact, over the whole gallery of the split",
+        "precision": "p@k: share of the top k that is right; r@k: any of the top k is right",
+        "calibration": "means and whitening of each modality, fitted on the training split",
+        "learned": "fitted on the training split, stopped by validation",
+        "widths": "where they differ, the wider one is projected by a random orthonormal basis",
+        "top level": f"the figures of the source {first!r}; all of them are under sources",
+        "seed": config.seed,
+    }

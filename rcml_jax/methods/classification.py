@@ -1,0 +1,404 @@
+"""Classification data made ready for training: splits, tokenizer, images, batches."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rcml_jax.data.classification import ClassificationData
+from rcml_jax.data.images import ImageBank, augment, drop_words, hide_patches
+from rcml_jax.data.sampling import EpochSampler, batch_iterator
+from rcml_jax.data.sources import food101, n24news, omics, openmoji
+from rcml_jax.data.tokenizer import Tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.evaluation import classification
+from rcml_jax.methods.base import Metrics, Params
+from rcml_jax.methods.task import cache_directory, work_tokenizer
+from rcml_jax.models.backbones import encoder_config
+from rcml_jax.models.bert import max_text_length
+
+SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
+
+
+def load_data(data: Any) -> ClassificationData:
+    """The data that `config.data` names, with the modalities that it names.
+
+    Raises UserError for an unknown source or modality, and whatever the source finds wrong.
+    """
+    cache = cache_directory(data.dir)
+    if data.name == "openmoji":
+        found = openmoji.load_groups(cache, split_seed=data.split_seed)
+    elif data.name in ("rosmap", "brca"):
+        found = omics.load(data.name, cache, directory=data.path or _copy(data.dir, data.name))
+    elif data.name == "n24news":
+        found = n24news.load(data.path, text=data.text, strict=data.strict)
+    elif data.name == "food101":
+        found = food101.load(data.path, strict=data.strict, seed=data.split_seed)
+    else:
+        raise UserError(
+            f"config.data.name={data.name!r} is unknown; choose one of {', '.join(SOURCES)}"
+        )
+    return found.select(data.modalities.split(",")) if data.modalities else found
+
+
+def _copy(directory: str, name: str) -> str:
+    """`config.data.dir` itself where it is a local copy of a MOGONET data set, else ""."""
+    root = pathlib.Path(directory)
+    places = (root, root / name.upper())
+    found = directory and any((place / "labels_tr.csv").is_file() for place in places)
+    return directory if found else ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassificationTask:
+    """What the method needs of its data: inputs of rows by modality, and training batches.
+
+    The input of a table is (features,), of images (uint8 pixels,), of text (ids, mask).
+    """
+
+    config: Any
+    data: ClassificationData
+    tokenizer: Tokenizer | None
+    banks: dict[str, ImageBank]
+    max_length: int
+
+    @classmethod
+    def load(cls, config: Any, workdir: pathlib.Path) -> "ClassificationTask":
+        """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
+        model = config.model
+        data = load_data(config.data)
+        kinds = {modality.kind for modality in data.modalities}
+        tokenizer, max_length, image_size = None, model.max_length, model.image_size
+        if "text" in kinds:
+            tokenizer = work_tokenizer(
+                pathlib.Path(workdir),
+                lambda: _texts(data),
+                model.text_pretrained,
+                model.vocab_size,
+                kind="BERT or RoBERTa",
+            )
+            if model.text_pretrained:
+                sizes = encoder_config(model.text_pretrained, modality="text")
+                max_length = min(max_length, max_text_length(sizes))
+        if "image" in kinds and model.image_pretrained:
+            image_size = encoder_config(model.image_pretrained, modality="image").image_size
+        banks = {
+            m.name: ImageBank(m.values, image_size) for m in data.modalities if m.kind == "image"
+        }
+        return cls(config, data, tokenizer, banks, max_length)
+
+    def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:
+        """The arrays of rows (n,) by modality.
+
+        With a generator they are augmented and degraded at random, for training; without, degraded
+        in a way that depends on the row alone.
+        """
+        return {
+            modality.name: self._input(modality, rows, rng) for modality in self.data.modalities
+        }
+
+    def _input(self, modality: Any, rows: np.ndarray, rng: np.random.Generator | None) -> tuple:
+        if modality.kind == "table":
+            return (modality.values[rows],)
+        if modality.kind == "image":
+            return (self._images(modality.name, rows, rng),)
+        share = self.config.data.words_dropped
+        texts = [modality.values[row] for row in rows]
+        if share:
+            noise = [rng or self._noise(row) for row in rows]
+            texts = [drop_words(t, r, share=share) for t, r in zip(texts, noise, strict=True)]
+        return self.tokenizer.encode(texts, self.max_length)
+
+    def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        pictures, config = self.banks[name](rows), self.config
+        if rng is not None and (config.batch.image_shift or config.batch.image_flip):
+            pictures = augment(
+                pictures, rng, shift=config.batch.image_shift, flip=config.batch.image_flip
+            )
+        share, patch = config.data.patches_hidden, config.data.patch_size
+        if not share:
+            return pictures
+        if rng is not None:
+            return hide_patches(pictures, rng, share=share, patch=patch)
+        one = functools.partial(hide_patches, share=share, patch=patch)
+        hidden = [one(p[None], self._noise(row)) for p, row in zip(pictures, rows, strict=True)]
+        return np.concatenate(hidden)
+
+    def _noise(self, row: int) -> np.random.Generator:
+        return np.random.default_rng((self.config.data.split_seed, int(row)))
+
+    @functools.cached_property
+    def sampler(self) -> EpochSampler:
+        """The plans of training batches."""
+        return EpochSampler(self.data.rows("train"), self.config.batch.size, self.config.seed)
+
+    def batches(self) -> Any:
+        """The grain iterator over training batches."""
+
+        def collate(plan: dict) -> dict:
+            rows = plan["rows"]
+            return {
+                "items": self.inputs(rows, np.random.default_rng(plan["noise"])),
+                "shared": {
+                    "rows": rows.astype(np.int32),
+                    "valid": plan["valid"],
+                    "labels": self.data.labels[rows],
+                },
+            }
+
+        return batch_iterator(self.sampler, collate, self.config.data.threads)
+
+
+def _texts(data: ClassificationData) -> list[str]:
+    rows = data.rows("train")
+    return [m.values[row] for m in data.modalities if m.kind == "text" for row in rows]
+
+
+# What a classification method says of its models: looks in training, `eval.json` at the end.
+
+
+_NOISE_ROWS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models that are trained together.
+
+    names: of each; reported: the places of those trained on all there is to train on; validation:
+    place → rows (of the data) that it was not trained on and selects by.
+    """
+
+    names: tuple[str, ...]
+    reported: tuple[int, ...]
+    validation: Mapping[int, np.ndarray]
+
+
+class Classifier(Protocol):
+    """What the report needs of a method; leading axes are the models'."""
+
+    config: Any
+    task: ClassificationTask
+    kinds: Mapping[str, str]
+    evaluated: str
+
+    def models(self) -> Models:
+        """The models trained together."""
+        ...
+
+    def embeddings(self, params: Params, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Embeddings (models, n, d) of rows by modality."""
+        ...
+
+    def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
+        """Embeddings (models, n, d) of given inputs of one modality."""
+        ...
+
+    def classify_all(self, params: Params, embeddings: dict) -> dict:
+        """Probabilities (models, n, classes) by head, "fused" and the modalities'."""
+        ...
+
+
+def look(method: Classifier, params: Params) -> Metrics:
+    """Measures of every model on the test split and, where it has one, its validation split.
+
+    "accuracy" is the mean on validation; 0 where no model has a validation split.
+    """
+    models, data = method.models(), method.task.data
+    probabilities = _Predictions(method, params, _asked(method)).fused
+    found: dict[str, dict] = {}
+    for place, name in enumerate(models.names):
+        splits = {"test": data.rows("test")}
+        if place in models.validation:
+            splits["validation"] = models.validation[place]
+        found[name] = {
+            split: classification.measures(probabilities(place, rows), data.labels[rows])
+            for split, rows in splits.items()
+        }
+    accuracies = [look["validation"]["accuracy"] for look in found.values() if "validation" in look]
+    return {"accuracy": float(np.mean(accuracies)) if accuracies else 0.0, "look": found}
+
+
+class _Predictions:
+    """Embeddings and probabilities of some rows, looked up by row."""
+
+    def __init__(self, method: Classifier, params: Params, rows: np.ndarray):
+        self._place = np.full(len(method.task.data), -1)
+        self._place[rows] = np.arange(len(rows))
+        self.embeddings = method.embeddings(params, rows)
+        found = method.classify_all(params, self.embeddings)
+        self.heads = {name: np.asarray(x) for name, x in found.items()}
+
+    def fused(self, model: int, rows: np.ndarray) -> np.ndarray:
+        return self.heads["fused"][model, self._place[rows]]
+
+    def head(self, name: str, model: int, rows: np.ndarray) -> np.ndarray:
+        return self.heads[name][model, self._place[rows]]
+
+
+def _asked(method: Classifier) -> np.ndarray:
+    parts = [method.task.data.rows("test"), *method.models().validation.values()]
+    return np.unique(np.concatenate(parts))
+
+
+def report(
+    method: Classifier, params: Params, split: str, history: Sequence[Mapping[str, float]]
+) -> Metrics:
+    """Everything in `eval.json`: the protocols from the looks, the analyses from the checkpoint."""
+    models, data, config = method.models(), method.task.data, method.config
+    result: Metrics = {
+        "method": config.method,
+        "dataset": data.name,
+        "split": split,
+        "protocol": _protocol(method),
+    }
+    if split == "test":
+        looks = _looks(history, models)
+        held_out = [models.names[place] for place in models.validation]
+        reported = [models.names[place] for place in models.reported]
+        result["classification"] = classification.protocols(
+            looks, trained_on_all=reported, held_out=held_out
+        )
+        if held_out:
+            result["validation"] = classification.validation(looks, held_out)
+    rows, places = _rows_of(models, data, split)
+    predictions = _Predictions(method, params, np.unique(np.concatenate(list(rows.values()))))
+
+    def over_models(head: str) -> dict:
+        return classification.summarize(
+            [
+                classification.measures(predictions.head(head, p, rows[p]), data.labels[rows[p]])
+                for p in places
+            ]
+        )
+
+    result["checkpoint"] = {"which": method.evaluated} | over_models("fused")
+    heads = [name for name in predictions.heads if name != "fused"]
+    if heads:
+        result["unimodal"] = {name: over_models(name) for name in heads}
+    if len(places) > 1 and split != "validation":
+        mean = np.mean([predictions.fused(p, rows[p]) for p in places], axis=0)
+        result["ensemble"] = classification.summarize(
+            [classification.measures(mean, data.labels[rows[places[0]]])]
+        )
+    if split == "test":
+        result |= _analyses(method, params, predictions, places)
+    result["predictions"] = _arrays(models, predictions, rows, data)
+    return result
+
+
+def _rows_of(models: Models, data: Any, split: str) -> tuple[dict[int, np.ndarray], list[int]]:
+    """The rows that each model is asked for on a split, and the models that are asked."""
+    if split != "validation":
+        return {p: data.rows(split) for p in models.reported}, list(models.reported)
+    if not models.validation:
+        raise UserError("there is no validation split; evaluate --split=test")
+    return dict(models.validation), list(models.validation)
+
+
+def _protocol(method: Classifier) -> dict:
+    data, config, models = method.task.data, method.config, method.models()
+    counts = {split: len(data.rows(split)) for split in ("train", "validation", "test")}
+    chosen = "the declared validation split"
+    if not counts["validation"]:
+        chosen = f"one of {config.data.folds} stratified folds of train, held out from a second run"
+    return {
+        "samples": counts,
+        "classes": list(data.label_names),
+        "modalities": dict(method.kinds),
+        "seeds": config.seeds,
+        "models": list(models.names),
+        "validation": chosen if models.validation else "none",
+        "looks": f"one every {method.validate_every} steps of {method.steps}",
+        **classification.PROTOCOLS,
+    }
+
+
+def _looks(history: Sequence[Mapping[str, float]], models: Models) -> list[dict]:
+    """Flat validation lines → model → split → measure."""
+    looks = []
+    for line in history:
+        look: dict = {}
+        for name, value in line.items():
+            parts = name.split("/")
+            if parts[0] == "look":
+                _, model, split, measure = parts
+                look.setdefault(model, {}).setdefault(split, {})[measure] = value
+        looks.append(look)
+    if not looks or set(looks[-1]) != set(models.names):
+        raise UserError(
+            "metrics.jsonl, which holds the looks at validation and test, is missing or of another "
+            "run; restore it, or train anew in another --workdir"
+        )
+    return looks
+
+
+def _arrays(
+    models: Models, predictions: _Predictions, rows: dict[int, np.ndarray], data: Any
+) -> dict[str, np.ndarray]:
+    """rows/, labels/ and the predicted class by head, for each model."""
+    found = {}
+    for place, asked in rows.items():
+        name = models.names[place]
+        found[f"{name}/rows"], found[f"{name}/labels"] = asked, data.labels[asked]
+        for head in predictions.heads:
+            probabilities = predictions.head(head, place, asked)
+            found[f"{name}/{head}"] = np.argmax(probabilities, axis=1).astype(np.int32)
+    return found
+
+
+def _analyses(
+    method: Classifier, params: Params, predictions: _Predictions, places: Sequence[int]
+) -> dict:
+    """Confidence on noise, and accuracy with one modality replaced by it.
+
+    Noise is Gaussian with the mean and variance of the training split: of each column of a table,
+    each channel of the pixels, each dimension of a text encoder's output.
+    """
+    data = method.task.data
+    test = data.rows("test")
+    noise = noise_inputs(method, params, len(test))
+    clean = {n: x[:, predictions._place[test]] for n, x in predictions.embeddings.items()}
+
+    def classified(embeddings: dict) -> np.ndarray:
+        return np.asarray(method.classify_all(params, embeddings)["fused"])
+
+    top = classified(noise)
+    confidences = [classification.confidence(top[p]) for p in places]
+    result = {"random_inputs": classification.summarize(confidences)}
+    if len(noise) > 1:
+        corrupted = {name: classified({**clean, name: noise[name]}) for name in noise}
+        result["corrupted"] = {
+            name: classification.summarize(
+                [classification.measures(x[p], data.labels[test]) for p in places]
+            )
+            for name, x in corrupted.items()
+        }
+    return result
+
+
+def noise_inputs(method: Classifier, params: Params, count: int) -> dict[str, np.ndarray]:
+    """Embeddings (models, count, d) of Gaussian noise in place of each modality."""
+    task = method.task
+    rng = np.random.default_rng(task.config.data.split_seed)
+    train = task.data.rows("train")
+    rows = rng.choice(train, min(len(train), _NOISE_ROWS), replace=False)
+    noise = {}
+    if "text" in method.kinds.values():
+        encoded = method.embeddings(params, rows)
+    inputs = task.inputs(rows)
+    for name, kind in method.kinds.items():
+        if kind == "text":
+            mean, spread = encoded[name].mean(1, keepdims=True), encoded[name].std(1, keepdims=True)
+            shape = (len(mean), count, mean.shape[-1])
+            noise[name] = (mean + spread * rng.standard_normal(shape)).astype(np.float32)
+            continue
+        x = inputs[name][0]
+        axes = tuple(range(x.ndim - 1))
+        drawn = rng.normal(x.mean(axes), x.std(axes), (count, *x.shape[1:]))
+        if kind == "image":
+            drawn = drawn.round().clip(0, 255)
+        noise[name] = method.encode_inputs(params, name, (drawn.astype(x.dtype),))
+    return noise

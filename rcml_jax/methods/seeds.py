@@ -1,0 +1,195 @@
+"""Several M3CoL models in one compiled step: one for each seed, and one for each seed and fold."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rcml_jax.data.classification import stratified_folds
+from rcml_jax.errors import UserError
+from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.classification import Models, look, report
+from rcml_jax.methods.m3col import M3CoLMethod
+
+
+class Members(Method):
+    """M3CoL models trained in one compiled step, every leaf of their parameters stacked.
+
+    The seeds are `config.seed` and the ones after it. On data without a validation split there are
+    two models of each seed: one is trained on all of train, the other without a stratified fold of
+    it, which is its validation split; seed s leaves out fold s modulo their number. All see the
+    same batches; initial values, mixing and dropout are each one's own.
+    """
+
+    selection = "accuracy"
+    prepares = True
+    in_place = True
+
+    def __init__(self, single: M3CoLMethod):
+        self.single, self.config, self.task = single, single.config, single.task
+        config, data = self.config, self.task.data
+        self.kinds = single.kinds
+        self._check()
+        self._keep, self._models = _members(config, data)
+        self._seeds = jnp.asarray(
+            [int(name.rpartition("seed")[2]) for name in self._models.names], jnp.uint32
+        )
+        # Models with different best steps have no best checkpoint in common.
+        self.evaluated = "latest" if len(self._models.names) > 1 else "best"
+        self._encode = jax.jit(self._encode_members, static_argnums=1)
+        self.classify_all = jax.jit(jax.vmap(single.probabilities))
+
+    def _check(self) -> None:
+        config = self.config
+        if config.parallel == "pmap":
+            raise UserError(
+                "several models train together in one jitted step; set config.parallel=jit"
+            )
+        if config.optimizer.schedule == "plateau" or config.optimizer.clip_norm:
+            raise UserError(
+                "the plateau schedule and config.optimizer.clip_norm look at one model; set "
+                "config.seeds=1, or config.optimizer.schedule=step and no clipping"
+            )
+
+    @property
+    def steps(self) -> int:
+        """As one model alone."""
+        return self.single.steps
+
+    @property
+    def validate_every(self) -> int:
+        """As one model alone."""
+        return self.single.validate_every
+
+    def batches(self) -> Any:
+        """The batches, which all models share."""
+        return self.single.batches()
+
+    def phases(self) -> list[tuple[int, Method]]:
+        """As one model alone."""
+        found = []
+        for first, single in self.single.phases():
+            phase = copy.copy(self)
+            phase.single = single
+            found.append((first, phase))
+        return found
+
+    def init(self, key: jax.Array, batch: Batch) -> Params:
+        """Each model's parameters from its own seed."""
+        del key
+        one = lambda seed, keep: self.single.init(jax.random.key(seed), batch, keep)  # noqa: E731
+        return jax.vmap(one)(self._seeds, self._keep)
+
+    def frozen(self, params: Params) -> Any:
+        """As one model alone."""
+        return self.single.frozen(params)
+
+    def decayed(self, params: Params) -> Any:
+        """As one model alone, whose arrays have one axis less."""
+        return jax.tree.map(lambda p: p.ndim > 2, params)
+
+    def loss(
+        self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The sum of the models' losses, whose gradient is each one's own; the mean is logged."""
+        one = self._one(batch, key, progress)
+        return _summed(*jax.vmap(one)(params, self._keep, self._seeds))
+
+    def value_and_grad(
+        self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
+    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        """`loss` and its gradient, on a CPU one model after the other.
+
+        There products of stacks of matrices are slower than those of the matrices, and one model's
+        arrays stay in the cache.
+        """
+        if (self.config.platform or jax.default_backend()) != "cpu":
+            return super().value_and_grad(params, batch, key, progress)
+        graded = jax.value_and_grad(self._one(batch, key, progress), has_aux=True)
+        found, grads = jax.lax.map(lambda one: graded(*one), (params, self._keep, self._seeds))
+        return _summed(*found), grads
+
+    def _one(self, batch: Batch, key: jax.Array, progress: jax.Array) -> Callable:
+        """The loss of one model of its parameters, rows and seed."""
+
+        def one(params: Params, keep: jax.Array, seed: jax.Array) -> tuple[jax.Array, Metrics]:
+            shared = batch["shared"]
+            valid = shared["valid"] & keep[shared["rows"]]
+            mine = {**batch, "shared": {**shared, "valid": valid}}
+            return self.single.loss(params, mine, jax.random.fold_in(key, seed), progress)
+
+        return one
+
+    def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
+        """Not split in two: `loss` is the whole."""
+        raise NotImplementedError("several models have one loss, not an embedding and an objective")
+
+    def objective(self, params: Params, embedded: Any, batch: Batch, progress: jax.Array) -> Any:
+        """Not split in two: `loss` is the whole."""
+        raise NotImplementedError("several models have one loss, not an embedding and an objective")
+
+    # Evaluation
+
+    def models(self) -> Models:
+        """The models, those trained on all of train, and the validation rows of the others."""
+        return self._models
+
+    def _encode_members(self, params: Params, name: str, inputs: tuple) -> jax.Array:
+        return jax.vmap(lambda one: self.single.encode(one, name, inputs))(params)
+
+    def embeddings(self, params: Params, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Embeddings (models, n, d) of rows by modality."""
+
+        def embed(params: Params, inputs: dict) -> dict:
+            return {n: self._encode(params, n, inputs[n]) for n in self.single.names}
+
+        return self.single.embeddings(params, rows, embed)
+
+    def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
+        """Embeddings (models, n, d) of given inputs of one modality."""
+        return np.asarray(self._encode(params, name, inputs))
+
+    def validate(self, params: Params) -> Metrics:
+        """Measures of every model, and the mean validation accuracy."""
+        return look(self, params)
+
+    def evaluate(
+        self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
+    ) -> Metrics:
+        """The three protocols and the analyses over all models."""
+        return report(self, params, split, history)
+
+
+def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
+    """Losses and metrics of the models → the sum of the losses, and the means."""
+    return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
+
+
+def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
+    """Which rows each model may train on, (models, samples) bool, and the models."""
+    seeds = [config.seed + i for i in range(config.seeds)]
+    everything = np.ones(len(data), bool)
+    declared = data.rows("validation")
+    if len(declared) or config.data.folds < 2:
+        names = tuple(f"seed{seed}" for seed in seeds)
+        places = tuple(range(len(seeds)))
+        validation = dict.fromkeys(places, declared) if len(declared) else {}
+        return jnp.asarray(np.stack([everything] * len(seeds))), Models(names, places, validation)
+    train = data.rows("train")
+    if config.data.folds > len(train):
+        raise UserError(
+            f"config.data.folds={config.data.folds} is more than the {len(train)} training "
+            "samples; lower it"
+        )
+    fold = np.full(len(data), -1)
+    fold[train] = stratified_folds(data.labels[train], config.data.folds, config.data.split_seed)
+    keep, validation = [everything] * len(seeds), {}
+    for place, seed in enumerate(seeds, start=len(seeds)):
+        held_out = fold == seed % config.data.folds
+        keep.append(~held_out)
+        validation[place] = np.flatnonzero(held_out)
+    names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
+    return jnp.asarray(np.stack(keep)), Models(tuple(names), tuple(range(len(seeds))), validation)

@@ -1,0 +1,132 @@
+"""Scoring two towers without a pooling head: items alone, and two ways to add the sentence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rcml_jax.evaluation.relation_retrieval import retrieval
+from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.methods.base import Params
+from rcml_jax.methods.task import RelationTask
+from rcml_jax.models.two_towers import TwoTowers
+
+#: Weights w of a sentence beside a query (see `EmbeddingTable`), of which validation picks one;
+#: without the sentence it is 0.
+SENTENCE_WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_SENTENCE_CHUNK = 2048
+
+
+class TowerTables:
+    """Tables of two towers for the items of a relational method, which gives texts and images."""
+
+    def __init__(self, method: Any, model: TwoTowers):
+        self._method = method
+        self._texts = jax.jit(lambda towers, ids: model.apply({"params": towers}, ids)["text"])
+        self._images = jax.jit(
+            lambda towers, images: model.apply({"params": towers}, None, images)["image"]
+        )
+        self._weights: tuple[Params, dict[float, float]] = None, {}
+
+    def tables(
+        self,
+        towers: Params,
+        items: np.ndarray,
+        needed: np.ndarray | None = None,
+        sentences: Sequence[str] | None = None,
+    ) -> dict[str, EmbeddingTable]:
+        """ "plain": the items alone; "sentence": the relation sentence appended to the text.
+
+        "added": the sentence as a second query vector, with the weight that does best on
+        validation. The last two are made only where `needed` says what will be looked up, the
+        second not where the text tower's states are stored.
+        """
+        task = self._method.task
+        said = list(task.sentences if sentences is None else sentences)
+        relation = np.asarray(self._texts(towers, task.encode(said)))
+        text = np.empty((1, len(items), relation.shape[1]), np.float32)
+        image = np.empty_like(text)
+        for rows, ids, images in self._method.chunks(items):
+            text[0, rows] = self._texts(towers, ids).reshape(len(rows), -1)
+            image[0, rows] = self._images(towers, images)
+        tables = {"plain": EmbeddingTable(items, text, image, relation)}
+        if needed is not None:
+            # A stored tower is there so that it need not be run on every text again.
+            if "text" not in self._method.stored_modalities:
+                with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
+                tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
+            weights = self.weights_tried(towers)
+            weight = max(weights, key=weights.get)
+            tables["added"] = EmbeddingTable(items, text, image, relation, weight)
+        return tables
+
+    def weights_tried(self, towers: Params) -> dict[float, float]:
+        """Hit@5 AVG on validation by the weight of the sentence, in the towers' plain table."""
+        if self._weights[0] is not towers:
+            items = retrieval_items(self._method.task, "validation")
+            table = self.tables(towers, items)["plain"]
+            self._weights = towers, weights_on_validation(self._method.task, table)
+        return self._weights[1]
+
+    def _with_sentence(
+        self,
+        towers: Params,
+        items: np.ndarray,
+        needed: np.ndarray,
+        said: Sequence[str],
+        width: int,
+    ) -> np.ndarray:
+        """Texts followed by the sentence, (R, n, d), where they are needed; equal ones once."""
+        task = self._method.task
+        out = np.zeros((*needed.shape, width), np.float32)
+        relations, rows = np.nonzero(needed)
+        asked = [(task.graph.texts[i], r) for i, r in zip(items[rows], relations, strict=True)]
+        place = {pair: number for number, pair in enumerate(dict.fromkeys(asked))}
+        distinct = list(place)
+        embedded = np.empty((len(distinct), width), np.float32)
+        for start in range(0, len(distinct), _SENTENCE_CHUNK):
+            chunk = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(distinct) - 1)
+            texts, numbers = zip(*(distinct[i] for i in chunk), strict=True)
+            sentences = [said[r] for r in numbers]
+            part = self.text(
+                towers, *task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
+            )
+            embedded[start : start + len(part)] = part[: len(distinct) - start]
+        out[relations, rows] = embedded[[place[pair] for pair in asked]]
+        return out
+
+    def text(self, towers: Params, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Padded texts, ids and mask (n, T) → (n, d)."""
+        places, tokens = self._method.packed(ids, mask)
+        found = np.asarray(self._texts(towers, tokens)).reshape(len(places), -1)
+        out = np.empty((len(ids), found.shape[1]), np.float32)
+        out[places] = found
+        return out
+
+    @property
+    def tried(self) -> dict[float, float]:
+        """What `weights_tried` found last; empty before."""
+        return self._weights[1]
+
+    def images(self, towers: Params, pixels: np.ndarray) -> np.ndarray:
+        """Images (n, H, W, 3) → (n, d)."""
+        return np.asarray(self._images(towers, pixels))
+
+
+def weights_on_validation(task: RelationTask, table: EmbeddingTable) -> dict[float, float]:
+    """By each weight of the sentence Hit@5 AVG on validation.
+
+    table: of what the validation split's retrieval queries need (`retrieval_items`).
+    """
+    asked = task.retrieval_queries("validation")
+    arguments = asked.query, asked.candidates, asked.relation
+    tables = {w: dataclasses.replace(table, sentence_weight=w) for w in SENTENCE_WEIGHTS}
+    return {w: retrieval(x, *arguments)["hit@5"]["avg"] for w, x in tables.items()}
+
+
+def retrieval_items(task: RelationTask, split: str) -> np.ndarray:
+    """The items that the split's retrieval queries look up."""
+    asked = task.retrieval_queries(split)
+    return np.union1d(asked.query, asked.candidates)

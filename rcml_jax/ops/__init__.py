@@ -1,0 +1,1 @@
+"""Similarities, mixing, ranking and views: functions of arrays on jax alone."""

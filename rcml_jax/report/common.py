@@ -1,0 +1,766 @@
+"""What is shown of any run: results, differences, sweeps, curves; and alignment studies."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rcml_jax.evaluation.controls import headline, rows_of
+from rcml_jax.evaluation.scores import SCORES
+from rcml_jax.report import page
+from rcml_jax.report.page import (
+    Arrays,
+    Figure,
+    Folder,
+    LeftOutError,
+    Picture,
+    Section,
+    Table,
+    load,
+    percent,
+    slug,
+)
+from rcml_jax.report.runs import Run, Study, Sweep, differences
+from rcml_jax.training.workdir import leaves
+
+# Training curves: loss, its terms, the learning rate and the validation measure.
+
+
+MOST_RUNS = 8
+#: What a training line holds beside the loss and its terms.
+_NO_TERMS = ("loss", "learning_rate", "gradient_norm", "pairs", "accuracy", "relation_accuracy")
+_SELECTION = {"relational": "hit@5/avg", "classification": "accuracy"}
+_MEASURE = {"relational": "validation Hit@5 AVG (%)", "classification": "validation accuracy (%)"}
+_TERMS = {
+    "tt": "text to text",
+    "ii": "image to image",
+    "ti": "text to image",
+    "it": "image to text",
+    "identification": "identification",
+    "fused": "fused classifier",
+    "contrastive": "contrastive",
+}
+
+
+def read_lines(run: Run) -> list[dict]:
+    """The whole lines of a run's `metrics.jsonl`, in order; one that a kill cut is left out."""
+    path = run.path / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"step", "kind"} <= row.keys():
+            rows.append(row)
+    return rows
+
+
+def curves(runs: Sequence[Run]) -> dict[str, Any]:
+    """Columns run, name, step, value: "loss", "learning_rate", "validation" and "term/...".
+
+    Of runs of one family, the first 8. Raises LeftOutError where none of them wrote a line.
+    """
+    columns: dict[str, list] = {"run": [], "name": [], "step": [], "value": []}
+    for run in runs[:MOST_RUNS]:
+        for line in read_lines(run):
+            for name, value in _named(line, run.family).items():
+                for column, cell in zip(
+                    columns.values(), (run.label, name, line["step"], value), strict=True
+                ):
+                    column.append(cell)
+    if not columns["run"]:
+        names = ", ".join(run.label for run in runs)
+        raise LeftOutError(f"metrics.jsonl is missing or empty in {names}; train first")
+    return columns
+
+
+def _named(line: dict, family: str) -> dict[str, float]:
+    if line["kind"] == "validation":
+        value = line.get(_SELECTION[family])
+        return {} if value is None else {"validation": value}
+    found = {name: line[name] for name in ("loss", "learning_rate") if name in line}
+    for name, value in line.items():
+        number = isinstance(value, (int, float)) and name != "step"
+        if number and name not in _NO_TERMS:
+            found[f"term/{name}"] = value
+    return found
+
+
+def _of(arrays: Arrays, run: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    here = (arrays["run"].astype(str) == run) & (arrays["name"].astype(str) == name)
+    return arrays["step"][here], arrays["value"][here]
+
+
+def labels(arrays: Arrays, column: str = "run") -> list[str]:
+    """The different cells of a column, in order."""
+    return list(dict.fromkeys(arrays[column].astype(str).tolist()))
+
+
+def draw_runs(arrays: Arrays, path: pathlib.Path, name: str, family: str) -> pathlib.Path:
+    """A line for each run that has it: the loss, a term of it, the learning rate or validation.
+
+    The best step of validation is ringed.
+    """
+    rate = 100 if name == "validation" else 1
+    runs = [run for run in labels(arrays) if len(_of(arrays, run, name)[0])]
+    several = len(labels(arrays)) > 1
+    with page.drawing(page.PANEL, 3.3 + 0.25 * len(runs) * several) as figure:
+        axes = figure.add_subplot()
+        for place, run in enumerate(labels(arrays)):
+            steps, values = _of(arrays, run, name)
+            if not len(steps):
+                continue
+            look = page.series(place) | {"markevery": max(1, len(steps) // 8)}
+            axes.plot(steps, rate * values, label=page.short(run, 40), **look)
+            if name == "validation":
+                best = int(np.argmax(values))
+                axes.plot(
+                    steps[best], rate * values[best], "o", markersize=13, fillstyle="none",
+                    color=look["color"],
+                )  # fmt: skip
+        axes.set(xlabel="step", ylabel=what(name, family))
+        if name != "validation":
+            values = arrays["value"][arrays["name"].astype(str) == name]
+            low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+            axes.set_ylim(1.06 * low, 1.06 * high or 1)
+        if several:
+            page.below(figure, *axes.get_legend_handles_labels(), columns=1)
+        return page.save_figure(figure, path)
+
+
+def what(name: str, family: str) -> str:
+    """How a curve is called."""
+    if name.startswith("term/"):
+        term = name.removeprefix("term/")
+        return f"term: {_TERMS.get(term, f'{term} classifier')}"
+    names = {"loss": "training loss", "learning_rate": "learning rate"}
+    return names.get(name) or _MEASURE[family]
+
+
+# Measures of runs and sweeps side by side: bars, and lines against an option that was varied.
+
+
+#: Names and paths into `eval.json` of what a sweep shows, by family.
+MEASURES = {
+    "relational": {
+        "Hit@5 AVG": "retrieval/hit@5/avg",
+        "Top-3 AVG": "relation_type/top3/avg",
+        "validity": "relation_validity/accuracy",
+    },
+    "classification": {
+        "last epoch": "classification/last/accuracy",
+        "selected on validation": "classification/validation_selected/accuracy",
+    },
+}
+#: Names, tasks and measures that controls have beside a run: one figure, a picture for each row.
+BESIDE = (
+    (
+        ("Hit@5, controlled", "retrieval", "hit@5"),
+        ("Hit@5, random", "retrieval_random", "hit@5"),
+    ),
+    (
+        ("relation type, Top-3", "relation_type", "top3"),
+        ("relation validity", "relation_validity", "accuracy"),
+    ),
+)
+_FREE = ("seed", "seeds", "platform", "devices", "tensorboard", "data.dir", "data.threads")
+
+
+def by_score(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any]:
+    """Columns run, group, value: a measure of a task under TT, II, TI, IT and AVG."""
+    rows = [
+        (run.label, score.upper(), required(run, f"{task}/{measure}/{score}"))
+        for run in runs
+        for score in SCORES
+        if not _left_out(run, f"{task}/{measure}/{score}")
+    ]
+    return _drawn(rows, task)
+
+
+def by_similarity(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any]:
+    """Columns run, group, value: a measure of a task by AVG under each similarity of the sweep.
+
+    Raises LeftOutError where no evaluation has more than one similarity.
+    """
+    rows = [
+        (
+            run.label,
+            name.replace("_", "-"),
+            required(run, f"similarities/{name}/{task}/{measure}/avg"),
+        )
+        for run in runs
+        for name in run.result.get("similarities", {})
+        if not _left_out(run, f"similarities/{name}/{task}/{measure}/avg")
+    ]
+    if not rows:
+        raise LeftOutError(
+            "the evaluation has the cosine only; evaluate with all similarities: python eval.py "
+            f"--workdir {runs[0].path} --config.evaluation.similarity=all"
+        )
+    return _columns(("run", "group", "value"), rows)
+
+
+def validity(runs: Sequence[Run]) -> dict[str, Any]:
+    """Columns run, group (the probe), value: accuracy of relation validity."""
+    rows = [
+        (
+            run.label,
+            f"{required(run, 'relation_validity/probe')} probe",
+            required(run, "relation_validity/accuracy"),
+        )
+        for run in runs
+        if not _left_out(run, "relation_validity/accuracy")
+    ]
+    return _drawn(rows, "relation_validity")
+
+
+def beside_controls(runs: Sequence[Run]) -> dict[str, Any]:
+    """Columns row, kind ("run" or "control"), measure, score, value, gain: runs, then controls.
+
+    Score is AVG, the one modality that a row has, or "" for validity. Gain is a run's value above
+    that of its best control; NaN for a control. Runs without controls have no row. Raises
+    LeftOutError where no run has any.
+    """
+    having = [run for run in runs if run.result.get("controls")]
+    if not having:
+        raise LeftOutError(
+            f"{runs[0].path / 'eval.json'} has no controls; evaluate again: python eval.py "
+            f"--workdir {runs[0].path}"
+        )
+    found = rows_of({run.label: [run.result] for run in having})
+    names = [label for _, label, _ in found]
+    shown = [(run.label, "run", run.result) for run in having]
+    # A control that knows a model has a row for each run, next to each other.
+    shown += [
+        (label if names.count(label) == 1 else f"{label}, {run}", "control", result)
+        for run, label, (result,) in sorted(found, key=lambda row: names.index(row[1]))
+    ]
+    rows = []
+    for row, kind, result in shown:
+        gains = result.get("gain_over_best_control", {})
+        for name, task, measure in (entry for picture in BESIDE for entry in picture):
+            values = _at(result, f"{task}/{measure}")
+            if values is not None:
+                score, value = headline(values)
+                gain = gains.get(task, {}).get("gain", np.nan)
+                rows.append((row, kind, name, score.upper(), value, gain))
+    return _columns(("row", "kind", "measure", "score", "value", "gain"), rows)
+
+
+def sweep_measures(sweep: Sweep) -> dict[str, Any]:
+    """Columns variant, measure, mean, std (n − 1; 0 for one seed) and seeds of a sweep."""
+    rows = []
+    for label, runs in sweep.variants.items():
+        for name, path in MEASURES[sweep.family].items():
+            values = [v for run in runs for v in values_at(run.result, path)]
+            if values:
+                std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+                rows.append((label, name, float(np.mean(values)), std, len(values)))
+    return _columns(("variant", "measure", "mean", "std", "seeds"), rows)
+
+
+def varied_option(sweep: Sweep) -> tuple[str, dict[str, float]] | None:
+    """The one option with numbers in which a sweep's variants differ, and each variant's value.
+
+    None where they differ in several options, or in one whose values are no numbers.
+    """
+    flat = {n: leaves(runs[0].config.to_dict()) for n, runs in sweep.variants.items()}
+    names = dict.fromkeys(name for options in flat.values() for name in options)
+    differ = [
+        name
+        for name in names
+        if name not in _FREE and len({repr(options.get(name)) for options in flat.values()}) > 1
+    ]
+    if len(differ) != 1 or len(flat) < 3:
+        return None
+    values = {label: options.get(differ[0]) for label, options in flat.items()}
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values.values()):
+        return None
+    return differ[0], {label: float(value) for label, value in values.items()}
+
+
+def against_option(sweep: Sweep, values: Mapping[str, float]) -> dict[str, Any]:
+    """Columns panel, option, measure, mean, std, seeds: measures for each value of an option.
+
+    Of relational methods one panel has Hit@5 by every score, the other the measures of `MEASURES`.
+    """
+    panels = {"accuracy": MEASURES[sweep.family]}
+    if sweep.family == "relational":
+        hits = {f"Hit@5 {s.upper()}": f"retrieval/hit@5/{s}" for s in reversed(SCORES)}
+        panels = {"Hit@5": hits, "other": MEASURES[sweep.family]}
+    rows = []
+    for panel, measures in panels.items():
+        for label in sorted(values, key=values.get):
+            for name, path in measures.items():
+                found = [v for run in sweep.variants[label] for v in values_at(run.result, path)]
+                if found:
+                    std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+                    rows.append(
+                        (panel, values[label], name, float(np.mean(found)), std, len(found))
+                    )
+    return _columns(("panel", "option", "measure", "mean", "std", "seeds"), rows)
+
+
+def values_at(result: Mapping[str, Any], path: str) -> list[float]:
+    """A measure's value, or its values over seeds; none where the result lacks it."""
+    node = _at(result, path)
+    if isinstance(node, Mapping):
+        return list(node.get("values", ()))
+    return [] if node is None else [float(node)]
+
+
+def required(run: Run, path: str) -> Any:
+    """What a run's evaluation has at a path. Raises LeftOutError where it lacks it."""
+    found = _at(run.result, path)
+    if found is None:
+        raise LeftOutError(
+            f"{run.path / 'eval.json'} lacks {path}; evaluate again: python eval.py --workdir "
+            f"{run.path}"
+        )
+    return found
+
+
+def _left_out(run: Run, path: str) -> bool:
+    """Whether an evaluation says that it cannot have a measure, and so has none."""
+    return "left_out" in run.result and _at(run.result, path) is None
+
+
+def _drawn(rows: list[tuple], task: str) -> dict[str, list]:
+    """Columns run, group, value. Raises LeftOutError where every run leaves the task out."""
+    if not rows:
+        raise LeftOutError(f"no run has {task.replace('_', ' ')}; eval.json says why (left_out)")
+    return _columns(("run", "group", "value"), rows)
+
+
+def _at(node: Any, path: str) -> Any:
+    for name in path.split("/"):
+        if not isinstance(node, Mapping) or name not in node:
+            return None
+        node = node[name]
+    return node
+
+
+def _columns(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
+# Drawing
+
+
+def draw_groups(arrays: Arrays, path: pathlib.Path, what: str, chance: float = 0.0) -> pathlib.Path:
+    """Bars of rates in percent, a colour and a hatch for each run; a line where chance is."""
+    runs, groups = labels(arrays), labels(arrays, "group")
+    legend = len(runs) > 1 or chance > 0
+    width, drawn = 0.8 / len(runs), set()
+    with page.drawing(page.WIDE, 3.6 + 0.25 * len(runs) * legend) as figure:
+        axes = figure.add_subplot()
+        for place, run in enumerate(runs):
+            for number, group in enumerate(groups):
+                here = (arrays["run"].astype(str) == run) & (arrays["group"].astype(str) == group)
+                if not here.any():
+                    continue
+                value = 100 * float(arrays["value"][here][0])
+                x = number + (place - (len(runs) - 1) / 2) * width
+                axes.bar(
+                    x, value, 0.92 * width, color=page.COLOURS[place % 8], edgecolor="white",
+                    hatch=page.HATCHES[place % 8],
+                    label=page.short(run, 60) if run not in drawn else None,
+                )  # fmt: skip
+                drawn.add(run)
+                if len(runs) * len(groups) <= 20:
+                    # On white, so that the line of chance does not cross it.
+                    axes.annotate(
+                        f"{value:.0f}", (x, value), xytext=(0, 2), textcoords="offset points",
+                        ha="center", va="bottom", fontsize=10, zorder=4,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                    )  # fmt: skip
+        if chance:
+            axes.axhline(100 * chance, color="black", linestyle="--", linewidth=1.5, label="chance")
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set(ylabel=what, ylim=(0, 105), xlim=(-0.6, len(groups) - 0.4))
+        if legend:
+            page.below(figure, *axes.get_legend_handles_labels(), columns=1 if len(runs) > 3 else 2)
+        return page.save_figure(figure, path)
+
+
+def draw_controls(
+    arrays: Arrays, path: pathlib.Path, measures: Sequence[str]
+) -> pathlib.Path | None:
+    """Horizontal bars of runs, and under them of controls in grey: a panel for each measure.
+
+    A run's number has its gain beside it, and one that is not of AVG its score. None, and no file,
+    where no row has any of the measures.
+    """
+    mine = np.isin(arrays["measure"].astype(str), measures)
+    if not mine.any():
+        return None
+    arrays = {name: column[mine] for name, column in arrays.items()}
+    rows = labels(arrays, "row")
+    runs = labels({"run": arrays["row"][arrays["kind"].astype(str) == "run"]})
+    with page.drawing(page.WIDE, 1.1 + 0.36 * len(rows)) as figure:
+        panels = figure.subplots(1, len(measures), sharey=True)
+        for axes, measure in zip(np.atleast_1d(panels), measures, strict=True):
+            for place in np.flatnonzero(arrays["measure"].astype(str) == measure):
+                row, value = str(arrays["row"][place]), 100 * float(arrays["value"][place])
+                number = runs.index(row) % 8 if row in runs else None
+                axes.barh(
+                    rows.index(row), value, 0.72, edgecolor="white",
+                    color="#B5B5B5" if number is None else page.COLOURS[number],
+                    hatch="" if number is None else page.HATCHES[number],
+                )  # fmt: skip
+                axes.annotate(
+                    _said(value, arrays["gain"][place], str(arrays["score"][place])),
+                    (value, rows.index(row)), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=9.5, weight="normal" if number is None else "bold",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                )  # fmt: skip
+            axes.set_title(measure, loc="left", fontsize=11)
+            axes.grid(visible=False, axis="y")
+            axes.grid(visible=True, axis="x")
+            axes.set(xlabel="percent", xlim=(0, 165), xticks=(0, 50, 100))
+        axes.set_yticks(range(len(rows)), [page.wrap(row, 24, 2) for row in rows])
+        axes.invert_yaxis()
+        return page.save_figure(figure, path)
+
+
+def _said(value: float, gain: float, score: str) -> str:
+    """A bar's number in percent, with its gain (a fraction) and its score where there is one."""
+    text = f"{value:.1f}"
+    if np.isfinite(gain):
+        text += f" ({100 * gain:+.1f})".replace("-", "−")
+    return text if score in ("", "AVG") else f"{text} {score}"
+
+
+def draw_variants(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
+    """Horizontal bars of a sweep's variants, one for each measure, with deviations over seeds."""
+    variants, measures = labels(arrays, "variant"), labels(arrays, "measure")
+    height = 0.84 / len(measures)
+    with page.drawing(page.WIDE, 1.3 + 0.33 * len(variants) * len(measures)) as figure:
+        axes = figure.add_subplot()
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        for place, measure in enumerate(measures):
+            here = arrays["measure"].astype(str) == measure
+            names = arrays["variant"].astype(str)[here]
+            y = [variants.index(n) + (place - (len(measures) - 1) / 2) * height for n in names]
+            mean, std = 100 * arrays["mean"][here], 100 * arrays["std"][here]
+            axes.barh(
+                y, mean, 0.9 * height, color=page.COLOURS[place], hatch=page.HATCHES[place],
+                edgecolor="white", label=measure,
+                xerr=np.where(arrays["seeds"][here] > 1, std, np.nan), ecolor="black", capsize=3,
+            )  # fmt: skip
+            for at, value, spread in zip(y, mean, std, strict=True):
+                axes.annotate(
+                    f"{value:.1f}", (value + spread, at), xytext=(5, 0), va="center",
+                    textcoords="offset points", fontsize=10,
+                )  # fmt: skip
+        axes.set_yticks(range(len(variants)), [page.wrap(v, 26) for v in variants])
+        axes.invert_yaxis()
+        axes.set(xlabel="percent", xlim=(0, 112), xticks=range(0, 101, 20))
+        page.below(figure, *axes.get_legend_handles_labels(), columns=len(measures))
+        return page.save_figure(figure, path)
+
+
+def draw_against(arrays: Arrays, path: pathlib.Path, option: str, panel: str) -> pathlib.Path:
+    """One panel's measures in percent against an option, a line each; the first one is thick."""
+    mine = arrays["panel"].astype(str) == panel
+    arrays = {name: column[mine] for name, column in arrays.items()}
+    measures, values = labels(arrays, "measure"), np.unique(arrays["option"])
+    with page.drawing(page.PANEL, 3.4 + 0.25 * -(-len(measures) // 2)) as figure:
+        axes = figure.add_subplot()
+        for place, measure in enumerate(measures):
+            here = arrays["measure"].astype(str) == measure
+            several = arrays["seeds"][here] > 1
+            axes.errorbar(
+                arrays["option"][here], 100 * arrays["mean"][here],
+                yerr=np.where(several, 100 * arrays["std"][here], np.nan), capsize=3,
+                label=measure, **page.series(place) | {"linewidth": 1.6 if place else 3},
+            )  # fmt: skip
+        axes.set(xlabel=option, ylabel="percent")
+        if len(values) < 9:
+            axes.set_xticks(values)
+        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
+        return page.save_figure(figure, path)
+
+
+_RESULTS = {
+    "relational": {
+        "Hit@5 TT": "retrieval/hit@5/tt",
+        "II": "retrieval/hit@5/ii",
+        "TI": "retrieval/hit@5/ti",
+        "IT": "retrieval/hit@5/it",
+        "AVG": "retrieval/hit@5/avg",
+        "AVG, by relation": "retrieval/macro/hit@5/avg",
+        "AVG, random": "retrieval_random/hit@5/avg",
+        "type, Top-3": "relation_type/top3/avg",
+        "validity": "relation_validity/accuracy",
+    },
+    "classification": {
+        "accuracy, last epoch": "classification/last/accuracy",
+        "selected on validation": "classification/validation_selected/accuracy",
+        "best test epoch": "classification/best_test_epoch/accuracy",
+        "macro F1, last": "classification/last/macro_f1",
+        "confidence on noise": "random_inputs/mean",
+    },
+}
+#: Measures of which more is not better.
+_NOT_BETTER = ("confidence on noise",)
+FAMILIES = {"relational": "relation graphs", "classification": "classification"}
+
+
+def results(folder: Folder, runs: Sequence[Run]) -> Section:
+    """A table of measures for each data set, and one of the options in which the runs differ."""
+    figures, by_data = [], {}
+    for run in runs:
+        by_data.setdefault((run.family, run.dataset), []).append(run)
+    for (family, dataset), found in by_data.items():
+        both = len({other for other, name in by_data if name == dataset}) > 1
+        title = f"Measures on {dataset}" + f", {FAMILIES[family]}" * both
+        make = functools.partial(_results, folder, family, found, title)
+        figures.append(folder.attempt(title, make))
+    for family in FAMILIES:
+        found = [run for run in runs if run.family == family]
+        if len(found) > 1:
+            make = functools.partial(_differences, folder, found)
+            figures.append(folder.attempt("What differs", make))
+    return Section("Results", tuple(figures))
+
+
+def _results(folder: Folder, family: str, runs: Sequence[Run], title: str) -> Figure:
+    scored = [run for run in runs if run.result is not None]
+    without = "; ".join(
+        f"{run.label} has no eval.json yet: python eval.py --workdir {run.path}"
+        for run in runs
+        if run.result is None
+    )
+    if not scored:
+        raise LeftOutError(without)
+    measures = {
+        name: path
+        for name, path in _RESULTS[family].items()
+        if any(values_at(run.result, path) for run in scored)
+    }
+    columns: dict[str, list] = {"run": [], "measure": [], "mean": [], "std": [], "values": []}
+    # The controls stand below the runs; those that know no model once.
+    shown = [(run.label, run.config.method, run.result) for run in scored]
+    beside = rows_of({run.label: [run.result] for run in scored})
+    shown += [(f"{label}: {control}", "control", rows[0]) for label, control, rows in beside]
+    for label, _, result in shown:
+        for name, path in measures.items():
+            values = np.array(values_at(result, path))
+            columns["run"].append(label)
+            columns["measure"].append(name)
+            columns["mean"].append(values.mean() if len(values) else np.nan)
+            columns["std"].append(values.std(ddof=1) if len(values) > 1 else 0.0)
+            columns["values"].append(len(values))
+    path, saved = folder.save(f"results-{slug(scored[0].dataset)}.csv", columns)
+    shape = len(shown), len(measures)
+    mean, std, count = (saved[name].reshape(shape) for name in ("mean", "std", "values"))
+    rows = [
+        [label, method, str(scored[0].result["split"])]
+        + [
+            percent(mean[i, j]) + (f" ± {percent(std[i, j])}" if count[i, j] > 1 else "")
+            for j in range(len(measures))
+        ]
+        for i, (label, method, _) in enumerate(shown)
+    ]
+    best = np.nanmax(np.where(np.isnan(mean), -1, mean), axis=0)
+    marked = frozenset(
+        (int(i), int(j) + 3)
+        for i, j in zip(*np.nonzero(mean == best), strict=True)
+        if len(rows) > 1 and list(measures)[j] not in _NOT_BETTER
+    )
+    return Figure(
+        title,
+        f"In percent, as in eval.json. {_protocol(scored[0])}"
+        + (f" {without}." if without else ""),
+        table=Table(["run", "method", "split", *measures], rows, marked),
+        data=(path,),
+    )
+
+
+def _protocol(run: Run) -> str:
+    said = run.result["protocol"]
+    names = (
+        "split_seed",
+        "disjoint",
+        "items",
+        "selection",
+        "ties",
+        "samples",
+        "validation",
+        "looks",
+    )
+    parts = [f"{name.replace('_', ' ')}: {_plain(said[name])}" for name in names if name in said]
+    return f"Protocol of {run.label}: " + "; ".join(parts) + "."
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {x}" for name, x in value.items())
+    return str(value)
+
+
+def _differences(folder: Folder, runs: Sequence[Run]) -> Figure:
+    found = differences(runs)
+    if not found:
+        raise LeftOutError("all runs have the same configuration")
+    labels = [run.label for run in runs]
+    path, _ = folder.save(
+        "differences.csv",
+        {"option": list(found)}
+        | {label: [_shown(row[i]) for row in found.values()] for i, label in enumerate(labels)},
+    )
+    rows = [[name, *map(_shown, row)] for name, row in found.items()]
+    marked = frozenset(
+        (i, j + 1)
+        for i, row in enumerate(found.values())
+        for j, value in enumerate(row)
+        if value != row[0]
+    )
+    return Figure(
+        "What differs",
+        "Options of config.json that are not the same in all runs; marked where they differ from "
+        "the first run's.",
+        table=Table(["option", *labels], rows, marked),
+        data=(path,),
+    )
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else "(empty)" if value == "" else str(value)
+
+
+def training(folder: Folder, runs: Sequence[Run]) -> Section:
+    """Curves of the runs, those of one family on the same axes."""
+    figures = []
+    for family, what in FAMILIES.items():
+        mine = [run for run in runs if run.family == family]
+        if mine:
+            title = "Training curves" if len({r.family for r in runs}) == 1 else f"Curves: {what}"
+            figures.append(
+                folder.attempt(title, lambda t=title, r=mine, f=family: _curves(folder, t, r, f))
+            )
+    return Section("Training", tuple(figures))
+
+
+def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Figure:
+    path, saved = folder.save(f"curves-{family}.csv", curves(runs))
+    names, pictures = labels(saved, "name"), []
+    terms = [name for name in names if name.startswith("term/")]
+    for name in ("loss", "validation", "learning_rate", *terms):
+        if name in names:
+            file = folder.picture(f"curve-{family}-{slug(name)}.svg")
+            picture = draw_runs(saved, file, name, family)
+            pictures.append(Picture(picture, f"{what(name, family)} against the step."))
+    silent = [run.label for run in runs[:MOST_RUNS] if run.label not in labels(saved)]
+    rest = len(runs) - MOST_RUNS
+    return Figure(
+        title,
+        "From metrics.jsonl: training figures are means over the steps since the line before; the "
+        "ring is the best validation. Terms are as the loss has them before their weights."
+        + (f" The first {MOST_RUNS} of {len(runs)} runs." if rest > 0 else "")
+        + (f" Without a metrics.jsonl: {', '.join(silent)}." if silent else ""),
+        tuple(pictures),
+        data=(path,),
+    )
+
+
+def sweep(folder: Folder, found: Sweep) -> Section:
+    """Lines where a sweep varied one number; bars of its variants where it varied other things."""
+    name, varied = slug(found.label), varied_option(found)
+    if varied:
+        option, values = varied
+        title = f"Against {option}"
+        figure = folder.attempt(title, lambda: _against(folder, found, name, option, values))
+    else:
+        figure = folder.attempt("Variants", lambda: _variants(folder, found, name))
+    return Section(f"Sweep: {found.label}", (figure,))
+
+
+def _seeds(sweep: Sweep) -> str:
+    counts = {len(runs) for runs in sweep.variants.values()}
+    if counts == {1}:
+        return "one run each"
+    several = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+    return f"{several} runs each, mean and standard deviation (n − 1) over them"
+
+
+def _variants(folder: Folder, found: Sweep, name: str) -> Figure:
+    path, saved = folder.save(f"variants-{name}.csv", sweep_measures(found))
+    picture = draw_variants(saved, folder.picture(f"variants-{name}.svg"))
+    alt = f"Bars of {', '.join(labels(saved, 'measure'))} for each variant."
+    return Figure(
+        f"Variants: {found.label}",
+        f"Test figures of the finished runs in {found.path}, {_seeds(found)}. A run that trains "
+        "several seeds at once counts as so many.",
+        (Picture(picture, alt),),
+        data=(path,),
+    )
+
+
+def _against(folder: Folder, found: Sweep, name: str, option: str, values: dict) -> Figure:
+    path, saved = folder.save(f"against-{name}.csv", against_option(found, values))
+    label = "β of the pooling head (model.beta)" if option == "model.beta" else option
+    pictures = []
+    for panel in labels(saved, "panel"):
+        file = folder.picture(f"against-{name}-{slug(panel)}.svg")
+        picture = draw_against(saved, file, label, panel)
+        pictures.append(Picture(picture, f"{panel} against {option}."))
+    what = "Hit@5" if found.family == "relational" else "Accuracy"
+    return Figure(
+        f"{what} against {'β' if option == 'model.beta' else option}",
+        f"Test figures of the finished runs in {found.path}, {_seeds(found)}.",
+        tuple(pictures),
+        data=(path,),
+    )
+
+
+def study(folder: Folder, found: Study) -> Section:
+    """The pictures that `report.alignment` draws of an alignment study."""
+    title = f"Alignment: {found.label}"
+    return Section(
+        title, (folder.attempt("Alignment of two modalities", lambda: _study(folder, found)),)
+    )
+
+
+def _study(folder: Folder, found: Study) -> Figure:
+    arrays = found.path / "similarities.npz"
+    if not arrays.is_file():
+        raise LeftOutError(
+            f"{found.path} holds no similarities.npz; evaluate again: python eval.py --workdir "
+            f"{found.path}"
+        )
+    if importlib.util.find_spec("rcml_jax.report.alignment") is None:
+        raise LeftOutError("this version draws no figures of alignment studies")
+    from rcml_jax.report import alignment
+
+    name = slug(found.label)
+    copied = folder.root / "data" / f"similarities-{name}.npz"
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(arrays, copied)
+    drawn = alignment.draw(found.result, load(copied), folder.root / f"alignment-{name}")
+    names = {
+        "similarities": "Histograms of the cosines of matched and of random pairs.",
+        "gap": "The modality gap against retrieval.",
+        "plane": "Both modalities in a plane, as they are and centred.",
+    }
+    pictures = tuple(Picture(path, names.get(path.stem, path.stem)) for path in drawn)
+    return Figure(
+        "Alignment of two modalities", _alignment_caption(found), pictures, data=(copied,)
+    )
+
+
+def _alignment_caption(found: Study) -> str:
+    parts = [f"{name}: {_plain(value)}" for name, value in found.result["protocol"].items()]
+    return (
+        "For each source the cosines of matched and of random pairs; the modality gap against "
+        "retrieval with each calibration; and both modalities on their first two principal axes "
+        f"before and after centring. Protocol: {'; '.join(parts)}."
+    )

@@ -1,0 +1,1 @@
+"""Searching embedded catalogues under a relation."""

@@ -1,0 +1,337 @@
+"""Embeddings of many items under relations on disk: written in shards, resumed, memory-mapped.
+
+A directory holds
+
+- `text.npy`, `image.npy`: (relations, items, d), or (1, items, d) of a modality that depends on no
+  relation, float16 or float32; the rows of what an item lacks are zeros;
+- `has_text.npy`, `has_image.npy`: (items,) bool;
+- `items.jsonl`: id, text and name of the picture of each item, in the arrays' order;
+- `manifest.json`: model, items, relations, sizes, and how many shards are done. It is written
+  before anything else, and anew after each shard, so what it counts is whole.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rcml_jax.errors import UserError
+from rcml_jax.search.items import Items, from_names
+
+MODALITIES = ("text", "image")
+DTYPES = ("float32", "float16")
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_EXAMPLES = 5
+_KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype", "shard")
+_KEYS += ("done", "problems")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is embedded, by what, and how it is kept.
+
+    model: what names the model: "workdir", "step", "digest" and more; relations: the sentences,
+    first the intra-sample one; shapes: of each modality the number of relations, or 1, and the
+    width; shard: items that are embedded between two marks of what is done.
+    """
+
+    model: dict[str, Any]
+    items: Items
+    relations: tuple[str, ...]
+    shapes: dict[str, tuple[int, int]]
+    dtype: str = "float32"
+    shard: int = 1024
+
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` holds before anything is done."""
+        root = self.items.root
+        return {
+            "format": _FORMAT,
+            "model": self.model,
+            "items": len(self.items),
+            "items_digest": self.items.digest(),
+            "root": None if root is None else str(root),
+            "relations": list(self.relations),
+            "shapes": {name: list(self.shapes[name]) for name in MODALITIES},
+            "dtype": self.dtype,
+            "shard": self.shard,
+            "done": 0,
+            "problems": {},
+        }
+
+
+class Writer:
+    """The store of a plan, new or begun before: `shards()`, and `write`, `mark` for each of them.
+
+    Raises UserError where the directory holds embeddings of another plan or anything else, or the
+    disk has no room. A store with a whole shard keeps its size of shards; one without is made anew.
+    """
+
+    def __init__(self, directory: pathlib.Path | str, plan: Plan):
+        self.directory = pathlib.Path(directory)
+        if plan.dtype not in DTYPES:
+            raise UserError(f"the type {plan.dtype!r} is unknown; choose {' or '.join(DTYPES)}")
+        if plan.shard < 1:
+            raise UserError(f"a shard of {plan.shard} items is too small; 1 is the least")
+        self._manifest = plan.manifest()
+        begun = (self.directory / _MANIFEST).is_file()
+        if not begun:
+            _make_empty(self.directory)
+        if begun and (found := read_manifest(self.directory))["done"]:
+            _check_same(self.directory, found, self._manifest)
+            self._manifest = found
+            _check_room(self.directory, found)
+        else:
+            self._create(plan)
+        self._arrays = _open_arrays(self.directory, self._manifest)
+
+    @property
+    def shard(self) -> int:
+        """Items of a shard."""
+        return self._manifest["shard"]
+
+    def shards(self) -> Iterator[range]:
+        """The items of each shard that is not done, in order."""
+        items = self._manifest["items"]
+        for start in range(self._manifest["done"] * self.shard, items, self.shard):
+            yield range(start, min(start + self.shard, items))
+
+    def write(self, start: int, blocks: dict[str, np.ndarray], has: dict[str, np.ndarray]) -> None:
+        """Write items from `start` on: vectors (relations, m, d), and (m,) whether they have each.
+
+        Where `has` is false, zeros are written; a modality that none has needs no vectors.
+        """
+        for name in MODALITIES:
+            mask = np.asarray(has[name], bool)
+            self._put(f"has_{name}", start, mask[None])
+            if mask.any():
+                self._put(name, start, np.where(mask[:, None], blocks[name], 0))
+
+    def mark(self, problems: dict[str, list[str]]) -> None:
+        """The shard that was begun is whole. problems: of each kind the ids in it that have it.
+
+        The manifest counts them and names the first few.
+        """
+        for name, ids in problems.items():
+            known = self._manifest["problems"].setdefault(name, {"count": 0, "first": []})
+            known["count"] += len(ids)
+            known["first"] = (known["first"] + ids)[:_EXAMPLES]
+        self._manifest["done"] += 1
+        with _guarded(self.directory):
+            for name in self._arrays:
+                with _path(self.directory, name).open("rb+") as file:
+                    os.fsync(file.fileno())
+        _write_manifest(self.directory, self._manifest)
+
+    def _put(self, name: str, start: int, block: np.ndarray) -> None:
+        """Write rows by ordinary calls: a full disk is an error, where a map would kill us."""
+        array = self._arrays[name]
+        block = np.ascontiguousarray(block, array.dtype)
+        table = array.nbytes // len(block)  # of one relation
+        place = array.offset + start * (table // self._manifest["items"])
+        with _guarded(self.directory), _path(self.directory, name).open("rb+") as file:
+            for number, rows in enumerate(block):
+                file.seek(place + number * table)
+                file.write(rows)
+
+    def _create(self, plan: Plan) -> None:
+        directory, n = self.directory, len(plan.items)
+        _check_room(directory, self._manifest)
+        _write_manifest(directory, self._manifest)
+        with _guarded(directory):
+            for name, (lead, width) in plan.shapes.items():
+                _allocate(_path(directory, name), (lead, n, width), plan.dtype)
+                _allocate(_path(directory, f"has_{name}"), (n,), "bool")
+            with (directory / "items.jsonl").open("w") as file:
+                rows = zip(plan.items.ids, plan.items.texts, plan.items.pictures, strict=True)
+                for key, text, picture in rows:
+                    file.write(json.dumps({"id": key, "text": text, "image": picture}) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embeddings:
+    """A store that is whole, opened for reading.
+
+    items: as they were embedded, their pictures read where they are files; vectors: of each
+    modality the memory-mapped array; has: of each modality (items,) bool; model: what made them;
+    problems: of each kind the "count" of the items that have it, and the "first" few ids.
+    """
+
+    directory: pathlib.Path
+    items: Items
+    relations: tuple[str, ...]
+    vectors: dict[str, np.ndarray]
+    has: dict[str, np.ndarray]
+    model: dict[str, Any]
+    problems: dict[str, dict[str, Any]]
+
+    def under(self, modality: str, relation: int) -> np.ndarray:
+        """The vectors (items, d) of a modality under a relation, mapped."""
+        vectors = self.vectors[modality]
+        return vectors[relation if len(vectors) > 1 else 0]
+
+
+def open_embeddings(directory: pathlib.Path | str) -> Embeddings:
+    """Open a store. Raises UserError where there is none, it is unfinished or damaged."""
+    directory = pathlib.Path(directory)
+    manifest = read_manifest(directory)
+    shards = -(-manifest["items"] // manifest["shard"])
+    if manifest["done"] < shards:
+        raise UserError(
+            f"{directory} is unfinished ({manifest['done']} of {shards} shards); start the command "
+            "that embeds again to go on"
+        )
+    arrays = _open_arrays(directory, manifest)
+    return Embeddings(
+        directory,
+        _read_items(directory, manifest),
+        tuple(manifest["relations"]),
+        {name: arrays[name] for name in MODALITIES},
+        {name: np.array(arrays[f"has_{name}"]) for name in MODALITIES},
+        manifest["model"],
+        manifest["problems"],
+    )
+
+
+def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
+    """The manifest of a store. Raises UserError where there is none or it is damaged."""
+    path = pathlib.Path(directory) / _MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{directory} holds no {_MANIFEST}, so nothing was embedded there; embed first: "
+            f"python -m rcml_jax.cli.embed --workdir WORKDIR --items ITEMS --to {directory}"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, not {_FORMAT}")
+        missing = [key for key in _KEYS if key not in manifest]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return manifest
+
+
+def _read_items(directory: pathlib.Path, manifest: dict) -> Items:
+    path = directory / "items.jsonl"
+    try:
+        with path.open() as file:
+            rows = [json.loads(line) for line in file]
+        columns = [tuple(row[name] for row in rows) for name in ("id", "text", "image")]
+        if len(rows) != manifest["items"]:
+            raise ValueError(f"it has {len(rows)} items, not {manifest['items']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if manifest["root"] is None:
+        return Items(*columns, read=_not_a_file)
+    return from_names(*columns, pathlib.Path(manifest["root"]))
+
+
+def _not_a_file(index: int) -> bytes:
+    raise FileNotFoundError(f"the picture of item {index} belongs to the model's own data")
+
+
+def _open_arrays(directory: pathlib.Path, manifest: dict) -> dict[str, np.memmap]:
+    n, arrays = manifest["items"], {}
+    for modality, (lead, width) in manifest["shapes"].items():
+        wanted = {
+            modality: ((lead, n, width), manifest["dtype"]),
+            f"has_{modality}": ((n,), "bool"),
+        }
+        for name, (shape, dtype) in wanted.items():
+            path = _path(directory, name)
+            try:
+                array = np.load(path, mmap_mode="r")
+                if array.shape != shape or array.dtype != dtype:
+                    raise ValueError(f"it is {array.dtype} {array.shape}, not {dtype} {shape}")
+            except (OSError, ValueError, EOFError) as error:
+                raise _damaged(path, error) from error
+            arrays[name] = array
+    return arrays
+
+
+def _make_empty(directory: pathlib.Path) -> None:
+    """Make a directory that holds nothing, or see that it is one."""
+    with _guarded(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        # A kill may have left the beginning of a manifest.
+        names = [path.name for path in directory.iterdir() if path.name != f"{_MANIFEST}.part"]
+    if names:
+        raise UserError(
+            f"{directory} holds {min(names)} and no embeddings of ours; give an empty or a new "
+            "directory"
+        )
+
+
+def _check_same(directory: pathlib.Path, found: dict, asked: dict) -> None:
+    model = found["model"]
+    words = {
+        "model": f"another model ({model.get('workdir')}, step {model.get('step')})",
+        "items_digest": "other items",
+        "relations": f"other relations ({len(found['relations'])} sentences)",
+        "shapes": "another width",
+        "dtype": f"the type {found['dtype']}",
+    }
+    for name, what in words.items():
+        theirs, ours = found[name], asked[name]
+        if name == "model":
+            theirs, ours = theirs.get("digest"), ours["digest"]
+        if theirs != ours:
+            raise UserError(
+                f"{directory} holds embeddings of {what}; give another directory, or remove it"
+            )
+
+
+def _check_room(directory: pathlib.Path, manifest: dict) -> None:
+    left = max(0, manifest["items"] - manifest["done"] * manifest["shard"])
+    size = np.dtype(manifest["dtype"]).itemsize
+    needed = left * sum(lead * width * size + 1 for lead, width in manifest["shapes"].values())
+    if shutil.disk_usage(directory).free < needed:
+        raise UserError(
+            f"no room in {directory} for {needed / 2**30:.1f} GiB of embeddings; free some, or "
+            "embed under fewer relations or in float16"
+        )
+
+
+def _write_manifest(directory: pathlib.Path, manifest: dict) -> None:
+    path = directory / _MANIFEST
+    part = path.with_name(f"{_MANIFEST}.part")
+    with _guarded(directory):
+        with part.open("w") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def _allocate(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> None:
+    """An array of zeros, of which the disk holds nothing yet."""
+    np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+
+
+def _path(directory: pathlib.Path, name: str) -> pathlib.Path:
+    return directory / f"{name}.npy"
+
+
+@contextlib.contextmanager
+def _guarded(directory: pathlib.Path) -> Iterator[None]:
+    """Turns what the disk refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror or error}; mend that and start the same "
+            "command again to go on"
+        ) from error
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}); embed anew into another directory")

@@ -1,0 +1,137 @@
+"""Items to embed: ids, texts and pictures of a table, or of a relation graph.
+
+A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder with `items.csv` or
+`items.jsonl`; its columns are `id`, `text` and `image` (a path relative to the table), as in
+`rcml_jax.data.sources.folder`. Here an item may lack its text or its picture.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rcml_jax.data import images
+from rcml_jax.data.relation_graph import RelationGraph
+from rcml_jax.data.tables import optional, required, rows_of, table_of
+from rcml_jax.errors import UserError
+
+#: The longer side of a picture before it is resized for a model, as the folder source keeps it.
+STORED_SIZE = 512
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Items:
+    """n items in order.
+
+    ids; texts, "" where there is none; pictures, their names, "" where there is none; read: an
+    index → the bytes of that picture's file, or OSError. root: the folder that names are relative
+    to; None where the pictures are those of a graph.
+    """
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    pictures: tuple[str, ...]
+    read: Callable[[int], bytes]
+    root: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def digest(self) -> str:
+        """Changes with ids, texts, names of pictures and their order, not with the pictures."""
+        digest = hashlib.sha256()
+        for row in zip(self.ids, self.texts, self.pictures, strict=True):
+            for value in row:
+                encoded = value.encode("utf-8", "surrogatepass")
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return digest.hexdigest()
+
+
+def read_items(path: str | Path) -> Items:
+    """The items of a table, or of the folder that holds one.
+
+    Raises:
+      UserError: there is no such table, it is malformed, an id is missing or used twice, or no row
+        has a text or a picture.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a folder, a .csv or a .jsonl file of items")
+    table = table_of(path, "items") if path.is_dir() else path
+    rows: dict[str, tuple[str, str]] = {}
+    places: dict[str, str] = {}
+    for where, row in rows_of(table):
+        key = required(row, "id", where)
+        if key in rows:
+            raise UserError(
+                f"{where}: the id '{key}' is used before ({places[key]}); give every item its own "
+                "id."
+            )
+        rows[key] = optional(row, "text"), optional(row, "image")
+        places[key] = where
+    if not rows:
+        raise UserError(f"{table} has no items; add a row for each item.")
+    texts, pictures = zip(*rows.values(), strict=True)
+    if not any(texts) and not any(pictures):
+        raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
+    return from_names(tuple(rows), texts, pictures, table.parent)
+
+
+def from_names(
+    ids: tuple[str, ...], texts: tuple[str, ...], pictures: tuple[str, ...], root: Path
+) -> Items:
+    """Items whose pictures are files relative to `root`."""
+    return Items(ids, texts, pictures, lambda i: (root / pictures[i]).read_bytes(), root.resolve())
+
+
+def from_graph(graph: RelationGraph) -> Items:
+    """The items of a relation graph, under their ids."""
+    return Items(graph.ids, graph.texts, graph.ids, graph.images.encoded)
+
+
+def write_listing(graph: RelationGraph, directory: str | Path) -> None:
+    """Write what a graph has to be embedded: items, images and relation sentences.
+
+    `items.jsonl` (`id`, `text`, `image`) and `relations.jsonl` (`id`, `sentence`, `unseen`), both
+    in the order of the graph, and `images/`. `unseen` are the sentences that only the test uses.
+    `items.jsonl` comes last: a listing that has it is whole. Raises UserError where the directory
+    is not empty or cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} is not empty; give --list a new directory")
+        (directory / "images").mkdir(parents=True)
+        unseen = graph.held_out_sentences()
+        relations = [
+            {"id": str(r), "sentence": said, "unseen": [sentences[r] for sentences in unseen]}
+            for r, said in enumerate(graph.relations)
+        ]
+        _write_rows(directory / "relations.jsonl", relations)
+        items = []
+        for index, (key, text) in enumerate(zip(graph.ids, graph.texts, strict=True)):
+            encoded = graph.images.encoded(index)
+            kind = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+            name = f"images/{index:06d}.{kind}"
+            (directory / name).write_bytes(encoded)
+            items.append({"id": key, "text": text, "image": name})
+        _write_rows(directory / "items.jsonl", items)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from error
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines, "utf-8")
+
+
+def pixels(encoded: bytes, size: int) -> np.ndarray:
+    """A picture as training has it: uint8 (size, size, 3).
+
+    Raises:
+      images.DECODE_ERRORS: the bytes are no picture.
+    """
+    return images.to_array(images.open_rgb(images.storable(encoded, STORED_SIZE)), size)

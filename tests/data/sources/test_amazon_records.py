@@ -1,0 +1,179 @@
+"""Amazon's records: both views and spellings, malformed lines, cut and damaged files, memory."""
+
+import gzip
+import json
+import tracemalloc
+from collections import Counter
+
+import pytest
+
+from rcml_jax.data.sources import amazon_records
+from rcml_jax.data.sources.amazon_records import (
+    identity,
+    main_image,
+    parse_item,
+    parse_review,
+    records,
+)
+from rcml_jax.errors import UserError
+
+REVIEW = {"user_id": "U1", "parent_asin": "B1", "asin": "B1-red", "rating": 4.0}
+HIGH, LARGE = "https://host/high.jpg", "https://host/large.jpg"
+RAW_IMAGES = [
+    {"thumb": "t", "large": "https://host/other.jpg", "variant": "PT01", "hi_res": None},
+    {"thumb": "t", "large": LARGE, "variant": "MAIN", "hi_res": HIGH},
+]
+ITEM = {
+    "parent_asin": "B1",
+    "title": " A  kettle\n",
+    "images": RAW_IMAGES,
+    "categories": ["Home", "Kettles", "Small"],
+    "price": 12.5,
+    "details": {"Brand": "x"},
+}
+
+
+def transposed(images):
+    return {key: [image[key] for image in images] for key in images[0]}
+
+
+def write(path, lines):
+    data = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("time", ["timestamp", "sort_timestamp", "sortTimestamp"])
+@pytest.mark.parametrize("votes", ["helpful_vote", "helpful_votes"])
+def test_both_spellings_give_one_review(time, votes):
+    review = parse_review(REVIEW | {time: 1588687728923, votes: 3})
+    assert review == ("U1", "B1", 4.0, 1588687728923, 3)
+
+
+def test_numbers_of_a_review_may_be_text_or_missing():
+    review = parse_review(REVIEW | {"rating": "2.0", "timestamp": "17", "helpful_vote": "many"})
+    assert review[2:] == (2.0, 17, None)
+    del REVIEW["rating"]
+    assert parse_review(REVIEW)[2:] == (None, None, None)
+    REVIEW["rating"] = 4.0
+
+
+@pytest.mark.parametrize("field", ["user_id", "parent_asin"])
+@pytest.mark.parametrize("value", [None, "", 7, " B1", "\ud800"])
+def test_a_review_without_user_or_item_is_none(field, value):
+    assert parse_review(REVIEW | {field: value}) is None
+    assert parse_item({field: value}) is None
+
+
+def test_both_views_give_one_item():
+    item = parse_item(ITEM)
+    assert item == ("B1", "A kettle", HIGH, ("Home", "Kettles", "Small"), 12.5, {"Brand": "x"})
+    assert item.category == "Kettles"
+    view = {"images": transposed(RAW_IMAGES), "details": '{"Brand": "x"}', "price": "12.5"}
+    assert parse_item(ITEM | view) == item
+
+
+def test_what_an_item_lacks_is_empty():
+    bare = parse_item({"parent_asin": "B1"})
+    assert bare == ("B1", "", "", (), None, {})
+    assert bare.category == ""
+    broken = {"title": 3, "images": "x", "categories": "Home", "price": "None", "details": "{"}
+    assert parse_item(ITEM | broken) == bare
+    assert parse_item(ITEM | {"categories": ["Home"]}).category == ""
+    assert parse_item(ITEM | {"categories": [None, 3]}).category == ""
+    assert parse_item(ITEM | {"price": "$7.99"}).price == 7.99
+    assert parse_item(ITEM | {"details": "[1]"}).details == {}
+    assert parse_item(ITEM | {"title": "half \ud83d emoji"}).title == "half emoji"
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (RAW_IMAGES, HIGH),
+        ([RAW_IMAGES[1] | {"hi_res": None}], LARGE),
+        ([RAW_IMAGES[1] | {"hi_res": "None"}], LARGE),
+        (transposed([RAW_IMAGES[0], RAW_IMAGES[1] | {"hi_res": None}]), LARGE),
+        ([RAW_IMAGES[0]], ""),
+        ([RAW_IMAGES[1] | {"hi_res": 1, "large": None}], ""),
+        ([], ""),
+        ({}, ""),
+        (None, ""),
+        ([None, "x"], ""),
+        ({"variant": ["PT01", "MAIN"], "large": [LARGE]}, ""),  # lists of different lengths
+        ({"variant": "MAIN", "large": LARGE}, ""),
+    ],
+)
+def test_main_image(images, expected):
+    assert main_image(images) == expected
+
+
+def test_hashes_tell_ids_apart_in_64_bits():
+    keys = [f"user {i}" for i in range(1000)]
+    found = [identity(key) for key in keys]
+    assert len(set(found)) == 1000
+    assert 2**63 < max(found) < 2**64
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_malformed_lines_are_counted(tmp_path, ending):
+    lines = ['{"a": 1}', "", "{", "[1]", "null", b"\xff\xfe\n", "[" * 100_000, '  {"a": 2} ', "{}"]
+    path = write(tmp_path / f"x{ending}", lines)
+    counts = Counter()
+    assert list(records(path, counts)) == [(1, {"a": 1}), (8, {"a": 2}), (9, {})]
+    assert counts == {"malformed": 5}
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", b"\xff\n"])
+def test_strict_names_file_and_line(tmp_path, line):
+    path = write(tmp_path / "x.jsonl", ['{"a": 1}', line])
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: malformed record \(.+\); mend"):
+        list(records(path, Counter(), strict=True))
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(amazon_records, "LONGEST_LINE", 50)
+    counts = Counter()
+    path = write(tmp_path / "x.jsonl", [json.dumps({"text": "x" * 180}), "{}"])
+    assert list(records(path, counts)) == [(5, {})]
+    assert counts == {"malformed": 4}
+
+
+def test_a_gz_cut_in_the_middle_is_one_sentence(tmp_path):
+    path = write(tmp_path / "x.jsonl.gz", [json.dumps({"n": n}) for n in range(50_000)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    read = []
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz is cut: .*delete it and download") as error:
+        read.extend(number for number, _ in records(path, Counter()))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["crc", "html"])
+def test_a_damaged_gz_is_one_sentence(tmp_path, damage):
+    path = write(tmp_path / "x.jsonl.gz", [json.dumps({"n": n}) for n in range(1000)])
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1
+    path.write_bytes(data if damage == "crc" else b"<html>")
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz is no whole gzip file"):
+        list(records(path, Counter()))
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        list(records(tmp_path / "none.jsonl", Counter()))
+
+
+def test_of_a_review_two_hashes_are_kept(tmp_path):
+    text = "x" * 2000
+    rows = (
+        json.dumps({"user_id": f"U{n % 1000}", "parent_asin": f"B{n % 7}", "text": text})
+        for n in range(20_000)
+    )
+    path = write(tmp_path / "x.jsonl", rows)
+    assert path.stat().st_size > 40e6
+    tracemalloc.start()
+    arrays = amazon_records.read_purchases(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(arrays["user"]) == 7000
+    assert peak < 6e6  # a buffer of 1 MB; 16 bytes a review, a few times

@@ -1,0 +1,143 @@
+"""Flickr30K and MS-COCO from small copies in their published layouts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rcml_jax.data.sources import captions
+from rcml_jax.errors import UserError
+from tests.data.imagetext import jpeg
+
+
+def caption_of(number, place):
+    return f"caption {place} of {number}"
+
+
+def write_flickr(root, *, karpathy=True, images=6, caption=caption_of):
+    """Two captions a picture; with the Karpathy split the last two are validation and test."""
+    (root / "flickr30k-images").mkdir(parents=True)
+    entries, lines = [], []
+    for n in range(images):
+        name = f"{n}.jpg"
+        (root / "flickr30k-images" / name).write_bytes(jpeg(10 * n))
+        split = {images - 2: "val", images - 1: "test"}.get(n, "train")
+        texts = [caption(n, k) for k in range(2)]
+        entries.append({"filename": name, "split": split, "sentences": [{"raw": t} for t in texts]})
+        lines += [f"{name}#{k}\t{t}" for k, t in enumerate(texts)]
+    if karpathy:
+        (root / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+    (root / "results_20130124.token").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def write_coco(root, *, train=20, val=3):
+    """Captions in another order than the pictures; ids that are no rows."""
+    (root / "annotations").mkdir(parents=True)
+    for part, count in (("train", train), ("val", val)):
+        (root / f"{part}2017").mkdir()
+        images = [{"id": 100 + n, "file_name": f"{n:012}.jpg"} for n in range(count)]
+        notes = [
+            {"id": k * count + n, "image_id": 100 + n, "caption": f"{part} {n}, caption {k}"}
+            for k in range(2)
+            for n in range(count)
+        ]
+        for n, image in enumerate(images):
+            (root / f"{part}2017" / image["file_name"]).write_bytes(jpeg(n))
+        file = root / "annotations" / f"captions_{part}2017.json"
+        file.write_text(json.dumps({"images": images, "annotations": notes}))
+    return root
+
+
+def check(found):
+    """Every text stands beside its own picture."""
+    assert len(found.texts) == 2 * len(found.images) == len(found.image_of_text)
+    for text, row in zip(found.texts, found.image_of_text, strict=True):
+        number = int(found.images.paths[row].rsplit("/", 1)[1].split(".")[0])
+        assert f" {number}" in text
+
+
+def test_flickr30k_with_the_karpathy_split(tmp_path):
+    found = captions.flickr30k(write_flickr(tmp_path))
+    check(found)
+    assert found.split.tolist() == [0, 0, 0, 0, 1, 2]
+    assert found.images[5].size == (12, 16)
+
+
+def test_flickr30k_without_it_is_split_by_the_seed(tmp_path):
+    root = write_flickr(tmp_path, karpathy=False, images=10)
+    found = captions.flickr30k(root, seed=1)
+    check(found)
+    assert np.bincount(found.split).tolist() == [6, 2, 2]
+    np.testing.assert_array_equal(captions.flickr30k(root, seed=1).split, found.split)
+    assert (captions.flickr30k(root, seed=2).split != found.split).any()
+
+
+def test_coco(tmp_path):
+    found = captions.coco(write_coco(tmp_path))
+    check(found)
+    assert np.bincount(found.split).tolist() == [19, 1, 3]
+    assert all("val2017" in found.images.paths[i] for i in np.flatnonzero(found.split == 2))
+
+
+def test_pictures_without_file_or_caption_are_counted(tmp_path):
+    root, lines = write_coco(tmp_path), []
+    (root / "train2017" / f"{3:012}.jpg").unlink()
+    file = root / "annotations" / "captions_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 101]
+    file.write_text(json.dumps(content))
+    found = captions.coco(root, log=lines.append)
+    check(found)
+    assert len(found.images) == 21
+    assert lines == ["coco: 2 of 23 pictures are left out (1 without a file, 1 without a caption)"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset_flickr30k.json", "{", "malformed JSON"),
+        ("dataset_flickr30k.json", "[]", "has no list 'images'"),
+        ("dataset_flickr30k.json", '{"images": [{"filename": "0.jpg"}]}', "no text 'split'"),
+        (
+            "dataset_flickr30k.json",
+            '{"images": [{"filename": "0.jpg", "split": "rest", "sentences": []}]}',
+            "unknown split 'rest'",
+        ),
+    ],
+)
+def test_damaged_flickr_files(tmp_path, file, content, message):
+    (write_flickr(tmp_path) / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        captions.flickr30k(tmp_path)
+
+
+def test_a_line_that_is_no_caption(tmp_path):
+    root = write_flickr(tmp_path, karpathy=False)
+    (root / "results_20130124.token").write_text("0.jpg#0\tgood\n0.jpg bad\n")
+    with pytest.raises(UserError, match="line 2"):
+        captions.flickr30k(root)
+
+
+def test_a_caption_of_no_picture(tmp_path):
+    root = write_coco(tmp_path)
+    file = root / "annotations" / "captions_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["image_id"] = 7
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="names the image 7"):
+        captions.coco(root)
+
+
+def test_copies_that_are_elsewhere_or_empty(tmp_path):
+    for read, name in ((captions.flickr30k, "flickr30k"), (captions.coco, "coco")):
+        for place, message in (("", "No directory"), (tmp_path / "no", "There is no directory")):
+            with pytest.raises(UserError, match=f"{message}.*alignment.py:{name}"):
+                read(place)
+        with pytest.raises(UserError, match="because it has no"):
+            read(tmp_path)
+    root = write_flickr(tmp_path / "flickr")
+    for picture in list((root / "flickr30k-images").iterdir())[:3]:
+        picture.unlink()
+    with pytest.raises(UserError, match="3 of 6 pictures are missing"):
+        captions.flickr30k(root)

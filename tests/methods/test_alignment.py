@@ -1,0 +1,230 @@
+"""The alignment study as a command: a file of embeddings, and towers that are trained first."""
+
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+
+from rcml_jax.cli import commands
+from tests.data.sources.test_captions import write_flickr
+from tests.models import towers
+from tests.toy import ROOT, TINY, arguments, write_catalogue
+
+CONFIG = ROOT / "configs" / "alignment.py"
+SIMILARITIES = {"cosine", "dot", "euclidean", "manhattan", "chi_square"}
+DIRECTIONS = {"image_to_text", "text_to_image"}
+MEASURES = {"p@1", "p@5", "p@10", "r@1", "r@5", "r@10", "mrr", "map@10", "median_rank", "queries"}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Texts are their image turned by a rotation, moved and blurred: two texts an image."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(60, 8)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    rows = np.repeat(np.arange(60), 2)
+    text = (image @ rotation)[rows] + 0.05 * rng.normal(size=(120, 8)) + 1.0
+    path = tmp_path_factory.mktemp("embeddings") / "pairs.npz"
+    np.savez(path, image=image, text=text.astype(np.float32), image_of_text=rows)
+    return path
+
+
+def run(file, workdir, *more):
+    return commands.evaluate(
+        ["eval", f"--config={CONFIG}:npz,path={file}", f"--workdir={workdir}", *more]
+    )
+
+
+def check_measures(measures):
+    assert set(measures) == MEASURES
+    assert all(0 <= measures[name] <= 1 for name in MEASURES - {"median_rank", "queries"})
+
+
+def test_a_file_of_embeddings(file, tmp_path, capsys):
+    learned = "--config.evaluation.learned=procrustes,cca,two_tower,mlp_mse"
+    assert run(file, tmp_path / "run", learned) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "image to text on npz",
+        "npz, cosine",
+        "npz, procrustes (learned)",
+        "modality gap",
+    ):
+        assert text in out
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["method"] == "alignment"
+    assert set(result["sources"]) == {"npz"}
+    assert set(result["precision"]) == DIRECTIONS
+    for found in result["precision"].values():
+        assert set(found) == SIMILARITIES
+        for measures in found.values():
+            check_measures(measures)
+    assert {"centroid", "wasserstein2", "matched_cosine", "random_cosine", "effective_rank"} < set(
+        result["modality_gap"]
+    )
+    assert set(result["calibration"]) == {"none", "centred", "whitened"}
+    assert set(result["learned"]) == {"procrustes", "cca", "two_tower", "mlp_mse"}
+    for found in (*result["learned"].values(), *result["calibration"].values()):
+        for direction in DIRECTIONS:
+            check_measures(found[direction])
+    # The rotation is no secret to Procrustes, and none of the fixed similarities sees it.
+    fixed = max(x["r@1"] for x in result["precision"]["image_to_text"].values())
+    assert result["learned"]["procrustes"]["image_to_text"]["r@1"] > fixed + 0.3
+    assert result["precision"]["image_to_text"]["cosine"]["queries"] == 12
+    assert result["precision"]["text_to_image"]["cosine"]["queries"] == 24
+
+
+def evaluate(source, workdir, **options):
+    options = {"evaluation.learned": "", "evaluation.similarity": "cosine"} | options
+    values = [f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()]
+    return commands.evaluate(
+        ["eval", f"--config={CONFIG}:{source}", f"--workdir={workdir}", *values]
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in ("clip", "vit", "bert"):
+        (root / name).mkdir()
+        getattr(towers, f"save_{name}")(root / name)
+    return root
+
+
+def test_captions_through_towers_of_checkpoints(checkpoints, tmp_path, capsys):
+    words = ["a", "man", "is", "eating", "food"]
+
+    def caption(number, place):
+        return " ".join(words[(number // 5**i + place) % 5] for i in range(3))
+
+    data = write_flickr(tmp_path / "flickr", karpathy=False, images=40, caption=caption)
+    names = f"{checkpoints / 'clip'},{checkpoints / 'vit'}+{checkpoints / 'bert'}"
+    source, workdir = f"flickr30k,path={data}", tmp_path / "run"
+    assert evaluate(source, workdir, towers__names=names) == 0
+    result = json.loads((workdir / "eval.json").read_text())
+    assert list(result["sources"]) == ["clip", "vit+bert"]
+    assert (result["images"], result["texts"], result["widths"]) == (8, 16, [8, 8])
+    stored = sorted((workdir / "embeddings").glob("*/*.npy"))
+    assert [path.name for path in stored] == ["image.npy", "text.npy"] * 2
+    # Embedded once: what is stored is what is read.
+    before = [path.stat().st_mtime_ns for path in stored]
+    assert evaluate(source, workdir, towers__names=names, evaluation__gallery="all") == 0
+    assert [path.stat().st_mtime_ns for path in stored] == before
+    whole = json.loads((workdir / "eval.json").read_text())
+    assert (whole["images"], whole["texts"]) == (40, 80)
+    assert whole["precision"]["text_to_image"]["cosine"]["queries"] == 80
+    assert whole["sources"]["clip"]["calibration"] == result["sources"]["clip"]["calibration"]
+    assert "figures" in capsys.readouterr().out or not importlib.util.find_spec("matplotlib")
+
+
+def test_a_run_of_ours_is_a_source(tmp_path):
+    catalogue, trained = write_catalogue(tmp_path / "catalogue"), tmp_path / "trained"
+    args = arguments(catalogue, trained, method="clip", steps=2, validate_every=2)
+    assert commands.train(["train", *args]) == 0
+    assert evaluate(f"runs,path={trained}", tmp_path / "study") == 0
+    result = json.loads((tmp_path / "study" / "eval.json").read_text())
+    assert list(result["sources"]) == ["trained"]
+    assert result["widths"] == [16, 16]
+
+
+def test_the_same_study_again_is_the_same(file, tmp_path):
+    options = ["--config.evaluation.learned=procrustes", "--config.evaluation.similarity=cosine"]
+    for name in ("one", "two"):
+        assert run(file, tmp_path / name, *options) == 0
+    one, two = ((tmp_path / name / "eval.json").read_text() for name in ("one", "two"))
+    assert one == two
+    # A work directory of the study needs no configuration file.
+    (tmp_path / "one" / "eval.json").unlink()
+    assert commands.evaluate(["eval", f"--workdir={tmp_path / 'one'}"]) == 0
+    assert (tmp_path / "one" / "eval.json").read_text() == two
+
+
+def test_mistakes_are_one_sentence(file, tmp_path, capsys):
+    broken = tmp_path / "broken.npz"
+    arrays = dict(np.load(file))
+    arrays["image"][3, 2] = np.nan
+    np.savez(broken, **arrays)
+    for args, text in (
+        ((broken, tmp_path / "a"), "row 3"),
+        ((tmp_path / "none.npz", tmp_path / "b"), "there is no file"),
+        ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all or from"),
+        ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all or from"),
+        ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
+    ):
+        assert run(*args) == 2
+        check_error(capsys, text)
+
+
+def check_error(capsys, text):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(text, err)
+
+
+def test_mistakes_about_sources_are_one_sentence(checkpoints, tmp_path, capsys):
+    for source, options, text in (
+        ("flickr30k,path=x", {}, "needs towers"),
+        ("flickr30k,path=x", {"towers.names": checkpoints / "clip"}, "There is no directory"),
+        ("coco", {"towers.names": checkpoints / "vit"}, "no text tower"),
+        ("openmoji", {"towers.names": "/no/such"}, "cannot load"),
+        ("runs", {}, "name work directories"),
+        ("runs,path=nowhere", {}, "train first"),
+        ("npz,path=x", {"towers.names": "clip"}, "takes no towers"),
+        ("npz,path=x", {"evaluation.gallery": "some"}, "choose test or all"),
+        ("flicker", {}, "no data source 'flicker'"),
+    ):
+        assert evaluate(source, tmp_path / "run", **options) == 2
+        check_error(capsys, text)
+        assert not (tmp_path / "run" / "eval.json").exists()
+
+
+def test_other_methods_take_no_configuration(tmp_path, capsys):
+    args = ["eval", f"--config={ROOT / 'configs' / 'rcml.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert commands.evaluate(args) == 2
+    assert "for the alignment study only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_towers_are_trained_first(tmp_path):
+    relational = {name: value for name, value in TINY.items() if not name.startswith("data.")}
+    options = [
+        f"--config.runs.{run}.{name}={value}"
+        for run in ("rcml", "clip")
+        for name, value in relational.items()
+    ]
+    classifier = {"epochs": 1, "devices": 1, "model.width": 16, "model.layers": 1, "model.heads": 2}
+    classifier |= {"optimizer.warmup_steps": 1}
+    options += [
+        f"--config.runs.apart_{side}.{name}={value}"
+        for side in ("image", "text")
+        for name, value in classifier.items()
+    ]
+    args = ["eval", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *options]
+    assert commands.evaluate([*args, "--config.evaluation.learned=procrustes"]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert list(result["sources"]) == ["rcml", "clip", "apart"]
+    assert result["images"] == result["texts"] == 383
+    runs = sorted(path.name for path in (tmp_path / "run" / "runs").iterdir())
+    assert runs == ["apart_image", "apart_text", "clip", "rcml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"image": lambda x: np.where(np.arange(60)[:, None] == 3, 0, x)}, "only zeros.*row 3"),
+        ({"text": lambda x: np.where(np.arange(120)[:, None] == 5, np.inf, x)}, "row 5"),
+        ({"image_of_text": lambda x: np.where(x == 7, 8, x)}, "no right answer: image 7"),
+        ({"image_of_text": lambda x: np.where(x == 7, 77, x)}, r"image_of_text\[14\] is 77"),
+        ({"image_of_text": lambda x: x[:9]}, "one integer for each"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_by_its_own_rows(file, change, text, tmp_path, capsys):
+    arrays = {name: change.get(name, lambda x: x)(x) for name, x in np.load(file).items()}
+    broken = tmp_path / "broken.npz"
+    np.savez(broken, **arrays)
+    assert run(broken, tmp_path / "run") == 2
+    check_error(capsys, text)

@@ -1,0 +1,115 @@
+"""Tables of items to embed: what is read, and what is said of a wrong one."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rcml_jax.data.images import ImageBank
+from rcml_jax.data.sources import folder as folder_source
+from rcml_jax.errors import UserError
+from rcml_jax.search.items import from_graph, pixels, read_items
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def test_a_folder_a_csv_and_a_jsonl_hold_the_same_items(tmp_path):
+    table = write(
+        tmp_path / "items.csv",
+        "id,Text,image,price",
+        'a,"one, two",p/a.png,3',
+        "7,,b.png,",
+        "c,x,,",
+    )
+    lines = ('{"id": "a", "text": "one, two", "image": "p/a.png"}',)
+    lines += ('{"id": 7, "text": null, "image": "b.png"}', '{"id": "c", "text": " x "}')
+    other = write(tmp_path / "other.jsonl", *lines)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_bytes(b"bytes of a")
+    read = [read_items(path) for path in (tmp_path, table, other, str(table))]
+    for items in read:
+        assert items.ids == ("a", "7", "c")
+        assert items.texts == ("one, two", "", "x")
+        assert items.pictures == ("p/a.png", "b.png", "")
+        assert items.root == tmp_path.resolve()
+        assert items.read(0) == b"bytes of a"
+        with pytest.raises(FileNotFoundError):
+            items.read(1)
+    assert len({items.digest() for items in read}) == 1
+
+
+def test_the_digest_tells_items_apart(tmp_path):
+    tables = [
+        ("id,text,image", "a,b,c", "d,e,f"),
+        ("id,text,image", "d,e,f", "a,b,c"),
+        ("id,text,image", "a,b,c", "d,e,g"),
+        ("id,text,image", "a,bc,", "d,e,f"),
+        ("id,text,image", "ab,,c", "d,e,f"),
+        ("id,text,image", "a,b,c"),
+    ]
+    digests = {read_items(write(tmp_path / "t.csv", *table)).digest() for table in tables}
+    assert len(digests) == len(tables)
+    # Half of a surrogate pair has no UTF-8.
+    assert read_items(write(tmp_path / "t.jsonl", '{"id": "\\ud83d", "text": "x"}')).digest()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (("id,text", "a,x", "a,y"), "t.csv, line 3: the id 'a' is used before (t.csv, line 2)"),
+        (("id,text", ",x"), "t.csv, line 2: 'id' is empty"),
+        (("name,text", "a,x"), "t.csv, line 2: the column 'id' is missing"),
+        (("id,text", "a,x,y"), "t.csv, line 2: there are more values than columns"),
+        (("id,text", 'a,"x'), "malformed CSV"),
+        (("id,text",), "t.csv has no items"),
+        (("id,title", "a,x"), "t.csv has no value in a column 'text' or 'image'"),
+    ],
+)
+def test_wrong_tables(tmp_path, lines, message):
+    with pytest.raises(UserError) as error:
+        read_items(write(tmp_path / "t.csv", *lines))
+    assert message in str(error.value)
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(UserError, match=r"there is no .*nowhere; give a folder"):
+        read_items(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"neither items.csv nor items.jsonl"):
+        read_items(tmp_path)
+    with pytest.raises(UserError, match=r"neither \.csv nor \.jsonl"):
+        read_items(write(tmp_path / "items.parquet", "PAR1"))
+    (tmp_path / "t.csv").write_bytes(b"id,text\na,\xff\n")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_items(tmp_path / "t.csv")
+    with pytest.raises(UserError, match="malformed JSON"):
+        read_items(write(tmp_path / "t.jsonl", "{"))
+
+
+def test_pixels_and_items_are_those_of_the_folder_source(tmp_path):
+    """A turned photograph, a large one, a transparent and a paletted picture."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(tmp_path / "0.jpg", exif=exif)
+    noise.resize((900, 700)).save(tmp_path / "1.jpg")
+    noise.convert("RGBA").rotate(30).save(tmp_path / "2.png")
+    noise.convert("P").save(tmp_path / "3.png")
+    names = ("0.jpg", "1.jpg", "2.png", "3.png")
+    write(tmp_path / "items.csv", "id,text,image", *(f"{name},t,{name}" for name in names))
+    write(tmp_path / "relations.csv", "id,sentence", "r,both")
+    write(tmp_path / "pairs.csv", "a,b,relation", "0.jpg,1.jpg,r")
+    graph, _ = folder_source.read(tmp_path)
+    bank = ImageBank(graph.images, 24)
+    for items in (read_items(tmp_path), from_graph(graph)):
+        assert items.ids == graph.ids
+        for i in range(4):
+            np.testing.assert_array_equal(pixels(items.read(i), 24), bank([i])[0])
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    with pytest.raises(OSError, match="truncated"):
+        pixels(buffer.getvalue()[:200], 24)
