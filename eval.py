@@ -10,4 +10,4 @@ import sys
 from rcml_jax.cli.commands import evaluate
 
 if __name__ == "__main__":
-    sys.exit(evaluate(sys.argv))
+    sys.exit(evaluate())

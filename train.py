@@ -8,4 +8,4 @@ import sys
 from rcml_jax.cli.commands import train
 
 if __name__ == "__main__":
-    sys.exit(train(sys.argv))
+    sys.exit(train())

@@ -17,11 +17,10 @@ from flax.core import FrozenDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
+from rcml_jax.cli import export
+from rcml_jax.cli.export import export_run
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.export import run as run_module
-from rcml_jax.export.__main__ import main as export_main
-from rcml_jax.export.run import export_run
 from rcml_jax.export.towers import save_clip
 from rcml_jax.methods import build
 from rcml_jax.models.rcml import RCML
@@ -99,7 +98,7 @@ def pictures(method, count=5):
 def main(capsys, *args):
     """(status, stdout, stderr) of the command."""
     capsys.readouterr()
-    status = export_main(["export", *map(str, args)])
+    status = export.main(["export", *map(str, args)])
     return status, *capsys.readouterr()
 
 
@@ -162,7 +161,7 @@ def test_a_prior_that_is_not_learned_is_in_the_file(runs, tmp_path):
     config.model.summary_prior = 2.5
     head = dict(read_params(directory)["head"])
     del head["summary_prior"]
-    run_module._save_head(tmp_path / "head.safetensors", config.model, head)
+    export._save_head(tmp_path / "head.safetensors", config.model, head)
     assert load_file(tmp_path / "head.safetensors")["summary_prior"] == 2.5
 
 
@@ -218,7 +217,7 @@ def test_the_command_without_torch_into_an_empty_directory(runs, tmp_path):
     target.mkdir()
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from rcml_jax.export.__main__ import main\n"
+        "from rcml_jax.cli.export import main\n"
         "status = main(sys.argv)\n"
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(status)"
@@ -285,7 +284,7 @@ def test_a_full_disk_leaves_nothing_behind(capsys, copy, tmp_path, monkeypatch, 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device") if kind is OSError else kind("No space left")
 
-    monkeypatch.setattr(run_module, "save_file", full)  # the head's: the towers are written by then
+    monkeypatch.setattr(export, "save_file", full)  # the head's: the towers are written by then
     out = tmp_path / "out"
     message = fails(capsys, "--workdir", copy, "--to", out)
     assert f"cannot write {out}: No space left" in message

@@ -102,12 +102,8 @@ def test_defaults_are_those_of_the_methods_file(method, made, tmp_path):
     assert config[off] in ("", 0)
 
 
-def test_a_source_of_ones_own_and_an_installed_package(made, tmp_path, monkeypatch):
+def test_a_source_of_ones_own(made, tmp_path):
     config = load_config(older(made, tmp_path, "model.freeze", "model.beta"))
     config.data.name = "mine"
     assert commands.complete(config) == {"model.beta": 0.6}
     assert config.model.freeze == ""
-    del config.model["freeze"]
-    monkeypatch.setattr(commands, "_CONFIGS", tmp_path)
-    assert commands.complete(config) == {}
-    assert "freeze" not in config.model

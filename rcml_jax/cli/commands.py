@@ -1,4 +1,4 @@
-"""What `train.py` and `eval.py` do: read the command line, run, and end with a status.
+"""What `rcml-train` and `rcml-eval` do: read the command line, run, and end with a status.
 
 Status 0 means done, or stopped by a signal with everything saved; 2 a mistake that the printed
 sentence tells how to mend.
@@ -6,6 +6,7 @@ sentence tells how to mend.
 
 import contextlib
 import importlib.util
+import inspect
 import logging as python_logging
 import os
 import pathlib
@@ -20,30 +21,55 @@ from ml_collections import config_flags
 
 from rcml_jax.errors import UserError
 
-#: The configuration files of a checkout; an installed package has none beside it.
-_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-#: Options that make no other model of a run: eval.py takes them.
+_PACKAGE = pathlib.Path(__file__).parents[1]
+#: The folder of the recipes: a wheel has it inside the package, a clone beside the package.
+RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+#: Options that leave the model unchanged; they may be overridden at evaluation.
 _OF_EVALUATION = ("evaluation.", "data.dir", "data.path", "data.threads", "platform")
 
 
-def train(argv: Sequence[str]) -> int:
-    """`python train.py --config FILE[:ARGUMENT] --workdir DIRECTORY [--config.name=value ...]`."""
-    return guard(_train, argv)
+def train(argv: Sequence[str] | None = None) -> int:
+    """Train a method, or resume its training, and evaluate the best checkpoint.
 
+        rcml-train --config rcml --workdir runs/rcml [--config.steps=1000 ...]
+        rcml-train --config rcml:folder,path=my_catalogue --workdir runs/mine
+        rcml-train --config my_recipe.py --workdir runs/other
 
-def evaluate(argv: Sequence[str]) -> int:
-    """`python eval.py --workdir DIRECTORY [--split=test] [--config.evaluation.name=value ...]`.
-
-    With `--config configs/alignment.py` the alignment study, whose work directory it makes. With
-    `--config configs/rcml.py:SOURCE --embeddings FILE.npz` the vectors of a file, in a work
-    directory that it makes, too; and with `--list DIRECTORY` in the place of both the items,
-    images and relation sentences of the source, to embed them.
+    --config names a packaged recipe, such as rcml or m3col, or a Python file with a function
+    get_config. The argument after the colon is the recipe's: the data source and its options.
+    --config.NAME=VALUE overrides any value of the configuration.
     """
-    return guard(_evaluate, argv)
+    return guard(_train, argv, train.__doc__)
 
 
-def guard(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a mistake of the user ends in one sentence on stderr and status 2."""
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Evaluate the best checkpoint of a work directory again, embeddings of a file, or a study.
+
+        rcml-eval --workdir runs/rcml [--split=validation] [--config.evaluation.similarity=all]
+        rcml-eval --config alignment --workdir runs/alignment
+        rcml-eval --config rcml:SOURCE --embeddings FILE.npz --workdir runs/theirs
+        rcml-eval --config rcml:SOURCE --list DIRECTORY
+
+    The second form runs the alignment study; the third scores the vectors of a file. Both make the
+    work directory. The last writes the items, images and relation sentences of a source, so that
+    another model can embed them.
+    """
+    return guard(_evaluate, argv, evaluate.__doc__)
+
+
+def guard(
+    command: Callable[[Sequence[str]], int], argv: Sequence[str] | None, usage: str | None = None
+) -> int:
+    """Run a command and return its exit status.
+
+    argv: the program's name and its arguments, by default `sys.argv`. usage: what `--help` prints,
+    for commands that do not parse it themselves. A mistake of the user ends in one sentence on
+    stderr and status 2.
+    """
+    argv = sys.argv if argv is None else argv
+    if usage and {"--help", "-h"} & set(argv[1:]):
+        print(inspect.cleandoc(usage))
+        return 0
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
     logging.set_verbosity(logging.FATAL)
     # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
@@ -76,10 +102,10 @@ def _quiet_about_orbax(hook: Callable) -> Callable:
 def _train(argv: Sequence[str]) -> int:
     config_path, rest = take_option(argv, "config")
     if config_path is None:
-        raise UserError("train.py needs --config, for example --config configs/rcml.py")
+        raise UserError("training needs --config, for example --config rcml")
     values = parse_flags(rest, load_config_file(config_path), workdir="")
     if not values.workdir:
-        raise UserError("train.py needs --workdir, a directory of its own for the run")
+        raise UserError("training needs --workdir, a directory of its own for the run")
     from rcml_jax.evaluation.display import print_evaluation
     from rcml_jax.training.loop import train_and_evaluate
     from rcml_jax.training.sharding import initialize_distributed, is_primary
@@ -98,14 +124,13 @@ def _evaluate(argv: Sequence[str]) -> int:
     embeddings, rest = take_option(["", *rest], "embeddings")
     if (listing or embeddings) and not path:
         raise UserError(
-            f"--{'list' if listing else 'embeddings'} needs --config configs/rcml.py:SOURCE, the "
-            "catalogue"
+            f"--{'list' if listing else 'embeddings'} needs --config rcml:SOURCE, the catalogue"
         )
     if listing:
         return _list(load_config_file(path), listing, rest)
     if workdir is None:
         raise UserError(
-            "eval.py needs --workdir, the directory that train.py wrote, or a new one with "
+            "the evaluation needs --workdir, the work directory of a run, or a new one with "
             "--embeddings"
         )
     from rcml_jax.training.workdir import load_config
@@ -116,9 +141,9 @@ def _evaluate(argv: Sequence[str]) -> int:
         config = load_config_file(path)
         if config.get("method") != "alignment":
             raise UserError(
-                "eval.py takes --config for the alignment study only (configs/alignment.py), or "
-                "with --embeddings or --list; for anything else it takes the configuration of the "
-                "work directory: leave --config out"
+                "the evaluation takes --config only for the alignment study (--config alignment) "
+                "and with --embeddings or --list; otherwise the work directory has the "
+                "configuration: leave --config out"
             )
         return _study(config, workdir, rest)
     config = load_config(pathlib.Path(workdir))
@@ -178,14 +203,11 @@ def complete(config: ml_collections.ConfigDict) -> dict[str, Any]:
     configuration file of the method. Returns the others that it lacks, as dotted names → today's
     defaults: what the run had in their place is not known.
     """
-    today = _current_defaults(config)
-    if today is None:
-        return {}
     from flax.traverse_util import unflatten_dict
 
     from rcml_jax.training.workdir import leaves
 
-    defaults = leaves(today.to_dict())
+    defaults = leaves(_current_defaults(config).to_dict())
     has = leaves(config.to_dict())
     lacking = {name: value for name, value in defaults.items() if name not in has}
     known = {n: v for n, v in lacking.items() if not v or n.startswith(_OF_EVALUATION)}
@@ -206,16 +228,13 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     return config
 
 
-def _current_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
-    """The current configuration of the method and its data source, if their file is at hand."""
-    others = {"m3col": "m3col", "alignment": "alignment"}
-    path = _CONFIGS / f"{others.get(config.method, 'rcml')}.py"
-    if not path.is_file():
-        return None
+def _current_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Today's configuration of the method and its data source."""
+    recipe = config.method if config.method in ("m3col", "alignment") else "rcml"
     try:
-        return load_config_file(f"{path}:{config.data.get('name', '')}")
+        return load_config_file(f"{recipe}:{config.data.get('name', '')}")
     except UserError:  # a source of the user's own
-        return load_config_file(str(path))
+        return load_config_file(recipe)
 
 
 @contextlib.contextmanager
@@ -256,14 +275,14 @@ def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str])
 
 
 def _check_overrides(args: Sequence[str]) -> None:
-    """Only what does not make another model of it may be given to eval.py."""
+    """Only options that leave the model unchanged may be overridden at evaluation."""
     for arg in args:
         name = arg.lstrip("-").split("=")[0]
         option = name.removeprefix("config.")
         if name != option and not option.startswith(_OF_EVALUATION):
             raise UserError(
-                f"eval.py takes the configuration of the work directory; --{name} would evaluate "
-                "another one: train it with train.py"
+                f"the evaluation takes the configuration of the work directory; --{name} would "
+                "evaluate another model: train it with rcml-train"
             )
 
 
@@ -283,7 +302,10 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
-    """Call `get_config` of "file.py" or "file.py:argument". Raises UserError where it cannot."""
+    """The configuration of a recipe, "NAME[:ARGUMENT]" or "FILE.py[:ARGUMENT]".
+
+    NAME is that of a packaged recipe. Raises UserError where `get_config` cannot be called.
+    """
     config = call_config_file(path_and_argument, "get_config")
     if not isinstance(config, ml_collections.ConfigDict):
         path = path_and_argument.partition(":")[0]
@@ -291,11 +313,29 @@ def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
     return config
 
 
-def call_config_file(path_and_argument: str, function: str) -> Any:
-    """What a function of "file.py" or "file.py:argument" returns; UserError where it fails."""
-    path, _, argument = path_and_argument.partition(":")
+def recipe_path(name: str) -> str:
+    """The file of a packaged recipe such as "rcml"; any other name is a path and is returned as is.
+
+    Raises UserError where there is no such file.
+    """
+    path = str(RECIPES / f"{name}.py") if name.isidentifier() else name
     if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no configuration file {path}; see the folder configs")
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py")))
+        kind = "packaged recipe" if name.isidentifier() else "configuration file"
+        raise UserError(
+            f"there is no {kind} {name}; give a packaged recipe ({known}) or the path of a Python "
+            "file"
+        )
+    return path
+
+
+def call_config_file(path_and_argument: str, function: str) -> Any:
+    """What a function of a recipe returns, which is named as for `load_config_file`.
+
+    Raises UserError where it fails.
+    """
+    name, _, argument = path_and_argument.partition(":")
+    path = recipe_path(name)
     spec = importlib.util.spec_from_file_location("rcml_jax_config_file", path)
     module = importlib.util.module_from_spec(spec) if spec else None
     if module is None:
@@ -303,7 +343,7 @@ def call_config_file(path_and_argument: str, function: str) -> Any:
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, function):
-            raise UserError(f"{path} has no function {function}; see the folder configs")
+            raise UserError(f"{path} has no function {function}; {RECIPES / 'rcml.py'} has one")
         call = getattr(module, function)
         return call(argument) if argument else call()
     except UserError:

@@ -1,13 +1,13 @@
 """Embed a catalogue under relation sentences with a trained work directory.
 
-    python -m rcml_jax.cli.embed --workdir runs/rcml --items my_catalogue --to embeddings \
+    rcml-embed --workdir runs/rcml --items my_catalogue --to embeddings \
         --relation "both of them show a heart" --relation "co-purchased by anglers"
 
 `--items` is a folder with `items.csv` or `items.jsonl`, or such a file: columns `id`, `text`,
 `image`; left out, the items of the run's own data set. Beside the given relations the items are
 embedded as what they are. An interrupted command goes on when it is started again. `--dtype
 float16` halves the files; `--shard N` sets how many items are between two points to go on from;
-`--strict` makes a picture that cannot be read an error. Then `python -m rcml_jax.cli.related`.
+`--strict` makes a picture that cannot be read an error. Then `rcml-search` finds related items.
 """
 
 import argparse
@@ -26,13 +26,16 @@ from rcml_jax.search.items import from_graph, read_items
 _FREE = ("config.data.dir", "config.data.path", "config.platform")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Embed what the command line asks for."""
     return guard(_embed, argv)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError."""
+    """An argument parser that keeps the lines of its description and raises UserError."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> None:
         """Instead of printing the usage."""
@@ -52,9 +55,7 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
 
 
 def _embed(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="rcml_jax.cli.embed", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="rcml-embed", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--items", type=pathlib.Path)
     parser.add_argument("--relation", action="append", default=[])
@@ -133,4 +134,4 @@ class _Line:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

@@ -1,9 +1,9 @@
 """Train several variants of a configuration over several seeds, and write one table.
 
-    python -m rcml_jax.cli.sweep --config configs/rcml.py --workdir runs/beta \
+    rcml-sweep --config rcml --workdir runs/beta \
         --vary model.beta=0,0.2,0.4,0.6,0.8,1 --seeds 42,43,44
-    python -m rcml_jax.cli.sweep --config configs/m3col.py:rosmap --workdir runs/rosmap --ablations
-    python -m rcml_jax.cli.sweep --config configs/rcml.py --workdir runs/weights \
+    rcml-sweep --config m3col:rosmap --workdir runs/rosmap --ablations
+    rcml-sweep --config rcml --workdir runs/weights \
         --variant full --variant no_intra_modal_loss:loss.intra_modal_weight=0
 
 `--vary NAME=a,b,c` makes a variant of each value; `--variant LABEL:NAME=VALUE,NAME=VALUE` one of
@@ -34,13 +34,17 @@ from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.workdir import write_json
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep that the command line asks for."""
     return guard(_sweep, argv)
 
 
 def _sweep(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rcml_jax.cli.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="rcml-sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--vary", default="")
@@ -118,4 +122,4 @@ def _finished(directory: pathlib.Path, config: ml_collections.ConfigDict) -> boo
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

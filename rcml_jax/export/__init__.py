@@ -1,1 +1,1 @@
-"""A trained run as a directory that `transformers` (PyTorch) loads: `python -m rcml_jax.export`."""
+"""A trained run as a directory that `transformers` (PyTorch) loads: the command `rcml-export`."""

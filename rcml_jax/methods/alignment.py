@@ -104,7 +104,7 @@ def _npz(config: Any) -> Splits:
 def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
     directories = [pathlib.Path(path) for path in paths.split(",") if path]
     if not directories:
-        raise UserError("name work directories: --config configs/alignment.py:runs,path=DIRECTORY")
+        raise UserError("name work directories: --config alignment:runs,path=DIRECTORY")
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         raise UserError("two of the work directories have the same name; rename one")
@@ -120,7 +120,7 @@ def _run(directory: pathlib.Path, config: Any) -> Splits:
     if not isinstance(method, RelationalMethod):
         raise UserError(
             f"{directory} holds a run of {config.method!r}, whose images and texts share no space; "
-            "name a run of configs/rcml.py"
+            "name a run of the recipe rcml"
         )
     params = jax.tree.map(jax.numpy.asarray, read_params(directory))
     found = []

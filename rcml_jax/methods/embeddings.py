@@ -32,9 +32,7 @@ def embeddings_config(config: Any, path: str) -> Any:
     for a configuration of another kind, or a file that cannot be read.
     """
     if not ("data" in config and "evaluation" in config and "validity_probe" in config.evaluation):
-        raise UserError(
-            "--embeddings are scored on a relation graph: give --config configs/rcml.py:SOURCE"
-        )
+        raise UserError("--embeddings are scored on a relation graph: give --config rcml:SOURCE")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.method = "embeddings"
@@ -311,7 +309,7 @@ class EmbeddingsMethod(RelationalMethod):
         raise UserError(
             f"{self.config.embeddings.path} lacks {len(missing):,} of the {len(items):,} items "
             f"that are needed, such as '{graph.ids[missing[0]]}'{of_training}; embed every item "
-            "of the catalogue (eval.py --list writes them)"
+            "of the catalogue (rcml-eval --list writes them)"
         )
 
     # What a file of embeddings has not
@@ -319,7 +317,7 @@ class EmbeddingsMethod(RelationalMethod):
     def batches(self) -> NoReturn:
         """Raises UserError: nothing is trained."""
         raise UserError(
-            "embeddings of a file are not trained; score them with python eval.py --embeddings"
+            "embeddings of a file are not trained; score them with rcml-eval --embeddings"
         )
 
     def init_params(self, key: Any, batch: Any) -> NoReturn:

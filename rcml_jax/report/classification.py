@@ -357,7 +357,7 @@ def section(
 
 _NO_SWEEP = (
     "it compares a model with others that were trained on one modality alone; give the directory "
-    "of a sweep that has them: python -m rcml_jax.cli.sweep ... --ablations"
+    "of a sweep that has them: rcml-sweep ... --ablations"
 )
 
 
@@ -530,7 +530,7 @@ def _errors(folder: Folder, sweep: Sweep) -> Figure:
     if not rows:
         raise LeftOutError(
             f"{sweep.label} lacks the variants full and “only <modality>” of one seed with their "
-            "predictions.npz; run them: python -m rcml_jax.cli.sweep ... --ablations"
+            "predictions.npz; run them: rcml-sweep ... --ablations"
         )
     path, _ = folder.save(
         f"errors-{slug(sweep.label)}.csv", {name: [row[name] for row in rows] for name in rows[0]}

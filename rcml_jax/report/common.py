@@ -200,7 +200,7 @@ def by_similarity(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any
     ]
     if not rows:
         raise LeftOutError(
-            "the evaluation has the cosine only; evaluate with all similarities: python eval.py "
+            "the evaluation has the cosine only; evaluate with all similarities: rcml-eval "
             f"--workdir {runs[0].path} --config.evaluation.similarity=all"
         )
     return _columns(("run", "group", "value"), rows)
@@ -230,7 +230,7 @@ def beside_controls(runs: Sequence[Run]) -> dict[str, Any]:
     having = [run for run in runs if run.result.get("controls")]
     if not having:
         raise LeftOutError(
-            f"{runs[0].path / 'eval.json'} has no controls; evaluate again: python eval.py "
+            f"{runs[0].path / 'eval.json'} has no controls; evaluate again: rcml-eval "
             f"--workdir {runs[0].path}"
         )
     found = rows_of({run.label: [run.result] for run in having})
@@ -320,8 +320,7 @@ def required(run: Run, path: str) -> Any:
     found = _at(run.result, path)
     if found is None:
         raise LeftOutError(
-            f"{run.path / 'eval.json'} lacks {path}; evaluate again: python eval.py --workdir "
-            f"{run.path}"
+            f"{run.path / 'eval.json'} lacks {path}; evaluate again: rcml-eval --workdir {run.path}"
         )
     return found
 
@@ -535,7 +534,7 @@ def results(folder: Folder, runs: Sequence[Run]) -> Section:
 def _results(folder: Folder, family: str, runs: Sequence[Run], title: str) -> Figure:
     scored = [run for run in runs if run.result is not None]
     without = "; ".join(
-        f"{run.label} has no eval.json yet: python eval.py --workdir {run.path}"
+        f"{run.label} has no eval.json yet: rcml-eval --workdir {run.path}"
         for run in runs
         if run.result is None
     )
@@ -734,7 +733,7 @@ def _study(folder: Folder, found: Study) -> Figure:
     arrays = found.path / "similarities.npz"
     if not arrays.is_file():
         raise LeftOutError(
-            f"{found.path} holds no similarities.npz; evaluate again: python eval.py --workdir "
+            f"{found.path} holds no similarities.npz; evaluate again: rcml-eval --workdir "
             f"{found.path}"
         )
     if importlib.util.find_spec("rcml_jax.report.alignment") is None:

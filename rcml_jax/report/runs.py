@@ -28,7 +28,7 @@ _NEEDED = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A work directory of train.py; `result` is its `eval.json`, None where there is none yet."""
+    """The work directory of a run; `result` is its `eval.json`, None where there is none yet."""
 
     label: str
     path: pathlib.Path
@@ -48,7 +48,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A directory of `rcml_jax.cli.sweep`: variants by label, each with the runs of its seeds."""
+    """A directory of `rcml-sweep`: variants by label, each with the runs of its seeds."""
 
     label: str
     path: pathlib.Path
@@ -204,7 +204,7 @@ def _study(path: pathlib.Path, label: str) -> Study:
     if result is None:
         raise UserError(
             f"{path} holds no eval.json, so the study is not finished; start it again: "
-            f"python eval.py --workdir {path}"
+            f"rcml-eval --workdir {path}"
         )
     _check(path, result, "alignment", "alignment")
     return Study(label, path, result)
@@ -215,7 +215,7 @@ def read_result(path: pathlib.Path) -> dict | None:
     file = path / "eval.json"
     if not file.is_file():
         return None
-    again = f"evaluate again: python eval.py --workdir {path}"
+    again = f"evaluate again: rcml-eval --workdir {path}"
     result = read_json(file, again)
     if not isinstance(result, dict):
         raise UserError(f"{file} holds no evaluation; {again}")
@@ -231,7 +231,7 @@ def read_json(path: pathlib.Path, remedy: str) -> Any:
 
 
 def _check(path: pathlib.Path, result: Mapping, method: str, family: str) -> None:
-    again = f"evaluate again: python eval.py --workdir {path}"
+    again = f"evaluate again: rcml-eval --workdir {path}"
     if result.get("method") != method:
         raise UserError(
             f"{path} was trained by {method}, but its eval.json is of {result.get('method')!r}; "

@@ -206,7 +206,7 @@ def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{directory} holds no {_MANIFEST}, so nothing was embedded there; embed first: "
-            f"python -m rcml_jax.cli.embed --workdir WORKDIR --items ITEMS --to {directory}"
+            f"rcml-embed --workdir WORKDIR --items ITEMS --to {directory}"
         )
     try:
         manifest = json.loads(path.read_text())

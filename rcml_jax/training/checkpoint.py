@@ -234,7 +234,7 @@ def read_params(workdir: pathlib.Path | str, step: int | str = "best") -> Any:
     if not directory.is_dir():
         raise UserError(
             f"{workdir} holds no checkpoints, so nothing was trained there; train first: "
-            f"python train.py --config configs/rcml.py --workdir {workdir}"
+            f"rcml-train --config rcml --workdir {workdir}"
         )
     checkpoints = Checkpoints(pathlib.Path(workdir))
     try:

@@ -38,7 +38,7 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     if not path.is_file():
         raise UserError(
             f"{workdir} holds no config.json, so nothing was trained there; train first: "
-            f"python train.py --config configs/rcml.py --workdir {workdir}"
+            f"rcml-train --config rcml --workdir {workdir}"
         )
     try:
         config = ml_collections.ConfigDict(json.loads(path.read_text()))

@@ -230,10 +230,10 @@ def test_a_corrected_option_may_use_the_same_work_directory(catalogue, tmp_path,
 
 
 def test_missing_arguments(tmp_path, capsys):
-    fails(commands.train, [], capsys, "train.py needs --config, for example --config configs/")
-    fails(commands.train, [f"--config={CONFIG}"], capsys, "train.py needs --workdir")
+    fails(commands.train, [], capsys, "training needs --config, for example --config rcml")
+    fails(commands.train, [f"--config={CONFIG}"], capsys, "training needs --workdir")
     fails(commands.train, ["--config"], capsys, "--config needs a value")
-    fails(commands.evaluate, [], capsys, "eval.py needs --workdir")
+    fails(commands.evaluate, [], capsys, "the evaluation needs --workdir")
     fails(commands.evaluate, ["--workdir="], capsys, "--workdir needs a value")
 
 
@@ -297,7 +297,13 @@ def test_a_foreign_folder_is_left_alone(catalogue, tmp_path, capsys):
     assert files(tmp_path) == {tmp_path / "thesis.txt": b"chapter 1"}
     fails(commands.train, arguments(catalogue, tmp_path / "thesis.txt"), capsys, "thesis.txt")
     assert files(tmp_path) == {tmp_path / "thesis.txt": b"chapter 1"}
-    fails(commands.evaluate, [f"--workdir={tmp_path}"], capsys, "holds no config.json", "train.py")
+    fails(
+        commands.evaluate,
+        [f"--workdir={tmp_path}"],
+        capsys,
+        "holds no config.json",
+        "rcml-train --config rcml",
+    )
     fails(commands.evaluate, [f"--workdir={tmp_path / 'no'}"], capsys, "nothing was trained there")
     assert files(tmp_path) == {tmp_path / "thesis.txt": b"chapter 1"}
 
@@ -357,7 +363,7 @@ def test_a_damaged_config_json(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
-        ("--config.model.beta=1.0", ("config.model.beta", "train it with train.py")),
+        ("--config.model.beta=1.0", ("config.model.beta", "train it with rcml-train")),
         ("--config.evaluation.similarity=cosin", ("evaluation.similarity='cosin' is unknown",)),
         ("--config.evaluation.similarty=all", ("similarty", "similarity")),
         ("--split=tset", ("--split=tset is unknown; choose one of train, validation, test",)),

@@ -9,14 +9,13 @@ import re
 import numpy as np
 import pytest
 
-from rcml_jax.cli import commands
+from rcml_jax.cli import commands, report
 from rcml_jax.data.sources.folder import load as load_folder
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import display
 from rcml_jax.methods import build, embeddings
 from rcml_jax.methods.embeddings import embeddings_config
 from rcml_jax.methods.tower_tables import SENTENCE_WEIGHTS as WEIGHTS
-from rcml_jax.report import __main__ as report
 from rcml_jax.search.items import read_items
 from rcml_jax.training import loop
 from tests.cli.test_commands import fails, run
@@ -356,7 +355,7 @@ def test_wrong_command_lines(catalogue, graph, tmp_path, capsys):
         commands.evaluate, [f"--embeddings={path}", workdir], capsys, "--embeddings needs --config"
     )
     args = [f"--config={CONFIG}", f"--embeddings={path}"]
-    fails(commands.evaluate, args, capsys, "eval.py needs --workdir")
+    fails(commands.evaluate, args, capsys, "the evaluation needs --workdir")
     args = [f"--config={ROOT / 'configs' / 'm3col.py'}", f"--embeddings={path}", workdir]
     fails(commands.evaluate, args, capsys, "are scored on a relation graph")
     args = arguments(catalogue, path, tmp_path / "run", **{"data.split_seed": -1})
@@ -420,5 +419,5 @@ def test_the_documented_example_runs(catalogue, graph, tmp_path, monkeypatch):
 
 def test_nothing_is_trained(catalogue, graph, tmp_path):
     config = embeddings_config(tiny_config(catalogue), str(save(tmp_path / "f.npz", graph)))
-    with pytest.raises(UserError, match=r"are not trained; score them with python eval\.py"):
+    with pytest.raises(UserError, match=r"are not trained; score them with rcml-eval"):
         loop.train_and_evaluate(config, tmp_path / "run")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rcml_jax.cli.export import export_run
 from rcml_jax.data.images import to_array
-from rcml_jax.export.run import export_run
 from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 from rcml_jax.training.checkpoint import read_params
 from tests.parity.vocabulary import write_vocabulary

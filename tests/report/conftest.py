@@ -2,7 +2,7 @@
 
 import pytest
 
-from rcml_jax.report.__main__ import main
+from rcml_jax.cli.report import main
 from rcml_jax.report.runs import Models, read_sources
 from tests.report.runs import (
     classification_lines,

@@ -1,11 +1,11 @@
-"""python -m rcml_jax.report: what it prints and leaves behind, and every kind of bad input."""
+"""rcml-report: what it prints and leaves behind, and every kind of bad input."""
 
 import builtins
 import json
 
 import pytest
 
-from rcml_jax.report.__main__ import main
+from rcml_jax.cli.report import main
 from tests.report.runs import (
     classification_result,
     relational_lines,
@@ -44,7 +44,7 @@ def test_a_report_says_where_it_is(workdir, tmp_path, capsys):
     assert out.startswith(f"wrote {page} in ")
     assert "Accuracy by epoch" in err
     text = page.read_text("utf-8")
-    assert "rcml_jax.report --workdir" in text
+    assert "<code>rcml-report --workdir" in text
     assert "Report: m3col" in text
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_is_still_training_has_its_curves(tmp_path, capsys):
     status, _, err = run(["--workdir", workdir, "--out", tmp_path / "report"], capsys)
     assert status == 0, err
     text = (tmp_path / "report" / "index.html").read_text("utf-8")
-    assert f"run has no eval.json yet: python eval.py --workdir {workdir}" in text
+    assert f"run has no eval.json yet: rcml-eval --workdir {workdir}" in text
     assert (tmp_path / "report" / "curve-relational-loss.svg").is_file()
 
 
@@ -119,7 +119,7 @@ def test_an_evaluation_with_holes_leaves_figures_out(tmp_path, capsys):
     status, _, err = run(["--workdir", workdir, "--out", tmp_path / "report"], capsys)
     assert status == 0, err
     text = (tmp_path / "report" / "index.html").read_text("utf-8")
-    assert f"eval.json has no controls; evaluate again: python eval.py --workdir {workdir}" in text
+    assert f"eval.json has no controls; evaluate again: rcml-eval --workdir {workdir}" in text
     for what in ("retrieval/hit@5/tt", "relation_type/top3/tt", "relation_validity/probe"):
         assert f"lacks {what}; evaluate again" in text
     assert "metrics.jsonl is missing or empty in run" in text

@@ -99,7 +99,7 @@ BAD = {
         "of the method 'imagebind', of which there are no figures",
     ),
     "config cut": (lambda p: [_cut(_run(p), "config.json")], "config.json is not valid JSON"),
-    "evaluation cut": (lambda p: [_cut(_run(p), "eval.json")], "evaluate again: python eval.py"),
+    "evaluation cut": (lambda p: [_cut(_run(p), "eval.json")], "evaluate again: rcml-eval"),
     "no evaluation in it": (lambda p: [_write(_run(p), "eval.json", "[]")], "holds no evaluation"),
     "parts missing": (
         lambda p: [_write(_run(p), "eval.json", '{"method": "rcml", "protocol": {}}')],

@@ -25,13 +25,13 @@ _FLICKR_FILES = ("dataset_flickr30k.json", "results_20130124.token")
 _FLICKR_REMEDY = (
     "get Flickr30K from its authors, so that DIRECTORY has the folder flickr30k-images and "
     f"{' or '.join(_FLICKR_FILES)}, and name it with "
-    "--config configs/alignment.py:flickr30k,path=DIRECTORY"
+    "--config alignment:flickr30k,path=DIRECTORY"
 )
 _COCO_FILES = tuple(f"annotations/captions_{part}2017.json" for part in ("train", "val"))
 _COCO_REMEDY = (
     "get the 2017 pictures and annotations from cocodataset.org, so that DIRECTORY has the folders "
     "annotations, train2017 and val2017, and name it with "
-    "--config configs/alignment.py:coco,path=DIRECTORY"
+    "--config alignment:coco,path=DIRECTORY"
 )
 # Shares of what is drawn by the seed where a source declares no split.
 _DRAWN = {"flickr30k": (0.6, 0.2, 0.2), "coco": (0.95, 0.05)}

@@ -31,7 +31,7 @@ def read_npz(path: str | pathlib.Path) -> Pairs:
     Raises UserError for a file that is missing, is none, holds pickled objects or lacks an array.
     What is wrong inside the arrays is said where they are used.
     """
-    remedy = "give --config configs/alignment.py:npz,path=FILE"
+    remedy = "give --config alignment:npz,path=FILE"
     arrays = _read_arrays(pathlib.Path(path), _KEYS, (), remedy)
     return Pairs(*(arrays[name] for name in _KEYS))
 

@@ -34,7 +34,7 @@ _REMEDY = (
     "get UPMC Food-101 from visiir.isir.upmc.fr/explore and its cleaned split from "
     "github.com/RaghavSinghal10/M3CoL, so that DIRECTORY has train.csv, test.csv, "
     "images/{train,test}/<annotation>/<id> and texts_txt/<annotation>/<id with .txt>, and name it "
-    "with --config configs/m3col.py:food101,path=DIRECTORY"
+    "with --config m3col:food101,path=DIRECTORY"
 )
 # ASCII letters to lower case, every other byte to a blank.
 _LETTERS = bytes(b | 32 if chr(b) in string.ascii_letters else 32 for b in range(256))

@@ -451,7 +451,7 @@ def _file(root: Path, name: str) -> Path:
     if not (root / name).is_file():
         raise UserError(
             f"There is no {name} in {root}; give the folder with the files of the H&M competition: "
-            "--config configs/rcml.py:hm,path=DIRECTORY"
+            "--config rcml:hm,path=DIRECTORY"
         )
     return root / name
 

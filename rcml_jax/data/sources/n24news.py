@@ -22,7 +22,7 @@ _FILES = tuple(f"news/nytimes_{part}.json" for part in ("train", "dev", "test"))
 _REMEDY = (
     "get N24News from github.com/billywzh717/N24News, so that DIRECTORY/news has "
     "nytimes_train.json, nytimes_dev.json and nytimes_test.json and DIRECTORY/imgs the pictures "
-    "<image_id>.jpg, and name it with --config configs/m3col.py:n24news,path=DIRECTORY"
+    "<image_id>.jpg, and name it with --config m3col:n24news,path=DIRECTORY"
 )
 
 

@@ -131,7 +131,7 @@ def test_most_texts_missing(news):
 
 
 def test_no_data(news, tmp_path, monkeypatch):
-    remedy = r"billywzh717/N24News.*imgs.*configs/m3col\.py:n24news,path=DIRECTORY"
+    remedy = r"billywzh717/N24News.*imgs.*--config m3col:n24news,path=DIRECTORY"
     with pytest.raises(UserError, match=f"There is no directory .*absent; .*{remedy}"):
         load(tmp_path / "absent")
     with pytest.raises(UserError, match=f"No directory of N24News is given; .*{remedy}"):

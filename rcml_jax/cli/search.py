@@ -1,8 +1,8 @@
-"""The items of an embedded catalogue that are most related to one, under a relation sentence.
+"""Search an embedded catalogue for the items most related to a query, under a relation sentence.
 
-    python -m rcml_jax.cli.related --embeddings embeddings --item ID --relation "both show a heart"
-    python -m rcml_jax.cli.related --embeddings embeddings --image cup.jpg --html page.html
-    python -m rcml_jax.cli.related --embeddings embeddings --text "a red cup" --k 20 --against image
+    rcml-search --embeddings embeddings --item ID --relation "both show a heart"
+    rcml-search --embeddings embeddings --image cup.jpg --html page.html
+    rcml-search --embeddings embeddings --text "a red cup" --k 20 --against image
 
 The sentence is one that the catalogue was embedded under; left out, the items are compared as what
 they are. `--against text` or `image` compares with that of the candidates alone. `--html` also
@@ -140,15 +140,13 @@ def _escape(text: str) -> str:
 _SHOWN = 200
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Find and print what the command line asks for."""
-    return guard(_related, argv)
+    return guard(_search, argv)
 
 
-def _related(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="rcml_jax.cli.related", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+def _search(argv: Sequence[str]) -> int:
+    parser = Parser(prog="rcml-search", description=__doc__, allow_abbrev=False)
     parser.add_argument("--embeddings", required=True, type=pathlib.Path)
     parser.add_argument("--workdir", type=pathlib.Path)
     query = parser.add_mutually_exclusive_group(required=True)
@@ -248,4 +246,4 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

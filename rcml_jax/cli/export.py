@@ -1,11 +1,20 @@
-"""What an exported run consists of: CLIP, its tokenizer and processor, RCML's head, the card."""
+"""Write a trained run as a directory that `transformers` (PyTorch) loads as CLIP.
+
+    rcml-export --workdir runs/rcml --to exported/rcml
+
+The best checkpoint of a run of rcml, clip, siglip, unicl or declip, its tokenizer and image
+processor in Hugging Face's files, RCML's head in `relation_pooling.safetensors`, and a model card,
+`README.md`, with the figures and the code to use both in PyTorch. Needs neither torch nor the data
+set.
+"""
 
 import contextlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import processors
 
-from rcml_jax.cli.commands import read_config
+from rcml_jax.cli.commands import guard, read_config, take_option
 from rcml_jax.data.relation_graph import INTRA_RELATION
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
@@ -22,7 +31,25 @@ from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.training.checkpoint import read_params
 
-# A tokenizer in the files that `transformers` reads.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export the run that the command line names."""
+    return guard(_export, argv, __doc__)
+
+
+def _export(argv: Sequence[str]) -> int:
+    workdir, rest = take_option(argv, "workdir")
+    target, rest = take_option(["", *rest], "to")
+    if workdir is None:
+        raise UserError("the export needs --workdir, the work directory of a run")
+    if target is None:
+        raise UserError("the export needs --to, a new directory to write to")
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; the export takes --workdir and --to only")
+    export_run(workdir, target)
+    files = ", ".join(sorted(path.name for path in pathlib.Path(target).iterdir()))
+    print(f"{target}: {files}")
+    return 0
 
 
 def write_tokenizer_files(
@@ -106,8 +133,8 @@ def _check_finished(workdir: pathlib.Path, steps: int) -> None:
     saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
     if saved and max(saved) < steps and not (workdir / "eval.json").is_file():
         raise UserError(
-            f"{workdir} is not finished: it stands at step {max(saved)} of {steps}; start train.py "
-            f"again, or score what there is: python eval.py --workdir {workdir}"
+            f"{workdir} is not finished: it stands at step {max(saved)} of {steps}; train it on "
+            f"with rcml-train, or score what there is: rcml-eval --workdir {workdir}"
         )
 
 
@@ -119,7 +146,7 @@ def _read_result(workdir: pathlib.Path) -> dict | None:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); make it again: python eval.py --workdir {workdir}"
+            f"{path} is damaged ({error}); make it again: rcml-eval --workdir {workdir}"
         ) from error
 
 
@@ -191,3 +218,7 @@ def _save_head(path: pathlib.Path, options: Any, head: Any) -> None:
     }
     # One key: the file format has no order of several, and the same run is the same file.
     save_file(tensors, path, metadata={"options": json.dumps(fixed)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """A page of figures of finished runs, with the numbers behind each figure.
 
-    python -m rcml_jax.report --workdir runs/rcml
-    python -m rcml_jax.report --workdir runs/rcml --workdir runs/clip --workdir runs/beta
-    python -m rcml_jax.report --workdir runs/m3col --workdir runs/ablations --out report_m3col
+    rcml-report --workdir runs/rcml
+    rcml-report --workdir runs/rcml --workdir runs/clip --workdir runs/beta
+    rcml-report --workdir runs/m3col --workdir runs/ablations --out report_m3col
 
---workdir takes a work directory of train.py, the directory of a sweep, or that of an alignment
+--workdir takes the work directory of a run, the directory of a sweep, or that of an alignment
 study, as often as it is given; runs that are given together are shown side by side. The page is
 <out>/index.html, the numbers are under <out>/data. A figure that cannot be drawn is named on the
 page with the reason. Nothing is trained, and the work directories are not changed.
@@ -27,13 +27,17 @@ from rcml_jax.report.page import Folder, Section, is_ours, write_page
 from rcml_jax.report.runs import Sources, groups, read_sources
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the report that the command line asks for."""
     return guard(_report, argv)
 
 
 def _report(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rcml_jax.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="rcml-report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--workdir", action="append", default=[], type=pathlib.Path)
     parser.add_argument("--out", default="report", type=pathlib.Path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
@@ -49,7 +53,7 @@ def _report(argv: Sequence[str]) -> int:
     made = write_report(
         sources,
         args.out,
-        command=shlex.join(["python", "-m", "rcml_jax.report", *argv[1:]]),
+        command=shlex.join(["rcml-report", *argv[1:]]),
         seed=args.seed,
         relation=args.relation,
         data_dir=args.data_dir,
@@ -138,4 +142,4 @@ def _intro(sources: Sources, command: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

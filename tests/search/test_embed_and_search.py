@@ -1,11 +1,11 @@
-"""The commands `embed` and `related`: from a table of items to a page, and what they refuse."""
+"""rcml-embed and rcml-search: from a table of items to a page, and what they refuse."""
 
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
-from rcml_jax.cli import embed, related
+from rcml_jax.cli import embed, search
 from rcml_jax.search.catalogue import related as find
 from rcml_jax.search.embedding_store import open_embeddings
 from tests.cli.test_commands import fails, files, run
@@ -75,7 +75,7 @@ def test_from_a_table_to_a_page(runs, catalogue, tmp_path, capsys):
 
     asked = ["--embeddings", to, "--relation", SENTENCES[1], "--k", 4, "--html", html]
     found = find(open_embeddings(to), SENTENCES[1], item="i17", k=4)
-    status, out, err = run(related.main, [*asked, "--item=i17"], capsys)
+    status, out, err = run(search.main, [*asked, "--item=i17"], capsys)
     assert (status, err) == (0, "")
     rows = [line for line in out.splitlines() if re.search(r" i\d+ ", line)]
     for row, match in zip(rows, found, strict=True):
@@ -90,11 +90,11 @@ def test_from_a_table_to_a_page(runs, catalogue, tmp_path, capsys):
     assert SENTENCES[1] in words
 
     picture = catalogue / "images" / "17.png"
-    status, _, err = run(related.main, [*asked, "--image", picture], capsys)
+    status, _, err = run(search.main, [*asked, "--image", picture], capsys)
     assert status == 0, err
     check_page(html, cards=4, pictures=5)
     options = ["--text", "kind5 place7", "--workdir", runs(), "--against=image"]
-    status, _, err = run(related.main, [*asked, *options], capsys)
+    status, _, err = run(search.main, [*asked, *options], capsys)
     assert status == 0, err
     check_page(html, cards=4, pictures=4)
 
@@ -112,7 +112,7 @@ def test_texts_that_are_markup_and_pictures_that_are_gone(runs, patchy, tmp_path
     (patchy / "images" / "13.png").unlink()
     args = ["--embeddings", to, "--item", "words", "--html", html]
     args += ["--relation", "<i>both</i> [red]kind5"]
-    status, out, err = run(related.main, args, capsys)
+    status, out, err = run(search.main, args, capsys)
     assert status == 0, err
     assert "<i>both</i> [red]kind5" in out
     assert "kind4 <b>&amp;" in out
@@ -131,7 +131,7 @@ def test_the_items_of_the_runs_own_data(runs, tmp_path, capsys):
     assert status == 0, err
     assert "text (2, 60, 16)" in out
     args = ["--embeddings", to, "--item=i17", "--html", html]
-    status, out, err = run(related.main, args, capsys)
+    status, out, err = run(search.main, args, capsys)
     assert status == 0, err
     check_page(html, cards=10, pictures=11)
     found = find(open_embeddings(to), item="i17")
@@ -178,7 +178,7 @@ def test_wrong_related_commands(runs, embedded, tmp_path, capsys):
 
     def wrong(args, *parts, embeddings=to):
         given = ["--embeddings", embeddings, "--html", html]
-        fails(related.main, [*given, *args], capsys, *parts)
+        fails(search.main, [*given, *args], capsys, *parts)
         assert not html.exists()
 
     wrong([], "one of the arguments --item --image --text is required")
@@ -195,4 +195,4 @@ def test_wrong_related_commands(runs, embedded, tmp_path, capsys):
     wrong(["--text=x", "--workdir", tmp_path], "holds no config.json")
     wrong(["--item=i1"], "holds no manifest.json", embeddings=tmp_path)
     args = ["--embeddings", to, "--item=i1", "--html", tmp_path / "no" / "page.html"]
-    assert run(related.main, args, capsys)[0] == 2
+    assert run(search.main, args, capsys)[0] == 2
