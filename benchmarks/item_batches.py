@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import inputs
-from rcml_jax.data.packing import pack, pack_order
-from rcml_jax.data.tokenizer import LENGTHS
+from rcml_jax.data.packing import LENGTHS, pack, pack_order
 
 MEDIAN_TITLE, TITLE_SIGMA, SHORTEST_TITLE = 20, 0.5, 4
 SENTENCES, SELF_SENTENCE = (30, 60), 16

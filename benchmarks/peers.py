@@ -31,8 +31,7 @@ import torch
 from benchmarks import embedding, timing, torch_rcml, train_step
 from benchmarks.item_batches import TEXTS_PER_ROW
 from benchmarks.peer_batches import SIZES, Workload, build_workload
-from rcml_jax.data.packing import pack
-from rcml_jax.data.tokenizer import LENGTHS
+from rcml_jax.data.packing import LENGTHS, pack
 
 OURS, PLAIN, FACTORED = "ours", "plain PyTorch", "factored PyTorch"
 OPEN_CLIP = "open_clip"

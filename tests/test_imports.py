@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.test_metadata import BASE
 from tests.toy import ROOT
 
 PACKAGE = ROOT / "rcml_jax"
@@ -168,3 +169,38 @@ def test_no_tensorflow_and_no_torch_is_loaded():
 def test_losses_load_neither_flax_nor_optax():
     modules = "rcml_jax.losses.rcml, rcml_jax.losses.contrastive, rcml_jax.ops.ranking"
     assert loaded_by(modules, "flax optax orbax ml_collections transformers jax") == ["jax"]
+
+
+LIGHT = """
+import importlib, re, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("no " + name)
+
+sys.meta_path.insert(0, Missing())
+for name in {modules!r}:
+    importlib.import_module("rcml_jax." + name)
+names = {{}}
+exec(re.findall(r"```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[0], names)
+print(float(names["loss"]))
+importlib.import_module({last!r})
+"""
+
+
+def test_losses_and_pooling_need_jax_flax_and_optax_alone():
+    """As in a light install; what flax and optax bring along is there, but for Orbax."""
+    blocked = sorted(BASE - {"absl", "flax", "jax", "numpy", "optax", "rich", "scipy"})
+    assert {"transformers", "orbax", "grain", "tensorflow_datasets", "PIL"} < set(blocked)
+    modules = [name for name in MODULES if any(within(name, part) for part in JAX_ALONE)]
+    modules += ["models.relation_pooling", "models.transformer"]
+    assert {"losses.rcml", "ops.similarity"} < set(modules)
+    code = LIGHT.format(blocked=blocked, modules=modules, last="rcml_jax.cli.commands")
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert 0 < float(process.stdout) < 100, process.stderr
+    # The last import shows that the others are indeed missing.
+    assert process.returncode == 1
+    assert process.stderr.endswith("ModuleNotFoundError: no ml_collections\n")

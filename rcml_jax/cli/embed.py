@@ -19,8 +19,7 @@ from typing import Any
 
 from rcml_jax.cli.commands import guard, parse_flags, read_config
 from rcml_jax.errors import UserError
-from rcml_jax.search.catalogue import Embeddings, embed_catalogue, open_model
-from rcml_jax.search.embedding_store import DTYPES
+from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
 
 _FREE = ("config.data.dir", "config.data.path", "config.platform")
@@ -64,6 +63,9 @@ def _embed(argv: Sequence[str]) -> int:
     parser.add_argument("--shard", default=1024, type=int)
     parser.add_argument("--strict", action="store_true")
     args, overrides = parser.parse_known_args(argv[1:])
+    # Imported here: a wrong option is reported before the models' classes are loaded.
+    from rcml_jax.search.catalogue import embed_catalogue, open_model
+
     config = model_config(args.workdir, overrides)
     # Read before the model, so that a mistake in it is said at once.
     items = None if args.items is None else read_items(args.items)

@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
@@ -29,8 +30,10 @@ from rcml_jax.cli.embed import Parser, model_config
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
 from rcml_jax.errors import UserError
 from rcml_jax.methods.task import load_graph
-from rcml_jax.search.catalogue import Match, open_model, related, relation_number
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
+
+if TYPE_CHECKING:
+    from rcml_jax.search.catalogue import Match
 
 # A page of related items: one HTML file with its pictures in it, and nothing from elsewhere.
 
@@ -158,6 +161,9 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
     parser.add_argument("--html", type=pathlib.Path)
     args, overrides = parser.parse_known_args(argv[1:])
+    # Imported here: a wrong option is reported before the models' classes are loaded.
+    from rcml_jax.search.catalogue import open_model, related, relation_number
+
     embeddings = open_embeddings(args.embeddings)
     relation = embeddings.relations[relation_number(embeddings, args.relation)]
     workdir = args.workdir or pathlib.Path(embeddings.model["workdir"])
@@ -185,7 +191,7 @@ def _search(argv: Sequence[str]) -> int:
     return 0
 
 
-def _print(relation: str, found: Sequence[Match]) -> None:
+def _print(relation: str, found: "Sequence[Match]") -> None:
     table = Table(title=Text(_printable(relation)), title_justify="left")
     table.add_column("", justify="right")
     table.add_column("score", justify="right")

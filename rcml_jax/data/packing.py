@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rcml_jax.data.tokenizer import LENGTHS
-
+#: Lengths of rows of tokens: a few, as each is compiled once.
+LENGTHS = (8, 16, 24, 32, 48, 64, 77)
 _STEP = 8  # Beyond LENGTHS rows have a multiple of it: few lengths, each of which is compiled.
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from rcml_jax.data.packing import LENGTHS
 from rcml_jax.errors import UserError
 
 # The end id must not be 2: Hugging Face's CLIP takes `eos_token_id == 2` for an old checkpoint
 # and then looks for the highest id instead of the end token.
 SPECIAL_TOKENS = ("<pad>", "<start>", "<unused>", "<end>")
-LENGTHS = (8, 16, 24, 32, 48, 64, 77)
 # The names of the start, end and padding tokens in our own, CLIP's, BERT's, RoBERTa's, SigLIP 2's
 # and SigLIP's files; "": texts have no start token.
 _KNOWN = (

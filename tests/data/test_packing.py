@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from rcml_jax.data.packing import pack, pack_order
-from rcml_jax.data.tokenizer import LENGTHS
+from rcml_jax.data.packing import LENGTHS, pack, pack_order
 
 
 def padded(rng, lengths):

@@ -7,7 +7,8 @@ import tokenizers
 from tokenizers import models
 from transformers import AutoTokenizer, CLIPTokenizerFast
 
-from rcml_jax.data.tokenizer import LENGTHS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from rcml_jax.data.packing import LENGTHS
+from rcml_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 from tests.parity.vocabulary import write_siglip2_vocabulary
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from rcml_jax.data import images
-from rcml_jax.data.tokenizer import LENGTHS, Tokenizer
+from rcml_jax.data.packing import LENGTHS
+from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 from tests.parity.vocabulary import (

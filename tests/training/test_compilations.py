@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.data.tokenizer import LENGTHS
+from rcml_jax.data.packing import LENGTHS
 from rcml_jax.methods import build as build_method
 from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
