@@ -79,6 +79,19 @@ def test_photographs_from_scratch_or_from_the_papers_checkpoint():
     assert (given.model.pretrained, given.optimizer.learning_rate) == ("my_clip", 5e-5)
 
 
+def test_a_recipe_is_found_by_its_name_in_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rcml").mkdir()  # a work directory of that name is no recipe
+    for name, path in (("rcml", RCML), ("m3col", M3COL)):
+        assert load_config_file(name).to_dict() == load_config_file(path).to_dict()
+    assert load_config_file("m3col:rosmap,path=x").data.to_dict()["path"] == "x"
+    assert "full" in call_config_file("rcml:grocery", "get_ablations")
+    with pytest.raises(UserError, match=r"no packaged recipe rcm; .*\(alignment, m3col, rcml\)"):
+        load_config_file("rcm")
+    with pytest.raises(UserError, match=r"no configuration file configs/rcml\.py; give a packaged"):
+        load_config_file("configs/rcml.py")
+
+
 def test_an_unknown_source_or_option_is_said():
     with pytest.raises(UserError, match="no data source 'mnist'; choose one of openmoji, rosmap"):
         load_config_file(f"{M3COL}:mnist")

@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 
+from tests.test_metadata import PROJECT
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -26,3 +28,12 @@ def test_named_files_exist():
     assert figures
     for name in figures:
         assert (README.parent / name).is_file()
+
+
+def test_named_commands_exist():
+    root = README.parent
+    for path in (README, *root.glob("docs/*.md"), *root.glob("configs/*.py")):
+        text = path.read_text()
+        assert set(re.findall(r"\brcml-[a-z]+\b(?=[ `])", text)) <= set(PROJECT["scripts"])
+        assert "python -m rcml_jax" not in text
+    assert "rcml-search --embeddings" in README.read_text()

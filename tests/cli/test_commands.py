@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from rcml_jax.cli import commands
+from rcml_jax.cli import commands, export
 from tests.toy import CONFIG, arguments, read_metrics, start
 
 
@@ -235,6 +235,17 @@ def test_missing_arguments(tmp_path, capsys):
     fails(commands.train, ["--config"], capsys, "--config needs a value")
     fails(commands.evaluate, [], capsys, "the evaluation needs --workdir")
     fails(commands.evaluate, ["--workdir="], capsys, "--workdir needs a value")
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "export"])
+def test_help(name, capsys, monkeypatch):
+    """Console scripts call a command without arguments: it reads those of the process."""
+    command = {"train": commands.train, "eval": commands.evaluate, "export": export.main}[name]
+    monkeypatch.setattr("sys.argv", [f"rcml-{name}", "--workdir=runs/x", "--help"])
+    assert command() == 0
+    out, err = capsys.readouterr()
+    assert f"rcml-{name} " in out
+    assert err == ""
 
 
 def test_configuration_files_that_cannot_be_read(tmp_path, capsys):

@@ -402,7 +402,6 @@ def test_the_documented_example_runs(catalogue, graph, tmp_path, monkeypatch):
     functions = re.findall(r"def (embed_\w+)\(", model)
     assert functions == ["embed_texts", "embed_images"]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my_catalogue").symlink_to(catalogue)
     names = {
         "embed_texts": lambda texts: [[len(t), t.count("1") + 1, len(set(t))] for t in texts],
