@@ -91,6 +91,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.batch.texts_per_row = 1
     config.batch.image_shift = 3  # augmentation: moved by up to so many pixels
     config.batch.image_flip = False  # augmentation: half of the images mirrored
+    # Augmentation: noise in the embeddings of sentences, in multiples of their length.
+    config.batch.sentence_noise = 0.0
     config.batch.inter_pairs = True  # False: self pairs only (ablation)
 
     config.model = ml_collections.ConfigDict()

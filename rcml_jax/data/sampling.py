@@ -169,11 +169,13 @@ def collator(
     texts_per_row: int = 1,
     negatives: str = "unrelated",
     stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
+    sentence_noise: Callable[[np.random.Generator, int], np.ndarray] | None = None,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
     `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
-    "text" and "image", what of items takes the place of their ids and images.
+    "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
+    draws what is added to the embeddings of so many sentences, `shared["sentence_noise"]`.
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -205,9 +207,14 @@ def collator(
             pictures = _in_rows(pictures, texts_per_row)
         drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
         relation_ids, _ = tokenizer.encode([sentence(r, k) for r, k in drawn], max_length)
+        more = {}
+        if sentence_noise is not None:
+            rng = np.random.default_rng([*plan["noise"], 1])
+            more["sentence_noise"] = sentence_noise(rng, len(relations))
         return {
             "items": {"ids": ids, "images": pictures},
-            "shared": {
+            "shared": more
+            | {
                 "relation_ids": relation_ids,
                 "intra": relations < 0,
                 "anchor": plan["anchor"],

@@ -1,6 +1,7 @@
 """RCML: the relation-pooled towers with the relation-conditioned contrastive loss."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images,
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import l2_normalize
 
 
@@ -45,6 +47,20 @@ class RCMLMethod(RelationalMethod):
         self._pool_text = jax.jit(functools.partial(self._pool_one, "pool_text"))
         self._pool_image = jax.jit(functools.partial(self._pool_one, "pool_image"))
 
+    def batches(self) -> Any:
+        """The grain iterator over training batches, with noise for the sentences if asked for."""
+        return self.task.batches(self.stored, self._noise if self._noise_length else None)
+
+    @property
+    def _noise_length(self) -> float:
+        return self.config.batch.get("sentence_noise", 0.0)
+
+    def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """(count, d) float32, of about the length `config.batch.sentence_noise` each."""
+        width = joint_width(self.towers_config)
+        noise = rng.standard_normal((count, width), np.float32)
+        return noise * np.float32(self._noise_length / math.sqrt(width))
+
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
         ids, image = self.one_example(batch)
@@ -64,6 +80,7 @@ class RCMLMethod(RelationalMethod):
             items["ids"],
             flat_images(items["images"]),
             shared["intra"],
+            shared.get("sentence_noise"),
         )
         return {"text": out["text"], "image": in_rows(out["image"], items["images"])}
 

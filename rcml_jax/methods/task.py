@@ -174,8 +174,12 @@ class RelationTask:
             return self.graph
         return self.graph.only(self.splits.pair_split == split_index("train"))
 
-    def batches(self, stored: Mapping[str, Callable] | None = None) -> Any:
-        """The grain iterator over training batches; stored: as of `collator`."""
+    def batches(
+        self,
+        stored: Mapping[str, Callable] | None = None,
+        sentence_noise: Callable | None = None,
+    ) -> Any:
+        """The grain iterator over training batches; stored and sentence_noise: as of `collator`."""
         batch, seed = self.config.batch, self.config.seed
         sizes = BatchSizes(
             relations=batch.relations if batch.inter_pairs else 0,
@@ -197,6 +201,7 @@ class RelationTask:
             # The baselines' losses have one mask for all relations.
             negatives(self.config.loss) if self.config.method == "rcml" else "unrelated",
             stored or {},
+            sentence_noise,
         )
         return batch_iterator(sampler, collate, self.config.data.threads)
 

@@ -52,16 +52,20 @@ class RCML(nn.Module):
         ids: jax.Array | PackedTexts | None = None,
         pixels: jax.Array | None = None,
         intra: jax.Array | None = None,
+        noise: jax.Array | None = None,
     ) -> dict:
         """Embed texts, images or both under R relations.
 
-        relation_ids: (R, T) tokens of the sentences; intra: (R,) bool, all false if left out.
+        relation_ids: (R, T) tokens of the sentences; intra: (R,) bool, all false if left out;
+        noise: (R, d), added to each h_E in multiples of its length, no part of the paper.
         Returns `relation` (R, d), normalised, and `text` and `image`, (n, R, d) each, for the
         inputs that are given; those of texts in n rows of k are (n, k, R, d).
         """
         if intra is None:
             intra = jnp.zeros(relation_ids.shape[0], bool)
         relation = self.relation(relation_ids)
+        if noise is not None:
+            relation += noise * jnp.linalg.norm(relation, axis=-1, keepdims=True)
         out = {"relation": l2_normalize(relation)}
         if ids is not None:
             out["text"] = self.pool_text(ids, relation, intra)

@@ -283,6 +283,28 @@ def test_ablations_of_the_data_and_the_loss(catalogue, tmp_path):
     assert line["tt"] == line["ii"] == 0.0
 
 
+def test_sentences_have_noise_of_the_length_asked_for(catalogue, tmp_path):
+    plain, noisy = (
+        build(tiny_config(catalogue, batch__sentence_noise=length), tmp_path)
+        for length in (0.0, 0.5)
+    )
+    batch, other = next(plain.batches()), next(noisy.batches())
+    assert "sentence_noise" not in batch["shared"]
+    noise = other["shared"]["sentence_noise"]
+    assert noise.shape == (len(other["shared"]["relation_ids"]), 16)
+    assert 0.3 < np.linalg.norm(noise, axis=1).mean() < 0.7
+    np.testing.assert_array_equal(noise, next(noisy.batches())["shared"]["sentence_noise"])
+    np.testing.assert_array_equal(batch["items"]["ids"], other["items"]["ids"])
+    params = plain.init(jax.random.key(0), batch)
+    # At first the sentence has next to no say.
+    params["head"] = jax.tree.map(lambda x: 20 * x, params["head"])
+    losses = [
+        jax.jit(x.loss)(params, y, jax.random.key(1), 0.0)[0]
+        for x, y in ((plain, batch), (noisy, other))
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
 @pytest.mark.parametrize("method", ["rcml", "clip"])
 def test_unseen_sentences_stand_beside_those_of_training(catalogue, tmp_path, method):
     built = build(tiny_config(catalogue, method=method), tmp_path)

@@ -124,3 +124,21 @@ def test_outputs_are_float32_unit_vectors(batch, dtype):
     for value in model.apply(variables, ids, ids, images).values():
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(jnp.linalg.norm(value, axis=-1), 1, atol=1e-5)
+
+
+def test_noise_is_added_to_the_sentences_in_multiples_of_their_length(batch):
+    ids, images = batch
+    model, variables = build(batch, gate=True)
+    noise = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
+    found = model.apply(variables, ids, ids, images, noise=noise)
+    relation = model.apply(variables, ids, method="relation")
+    length = np.linalg.norm(relation, axis=1, keepdims=True)
+    intra = jnp.zeros(3, bool)
+    for name, inputs in (("text", ids), ("image", images)):
+        method = f"pool_{name}"
+        expected = model.apply(variables, inputs, relation + noise * length, intra, method=method)
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    plain = model.apply(variables, ids, ids, images)
+    assert np.abs(plain["relation"] - found["relation"]).max() > 1e-2
+    silent = model.apply(variables, ids, ids, images, noise=0 * noise)
+    np.testing.assert_allclose(silent["text"], plain["text"], atol=1e-6)
