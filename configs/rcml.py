@@ -37,8 +37,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         options=("path", "domain", "pretrained", "text", "image"),
     )
     pretrained = options.get("pretrained", _VIT_B32 if source == "amazon" else "none")
-    # What was chosen on OpenMoji's validation split; elsewhere the paper's form until it is tried.
-    chosen = source == "openmoji"
+    # What was chosen on the validation splits of these two; elsewhere the paper's form.
+    chosen = source in ("openmoji", "hm")
     config = ml_collections.ConfigDict()
     config.method = "rcml"  # rcml, or the baselines clip, siglip, unicl, declip
     config.seed = 42

@@ -189,6 +189,9 @@ def _check(config: Any) -> None:
             f"config.micro_batch={config.micro_batch} must not be negative; 0 takes the whole "
             "batch at once"
         )
+    if "optimizer" in config and not config.get("epochs", 0):
+        # Before the data are prepared, which may take long.
+        optimizers.schedule(config.optimizer, config.steps)
     for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
         if seed < 0:
             raise UserError(f"config.{name}={seed} must not be negative")
