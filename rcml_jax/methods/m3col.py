@@ -13,7 +13,7 @@ import optax
 
 from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.errors import UserError
-from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.clip import clip
 from rcml_jax.losses.mixup import m3co, multi_soft_clip
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.classification import ClassificationTask, Models, look, report

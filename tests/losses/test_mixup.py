@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.clip import clip
 from rcml_jax.losses.mixup import m3co, multi_soft_clip
 from rcml_jax.ops.mixup import coefficients, mix, partners, symmetric_beta
 from rcml_jax.training.sharding import across_devices
