@@ -20,7 +20,8 @@ from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes, item_batch
 from rcml_jax.cli.commands import load_config_file
 from rcml_jax.losses.clip import clip
-from rcml_jax.losses.mixup import m3co, multi_soft_clip
+from rcml_jax.losses.m3co import m3co
+from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.unicl import label_supervised
