@@ -19,8 +19,12 @@ from benchmarks import gpu_work, inputs
 from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes, item_batch
 from rcml_jax.cli.commands import load_config_file
-from rcml_jax.losses import contrastive, mixup
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.m3co import m3co
+from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.unicl import label_supervised
 from rcml_jax.methods import build as build_method
 from rcml_jax.models.relation_pooling import RelationPooling
 from rcml_jax.training import optimizer, sharding, step
@@ -70,14 +74,14 @@ def _loss_cases(small: bool) -> Iterator[tuple[str, Callable[..., jax.Array], li
     # Scaled, as normalisation is part of these losses.
     rows = [3 * unit(rng, (count, width)) for _ in range(4)]
     labels = rng.integers(0, 5, count)
-    yield "loss: CLIP", contrastive.clip, rows[:2]
-    yield "loss: CLIP, in blocks", functools.partial(contrastive.clip, block=count // 4), rows[:2]
-    yield "loss: SigLIP", contrastive.sigmoid, rows[:2]
-    yield "loss: UniCL", lambda x, y: contrastive.label_supervised(x, y, labels), rows[:2]
+    yield "loss: CLIP", clip, rows[:2]
+    yield "loss: CLIP, in blocks", functools.partial(clip, block=count // 4), rows[:2]
+    yield "loss: SigLIP", sigmoid, rows[:2]
+    yield "loss: UniCL", lambda x, y: label_supervised(x, y, labels), rows[:2]
     partner = [rng.permutation(count) for _ in range(2)]
     mixing = rng.uniform(0.2, 1, count).astype(np.float32)
-    yield "loss: M3Co", lambda *x: mixup.m3co(x[:2], x[2:], mixing, partner), rows
-    yield "loss: MultiSClip", lambda *x: mixup.multi_soft_clip(x), rows[:2]
+    yield "loss: M3Co", lambda *x: m3co(x[:2], x[2:], mixing, partner), rows
+    yield "loss: MultiSClip", lambda *x: multi_soft_clip(x), rows[:2]
 
 
 def _model_cases(small: bool) -> Iterator[tuple[str, Callable, Any]]:

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import inputs, timing
-from rcml_jax.losses import contrastive
+from rcml_jax.losses.clip import clip
 from rcml_jax.losses.rcml import relation_contrastive
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.softmax import info_nce
 
 OURS, BLOCKED, NAIVE = "ours", "ours, block=1", "naive"
 PAIRS = "ours, block=1, pair_block=128"
@@ -65,7 +67,7 @@ def ours(*args, block=None, pair_block=None, **kwargs) -> jax.Array:
 
 FORMS = {OURS: ours, BLOCKED: functools.partial(ours, block=1), NAIVE: naive}
 LARGE = FORMS | {PAIRS: functools.partial(ours, block=1, pair_block=128)}
-PLAIN = {"info_nce": contrastive.info_nce, "clip": contrastive.clip, "sigmoid": contrastive.sigmoid}
+PLAIN = {"info_nce": info_nce, "clip": clip, "sigmoid": sigmoid}
 
 
 def arguments(pairs: int, relations: int, width: int) -> tuple[tuple, dict]:

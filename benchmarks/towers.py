@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from benchmarks import inputs, timing
-from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.clip import clip
 from rcml_jax.models.two_towers import build_towers
 
 OURS, PEER = "ours", "Hugging Face"

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import gpu, gpu_checks, gpu_speed, gpu_summary, gpu_work, throughput_flops
 from benchmarks.item_batches import Sizes, item_batch
-from rcml_jax.losses import contrastive
+from rcml_jax.losses.clip import clip
 from tests.toy import ROOT
 
 CPU = jax.devices()[0]
@@ -85,7 +85,7 @@ def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path):
 def test_errors_of_a_loss_are_those_of_its_precision():
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((6, 4), np.float32) for _ in range(2)]
-    found = gpu_checks._compare_dtypes(contrastive.clip, rows, CPU, CPU)
+    found = gpu_checks._compare_dtypes(clip, rows, CPU, CPU)
     assert found["highest"] == {"value": 0, "gradient": 0, "good": True}
     assert 1e-4 < found["bfloat16"]["gradient"] < 1e-2
 

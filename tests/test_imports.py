@@ -167,7 +167,7 @@ def test_no_tensorflow_and_no_torch_is_loaded():
 
 
 def test_losses_load_neither_flax_nor_optax():
-    modules = "rcml_jax.losses.rcml, rcml_jax.losses.contrastive, rcml_jax.ops.ranking"
+    modules = "rcml_jax.losses.rcml, rcml_jax.losses.unicl, rcml_jax.ops.ranking"
     assert loaded_by(modules, "flax optax orbax ml_collections transformers jax") == ["jax"]
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
-from rcml_jax.losses.contrastive import softmax_contrastive
+from rcml_jax.losses.softmax import softmax_contrastive
 from rcml_jax.ops.similarity import l2_normalize
 
 MLPS = ("mlp_mse", "mlp_cosine", "mlp_contrastive")

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rcml_jax.losses._chunked import all_valid, map_rows, unstack
-from rcml_jax.losses.contrastive import clip, info_nce
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.softmax import info_nce
 from rcml_jax.ops.similarity import as_float, cosine, l2_normalize, paired_cosine
 
 

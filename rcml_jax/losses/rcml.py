@@ -7,9 +7,6 @@ import jax.numpy as jnp
 
 from rcml_jax.ops.similarity import as_float
 
-_CROSS_MODAL = ("ti", "it")
-_INTRA_MODAL = ("tt", "ii")
-
 Terms = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -57,45 +54,70 @@ def relation_contrastive(
     anchor's text to the positive's image), `pairs`, the number of valid pairs, and `accuracy`, the
     share of cross-modal rows whose positive is strictly above all its negatives.
     """
-
-    again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
-    related = jnp.asarray(related, bool)
-
-    @again
-    def terms_of_pairs(text, image, related, anchor, positive, pair_valid):
-        return relation_terms(
-            text,
-            image,
-            anchor,
-            positive,
-            pair_valid=pair_valid,
-            related=related,
-            valid=valid,
-            temperature=temperature,
-        )
-
-    def terms_of(relation):
-        own, *pairs = relation
-        states = (own["text"], own["image"], own.get("related", related))
-        if pair_block is None:
-            return terms_of_pairs(*states, *pairs)
-        one = lambda part: terms_of_pairs(*states, *part)  # noqa: E731
-        parts = jax.lax.map(one, _split(pairs, pair_block))
-        return jax.tree.map(jnp.sum, parts)
-
-    of_relation = {"text": text, "image": image}
-    if related.ndim == 3:
-        of_relation["related"] = related
-    relations = (of_relation, anchor, positive, pair_valid)
-    terms = jax.lax.map(terms_of, relations, batch_size=block or len(text))
+    terms = _terms_by_relation(
+        {"text": text, "image": image, "related": jnp.asarray(related, bool)},
+        (anchor, positive, pair_valid),
+        functools.partial(relation_terms, valid=valid, temperature=temperature),
+        block=block or len(text),
+        pair_block=pair_block,
+        remat=remat,
+    )
     inter = ~jnp.asarray(intra, bool)
-    means = {name: _mean(*terms[name]) for name in (*_CROSS_MODAL, "accuracy")}
-    means |= {name: _mean(*terms[name], where=inter) for name in _INTRA_MODAL}
-    cross_modal = sum(means[name] for name in _CROSS_MODAL) / 2
-    intra_modal = sum(means[name] for name in _INTRA_MODAL)
+    means = {name: _mean(*terms[name]) for name in ("ti", "it", "accuracy")}
+    means |= {name: _mean(*terms[name], where=inter) for name in ("tt", "ii")}
     rows = jnp.sum(terms["ti"][1])
-    loss = cross_modal + jnp.asarray(intra_modal_weight, rows.dtype) * intra_modal
+    weight = jnp.asarray(intra_modal_weight, rows.dtype)
+    loss = (means["ti"] + means["it"]) / 2 + weight * (means["tt"] + means["ii"])  # Eq. 1
     return loss, {**means, "pairs": rows / 2}
+
+
+def relation_terms(
+    text: jax.Array,
+    image: jax.Array,
+    anchor: jax.Array,
+    positive: jax.Array,
+    *,
+    pair_valid: jax.Array,
+    related: jax.Array,
+    valid: jax.Array,
+    temperature: float | jax.Array = 0.1,
+) -> Terms:
+    """Sums and counts of Eq. 2's four terms L_xy under one relation.
+
+    text, image: (N, d); anchor, positive, pair_valid: (G,); related: (N, N); the rest as in
+    `relation_contrastive`.
+    Returns (sum, count) of `tt`, `ti`, `it`, `ii` and `accuracy`. Each valid pair is two rows, one
+    a direction, so `count` of a term is twice the number of pairs; an intra-sample pair is the same
+    row twice, which leaves its mean unchanged. All four terms are summed under any relation: the
+    caller drops `tt` and `ii` of the intra-sample one.
+    """
+    text, image = as_float(text), as_float(image)
+    # NumPy arrays cannot be indexed by traced ones.
+    related, valid = jnp.asarray(related, bool), jnp.asarray(valid, bool)
+    # Both directions of each pair: row i has the positive j and the negatives N(i).
+    rows = jnp.concatenate([anchor, positive])
+    columns = jnp.concatenate([positive, anchor])
+    live = _live(anchor, positive, pair_valid, valid)
+    live = jnp.concatenate([live, live])
+    is_positive = columns[:, None] == jnp.arange(text.shape[0])
+    is_negative = valid & ~related[rows] & ~is_positive
+
+    queries = jnp.concatenate([text[rows], image[rows]])
+    logits = queries @ jnp.concatenate([text, image]).T / jnp.asarray(temperature, text.dtype)
+    # (modality of the anchor, row, modality of the candidate, candidate)
+    logits = logits.reshape(2, len(rows), 2, len(text))
+    is_positive, is_negative = is_positive[:, None], is_negative[:, None]
+    target = jnp.sum(jnp.where(is_positive, logits, 0), axis=-1)
+    kept = jnp.where(is_positive | is_negative, logits, -jnp.inf)
+    losses = jnp.where(live[:, None], jax.nn.logsumexp(kept, axis=-1) - target, 0)  # Eq. 2
+    hardest = jnp.max(jnp.where(is_negative, logits, -jnp.inf), axis=-1)
+    wins = live[:, None] & (target > hardest)
+
+    count = jnp.sum(live).astype(losses.dtype)
+    sums = jnp.sum(losses, axis=1)
+    terms = {x + y: (sums[i, j], count) for i, x in enumerate("ti") for j, y in enumerate("ti")}
+    cross_wins = jnp.sum(wins[0, :, 1]) + jnp.sum(wins[1, :, 0])
+    return {**terms, "accuracy": (cross_wins.astype(losses.dtype), 2 * count)}
 
 
 def relation_identification(
@@ -145,52 +167,30 @@ def relation_identification(
     return jnp.sum(losses) / count, {"relation_accuracy": jnp.sum(wins) / count}
 
 
-def relation_terms(
-    text: jax.Array,
-    image: jax.Array,
-    anchor: jax.Array,
-    positive: jax.Array,
-    *,
-    pair_valid: jax.Array,
-    related: jax.Array,
-    valid: jax.Array,
-    temperature: float | jax.Array = 0.1,
-) -> Terms:
-    """Sums and counts of the four terms of one relation, for callers with blocks of their own.
+def _terms_by_relation(states, pairs, terms, *, block, pair_block, remat):
+    """`terms` of every relation, each (R,): `block` relations and `pair_block` pairs at a time.
 
-    text, image: (N, d); anchor, positive, pair_valid: (G,); related: (N, N); the rest as in
-    `relation_contrastive`.
-    Returns (sum, count) of `tt`, `ti`, `it`, `ii` and `accuracy`. Each valid pair is two rows, one
-    a direction, so `count` of a term is twice the number of pairs; an intra-sample pair is the same
-    row twice, which leaves its mean unchanged. All four terms are summed under any relation: the
-    caller drops `tt` and `ii` of the intra-sample one.
+    states: text and image (R, N, d), related (N, N) or (R, N, N). pairs: anchor, positive and
+    pair_valid, (R, G). terms: `relation_terms` with its other options.
     """
-    text, image = as_float(text), as_float(image)
-    # NumPy arrays cannot be indexed by traced ones.
-    related, valid = jnp.asarray(related, bool), jnp.asarray(valid, bool)
-    rows = jnp.concatenate([anchor, positive])
-    columns = jnp.concatenate([positive, anchor])
-    live = _live(anchor, positive, pair_valid, valid)
-    live = jnp.concatenate([live, live])
-    is_positive = columns[:, None] == jnp.arange(text.shape[0])
-    is_negative = valid & ~related[rows] & ~is_positive
+    related = states["related"]
+    if related.ndim == 2:  # The same under every relation.
+        states = {"text": states["text"], "image": states["image"]}
+    again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
 
-    queries = jnp.concatenate([text[rows], image[rows]])
-    logits = queries @ jnp.concatenate([text, image]).T / jnp.asarray(temperature, text.dtype)
-    # (modality of the anchor, row, modality of the candidate, candidate)
-    logits = logits.reshape(2, len(rows), 2, len(text))
-    is_positive, is_negative = is_positive[:, None], is_negative[:, None]
-    target = jnp.sum(jnp.where(is_positive, logits, 0), axis=-1)
-    kept = jnp.where(is_positive | is_negative, logits, -jnp.inf)
-    losses = jnp.where(live[:, None], jax.nn.logsumexp(kept, axis=-1) - target, 0)
-    hardest = jnp.max(jnp.where(is_negative, logits, -jnp.inf), axis=-1)
-    wins = live[:, None] & (target > hardest)
+    @again
+    def of_pairs(text, image, related, anchor, positive, pair_valid):
+        return terms(text, image, anchor, positive, pair_valid=pair_valid, related=related)
 
-    count = jnp.sum(live).astype(losses.dtype)
-    sums = jnp.sum(losses, axis=1)
-    terms = {x + y: (sums[i, j], count) for i, x in enumerate("ti") for j, y in enumerate("ti")}
-    cross_wins = jnp.sum(wins[0, :, 1]) + jnp.sum(wins[1, :, 0])
-    return {**terms, "accuracy": (cross_wins.astype(losses.dtype), 2 * count)}
+    def of_relation(relation):
+        own, pairs = relation
+        given = own["text"], own["image"], own.get("related", related)
+        if pair_block is None:
+            return of_pairs(*given, *pairs)
+        parts = jax.lax.map(lambda part: of_pairs(*given, *part), _split(pairs, pair_block))
+        return jax.tree.map(jnp.sum, parts)
+
+    return jax.lax.map(of_relation, (states, pairs), batch_size=block)
 
 
 def _split(pairs, size):

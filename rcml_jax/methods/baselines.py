@@ -9,7 +9,9 @@ import numpy as np
 
 from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
-from rcml_jax.losses.contrastive import clip, label_supervised, sigmoid
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.unicl import label_supervised
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.relational_towers import remat

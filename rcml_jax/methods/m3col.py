@@ -13,8 +13,9 @@ import optax
 
 from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.errors import UserError
-from rcml_jax.losses.contrastive import clip
-from rcml_jax.losses.mixup import m3co, multi_soft_clip
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.m3co import m3co
+from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.classification import ClassificationTask, Models, look, report
 from rcml_jax.methods.relational_towers import remat

@@ -1,10 +1,14 @@
-"""Random arrays for the plain losses, options of theirs, and their compiled gradients."""
+"""Random arrays for the plain losses, their options, and their comparison with the twins."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcml_jax.losses import contrastive
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.softmax import info_nce
+from rcml_jax.losses.unicl import label_supervised
+from tests import reference
 
 
 def embeddings(n, m, d, seed=0):
@@ -30,6 +34,15 @@ def value_and_slopes(loss):
     return jax.jit(step)
 
 
+def check(ours, twin, *arrays):
+    """Value and gradients of our loss, under jit, are the twin's."""
+    value, gradients = value_and_slopes(ours)(*arrays)
+    np.testing.assert_allclose(value, twin(*arrays), rtol=2e-5, atol=1e-6)
+    for a, e in zip(gradients, reference.gradient(twin, *arrays), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5)
+        assert np.any(a != 0)
+
+
 SOFTMAX_OPTIONS = {
     "diagonal": {},
     "indices": {"targets": np.array([5, 0, 0, 3])},
@@ -52,11 +65,13 @@ PAIRED_OPTIONS = {
     "pairs masked": {"where": soft_targets(5, 5, seed=7) + np.eye(5) > 0},
 }
 
-ALL_LOSSES = {
-    "info_nce": contrastive.info_nce,
-    "clip": contrastive.clip,
-    "sigmoid": contrastive.sigmoid,
-    "label_supervised": lambda t, i: contrastive.label_supervised(
-        t, i, jnp.arange(t.shape[0]) // 3
-    ),
+LOSSES = {
+    "info_nce": info_nce,
+    "clip": clip,
+    "sigmoid": sigmoid,
+    "label_supervised": label_supervised,
+}
+
+ALL_LOSSES = LOSSES | {
+    "label_supervised": lambda t, i: label_supervised(t, i, jnp.arange(t.shape[0]) // 3),
 }

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.losses import contrastive
 from rcml_jax.losses import declip as losses
+from rcml_jax.losses.clip import clip
 from tests import reference
 from tests.losses.plain import embeddings, value_and_slopes
 
@@ -127,7 +127,7 @@ def test_without_weights_it_is_clip():
         **options,
     )  # fmt: skip
     assert list(terms) == ["clip"]
-    assert value == terms["clip"] == contrastive.clip(text, image, **options)
+    assert value == terms["clip"] == clip(text, image, **options)
 
 
 def test_padding_equals_a_smaller_batch_and_blocks_change_nothing():

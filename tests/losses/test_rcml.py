@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.clip import clip
 from rcml_jax.losses.rcml import relation_contrastive, relation_terms
 from tests import reference
 from tests.losses.relation_batch import make_batch, unit

@@ -7,7 +7,7 @@ import pytest
 from flax.core import FrozenDict
 from transformers import CLIPConfig
 
-from rcml_jax.losses.contrastive import clip
+from rcml_jax.losses.clip import clip
 from rcml_jax.losses.rcml import relation_contrastive
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.two_towers import TwoTowers

@@ -10,7 +10,10 @@ import optax
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.losses.contrastive import clip, info_nce, label_supervised, sigmoid
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.softmax import info_nce
+from rcml_jax.losses.unicl import label_supervised
 from rcml_jax.methods.base import Method
 from rcml_jax.ops import mixup
 from rcml_jax.training import loop, sharding

@@ -10,8 +10,11 @@ import optax
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.losses.contrastive import clip, info_nce, label_supervised, sigmoid
+from rcml_jax.losses.clip import clip
 from rcml_jax.losses.rcml import relation_contrastive
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.softmax import info_nce
+from rcml_jax.losses.unicl import label_supervised
 from rcml_jax.methods import build as build_method
 from rcml_jax.training import loop, sharding
 from rcml_jax.training.sharding import across_devices, pick_devices

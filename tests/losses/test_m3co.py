@@ -1,4 +1,4 @@
-"""M3Co and MultiSClip against their twins, and the identities that they must keep."""
+"""M3Co against its twin, and what M3Co and MultiSClip have in common."""
 
 import itertools
 from functools import partial
@@ -7,33 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcml_jax.losses.contrastive import clip
-from rcml_jax.losses.mixup import m3co, multi_soft_clip
-from rcml_jax.ops.mixup import coefficients, mix, partners, symmetric_beta
+from rcml_jax.losses import m3co as losses
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.m3co import m3co
+from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.training.sharding import across_devices
 from tests import reference
-
-N, D = 5, 4
-PADDED = np.array([1, 0, 1, 1, 0], bool)
-
-
-def make(modalities=2, n=N, seed=0):
-    rng = np.random.default_rng(seed)
-    clean, mixed = rng.normal(size=(2, modalities, n, D)).astype(np.float32)
-    coefficient = rng.beta(0.5, 0.5, n).astype(np.float32)
-    partner = np.stack([rng.permutation(n) for _ in range(modalities)])
-    return clean, mixed, coefficient, partner
+from tests.losses.mixed_batch import PADDED, D, N, make
 
 
 @pytest.mark.parametrize("modalities", [2, 3])
-def test_m3co_equals_its_twin(modalities):
+@pytest.mark.parametrize("known", [True, False])
+def test_m3co_equals_its_twin(modalities, known):
+    """In the form without a shift, of a known temperature, and as the paper writes it."""
     clean, mixed, coefficient, partner = make(modalities)
-    value, slopes = jax.jit(
-        jax.value_and_grad(lambda c, m: m3co(c, m, coefficient, partner, temperature=0.3), (0, 1))
-    )(clean, mixed)
+
+    def ours(c, m, traced):
+        temperature = 0.3 if known else traced
+        return m3co(c, m, coefficient, partner, temperature=temperature)
+
+    value, slopes = jax.jit(jax.value_and_grad(ours, (0, 1)))(clean, mixed, np.float32(0.3))
 
     def twin(c, m):
         return reference.m3co(c, m, coefficient, partner, temperature=0.3)
@@ -42,15 +37,6 @@ def test_m3co_equals_its_twin(modalities):
     for ours, theirs in zip(slopes, reference.gradient(twin, clean, mixed), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
         assert np.abs(theirs).max() > 1e-2
-
-
-@pytest.mark.parametrize("modalities", [2, 3])
-def test_multi_soft_clip_equals_its_twin(modalities):
-    clean = make(modalities)[0]
-    value, slope = jax.jit(jax.value_and_grad(partial(multi_soft_clip, temperature=0.3)))(clean)
-    np.testing.assert_allclose(value, reference.multi_soft_clip(clean, 0.3), rtol=1e-5)
-    (expected,) = reference.gradient(lambda c: reference.multi_soft_clip(c, 0.3), clean)
-    np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_without_mixing_m3co_is_twice_clip():
@@ -67,16 +53,6 @@ def test_a_permutation_of_modalities_changes_nothing():
         found = m3co(clean[order], mixed[order], coefficient, partner[order])
         np.testing.assert_allclose(found, first[0], rtol=1e-5)
         np.testing.assert_allclose(multi_soft_clip(clean[order]), first[1], rtol=1e-5)
-
-
-def test_stopped_targets_change_the_gradient_and_not_the_value():
-    clean = make()[0]
-    free, stopped = (
-        jax.value_and_grad(lambda c, s=s: multi_soft_clip(c, stop_gradient_targets=s))(clean)
-        for s in (False, True)
-    )
-    np.testing.assert_allclose(free[0], stopped[0])
-    assert np.abs(free[1] - stopped[1]).max() > 1e-3
 
 
 def test_padding_is_neither_row_nor_candidate():
@@ -138,6 +114,37 @@ def test_exponentials_without_a_shift_are_those_with_one(temperature):
     for a, e in zip(jax.tree.leaves(known), jax.tree.leaves(traced), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=2e-5)
         assert np.abs(e).max() > 1e-2
+
+
+@pytest.mark.parametrize("where", [np.ones(N, bool), PADDED, np.zeros(N, bool)])
+def test_sums_without_a_shift_are_the_equation(where):
+    """In value and gradient, for the logits and the targets."""
+    rng = np.random.default_rng(4)
+    logits = rng.uniform(-40, 40, (N, N)).astype(np.float32)  # Cosines over 0.025.
+    targets = rng.random((N, N)).astype(np.float32)
+
+    def value_and_slopes(form):
+        return jax.jit(jax.value_and_grad(form, (0, 1)))(logits, targets, where)
+
+    forms = losses._bidirectional_without_shift, losses._bidirectional
+    fast, plain = (jax.tree.leaves(value_and_slopes(form)) for form in forms)
+    for a, e in zip(fast, plain, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-4)
+        assert np.all(np.isfinite(a))
+        assert np.any(e != 0) == np.any(where)
+
+
+def test_the_form_follows_the_temperature(monkeypatch):
+    """Without a shift at a known temperature that allows it, else as the paper writes it."""
+    used = []
+    for name in ("_bidirectional", "_bidirectional_without_shift"):
+        monkeypatch.setattr(losses, name, lambda *_, name=name: used.append(name) or 0.0)
+    logits = jnp.zeros((N, N))
+    for temperature in (0.1, 0.025, 0.024, None):
+        losses.bidirectional(logits, logits, None, temperature)
+    jax.jit(lambda t: losses.bidirectional(logits, logits, None, t))(0.1)
+    fast, plain = "_bidirectional_without_shift", "_bidirectional"
+    assert used == [fast, fast, plain, plain, plain]
 
 
 @pytest.mark.parametrize("block", [None, 2])
@@ -246,81 +253,3 @@ def test_blocks_hold_a_part_of_the_similarities(name):
 
     assert planned(64) < planned(None) / 5
     assert planned(None) > 4 * n * n
-
-
-def test_mix_equals_its_twin_for_every_leaf():
-    rng = np.random.default_rng(0)
-    tree = {"a": jnp.asarray(rng.normal(size=(N, 2, 3))), "b": jnp.asarray(rng.normal(size=N))}
-    coefficient, partner = jnp.asarray(rng.random(N)), rng.permutation(N)
-    mixed = mix(tree, coefficient, jnp.asarray(partner))
-    for name, value in tree.items():
-        np.testing.assert_allclose(
-            mixed[name], reference.mix(value, coefficient, partner), rtol=1e-5, atol=1e-6
-        )
-    with pytest.raises(TypeError, match="mix its embedding"):
-        mix(jnp.arange(N), coefficient, partner)
-
-
-def test_coefficients_are_beta_and_partners_a_permutation():
-    drawn = coefficients(jax.random.key(0), 20_000, alpha=0.15)
-    assert abs(float(drawn.mean()) - 0.5) < 0.02
-    # The variance of Beta(α, α) is 1 / (4 (2α + 1)).
-    assert abs(float(drawn.var()) - 1 / (4 * 1.3)) < 0.01
-    some = coefficients(jax.random.key(0), 20_000, fraction=0.25)
-    assert abs(float((some < 1).mean()) - 0.25) < 0.02
-    np.testing.assert_array_equal(np.sort(partners(jax.random.key(1), 50)), np.arange(50))
-
-
-@pytest.mark.parametrize("alpha", [0.15, 0.5, 1.0, 2.0, 8.0])
-def test_symmetric_beta_has_the_distribution_of_its_name(alpha):
-    n = 50_000
-    draw = jax.jit(partial(symmetric_beta, alpha=alpha, shape=(n,)))
-    drawn = np.asarray(draw(jax.random.key(0)), np.float64)
-    assert drawn.min() >= 0
-    assert drawn.max() <= 1
-    # Near 1 float32 is coarse: there the distribution of 1 − λ, which is the same, is compared.
-    for values in (drawn[drawn < 0.5], 1 - drawn[drawn > 0.5]):
-        assert abs(len(values) / n - 0.5) < 0.01
-        values = np.maximum(values, 2.0**-24)
-        steps = np.sort(values)
-        expected = 2 * scipy.stats.beta.cdf(steps, alpha, alpha)
-        # Draws below the resolution of numbers next to 1 have one place.
-        seen = np.searchsorted(steps, steps, side="right") / len(steps)
-        # The 1 % point of Kolmogorov and Smirnov's statistic is 1.63 / √n.
-        assert np.abs(seen - expected)[steps > 2.0**-20].max() < 1.63 / np.sqrt(len(steps))
-    for power in (1, 2, 3, 4):
-        moment = scipy.stats.beta.moment(power, alpha, alpha)
-        assert abs(np.mean(drawn**power) - moment) < 4 * np.std(drawn**power) / np.sqrt(n)
-
-
-def test_extreme_beta_draws_stay_numbers():
-    draw = jax.jit(jax.vmap(lambda key, alpha: symmetric_beta(key, alpha, (1000,))))
-    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 3), jnp.array([1e-6, 1e-2, 1e6])))
-    assert np.all((drawn >= 0) & (drawn <= 1))
-    assert np.mean((drawn[0] < 1e-30) | (drawn[0] == 1)) > 0.99
-    np.testing.assert_allclose(drawn[2], 0.5, atol=0.01)
-
-
-def test_padding_is_its_own_partner_and_nobody_elses():
-    wheres = np.array([[1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], bool)
-    wheres = np.concatenate([wheres, [np.zeros(6, bool), np.ones(6, bool), np.arange(6) == 2]])
-    keys = jax.random.split(jax.random.key(2), 500)
-    draw = jax.jit(jax.vmap(jax.vmap(lambda k, w: partners(k, 6, where=w), (0, None)), (None, 0)))
-    found = draw(keys, wheres)
-    assert jnp.issubdtype(found.dtype, jnp.integer)
-    for where, rows in zip(wheres, np.asarray(found), strict=True):
-        # A permutation that keeps the padding where it is maps valid samples to valid ones.
-        np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(6), (500, 1)))
-        assert np.all(rows[:, ~where] == np.flatnonzero(~where))
-        for sample in np.flatnonzero(where):
-            chance = np.bincount(rows[:, sample], minlength=6) / 500
-            np.testing.assert_allclose(chance, where / where.sum(), atol=0.1)
-
-
-def test_partners_under_vmap_are_those_of_one_key():
-    where = np.arange(9) < 7
-    keys = jax.random.split(jax.random.key(3), 4)
-    one = jax.jit(lambda k, w: partners(k, 9, where=w))
-    many = jax.vmap(one, (0, None))(keys, where)
-    np.testing.assert_array_equal(many, [one(key, where) for key in keys])
-    assert len(np.unique(many, axis=0)) == 4

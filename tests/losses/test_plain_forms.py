@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcml_jax.losses import contrastive
+from rcml_jax.losses.clip import clip
+from rcml_jax.losses.siglip import sigmoid
+from rcml_jax.losses.softmax import info_nce
+from rcml_jax.losses.unicl import label_supervised
 from tests.losses.plain import (
     ALL_LOSSES,
+    LOSSES,
     PAIRED_OPTIONS,
     SOFTMAX_OPTIONS,
     embeddings,
@@ -63,7 +67,7 @@ BLOCKED_OPTIONS = {
 @pytest.mark.parametrize("name", BLOCKED_OPTIONS)
 def test_blocks_of_rows_are_the_plain_form(name):
     """At a size that does not divide the rows, and for the temperature, too."""
-    loss = getattr(contrastive, name)
+    loss = LOSSES[name]
     pair = embeddings(4, 6, 3) if name == "info_nce" else embeddings(5, 5, 3)
 
     @partial(jax.jit, static_argnums=3)
@@ -86,7 +90,7 @@ def test_blocks_of_rows_are_the_plain_form(name):
 
 
 def test_blocks_of_no_rows_are_refused():
-    for loss in (contrastive.info_nce, contrastive.clip, contrastive.sigmoid):
+    for loss in (info_nce, clip, sigmoid):
         with pytest.raises(ValueError, match="block=0 must be at least 1"):
             loss(*embeddings(4, 4, 3), block=0)
 
@@ -94,7 +98,7 @@ def test_blocks_of_no_rows_are_refused():
 def test_gradient_of_soft_targets_in_blocks():
     pair, targets = embeddings(5, 5, 3), soft_targets(5, 5)
     one, two = (
-        jax.jit(jax.grad(lambda t, b=b: contrastive.clip(*pair, targets=t, block=b)))(targets)
+        jax.jit(jax.grad(lambda t, b=b: clip(*pair, targets=t, block=b)))(targets)
         for b in (None, 2)
     )
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
@@ -107,7 +111,7 @@ def test_blocks_hold_a_part_of_the_similarities(name):
     pair = [jax.ShapeDtypeStruct((n, 8), jnp.float32)] * 2
 
     def planned(block):
-        loss = partial(getattr(contrastive, name), block=block)
+        loss = partial(LOSSES[name], block=block)
         plan = value_and_slopes(loss).lower(*pair).compile().memory_analysis()
         return plan.temp_size_in_bytes
 
@@ -116,10 +120,10 @@ def test_blocks_hold_a_part_of_the_similarities(name):
 
 
 BLOCKED = {
-    "info_nce, blocks": partial(contrastive.info_nce, block=5),
-    "clip, blocks": partial(contrastive.clip, block=5),
-    "sigmoid, blocks": partial(contrastive.sigmoid, block=5),
-    "label_supervised, blocks": lambda t, i: contrastive.label_supervised(
+    "info_nce, blocks": partial(info_nce, block=5),
+    "clip, blocks": partial(clip, block=5),
+    "sigmoid, blocks": partial(sigmoid, block=5),
+    "label_supervised, blocks": lambda t, i: label_supervised(
         t, i, jnp.arange(t.shape[0]) // 3, block=5
     ),
 }
