@@ -100,6 +100,8 @@ class DeCLIPMethod(BaselineMethod):
     The heads lie beside "towers" in the parameters. Evaluation and export do not use them.
     """
 
+    takes_loss = False
+
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
         self.weights = _weights(config.loss)
