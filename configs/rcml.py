@@ -101,6 +101,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # In the place of one tower: a BERT or RoBERTa ("minilm": the packaged one), and a ViT.
     config.model.text_pretrained = options.get("text", "")
     config.model.image_pretrained = options.get("image", "")
+    # In the place of one tower, trained from scratch: a flax module by its import path,
+    # "package.module:NAME" (see rcml_jax.models.backbones.Backbone).
+    config.model.text_tower = ""
+    config.model.image_tower = ""
     config.model.towers = ""  # hf: Hugging Face's own Flax CLIP, of transformers before 5
     config.model.init_from = ""  # a work directory of ours whose towers to start from
     config.model.freeze = ""  # text, image, both

@@ -54,5 +54,5 @@ def resolve(
         raise UserError(f"{option}={name!r}: the module {module} has no {attribute!r}; correct it")
     found = getattr(found, attribute)
     if not accepts(found):
-        raise UserError(f"{option}={name!r} is a {type(found).__name__}; name {wanted}")
+        raise UserError(f"{option}={name!r} is of type {type(found).__name__}; name {wanted}")
     return found
