@@ -6,22 +6,23 @@
     rcml-sweep --config configs/m3col.py:rosmap --workdir runs/ablations --ablations
 
 The argument after the colon names the data: `openmoji` (the default, embedded), `rosmap`, `brca`
-(fetched once), `n24news`, `food101` (local copies, path=DIRECTORY). `paper=True` is the paper's
-recipe for ROSMAP, whose tuned one is the default. Every value can be overridden:
---config.loss.contrastive_weight=0.2.
+(fetched once), `n24news`, `food101` (local copies, path=DIRECTORY), or an import path of your own,
+`my_package.my_source:load`, a function (config.data, cache directory) -> ClassificationData.
+`paper=True` is the paper's recipe for ROSMAP, whose tuned one is the default. Every value can be
+overridden: --config.loss.contrastive_weight=0.2.
 """
 
 import ml_collections
 
 from rcml_jax.config import parse_argument
+from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 
-_SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
 _OPTIONS = ("path", "paper")
 
 
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a data set, e.g. "n24news,path=DIRECTORY"."""
-    source, options = parse_argument(arg, sources=_SOURCES, options=_OPTIONS)
+    source, options = parse_argument(arg, sources=CLASSIFICATION_SOURCES, options=_OPTIONS)
     config = ml_collections.ConfigDict()
     config.method = "m3col"
     config.seed = 42
@@ -113,14 +114,14 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         _omics(config)
         if source == "rosmap" and options.get("paper") != "True":
             _tuned_rosmap(config)
-    else:
+    elif source in ("n24news", "food101"):
         _image_text(config)
     return config
 
 
 def get_ablations(arg: str = "openmoji") -> dict[str, str]:
     """Variants by name, as options of `--variant`: the ablations and baselines of the paper."""
-    source, _ = parse_argument(arg, sources=_SOURCES, options=_OPTIONS)
+    source, _ = parse_argument(arg, sources=CLASSIFICATION_SOURCES, options=_OPTIONS)
     modalities = ("mrna", "methylation", "mirna") if _is_omics(source) else ("image", "text")
     vanilla = "mixup.labels=True,mixup.alpha=0.2,loss.contrastive=none"
     return {

@@ -11,6 +11,7 @@ The argument after the colon names the data source, with its options as name=val
     grocery                       photographs of grocery products; path=DIRECTORY: a copy of them
     amazon,domain=Baby_Products   Amazon Reviews 2023, with the paper's recipe; path=DIRECTORY
     hm,path=DIRECTORY             garments and purchases, files of the H&M competition
+    my_package.my_source:load     a function (config.data, cache directory) -> RelationGraph
 
 `pretrained=NAME` starts from a CLIP or SigLIP checkpoint, a directory or a name on the Hugging Face
 hub, with the paper's optimisation: on amazon the default is ViT-B/32, and pretrained=none small
@@ -25,6 +26,7 @@ which wants a lower learning rate. Every value can be overridden:
 import ml_collections
 
 from rcml_jax.config import parse_argument
+from rcml_jax.data.sources import SOURCES
 
 _VIT_B32 = "openai/clip-vit-base-patch32"
 
@@ -33,14 +35,15 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a source, e.g. "folder,path=my_catalogue,pretrained=my_clip"."""
     source, options = parse_argument(
         arg,
-        sources=("openmoji", "folder", "grocery", "amazon", "hm"),
+        sources=SOURCES,
         options=("path", "domain", "pretrained", "text", "image"),
     )
     pretrained = options.get("pretrained", _VIT_B32 if source == "amazon" else "none")
     # What was chosen on the validation splits of these two; elsewhere the paper's form.
     chosen = source in ("openmoji", "hm")
     config = ml_collections.ConfigDict()
-    config.method = "rcml"  # rcml, or the baselines clip, siglip, unicl, declip
+    # rcml, or the baselines clip, siglip, unicl, declip; or an import path "package.module:NAME".
+    config.method = "rcml"
     config.seed = 42
     config.steps = 500
     config.validate_every = 50
@@ -100,6 +103,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # In the place of one tower: a BERT or RoBERTa ("minilm": the packaged one), and a ViT.
     config.model.text_pretrained = options.get("text", "")
     config.model.image_pretrained = options.get("image", "")
+    # In the place of one tower, trained from scratch: a flax module by its import path,
+    # "package.module:NAME" (see rcml_jax.models.backbones.Backbone).
+    config.model.text_tower = ""
+    config.model.image_tower = ""
     config.model.towers = ""  # hf: Hugging Face's own Flax CLIP, of transformers before 5
     config.model.init_from = ""  # a work directory of ours whose towers to start from
     config.model.freeze = ""  # text, image, both
@@ -126,6 +133,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.head_init = "identity"
 
     config.loss = ml_collections.ConfigDict()
+    # Of a baseline: clip, siglip, unicl, or an import path "package.module:NAME"; empty: its own.
+    config.loss.function = ""
     config.loss.temperature = 0.1
     config.loss.learn_temperature = False
     config.loss.intra_modal_weight = 0.5  # λ; 0: no intra-modal loss (ablation)

@@ -1,27 +1,31 @@
 """Reading configurations: the argument of a file, and names that stand for other things."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
+from rcml_jax.registry import is_path
 
 
 def parse_argument(
-    arg: str, *, sources: Sequence[str], options: Sequence[str]
+    arg: str, *, sources: Collection[str], options: Sequence[str]
 ) -> tuple[str, dict[str, str]]:
     """ "source,name=value,..." → the source and its options; an empty source is the first one.
+
+    sources: names; an import path, "package.module:NAME", is a source, too.
 
     Raises UserError for an unknown source or option.
     """
     first, *rest = arg.split(",") if arg else [""]
     if "=" in first:
         first, rest = "", [first, *rest]
-    source = first or sources[0]
-    if source not in sources:
+    source = first or next(iter(sources))
+    if source not in sources and not is_path(source):
         raise UserError(
-            f"the configuration knows no data source {source!r}; choose one of {', '.join(sources)}"
+            f"the configuration knows no data source {source!r}; choose one of "
+            f"{', '.join(sources)}, or give an import path, package.module:NAME"
         )
     found = {}
     for part in rest:

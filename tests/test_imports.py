@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ PACKAGE = ROOT / "rcml_jax"
 # Layers from the ground up; a module may import those of its own layer and of the ones before.
 LAYERS = (
     ("errors",),
+    ("registry",),
     ("ops",),
     ("losses",),
     ("models", "data", "config"),
@@ -63,8 +65,17 @@ def layer_of(name: str) -> int:
     return max(matches)[1]
 
 
+def registered_in(source: str) -> list[str]:
+    """Full names of what the registries of a module import by a path "rcml_jax.a.b:NAME"."""
+    strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    paths = [x for x in strings if isinstance(x, str) and re.fullmatch(r"rcml_jax[.\w]+:\w+", x)]
+    return [path.replace(":", ".") for path in paths]
+
+
 def own_imports(path: pathlib.Path) -> list[str]:
-    names = imports_of(path.read_text())
+    """Names without the package's, of import statements and registries."""
+    source = path.read_text()
+    names = [*imports_of(source), *registered_in(source)]
     return [name.removeprefix("rcml_jax.") for name in names if within(name, "rcml_jax")]
 
 
@@ -72,6 +83,8 @@ def test_the_walk_sees_what_it_should():
     assert "losses.rcml" in MODULES
     assert "ops.similarity.as_float" in own_imports(MODULES["losses.rcml"])
     assert imports_of("def f():\n    import a.b\n    from c import d, e") == ["a.b", "c.d", "c.e"]
+    assert registered_in("X = {'a': 'rcml_jax.a.b:C', 'd': 'e'}") == ["rcml_jax.a.b.C"]
+    assert "methods.rcml.RCMLMethod" in own_imports(MODULES["methods"])
     assert layer_of("ops.ranking.hit_at") < layer_of("models") < layer_of("evaluation.scores")
     with pytest.raises(AssertionError, match="no layer"):
         layer_of("plotting")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
+from rcml_jax.evaluation.measures import main_measures, of_ranks
 from rcml_jax.evaluation.relation_probes import fit_classifier
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 
@@ -26,13 +27,6 @@ LABELS = {
     "words_and_relation": "word overlap + relation only",
     "frozen_towers": "frozen towers as they came",
     "frozen_towers_sentence": "frozen towers + sentence",
-}
-#: The measure of each task that a gain is told of.
-_GAINS = {
-    "retrieval": "hit@5",
-    "retrieval_random": "hit@5",
-    "relation_type": "top3",
-    "relation_validity": "accuracy",
 }
 
 
@@ -136,10 +130,10 @@ def one_hot_validity(
     return float(np.mean(predict(one_hot[test[0]]) == test[1]))
 
 
-def chance(candidates: int, ks: Sequence[int]) -> dict[str, float]:
-    """Expected `hit@k` and `mrr` of a random order of so many candidates."""
-    hits = {f"hit@{k}": min(1.0, k / candidates) for k in ks}
-    return hits | {"mrr": float(np.mean(1 / np.arange(1, candidates + 1)))}
+def chance(candidates: int, task: str) -> dict[str, float]:
+    """What a random order of so many candidates is expected to have in a task's measures."""
+    ranks = np.arange(candidates)
+    return {name: float(np.mean(of(ranks))) for name, of in of_ranks(task).items()}
 
 
 def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
@@ -166,7 +160,7 @@ def gains(result: dict) -> dict[str, dict]:
     result: an `eval.json`. Returns {"measure", "control", "gain"} a task, the gain as a fraction.
     """
     found = {}
-    for task, measure in _GAINS.items():
+    for task, measure in ((m.task, m.name) for m in main_measures()):
         best_one = best(result.get("controls", {}), task, measure)
         if result.get(task) and best_one is not None:
             name, value = best_one

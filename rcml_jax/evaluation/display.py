@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,15 @@ from rich.table import Table
 
 from rcml_jax.evaluation.classification import error_analysis
 from rcml_jax.evaluation.controls import LABELS, rows_of
+from rcml_jax.evaluation.measures import (
+    Measure,
+    at,
+    columns,
+    main_of,
+    of_task,
+    printed,
+    values_at,
+)
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
@@ -21,8 +30,6 @@ GAP = {
     "matched_cosine": "matched",
     "random_cosine": "random",
 }
-#: Measures of classification in the order of the table's columns.
-MEASURES = ("accuracy", "f1", "weighted_f1", "macro_f1", "auc")
 
 
 def print_evaluation(result: dict, stream: Any = None) -> None:
@@ -32,8 +39,30 @@ def print_evaluation(result: dict, stream: Any = None) -> None:
         _print_alignment(result, console)
     elif "checkpoint" in result:
         _print_classification(result, console)
-    else:
+    elif "retrieval" in result:
         _print_relational(result, console)
+    else:
+        _print_numbers(result, console)
+
+
+def _print_numbers(result: dict, console: Console) -> None:
+    """Of a method with measures of its own: every number of the evaluation."""
+    table = Table(title=f"{result.get('method', '')} on {result.get('dataset', '')}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for path, value in _numbers(result):
+        table.add_row(path, f"{value:.4g}")
+    console.print(table)
+
+
+def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """(path, number) of all numbers of an `eval.json` but those of its protocol."""
+    if isinstance(node, Mapping):
+        for name, inner in node.items():
+            if name != "protocol":
+                yield from _numbers(inner, f"{path}/{name}".lstrip("/"))
+    elif isinstance(node, (int, float)) and not isinstance(node, bool):
+        yield path, node
 
 
 def _print_alignment(result: dict, console: Console) -> None:
@@ -80,7 +109,8 @@ def _print_classification(result: dict, console: Console) -> None:
         rows["mean of the models' probabilities"] = result["ensemble"]
     rows |= {f"{name} alone (its classifier)": x for name, x in result.get("unimodal", {}).items()}
     rows |= {f"{name} replaced by noise": x for name, x in result.get("corrupted", {}).items()}
-    measures = [name for name in MEASURES if all(name in row for row in rows.values())]
+    every = [m.name.removeprefix("last/") for m in of_task("classification")]
+    measures = [name for name in dict.fromkeys(every) if all(name in row for row in rows.values())]
     count, split = protocol["samples"][result["split"]], result["split"]
     table = Table(
         title=f"{result['method']} on {result['dataset']}: {split}, {count:,} samples, "
@@ -143,82 +173,42 @@ def _print_relational(result: dict, console: Console) -> None:
     )
 
 
-def _rows(result: dict):
+def _rows(result: dict) -> Iterator[tuple[str, dict]]:
     """The lines of the table: a measure of the method first, then the controls' under it."""
-    retrieval = result["retrieval"]
-    yield from _with_controls(result, "retrieval", "hit@5", "Hit@5")
-    if "macro" in retrieval:
-        yield "Hit@5, mean over relations", retrieval["macro"]["hit@5"]
-    yield "Hit@1", retrieval["hit@1"]
-    yield "MRR", retrieval["mrr"]
-    if "retrieval_random" in result:
-        yield from _with_controls(result, "retrieval_random", "hit@5", "Hit@5, random candidates")
-    if whole := result.get("retrieval_all"):
-        yield f"Hit@5, all {whole['gallery']['items']:,} items", whole["hit@5"]
-        yield "mAP, all items", whole["map"]
-    if types := result.get("relation_type"):
-        title = f"relation type, Top-3 of {types['candidates']}"
-        yield from _with_controls(result, "relation_type", "top3", title)
-        if "macro" in types:
-            yield "Top-3, mean over relations", types["macro"]["top3"]
-        yield f"relation type, Top-1 of {types['candidates']}", types["top1"]
-    if every := result.get("relation_type_all"):
-        yield f"Top-3 of all {every['candidates']} relations", every["top3"]
+    for measure in printed():
+        values = at(result, measure.path)
+        if values is not None:
+            title = measure.title.format_map(result[measure.task])
+            yield from _with_controls(result, measure, title) if measure.main else [(title, values)]
     for number, unseen in enumerate(result.get("unseen_sentences", []), 1):
-        yield f"Hit@5, unseen sentence {number}", unseen["retrieval"]["hit@5"]
-        yield f"Top-3, unseen sentence {number}", unseen["relation_type"]["top3"]
+        yield from _under(unseen, f"unseen sentence {number}")
     if product := result.get("training_free_product"):
-        yield "Hit@5, cos·cos product", product["retrieval"]["hit@5"]
-        yield "Top-3, cos·cos product", product["relation_type"]["top3"]
+        yield from _under(product, "cos·cos product")
     if frozen := result.get("pretrained_clip"):
-        yield "Hit@5, pretrained CLIP as it is", frozen["retrieval"]["hit@5"]
-        yield "Top-3, pretrained CLIP as it is", frozen["relation_type"]["top3"]
+        yield from _under(frozen, "pretrained CLIP as it is")
     for name, variant in result.get("variants", {}).items():
-        yield f"Hit@5, scored {name}", variant["retrieval"]["hit@5"]
+        yield from _under({"retrieval": variant["retrieval"]}, f"scored {name}")
     for name, scores in result.get("similarities", {}).items():
-        yield f"Hit@5, {name}", scores["retrieval"]["hit@5"]
-        if "relation_type" in scores:
-            yield f"Top-3, {name}", scores["relation_type"]["top3"]
+        yield from _under(scores, name)
 
 
-def _with_controls(result: dict, task: str, measure: str, title: str):
-    yield title, result[task][measure]
+def _under(found: dict, how: str) -> Iterator[tuple[str, dict]]:
+    """The main measures of retrieval and relation type of another way to score."""
+    for measure in (main_of("retrieval"), main_of("relation_type")):
+        if measure.task in found:
+            yield f"{measure.label}, {how}", at(found, measure.path)
+
+
+def _with_controls(result: dict, measure: Measure, title: str) -> Iterator[tuple[str, dict]]:
+    yield title, at(result, measure.path)
     for _, label, (row,) in rows_of({"": [result]}):
-        if task in row:
-            yield f"– {label}", row[task][measure]
-    if found := result.get("gain_over_best_control", {}).get(task):
+        if values := at(row, measure.path):
+            yield f"– {label}", values
+    if found := result.get("gain_over_best_control", {}).get(measure.task):
         yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}
 
 
 # The table of a sweep: means and deviations over seeds, and the error analysis of classifiers.
-
-
-#: Label and path into `eval.json` of the columns, for results that have the first of them.
-RELATIONAL = {
-    "Hit@5 TT": "retrieval/hit@5/tt",
-    "II": "retrieval/hit@5/ii",
-    "TI": "retrieval/hit@5/ti",
-    "IT": "retrieval/hit@5/it",
-    "AVG": "retrieval/hit@5/avg",
-    "AVG, by relation": "retrieval/macro/hit@5/avg",
-    "AVG, random": "retrieval_random/hit@5/avg",
-    "mAP IT, all": "retrieval_all/map/it",
-    "mAP AVG, all": "retrieval_all/map/avg",
-    "Top-3": "relation_type/top3/avg",
-    "validity": "relation_validity/accuracy",
-}
-CLASSIFICATION = {
-    "accuracy, last": "classification/last/accuracy",
-    "validation-selected": "classification/validation_selected/accuracy",
-    "best test epoch": "classification/best_test_epoch/accuracy",
-    "F1, last": "classification/last/f1",
-    "weighted F1, last": "classification/last/weighted_f1",
-    "macro F1, last": "classification/last/macro_f1",
-    "AUC, last": "classification/last/auc",
-    "on validation, last": "validation/last/accuracy",
-    "selected": "validation/selected/accuracy",
-    "confidence on noise": "random_inputs/mean",
-}
 
 
 def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[int]) -> dict:
@@ -237,11 +227,10 @@ def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[i
     for label, results in found.items():
         if not results:
             continue
-        columns = CLASSIFICATION if "classification" in results[0] else RELATIONAL
-        rows.append(_row(label, results, columns))
+        rows.append(_row(label, results))
         for method, control, measured in controls:
             if method == label:
-                rows.append(_row(f"{label}: {control}", measured, columns) | {"control": control})
+                rows.append(_row(f"{label}: {control}", measured) | {"control": control})
     table: dict[str, Any] = {"rows": rows}
     analysis = _error_analysis(workdir, folders, seeds)
     if analysis:
@@ -249,11 +238,11 @@ def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[i
     return table
 
 
-def _row(label: str, results: Sequence[dict], columns: Mapping[str, str]) -> dict[str, Any]:
+def _row(label: str, results: Sequence[dict]) -> dict[str, Any]:
     """Mean and deviation of each column that all the results have."""
     row: dict[str, Any] = {"variant": label, "seeds": 0}
-    for column, path in columns.items():
-        found = [_values(result, path) for result in results]
+    for column, (path, _) in columns().items():
+        found = [values_at(result, path) for result in results]
         if all(found):
             values = np.concatenate(found)
             deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
@@ -265,12 +254,11 @@ def _row(label: str, results: Sequence[dict], columns: Mapping[str, str]) -> dic
 def markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown, rates in percent."""
     rows = table["rows"]
-    known = [*RELATIONAL, *CLASSIFICATION]
-    columns = [column for column in known if any(column in row for row in rows)]
-    lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    shown = [column for column in columns() if any(column in row for row in rows)]
+    lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
     lines += [
         f"| {row['variant']} | {row['seeds']} | "
-        + " | ".join(_cell(row.get(column), row["seeds"]) for column in columns)
+        + " | ".join(_cell(row.get(column), row["seeds"]) for column in shown)
         + " |"
         for row in rows
     ]
@@ -298,16 +286,6 @@ def _cell(measure: dict | None, seeds: int) -> str:
         return "–"
     mean = f"{100 * measure['mean']:.1f}"
     return f"{mean} ± {100 * measure['std']:.1f}" if seeds > 1 else mean
-
-
-def _values(result: dict, path: str) -> list[float]:
-    """The measure's value, or its values over seeds; none where the result lacks it."""
-    node: Any = result
-    for name in path.split("/"):
-        if not isinstance(node, dict) or name not in node:
-            return []
-        node = node[name]
-    return list(node["values"]) if isinstance(node, dict) else [float(node)]
 
 
 def _error_analysis(

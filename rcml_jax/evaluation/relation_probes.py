@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rcml_jax.evaluation.measures import of_ranks
 from rcml_jax.evaluation.relation_retrieval import rank_measures
 from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
@@ -149,14 +150,8 @@ def type_measures(
     "macro" has means over true relations of each relation's mean.
     """
     ranks = {name: np.asarray(candidate_ranks(x, where=where)) for name, x in scores.items()}
-    found = rank_measures(ranks, relations[:, 0], ("hit@1", "hit@3"))
-    names = {"top1": "hit@1", "top3": "hit@3"}
-    return {
-        "pairs": len(relations),
-        "candidates": relations.shape[1],
-        **{name: found[measure] for name, measure in names.items()},
-        "macro": {name: found["macro"][measure] for name, measure in names.items()},
-    }
+    found = rank_measures(ranks, relations[:, 0], of_ranks("relation_type"))
+    return {"pairs": len(relations), "candidates": relations.shape[1], **found}
 
 
 def validity_features(

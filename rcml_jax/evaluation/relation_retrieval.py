@@ -2,15 +2,16 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 import scipy.sparse
 
 from rcml_jax.evaluation import blocks
+from rcml_jax.evaluation.measures import of_ranks
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
-from rcml_jax.ops.ranking import candidate_ranks, retrieval_metrics
+from rcml_jax.ops.ranking import candidate_ranks
 from rcml_jax.ops.similarity import l2_normalize
 
 _MEASURES = ("hit@5", "r_precision", "map")
@@ -25,7 +26,7 @@ def retrieval(
     *,
     similarity: str = "cosine",
 ) -> dict:
-    """Hit@1, Hit@5 and MRR for each of the five scores.
+    """Hit@1, Hit@5, MRR and what else `MEASURES` has, for each of the five scores.
 
     query (q,), candidates (q, c) with the positive in column 0: item identifiers; relation (q,).
     Ties count against the model. Returns what `retrieval_measures` does.
@@ -41,29 +42,36 @@ def retrieval(
 
 
 def retrieval_measures(scores: dict[str, np.ndarray], relation: np.ndarray) -> dict:
-    """Hit@1, Hit@5 and MRR of scores (q, c) by name, with the positive in column 0.
+    """The measures of ranks of "retrieval" of scores (q, c), with the positive in column 0.
 
     relation (q,). Returns {"queries", "hit@1", "hit@5", "mrr", "macro"}, for each score its rate as
     a fraction; "macro" has the same measures as means over relations of each relation's mean.
     """
     ranks = {name: np.asarray(candidate_ranks(x)) for name, x in scores.items()}
-    return {"queries": len(relation), **rank_measures(ranks, relation, ("hit@1", "hit@5", "mrr"))}
+    return {"queries": len(relation), **rank_measures(ranks, relation, of_ranks("retrieval"))}
 
 
 def rank_measures(
-    ranks: dict[str, np.ndarray], relation: np.ndarray, measures: Sequence[str]
+    ranks: dict[str, np.ndarray],
+    relation: np.ndarray,
+    measures: Mapping[str, Callable[[np.ndarray], np.ndarray]],
 ) -> dict:
-    """Measures ("hit@k", "mrr") of 0-based ranks (q,) by name, and under "macro" by relation."""
+    """Means of measures of 0-based ranks (q,) by name, and under "macro" by relation (q,).
+
+    measures: by name a function of ranks, as of `Measure.of_ranks`. Raises ValueError if there is
+    no query.
+    """
+    if not len(relation):
+        raise ValueError("there are no queries to average over")
     result: dict = {measure: {} for measure in measures}
     result["macro"] = {measure: {} for measure in measures}
-    ks = tuple(int(m.removeprefix("hit@")) for m in measures if m != "mrr")
     of_relation = [np.flatnonzero(relation == e) for e in np.unique(relation)]
     for name, found in ranks.items():
-        whole = retrieval_metrics(found, ks=ks)
-        parts = [retrieval_metrics(found[rows], ks=ks) for rows in of_relation]
-        for measure in measures:
-            result[measure][name] = float(whole[measure])
-            result["macro"][measure][name] = float(np.mean([part[measure] for part in parts]))
+        for measure, function in measures.items():
+            values = function(found)
+            parts = [np.mean(values[rows]) for rows in of_relation]
+            result[measure][name] = float(np.mean(values))
+            result["macro"][measure][name] = float(np.mean(parts))
     return result
 
 

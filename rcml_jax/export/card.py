@@ -1,11 +1,13 @@
 """The model card of an exported run: what it is, its figures, and the code to use it in PyTorch."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+
+from rcml_jax.evaluation.measures import at, columns
 
 _DATA = {
     "openmoji": "emoji drawn by [OpenMoji](https://openmoji.org), CC BY-SA 4.0, with the names of "
@@ -32,16 +34,6 @@ _METHODS = {
     "siglip": "SigLIP's loss, a baseline of RCML",
     "unicl": "UniCL's loss, a baseline of RCML",
     "declip": "DeCLIP's loss, a baseline of RCML",
-}
-_FIGURES = {
-    "Hit@5 TT": ("retrieval", "hit@5", "tt"),
-    "II": ("retrieval", "hit@5", "ii"),
-    "TI": ("retrieval", "hit@5", "ti"),
-    "IT": ("retrieval", "hit@5", "it"),
-    "AVG": ("retrieval", "hit@5", "avg"),
-    "MAP AVG, all items": ("retrieval_all", "map", "avg"),
-    "relation type, Top-3": ("relation_type", "top3", "avg"),
-    "relation validity": ("relation_validity", "accuracy"),
 }
 _CLIP_IMPORTS = """\
 import torch
@@ -213,9 +205,9 @@ def _evaluation(result: dict | None) -> str:
     """The figures in percent and the protocol that they were measured by."""
     if result is None:
         return "This run was not evaluated: its work directory had no `eval.json`.\n"
-    figures = {name: _at(result, path) for name, path in _FIGURES.items()}
+    figures = {name: at(result, path) for name, (path, _) in columns("relational").items()}
     figures = {name: f"{100 * x:.1f}" for name, x in figures.items() if isinstance(x, int | float)}
-    queries = _at(result, ("retrieval", "queries")) or 0
+    queries = at(result, "retrieval/queries") or 0
     return "\n".join(
         [
             f"The {result['split']} split of {result['dataset']} ({queries:,} queries), percent:\n",
@@ -227,12 +219,6 @@ def _evaluation(result: dict | None) -> str:
             "",
         ]
     )
-
-
-def _at(tree: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
 
 
 def _protocol(rules: dict, indent: str = "") -> Iterator[str]:

@@ -3,12 +3,36 @@
 import pathlib
 from typing import Any
 
-from rcml_jax.errors import UserError
+from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Method
+from rcml_jax.registry import is_path, resolve
 
-RELATIONAL = ("rcml", "clip", "siglip", "unicl", "declip")
 #: The method of `eval.py --embeddings`: vectors from a file, scored as the relational methods are.
 EMBEDDINGS = "embeddings"
+#: Methods by the name in `config.method`; a new one is a subclass of `Method`, and a line.
+METHODS = {
+    "rcml": "rcml_jax.methods.rcml:RCMLMethod",
+    **dict.fromkeys(LOSSES, "rcml_jax.methods.baselines:BaselineMethod"),
+    "declip": "rcml_jax.methods.declip:DeCLIPMethod",
+    "m3col": "rcml_jax.methods.seeds:Members",
+    EMBEDDINGS: "rcml_jax.methods.embeddings:EmbeddingsMethod",
+}
+#: Those that train towers on a relation graph.
+RELATIONAL = ("rcml", *LOSSES, "declip")
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of `METHODS`, or of an import path "package.module:NAME".
+
+    Raises UserError for an unknown name and what cannot be imported or is no `Method`.
+    """
+    return resolve(
+        name,
+        METHODS,
+        "config.method",
+        accepts=lambda found: isinstance(found, type) and issubclass(found, Method),
+        wanted="a subclass of rcml_jax.methods.base.Method",
+    )
 
 
 def build(config: Any, workdir: pathlib.Path) -> Method:
@@ -16,36 +40,14 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
 
     Raises UserError for an unknown method and whatever the data and the model find wrong.
     """
-    if config.method == "m3col":
-        return _classifier(config, workdir)
-    if config.method == EMBEDDINGS and "embeddings" in config:
-        from rcml_jax.methods.embeddings import EmbeddingsMethod
-
-        return EmbeddingsMethod.load(config)
-    if config.method not in RELATIONAL:
-        raise UserError(
-            f"config.method={config.method!r} is unknown; choose one of {', '.join(RELATIONAL)}, "
-            "m3col"
-        )
-    from rcml_jax.methods.baselines import BaselineMethod
-    from rcml_jax.methods.declip import DeCLIPMethod
-    from rcml_jax.methods.rcml import RCMLMethod
-    from rcml_jax.methods.task import RelationTask
-
-    own = {"rcml": RCMLMethod, "declip": DeCLIPMethod}
-    return own.get(config.method, BaselineMethod)(config, RelationTask.load(config, workdir))
+    return method_class(config.method).load(config, pathlib.Path(workdir))
 
 
-def _classifier(config: Any, workdir: pathlib.Path) -> Method:
-    """M3CoL: one model, or one for each seed (and fold, where there is no validation split)."""
-    from rcml_jax.methods.classification import ClassificationTask
-    from rcml_jax.methods.m3col import M3CoLMethod
-    from rcml_jax.methods.seeds import Members
+def family_of(name: str) -> str:
+    """Which measures a method has: "relational", "classification", "alignment"; else "".
 
-    if config.seeds < 1:
-        raise UserError(f"config.seeds={config.seeds} must be at least 1")
-    task = ClassificationTask.load(config, workdir)
-    single = M3CoLMethod(config, task)
-    declared = len(task.data.rows("validation")) > 0
-    alone = config.seeds == 1 and (declared or config.data.folds < 2)
-    return single if alone else Members(single)
+    Raises UserError for an import path that cannot be imported.
+    """
+    if name == "alignment":
+        return name
+    return method_class(name).family if name in METHODS or is_path(name) else ""

@@ -1,6 +1,7 @@
-"""What the loop needs of a method; a new method is one new file and one new configuration."""
+"""What the loop needs of a method; a new one is one file, and a line in `methods.METHODS`."""
 
 import abc
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ class Method(abc.ABC):
 
     config: Any
 
+    #: Which measures of `rcml_jax.evaluation.measures` it has: "relational" or "classification"; ""
+    #: for those of its own.
+    family = ""
     #: The measure that early stopping maximises, a dotted path into what `validate` returns.
     selection: str
     #: Which checkpoint is evaluated in the end: "best" by the selection measure, or "latest"; ""
@@ -34,6 +38,15 @@ class Method(abc.ABC):
     in_place = False
     #: Of how many examples a row of a batch's items is.
     examples_per_row = 1
+
+    @classmethod
+    def load(cls, config: Any, workdir: pathlib.Path) -> "Method":
+        """The method of a configuration, on the data that it names; here of that alone.
+
+        workdir: for what has to stay the same from run to run, such as a tokenizer.
+        """
+        del workdir
+        return cls(config)
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,7 @@
 """CLIP, SigLIP and UniCL on the same towers: self pairs, no relation."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,25 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcml_jax.config import block_size
+from rcml_jax.errors import UserError
 from rcml_jax.evaluation.scores import EmbeddingTable
-from rcml_jax.losses.clip import clip
-from rcml_jax.losses.siglip import sigmoid
-from rcml_jax.losses.unicl import label_supervised
+from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.two_towers import build_towers, joint_width
+from rcml_jax.registry import resolve
 
 _BIAS = -10.0  # SigLIP's initial bias: most pairs are negative.
 
 
 class BaselineMethod(RelationalMethod):
-    """`config.method="clip"`, "siglip" or "unicl" (labels: the classes of the data set)."""
+    """`config.method="clip"`, "siglip" or "unicl" (labels: the classes of the data set).
+
+    `config.loss.function` names another loss: one of `LOSSES`, or an import path.
+    """
+
+    takes_loss = True
 
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
+        self.contrast, self.takes = self._loss_function()
         self.model = build_towers(
             self.towers_config, self.dtype, remat(config.model), config.model.get("towers", "")
         )
@@ -35,9 +42,26 @@ class BaselineMethod(RelationalMethod):
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers, and SigLIP's bias."""
         params = {"towers": self.model.init(key, *self.one_example(batch))["params"]}
-        if self.config.method == "siglip":
+        if "bias" in self.takes:
             params["bias"] = jnp.asarray(_BIAS, jnp.float32)
         return params
+
+    def _loss_function(self) -> tuple[Callable[..., jax.Array], frozenset[str]]:
+        """The loss of two towers, and those of its keyword arguments that are filled in here.
+
+        Raises UserError for one that has no `where`, the mask of items that fill up a batch.
+        """
+        # The configurations of older runs do not name it; DeCLIP's is CLIP's, and more.
+        name = self.config.loss.get("function", "")
+        option = "config.loss.function" if name else "config.method"
+        own = self.config.method if self.config.method in LOSSES else "clip"
+        found = resolve(name or own, LOSSES, option)
+        takes = frozenset(inspect.signature(found).parameters)
+        if "where" not in takes:
+            raise UserError(
+                f"{option}={name!r} takes no argument where, the mask of a batch's items; add it"
+            )
+        return found, takes & {"temperature", "where", "bias", "labels", "block"}
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """The towers' own embeddings of the items, (N, d) each; in rows of k (N/k, k, d)."""
@@ -52,23 +76,24 @@ class BaselineMethod(RelationalMethod):
         """The baseline's loss over all items of the batch; relations and pairs are not used."""
         del progress
         shared, config = batch["shared"], self.config
-        options = {"temperature": self.temperature(params), "where": shared["valid"]}
-        options["block"] = block_size(config.loss)
+        options = {
+            "temperature": self.temperature(params),
+            "where": shared["valid"],
+            "bias": params.get("bias"),
+            "labels": shared["labels"],
+            "block": block_size(config.loss),
+        }
         # From rows of items to items.
         text, image = (x.reshape(-1, x.shape[-1]) for x in (embedded["text"], embedded["image"]))
         if config.loss.get("mask_related", False):
             options["where"] = self._unrelated(shared)
-        if config.method == "siglip":
-            return sigmoid(text, image, bias=params["bias"], **options), {}
-        if config.method == "unicl":
-            return label_supervised(text, image, shared["labels"], **options), {}
-        return clip(text, image, **options), {}
+        return self.contrast(text, image, **{name: options[name] for name in self.takes}), {}
 
     def _unrelated(self, shared: dict) -> jax.Array:
         """(N, N) bool: the pairs that are positives, or related under no relation."""
         valid, labels = shared["valid"], shared["labels"]
         own = jnp.eye(len(valid), dtype=bool)
-        if self.config.method == "unicl":
+        if "labels" in self.takes:
             own |= (labels[:, None] == labels) & (labels >= 0)
         return valid[:, None] & valid & (own | ~shared["related"])
 

@@ -11,7 +11,7 @@ import numpy as np
 from rcml_jax.data.classification import ClassificationData
 from rcml_jax.data.images import ImageBank, augment, drop_words, hide_patches
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
-from rcml_jax.data.sources import food101, n24news, omics, openmoji
+from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
@@ -19,8 +19,7 @@ from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.task import cache_directory, work_tokenizer
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
-
-SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
+from rcml_jax.registry import resolve
 
 
 def load_data(data: Any) -> ClassificationData:
@@ -28,28 +27,9 @@ def load_data(data: Any) -> ClassificationData:
 
     Raises UserError for an unknown source or modality, and whatever the source finds wrong.
     """
-    cache = cache_directory(data.dir)
-    if data.name == "openmoji":
-        found = openmoji.load_groups(cache, split_seed=data.split_seed)
-    elif data.name in ("rosmap", "brca"):
-        found = omics.load(data.name, cache, directory=data.path or _copy(data.dir, data.name))
-    elif data.name == "n24news":
-        found = n24news.load(data.path, text=data.text, strict=data.strict)
-    elif data.name == "food101":
-        found = food101.load(data.path, strict=data.strict, seed=data.split_seed)
-    else:
-        raise UserError(
-            f"config.data.name={data.name!r} is unknown; choose one of {', '.join(SOURCES)}"
-        )
+    load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
+    found = load(data, cache_directory(data.dir))
     return found.select(data.modalities.split(",")) if data.modalities else found
-
-
-def _copy(directory: str, name: str) -> str:
-    """`config.data.dir` itself where it is a local copy of a MOGONET data set, else ""."""
-    root = pathlib.Path(directory)
-    places = (root, root / name.upper())
-    found = directory and any((place / "labels_tr.csv").is_file() for place in places)
-    return directory if found else ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -55,10 +55,10 @@ def training_items(task: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
 def _chance(queries: dict, types: Any) -> dict:
     rows = {}
     for name, asked in queries.items():
-        found = controls.chance(asked.candidates.shape[1], (1, 5))
+        found = controls.chance(asked.candidates.shape[1], "retrieval")
         rows[name] = {measure: dict.fromkeys(SCORES, value) for measure, value in found.items()}
-    found = controls.chance(types.relations.shape[1], (1, 3))
-    top = {f"top{k}": dict.fromkeys(SCORES, found[f"hit@{k}"]) for k in (1, 3)}
+    found = controls.chance(types.relations.shape[1], "relation_type")
+    top = {measure: dict.fromkeys(SCORES, value) for measure, value in found.items()}
     return rows | {"relation_type": top, "relation_validity": {"accuracy": 0.5}}
 
 

@@ -14,7 +14,7 @@ from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.relational import flat_images, in_rows
 from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.backbones import BACKBONES
+from rcml_jax.models.backbones import backbone_of
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import as_float, l2_normalize
@@ -100,6 +100,8 @@ class DeCLIPMethod(BaselineMethod):
     The heads lie beside "towers" in the parameters. Evaluation and export do not use them.
     """
 
+    takes_loss = False
+
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
         self.weights = _weights(config.loss)
@@ -108,9 +110,14 @@ class DeCLIPMethod(BaselineMethod):
                 "config.loss.mask_related is for clip, siglip and unicl: DeCLIP's neighbours and "
                 "views have no mask of pairs; set it to False"
             )
+        if config.model.get("text_tower", ""):
+            raise UserError(
+                "DeCLIP predicts masked tokens by the token embeddings of CLIP, SigLIP, BERT or "
+                "RoBERTa; leave config.model.text_tower empty"
+            )
         own = {"text": self.towers_config.text_config, "image": self.towers_config.vision_config}
         for modality in self.stored_modalities:
-            if not BACKBONES[own[modality].model_type].mean:
+            if not backbone_of(own[modality]).mean:
                 raise UserError(
                     f"DeCLIP has no second view of stored {modality} states whose pooled state is "
                     "no mean of tokens; set config.model.store_frozen=False"

@@ -81,8 +81,14 @@ class EmbeddingsMethod(RelationalMethod):
         self.ignored = len(found.ids) - int(np.sum(self._rows >= 0))
 
     @classmethod
-    def load(cls, config: Any) -> "EmbeddingsMethod":
-        """Open the data and the file. Raises UserError where the file has changed."""
+    def load(cls, config: Any, workdir: pathlib.Path) -> "EmbeddingsMethod":
+        """Open the data and the file. Raises UserError for no file, or one that has changed."""
+        del workdir
+        if "embeddings" not in config:
+            raise UserError(
+                "config.method='embeddings' is for vectors of a file: python eval.py --embeddings "
+                "FILE.npz"
+            )
         path = config.embeddings.path
         if file_digest(path) != config.embeddings.sha256:
             raise UserError(f"{path} has changed since it was evaluated; give a new --workdir")

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ class M3CoLMethod(Method):
     L = β · contrastive + Σ_m CE(y, ŷ^(m)) + CE(y, ŷ) (Eq. 16).
     """
 
+    family = "classification"
     selection = "accuracy"
     prepares = True
 
@@ -130,6 +132,11 @@ class M3CoLMethod(Method):
         self.model = build_model(config, task)
         self.embed_all = jax.jit(self._embed_all)
         self.classify_all = jax.jit(self._classify_all)
+
+    @classmethod
+    def load(cls, config: Any, workdir: pathlib.Path) -> "M3CoLMethod":
+        """One model on the data that `config.data` names."""
+        return cls(config, ClassificationTask.load(config, workdir))
 
     @property
     def steps(self) -> int:

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from rcml_jax.data.packing import PackedTexts, pack_texts
 from rcml_jax.data.queries import every_relation
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.controls import gains
+from rcml_jax.evaluation.measures import main_measures, main_of, selections
 from rcml_jax.evaluation.relation_probes import (
     PROBES,
     relation_type,
@@ -52,14 +54,6 @@ from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
 
 _CHUNK = 256
-#: The measure by which the better of several ways to score is picked, for each task.
-_DECIDES = {
-    "retrieval": "hit@5",
-    "relation_type": "top3",
-    "retrieval_all": "map",
-    "retrieval_random": "hit@5",
-    "relation_type_all": "top3",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +73,21 @@ class Embedder:
 class RelationalMethod(Method):
     """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
 
+    family = "relational"
+    #: Whether `config.loss.function` may name another loss.
+    takes_loss = False
+
     def __init__(self, config: Any, task: RelationTask):
         self.config = config
         self.task = task
         self.dtype = compute_dtype(config.model.dtype)
         self.similarities = check_evaluation(config.evaluation)
         self.selection = _selection(config)
+        if config.loss.get("function", "") and not self.takes_loss:
+            raise UserError(
+                f"config.loss.function is for the baselines, but {config.method} has a loss of its "
+                "own; leave it empty, or set config.method=clip"
+            )
         for name in ("block", "pair_block"):
             block_size(config.loss, name)
         self.towers_config = towers_config(config.model, task.tokenizer)
@@ -94,6 +97,11 @@ class RelationalMethod(Method):
             check_packing(self.towers_config)
         self.stored_modalities = stored_modalities(config.model)
         check_storable(config, self.stored_modalities)
+
+    @classmethod
+    def load(cls, config: Any, workdir: pathlib.Path) -> "RelationalMethod":
+        """The method on the relation graph that `config.data` names."""
+        return cls(config, RelationTask.load(config, workdir))
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
@@ -487,8 +495,7 @@ def _selection(config: Any) -> str:
     """The measure that picks the checkpoint, such as "hit@5/avg" or "retrieval_all/map/it"."""
     # The configurations of older runs do not name it.
     name = config.get("selection", "hit@5/avg")
-    measures = ("hit@5", "hit@1", "mrr")
-    measures += tuple(f"retrieval_all/{m}" for m in ("hit@5", "r_precision", "map"))
+    measures = selections()
     measure, _, score = name.rpartition("/")
     if measure not in measures or score not in SCORES:
         raise UserError(
@@ -528,13 +535,13 @@ def _measured(
 
 def best_of(variants: dict) -> dict:
     """Of each task the variant that does best in it."""
-    tasks = [task for task in _DECIDES if any(task in found for found in variants.values())]
+    tasks = [m.task for m in main_measures() if any(m.task in x for x in variants.values())]
     return {task: variants[_best_name(variants, task)][task] for task in tasks}
 
 
 def _best_name(variants: dict, task: str) -> str:
-    able = [name for name, found in variants.items() if task in found]
-    return max(able, key=lambda name: variants[name][task][_DECIDES[task]]["avg"])
+    able, measure = [name for name, found in variants.items() if task in found], main_of(task).name
+    return max(able, key=lambda name: variants[name][task][measure]["avg"])
 
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:

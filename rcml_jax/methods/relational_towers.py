@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
-from rcml_jax.models.backbones import encoder_config, load_encoder
+from rcml_jax.models.backbones import TowerSizes, encoder_config, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.clip import end_token, small_clip_config
@@ -19,6 +19,7 @@ from rcml_jax.models.two_towers import (
     set_special_tokens,
     takes_packed,
 )
+from rcml_jax.registry import is_path
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
 _PROJECTION = {"text": "text_projection", "image": "visual_projection"}
@@ -49,13 +50,18 @@ class Came(NamedTuple):
 def from_checkpoint(model: Any) -> Came:
     """The towers of `config.model` that a checkpoint is named for."""
     text, image = _given(model)
-    joint = bool(model.pretrained) and not (text or image)
-    return Came(bool(text or model.pretrained), bool(image or model.pretrained), joint)
+    own_text, own_image = _own(model)
+    joint = bool(model.pretrained) and not (text or image or own_text or own_image)
+    found = (
+        bool(given or (model.pretrained and not own))
+        for given, own in ((text, own_text), (image, own_image))
+    )
+    return Came(*found, joint)
 
 
 def inputs(model: Any) -> Inputs:
     """What the towers of `config.model` take; no text is longer than its `max_length`."""
-    text, image = _given(model)
+    (text, image), (_, own_image) = _given(model), _own(model)
     kind, tokenizer = "CLIP", model.pretrained
     image_size, longest = model.image_size, model.max_length
     if model.pretrained and not (text and image):
@@ -68,6 +74,8 @@ def inputs(model: Any) -> Inputs:
         longest = max_text_length(encoder_config(text, modality="text"))
     if image:
         image_size = encoder_config(image, modality="image").image_size
+    if own_image:
+        image_size = model.image_size
     return Inputs(tokenizer, kind, image_size, min(model.max_length, longest))
 
 
@@ -75,20 +83,22 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
     """The towers of `config.model`: CLIP's, each of them replaced where another is named.
 
     `pretrained` names a CLIP or SigLIP checkpoint, without which CLIP's towers are small ones;
-    `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower. Raises
-    UserError for what does not fit each other.
+    `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower;
+    `text_tower` and `image_tower` a tower of another package by its import path. Raises UserError
+    for what does not fit each other.
     """
     text, image = _given(model)
+    own_text, own_image = _own(model)
     if model.pretrained:
         clip = pretrained_config(model.pretrained)
-        if not text:
+        if not (text or own_text):
             set_special_tokens(clip, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
             _check_vocabulary(model.pretrained, clip.text_config, tokenizer)
     else:
         clip = small_clip_config(
             vocab_size=tokenizer.vocab_size,
             # The rule that CLIP has for the id of this token is no concern of another tower.
-            eos_token_id=0 if text else tokenizer.end_id,
+            eos_token_id=0 if text or own_text else tokenizer.end_id,
             width=model.width,
             layers=model.layers,
             heads=model.heads,
@@ -97,13 +107,15 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
             patch_size=model.patch_size,
             max_length=model.max_length,
         )
-    if not (text or image):
+    if not (text or image or own_text or own_image):
         return clip
-    pair = PairConfig(
-        encoder_config(text, modality="text") if text else clip.text_config,
-        encoder_config(image, modality="image") if image else clip.vision_config,
-        joint_width(clip),
-    )
+    parts = {"text": clip.text_config, "image": clip.vision_config}
+    for modality, given, own in (("text", text, own_text), ("image", image, own_image)):
+        if own:
+            parts[modality] = _sizes(own, modality, model, tokenizer)
+        elif given:
+            parts[modality] = encoder_config(given, modality=modality)
+    pair = PairConfig(parts["text"], parts["image"], joint_width(clip))
     if text:
         _check_tokenizer(text, pair.text_config, tokenizer)
     return pair
@@ -119,8 +131,8 @@ def load_checkpoints(model: Any, towers: Params) -> Params:
     if model.pretrained:
         own = {
             name
-            for modality, given in (("text", text), ("image", image))
-            if given
+            for modality, *replaced in zip(_TOWER, (text, image), _own(model), strict=True)
+            if any(replaced)
             for name in (_TOWER[modality], _PROJECTION[modality])
         }
         found = load_pretrained(model.pretrained)[1]
@@ -188,6 +200,43 @@ def _given(model: Any) -> tuple[str, str]:
     names = (model.get(f"{modality}_pretrained", "") for modality in ("text", "image"))
     text, image = (resolve(name) for name in names)
     return text, image
+
+
+def _own(model: Any) -> tuple[str, str]:
+    """Import paths of the text and the image tower of other packages, "" for none.
+
+    Raises UserError for what is no path, and where a checkpoint is named for the same tower.
+    """
+    # The configurations of older runs have not these names.
+    text, image = (model.get(f"{modality}_tower", "") for modality in ("text", "image"))
+    for modality, path in (("text", text), ("image", image)):
+        if path and not is_path(path):
+            raise UserError(
+                f"config.model.{modality}_tower={path!r} must be an import path, "
+                "package.module:NAME"
+            )
+        if path and model.get(f"{modality}_pretrained", ""):
+            raise UserError(
+                f"config.model.{modality}_tower and config.model.{modality}_pretrained both name "
+                f"the {modality} tower; leave one of them empty"
+            )
+    return text, image
+
+
+def _sizes(path: str, modality: str, model: Any, tokenizer: Tokenizer) -> TowerSizes:
+    return TowerSizes(
+        model_type=path,
+        modality=modality,
+        hidden_size=model.width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=model.max_length,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=tokenizer.end_id,
+    )
 
 
 def _check_vocabulary(name: str, config: Any, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """Several M3CoL models in one compiled step: one for each seed, and one for each seed and fold."""
 
 import copy
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Members(Method):
     same batches; initial values, mixing and dropout are each one's own.
     """
 
+    family = "classification"
     selection = "accuracy"
     prepares = True
     in_place = True
@@ -41,6 +43,16 @@ class Members(Method):
         self.evaluated = "latest" if len(self._models.names) > 1 else "best"
         self._encode = jax.jit(self._encode_members, static_argnums=1)
         self.classify_all = jax.jit(jax.vmap(single.probabilities))
+
+    @classmethod
+    def load(cls, config: Any, workdir: pathlib.Path) -> Method:
+        """As many models as `config.seeds` and `config.data.folds` ask for; of one, itself."""
+        if config.seeds < 1:
+            raise UserError(f"config.seeds={config.seeds} must be at least 1")
+        single = M3CoLMethod.load(config, workdir)
+        declared = len(single.task.data.rows("validation")) > 0
+        alone = config.seeds == 1 and (declared or config.data.folds < 2)
+        return single if alone else cls(single)
 
     def _check(self) -> None:
         config = self.config

@@ -13,13 +13,13 @@ from rcml_jax.data import queries
 from rcml_jax.data.images import ImageBank, augment
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
-from rcml_jax.data.sources import folder, openmoji
+from rcml_jax.data.sources import SOURCES
 from rcml_jax.data.tokenizer import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.registry import resolve
 
 #: Up to so many relations, all of them are also ranked.
 MOST_RELATIONS = 20
-SOURCES = ("openmoji", "folder", "grocery", "amazon", "hm")
 
 
 def texts_per_row(batch: Any) -> int:
@@ -61,53 +61,11 @@ def make_splits(graph: RelationGraph, data: Any) -> Splits:
 
 
 def load_graph(data: Any) -> RelationGraph:
-    """The relation graph that `config.data` names. Raises UserError for an unknown source."""
-    directory = cache_directory(data.dir)
-    if data.name == "openmoji":
-        return openmoji.load(directory)
-    if data.name == "folder":
-        if not data.path:
-            raise UserError(
-                "the folder source needs a path: --config configs/rcml.py:folder,path=DIRECTORY"
-            )
-        return folder.load(pathlib.Path(data.path), directory, strict=data.strict)
-    if data.name == "grocery":
-        from rcml_jax.data.sources import grocery
+    """The relation graph that `config.data` names, of `SOURCES` or by an import path.
 
-        return grocery.load(directory, path=data.path, strict=data.strict)
-    if data.name == "amazon":
-        from rcml_jax.data.sources import amazon
-
-        return amazon.load(
-            directory,
-            data.domain,
-            path=data.path,
-            strict=data.strict,
-            clusters=data.clusters,
-            pairs_per_user=data.pairs_per_user,
-            pairs_per_item=data.pairs_per_item,
-        )
-    if data.name == "hm":
-        if not data.path:
-            raise UserError(
-                "the hm source needs the files of the H&M competition, which cannot be fetched for "
-                "you: --config configs/rcml.py:hm,path=DIRECTORY"
-            )
-        from rcml_jax.data.sources import hm
-
-        return hm.load(
-            directory,
-            data.path,
-            strict=data.strict,
-            clusters=data.clusters,
-            min_purchases=data.min_purchases,
-            pairs_per_user=data.pairs_per_user,
-            pairs_per_item=data.pairs_per_item,
-            pairs_per_respect=data.pairs_per_respect,
-        )
-    raise UserError(
-        f"config.data.name={data.name!r} is unknown; choose one of {', '.join(SOURCES)}"
-    )
+    Raises UserError for an unknown source, and whatever the source finds wrong.
+    """
+    return resolve(data.name, SOURCES, "config.data.name")(data, cache_directory(data.dir))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

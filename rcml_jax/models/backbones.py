@@ -19,6 +19,7 @@ from rcml_jax.models.efficientnet import (
 )
 from rcml_jax.models.siglip import SiglipText, SiglipVision
 from rcml_jax.models.vit import ViT
+from rcml_jax.registry import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,42 @@ BACKBONES = {
 _KIND = "ViT, BERT or RoBERTa"
 
 
+@dataclasses.dataclass(frozen=True)
+class TowerSizes:
+    """The configuration of a tower of another package, which has no checkpoint here.
+
+    model_type: the import path "package.module:NAME" of what makes it, as of `Backbone.make`. The
+    sizes are those of `config.model`, under the names of `transformers.CLIPConfig`'s.
+    """
+
+    model_type: str
+    modality: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    pad_token_id: int
+    eos_token_id: int
+
+
+def backbone_of(config: Any) -> Backbone:
+    """The tower of a configuration: of `BACKBONES`, or by an import path.
+
+    Raises UserError for a path that cannot be imported, or that names nothing to call.
+    """
+    if not isinstance(config, TowerSizes):
+        return BACKBONES[config.model_type]
+    option = f"config.model.{config.modality}_tower"
+    wanted = "a flax module or a function (config, dtype, remat) that makes one"
+    return Backbone(resolve(config.model_type, {}, option, wanted=wanted), config.modality)
+
+
 def build_backbone(config: Any, dtype: jnp.dtype = jnp.float32, remat: str = "") -> nn.Module:
     """The tower that a configuration describes."""
-    return BACKBONES[config.model_type].make(config, dtype, remat)
+    return backbone_of(config).make(config, dtype, remat)
 
 
 def encoder_config(name: str, *, modality: str | None = None) -> Any:
@@ -101,6 +135,6 @@ def load_encoder(name: str, *, modality: str | None = None) -> tuple[Any, dict]:
 
 def example_input(config: Any) -> tuple[jnp.ndarray, ...]:
     """The smallest input of an encoder: an image, or ids and mask of a text."""
-    if BACKBONES[config.model_type].modality == "image":
+    if backbone_of(config).modality == "image":
         return (jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8),)
     return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

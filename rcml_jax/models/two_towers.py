@@ -13,7 +13,7 @@ from transformers import CLIPConfig, SiglipConfig
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
-from rcml_jax.models.backbones import BACKBONES, build_backbone
+from rcml_jax.models.backbones import backbone_of, build_backbone
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
 from rcml_jax.models.hf_flax import HFText, HFVision, check_hugging_face
 from rcml_jax.models.transformer import TokenStates, check_remat
@@ -158,7 +158,7 @@ def joint_width(config: TowersConfig) -> int:
 
 def takes_packed(config: TowersConfig) -> bool:
     """Whether the text tower takes several texts in a row (`PackedTexts`); only CLIP's does."""
-    return BACKBONES[config.text_config.model_type].packs
+    return backbone_of(config.text_config).packs
 
 
 def set_special_tokens(config: TowersConfig, *, end_id: int, pad_id: int) -> None:

@@ -11,6 +11,16 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.evaluation.controls import headline, rows_of
+from rcml_jax.evaluation.measures import (
+    Measure,
+    at,
+    headlines,
+    main_measures,
+    main_of,
+    selection_of,
+    values_at,
+)
+from rcml_jax.evaluation.measures import columns as columns_of
 from rcml_jax.evaluation.scores import SCORES
 from rcml_jax.report import page
 from rcml_jax.report.page import (
@@ -34,8 +44,6 @@ from rcml_jax.training.workdir import leaves
 MOST_RUNS = 8
 #: What a training line holds beside the loss and its terms.
 _NO_TERMS = ("loss", "learning_rate", "gradient_norm", "pairs", "accuracy", "relation_accuracy")
-_SELECTION = {"relational": "hit@5/avg", "classification": "accuracy"}
-_MEASURE = {"relational": "validation Hit@5 AVG (%)", "classification": "validation accuracy (%)"}
 _TERMS = {
     "tt": "text to text",
     "ii": "image to image",
@@ -82,7 +90,7 @@ def curves(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _named(line: dict, family: str) -> dict[str, float]:
     if line["kind"] == "validation":
-        value = line.get(_SELECTION[family])
+        value = line.get(_followed(family)[0])
         return {} if value is None else {"validation": value}
     found = {name: line[name] for name in ("loss", "learning_rate") if name in line}
     for name, value in line.items():
@@ -90,6 +98,14 @@ def _named(line: dict, family: str) -> dict[str, float]:
         if number and name not in _NO_TERMS:
             found[f"term/{name}"] = value
     return found
+
+
+def _followed(family: str) -> tuple[str, str]:
+    """The measure of validation that curves show: its name in `metrics.jsonl`, and its label."""
+    if family == "classification":
+        return "accuracy", "accuracy"
+    measure = main_of("retrieval")
+    return f"{selection_of(measure)}/avg", f"{measure.label} AVG"
 
 
 def _of(arrays: Arrays, run: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -140,51 +156,28 @@ def what(name: str, family: str) -> str:
         term = name.removeprefix("term/")
         return f"term: {_TERMS.get(term, f'{term} classifier')}"
     names = {"loss": "training loss", "learning_rate": "learning rate"}
-    return names.get(name) or _MEASURE[family]
+    return names.get(name) or f"validation {_followed(family)[1]} (%)"
 
 
 # Measures of runs and sweeps side by side: bars, and lines against an option that was varied.
 
 
-#: Names and paths into `eval.json` of what a sweep shows, by family.
-MEASURES = {
-    "relational": {
-        "Hit@5 AVG": "retrieval/hit@5/avg",
-        "Top-3 AVG": "relation_type/top3/avg",
-        "validity": "relation_validity/accuracy",
-    },
-    "classification": {
-        "last epoch": "classification/last/accuracy",
-        "selected on validation": "classification/validation_selected/accuracy",
-    },
-}
-#: Names, tasks and measures that controls have beside a run: one figure, a picture for each row.
-BESIDE = (
-    (
-        ("Hit@5, controlled", "retrieval", "hit@5"),
-        ("Hit@5, random", "retrieval_random", "hit@5"),
-    ),
-    (
-        ("relation type, Top-3", "relation_type", "top3"),
-        ("relation validity", "relation_validity", "accuracy"),
-    ),
-)
 _FREE = ("seed", "seeds", "platform", "devices", "tensorboard", "data.dir", "data.threads")
 
 
-def by_score(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any]:
-    """Columns run, group, value: a measure of a task under TT, II, TI, IT and AVG."""
+def by_score(runs: Sequence[Run], measure: Measure) -> dict[str, Any]:
+    """Columns run, group, value: a measure under TT, II, TI, IT and AVG."""
     rows = [
-        (run.label, score.upper(), required(run, f"{task}/{measure}/{score}"))
+        (run.label, score.upper(), required(run, f"{measure.path}/{score}"))
         for run in runs
         for score in SCORES
-        if not _left_out(run, f"{task}/{measure}/{score}")
+        if not _left_out(run, f"{measure.path}/{score}")
     ]
-    return _drawn(rows, task)
+    return _drawn(rows, measure.task)
 
 
-def by_similarity(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any]:
-    """Columns run, group, value: a measure of a task by AVG under each similarity of the sweep.
+def by_similarity(runs: Sequence[Run], measure: Measure) -> dict[str, Any]:
+    """Columns run, group, value: a measure by AVG under each similarity of the sweep.
 
     Raises LeftOutError where no evaluation has more than one similarity.
     """
@@ -192,11 +185,11 @@ def by_similarity(runs: Sequence[Run], task: str, measure: str) -> dict[str, Any
         (
             run.label,
             name.replace("_", "-"),
-            required(run, f"similarities/{name}/{task}/{measure}/avg"),
+            required(run, f"similarities/{name}/{measure.path}/avg"),
         )
         for run in runs
         for name in run.result.get("similarities", {})
-        if not _left_out(run, f"similarities/{name}/{task}/{measure}/avg")
+        if not _left_out(run, f"similarities/{name}/{measure.path}/avg")
     ]
     if not rows:
         raise LeftOutError(
@@ -241,23 +234,29 @@ def beside_controls(runs: Sequence[Run]) -> dict[str, Any]:
         (label if names.count(label) == 1 else f"{label}, {run}", "control", result)
         for run, label, (result,) in sorted(found, key=lambda row: names.index(row[1]))
     ]
-    rows = []
+    rows, beside = [], with_controls(having)
     for row, kind, result in shown:
         gains = result.get("gain_over_best_control", {})
-        for name, task, measure in (entry for picture in BESIDE for entry in picture):
-            values = _at(result, f"{task}/{measure}")
+        for measure in beside:
+            values = at(result, measure.path)
             if values is not None:
                 score, value = headline(values)
-                gain = gains.get(task, {}).get("gain", np.nan)
-                rows.append((row, kind, name, score.upper(), value, gain))
+                gain = gains.get(measure.task, {}).get("gain", np.nan)
+                rows.append((row, kind, measure.label, score.upper(), value, gain))
     return _columns(("row", "kind", "measure", "score", "value", "gain"), rows)
+
+
+def with_controls(runs: Sequence[Run]) -> list[Measure]:
+    """The main measures that a control of some run has, too."""
+    controls = [row for run in runs for row in run.result.get("controls", {}).values()]
+    return [m for m in main_measures() if any(at(row, m.path) is not None for row in controls)]
 
 
 def sweep_measures(sweep: Sweep) -> dict[str, Any]:
     """Columns variant, measure, mean, std (n − 1; 0 for one seed) and seeds of a sweep."""
     rows = []
     for label, runs in sweep.variants.items():
-        for name, path in MEASURES[sweep.family].items():
+        for name, path in headlines(sweep.family).items():
             values = [v for run in runs for v in values_at(run.result, path)]
             if values:
                 std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -288,12 +287,13 @@ def varied_option(sweep: Sweep) -> tuple[str, dict[str, float]] | None:
 def against_option(sweep: Sweep, values: Mapping[str, float]) -> dict[str, Any]:
     """Columns panel, option, measure, mean, std, seeds: measures for each value of an option.
 
-    Of relational methods one panel has Hit@5 by every score, the other the measures of `MEASURES`.
+    Of relational methods one panel has Hit@5 by every score, the other the headlines.
     """
-    panels = {"accuracy": MEASURES[sweep.family]}
+    panels = {"accuracy": headlines(sweep.family)}
     if sweep.family == "relational":
-        hits = {f"Hit@5 {s.upper()}": f"retrieval/hit@5/{s}" for s in reversed(SCORES)}
-        panels = {"Hit@5": hits, "other": MEASURES[sweep.family]}
+        hit = main_of("retrieval")
+        hits = {f"{hit.label} {s.upper()}": f"{hit.path}/{s}" for s in reversed(SCORES)}
+        panels = {hit.label: hits, "other": headlines(sweep.family)}
     rows = []
     for panel, measures in panels.items():
         for label in sorted(values, key=values.get):
@@ -307,17 +307,9 @@ def against_option(sweep: Sweep, values: Mapping[str, float]) -> dict[str, Any]:
     return _columns(("panel", "option", "measure", "mean", "std", "seeds"), rows)
 
 
-def values_at(result: Mapping[str, Any], path: str) -> list[float]:
-    """A measure's value, or its values over seeds; none where the result lacks it."""
-    node = _at(result, path)
-    if isinstance(node, Mapping):
-        return list(node.get("values", ()))
-    return [] if node is None else [float(node)]
-
-
 def required(run: Run, path: str) -> Any:
     """What a run's evaluation has at a path. Raises LeftOutError where it lacks it."""
-    found = _at(run.result, path)
+    found = at(run.result, path)
     if found is None:
         raise LeftOutError(
             f"{run.path / 'eval.json'} lacks {path}; evaluate again: rcml-eval --workdir {run.path}"
@@ -327,7 +319,7 @@ def required(run: Run, path: str) -> Any:
 
 def _left_out(run: Run, path: str) -> bool:
     """Whether an evaluation says that it cannot have a measure, and so has none."""
-    return "left_out" in run.result and _at(run.result, path) is None
+    return "left_out" in run.result and at(run.result, path) is None
 
 
 def _drawn(rows: list[tuple], task: str) -> dict[str, list]:
@@ -335,14 +327,6 @@ def _drawn(rows: list[tuple], task: str) -> dict[str, list]:
     if not rows:
         raise LeftOutError(f"no run has {task.replace('_', ' ')}; eval.json says why (left_out)")
     return _columns(("run", "group", "value"), rows)
-
-
-def _at(node: Any, path: str) -> Any:
-    for name in path.split("/"):
-        if not isinstance(node, Mapping) or name not in node:
-            return None
-        node = node[name]
-    return node
 
 
 def _columns(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
@@ -488,28 +472,6 @@ def draw_against(arrays: Arrays, path: pathlib.Path, option: str, panel: str) ->
         return page.save_figure(figure, path)
 
 
-_RESULTS = {
-    "relational": {
-        "Hit@5 TT": "retrieval/hit@5/tt",
-        "II": "retrieval/hit@5/ii",
-        "TI": "retrieval/hit@5/ti",
-        "IT": "retrieval/hit@5/it",
-        "AVG": "retrieval/hit@5/avg",
-        "AVG, by relation": "retrieval/macro/hit@5/avg",
-        "AVG, random": "retrieval_random/hit@5/avg",
-        "type, Top-3": "relation_type/top3/avg",
-        "validity": "relation_validity/accuracy",
-    },
-    "classification": {
-        "accuracy, last epoch": "classification/last/accuracy",
-        "selected on validation": "classification/validation_selected/accuracy",
-        "best test epoch": "classification/best_test_epoch/accuracy",
-        "macro F1, last": "classification/last/macro_f1",
-        "confidence on noise": "random_inputs/mean",
-    },
-}
-#: Measures of which more is not better.
-_NOT_BETTER = ("confidence on noise",)
 FAMILIES = {"relational": "relation graphs", "classification": "classification"}
 
 
@@ -540,9 +502,10 @@ def _results(folder: Folder, family: str, runs: Sequence[Run], title: str) -> Fi
     )
     if not scored:
         raise LeftOutError(without)
+    listed = columns_of(family)
     measures = {
         name: path
-        for name, path in _RESULTS[family].items()
+        for name, (path, _) in listed.items()
         if any(values_at(run.result, path) for run in scored)
     }
     columns: dict[str, list] = {"run": [], "measure": [], "mean": [], "std": [], "values": []}
@@ -573,7 +536,7 @@ def _results(folder: Folder, family: str, runs: Sequence[Run], title: str) -> Fi
     marked = frozenset(
         (int(i), int(j) + 3)
         for i, j in zip(*np.nonzero(mean == best), strict=True)
-        if len(rows) > 1 and list(measures)[j] not in _NOT_BETTER
+        if len(rows) > 1 and listed[list(measures)[j]][1].higher_is_better
     )
     return Figure(
         title,
@@ -712,7 +675,7 @@ def _against(folder: Folder, found: Sweep, name: str, option: str, values: dict)
         file = folder.picture(f"against-{name}-{slug(panel)}.svg")
         picture = draw_against(saved, file, label, panel)
         pictures.append(Picture(picture, f"{panel} against {option}."))
-    what = "Hit@5" if found.family == "relational" else "Accuracy"
+    what = main_of("retrieval").label if found.family == "relational" else "Accuracy"
     return Figure(
         f"{what} against {'β' if option == 'model.beta' else option}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}.",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rcml_jax.evaluation.measures import Measure, chance_of, main_of
 from rcml_jax.report import common, page, relational_data
 from rcml_jax.report.page import Arrays, Figure, Folder, LeftOutError, Picture, Section, Table, slug
 from rcml_jax.report.relational_data import PERPLEXITY, cost
@@ -186,8 +187,9 @@ def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
     """Runs and their controls: one picture of retrieval, one of the relation tasks."""
     path, saved = folder.save("controls.csv", common.beside_controls(runs))
     pictures = []
-    for number, entries in enumerate(common.BESIDE, 1):
-        names = [name for name, _, _ in entries]
+    measures = common.with_controls(runs)
+    for number, retrieval in enumerate((True, False), 1):
+        names = [m.label for m in measures if m.task.startswith("retrieval") == retrieval]
         drawn = common.draw_controls(saved, folder.picture(f"controls-{number}.svg"), names)
         if drawn:
             alt = f"Bars of runs and controls: {', '.join(names)}."
@@ -213,6 +215,12 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
     asked = [run.result["relation_type"] for run in runs if "relation_type" in run.result]
     candidates = asked[0].get("candidates", 10) if asked else 10
     runs = runs[:_MOST_BARS]
+    hit, top = main_of("retrieval"), main_of("relation_type")
+
+    def chance(measure: Measure) -> float:
+        """Of the first run that tells it; 0 where none does."""
+        told = (chance_of(measure, run.result) for run in runs)
+        return next((value for value in told if value is not None), 0.0)
 
     def figure(title, name, arrays, what, chance, caption) -> Figure:
         path, saved = folder.save(f"{name}.csv", arrays)
@@ -226,45 +234,37 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
     )
     return [
         folder.attempt(
-            "Retrieval: Hit@5",
+            f"Retrieval: {hit.label}",
             lambda: figure(
-                "Retrieval: Hit@5", "retrieval", common.by_score(runs, "retrieval", "hit@5"),
-                "Hit@5 (%)", _chance(protocol["retrieval"]),
+                f"Retrieval: {hit.label}", "retrieval", common.by_score(runs, hit),
+                f"{hit.label} (%)", chance(hit),
                 f"Queries: {protocol['retrieval']}. {_SCORES}. Ties count against the model.",
             ),
         ),
         folder.attempt(
-            "Relation type: Top-3",
+            f"Relation type: {top.label}",
             lambda: figure(
-                "Relation type: Top-3", "relation-type",
-                common.by_score(runs, "relation_type", "top3"), "Top-3 (%)",
-                min(1.0, 3 / candidates), f"{types} {_SCORES}.",
+                f"Relation type: {top.label}", "relation-type", common.by_score(runs, top),
+                f"{top.label} (%)", chance(top), f"{types} {_SCORES}.",
             ),
         ),
         folder.attempt(
-            "Relation type: Top-3 by similarity",
+            f"Relation type: {top.label} by similarity",
             lambda: figure(
-                "Relation type: Top-3 by similarity", "relation-type-by-similarity",
-                common.by_similarity(runs, "relation_type", "top3"), "Top-3 by AVG (%)",
-                min(1.0, 3 / candidates), f"{types} Scored by AVG under each similarity.",
+                f"Relation type: {top.label} by similarity", "relation-type-by-similarity",
+                common.by_similarity(runs, top), f"{top.label} by AVG (%)",
+                chance(top), f"{types} Scored by AVG under each similarity.",
             ),
         ),
         folder.attempt(
             "Relation validity",
             lambda: figure(
-                "Relation validity", "validity", common.validity(runs), "accuracy (%)", 0.5,
+                "Relation validity", "validity", common.validity(runs), "accuracy (%)",
+                chance(main_of("relation_validity")),
                 f"Does the relation hold? A {protocol['relation_validity']}.",
             ),
         ),
     ]  # fmt: skip
-
-
-def _chance(said: str) -> float:
-    """The chance of Hit@5 that the protocol's sentence ends with; 0 where it names none."""
-    try:
-        return float(said.rpartition("chance of Hit@5 ")[2])
-    except ValueError:
-        return 0.0
 
 
 class _Models:

@@ -12,13 +12,12 @@ import jax
 
 from rcml_jax.cli.commands import read_config
 from rcml_jax.errors import UserError
-from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build
+from rcml_jax.methods import EMBEDDINGS, METHODS, build, family_of
 from rcml_jax.report.page import LeftOutError
 from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.workdir import leaves
 
-CLASSIFIERS = ("m3col",)
 _NEEDED = {
     "relational": ("retrieval", "relation_type", "relation_validity", "protocol"),
     "classification": ("classification", "checkpoint", "protocol"),
@@ -95,15 +94,6 @@ def groups(sources: Sources, family: str) -> dict[str, tuple[list[Run], list[Swe
     return found
 
 
-def family_of(method: str) -> str:
-    """Which measures a method has: "relational", "classification", "alignment"; else ""."""
-    if method in (*RELATIONAL, EMBEDDINGS):
-        return "relational"
-    if method in CLASSIFIERS:
-        return "classification"
-    return "alignment" if method == "alignment" else ""
-
-
 def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
     """Open work directories, sweeps and studies; a directory that is named twice counts once.
 
@@ -151,7 +141,7 @@ def _run(path: pathlib.Path, label: str, config: Any) -> Run:
     if not family:
         raise UserError(
             f"{path} is of the method {config.method!r}, of which there are no figures; give runs "
-            f"of {', '.join((*RELATIONAL, *CLASSIFIERS))}, sweeps of them or alignment studies"
+            f"of {', '.join(METHODS)}, sweeps of them or alignment studies"
         )
     result = read_result(path)
     if result is not None:

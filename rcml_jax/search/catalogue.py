@@ -24,7 +24,7 @@ from flax.errors import FlaxError
 from rcml_jax.data.images import DECODE_ERRORS
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
-from rcml_jax.methods import RELATIONAL, build
+from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
 from rcml_jax.methods.relational import Embedder, RelationalMethod
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, Plan, Writer, open_embeddings
 from rcml_jax.search.items import Items, pixels
@@ -75,7 +75,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
     """
     workdir = pathlib.Path(workdir)
     config = load_config(workdir) if config is None else config
-    if config.method not in RELATIONAL:
+    if config.method == EMBEDDINGS or family_of(config.method) != "relational":
         raise UserError(
             f"{workdir} holds the method {config.method!r}, which embeds nothing under relations; "
             f"give a run of {', '.join(RELATIONAL)}"

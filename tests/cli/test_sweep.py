@@ -8,7 +8,8 @@ import pytest
 from rcml_jax.cli import sweep
 from rcml_jax.cli.sweep import read_variants
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.display import RELATIONAL, collect, markdown
+from rcml_jax.evaluation.display import collect, markdown
+from rcml_jax.evaluation.measures import columns
 from tests.toy import CONFIG, TINY, cache_of
 
 
@@ -47,7 +48,7 @@ def test_wrong_variants(vary, variants, message):
 def write_result(folder, value):
     """An eval.json whose columns hold value, value + 0.01, ..."""
     result = {}
-    for place, path in enumerate(RELATIONAL.values()):
+    for place, (path, _) in enumerate(columns("relational").values()):
         *parents, last = path.split("/")
         inner = result
         for name in parents:
@@ -72,7 +73,7 @@ def test_the_table_holds_means_and_deviations_over_seeds(tmp_path):
         "one",
         1,
     )
-    for place, column in enumerate(RELATIONAL):
+    for place, column in enumerate(columns("relational")):
         shifted = np.array(values) + place / 100
         assert full[column]["mean"] == pytest.approx(np.mean(shifted))
         expected = np.sqrt(np.sum((shifted - shifted.mean()) ** 2) / 2)

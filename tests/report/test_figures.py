@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rcml_jax.evaluation.measures import main_of
 from rcml_jax.report import classification, common, page, relational
 from rcml_jax.report.page import LeftOutError, load, save
 from rcml_jax.report.runs import read_sources
@@ -136,7 +137,7 @@ def test_bars_by_score(tmp_path):
     runs = read_runs(
         tmp_path, {"rcml": relational_result(base=0.5), "clip": relational_result("clip", 0.25)}
     )
-    arrays = saved(tmp_path, common.by_score(runs, "retrieval", "hit@5"), "b.csv")
+    arrays = saved(tmp_path, common.by_score(runs, main_of("retrieval")), "b.csv")
     np.testing.assert_allclose(arrays["value"][:5], [0.5, 0.52, 0.54, 0.56, 0.58])
     shown = check(
         common.draw_groups(arrays, tmp_path / "a.svg", "Hit@5 (%)", 0.238),
@@ -147,12 +148,12 @@ def test_bars_by_score(tmp_path):
 
 def test_bars_by_similarity_need_a_sweep(tmp_path):
     runs = read_runs(tmp_path, {"one": relational_result(similarities=("cosine", "chi_square"))})
-    arrays = saved(tmp_path, common.by_similarity(runs, "relation_type", "top3"), "b.csv")
+    arrays = saved(tmp_path, common.by_similarity(runs, main_of("relation_type")), "b.csv")
     assert arrays["group"].tolist() == ["cosine", "chi-square"]
     np.testing.assert_allclose(arrays["value"], 0.58)
     with pytest.raises(LeftOutError, match=r"config\.evaluation\.similarity=all"):
         common.by_similarity(
-            read_runs(tmp_path, {"other": relational_result()}), "relation_type", "top3"
+            read_runs(tmp_path, {"other": relational_result()}), main_of("relation_type")
         )
 
 
@@ -177,7 +178,7 @@ def test_runs_stand_beside_their_controls(tmp_path):
     arrays = saved(tmp_path, common.beside_controls(runs), "c.csv")
     columns = [arrays[name].tolist() for name in ("row", "measure", "kind", "score", "value")]
     found = {(row, measure): rest for row, measure, *rest in zip(*columns, strict=True)}
-    controlled, random = "Hit@5, controlled", "Hit@5, random"
+    controlled, random = (main_of(x).label for x in ("retrieval", "retrieval_random"))
     assert found["rcml", controlled] == ["run", "AVG", pytest.approx(0.58)]
     assert found["rcml", "relation validity"] == ["run", "", 0.5]
     # Of the controls that both runs have the same, one row; TT where there is no AVG.
@@ -226,13 +227,13 @@ def test_variants_have_means_and_deviations(tmp_path):
     )
     assert common.varied_option(sweep) is None
     arrays = saved(tmp_path, common.sweep_measures(sweep), "b.csv")
-    here = arrays["measure"] == "validity"
+    here = arrays["measure"] == "relation validity"
     np.testing.assert_allclose(arrays["mean"][here], [0.3, 0.5])
     np.testing.assert_allclose(arrays["std"][here], [np.std([0.2, 0.4], ddof=1), 0])
     np.testing.assert_array_equal(arrays["seeds"][here], [2, 1])
     check(
         common.draw_variants(arrays, tmp_path / "a.svg"),
-        "full", "none", "Hit@5 AVG", "Top-3 AVG", "validity", "30.0", "percent",
+        "full", "none", "Hit@5 AVG", "Top-3 AVG", "relation validity", "30.0", "percent",
     )  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def test_a_number_that_was_varied_is_an_axis(tmp_path):
     assert option == "model.beta"
     assert values == {f"beta={b}": b for b in (0.0, 1.0, 0.5)}
     arrays = saved(tmp_path, common.against_option(sweep, values), "b.csv")
-    here = arrays["measure"] == "validity"
+    here = arrays["measure"] == "relation validity"
     np.testing.assert_allclose(arrays["option"][here], [0, 0.5, 1])
     np.testing.assert_allclose(arrays["mean"][here], [0, 3 / 16, 3 / 8])
     assert common.labels(arrays, "panel") == ["Hit@5", "other"]

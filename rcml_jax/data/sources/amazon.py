@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -211,6 +211,12 @@ class _Source(NamedTuple):
     pictures: dict[str, Path]
     urls: list[str]
     state: list
+
+
+def from_config(data: Any, cache: Path) -> RelationGraph:
+    """The graph of `config.data`: the arguments of `load` under their names."""
+    names = ("path", "strict", "clusters", "pairs_per_user", "pairs_per_item")
+    return load(cache, data.domain, **{name: data[name] for name in names})
 
 
 def load(

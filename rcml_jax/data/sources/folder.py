@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,15 @@ class _Item:
     image: Path
     label: str
     where: str
+
+
+def from_config(data: Any, cache: Path) -> RelationGraph:
+    """The graph of `config.data`: `path` and `strict`. Raises UserError without a path."""
+    if not data.path:
+        raise UserError(
+            "the folder source needs a path: --config configs/rcml.py:folder,path=DIRECTORY"
+        )
+    return load(data.path, cache, strict=data.strict)
 
 
 def load(

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,12 @@ _REMEDY = (
 # ASCII letters to lower case, every other byte to a blank.
 _LETTERS = bytes(b | 32 if chr(b) in string.ascii_letters else 32 for b in range(256))
 _limit_lock = threading.Lock()
+
+
+def from_config(data: Any, cache: Path) -> ClassificationData:
+    """The data of `config.data`: `path`, `strict` and `split_seed`."""
+    del cache  # Pictures are read where they lie.
+    return load(data.path, strict=data.strict, seed=data.split_seed)
 
 
 def load(

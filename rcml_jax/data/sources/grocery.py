@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -263,6 +264,11 @@ class _Photograph:
     product: int
     split: int
     where: str
+
+
+def from_config(data: Any, cache: Path) -> RelationGraph:
+    """The graph of `config.data`: `path` and `strict`."""
+    return load(cache, path=data.path, strict=data.strict)
 
 
 def load(

@@ -25,7 +25,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -387,6 +387,21 @@ class _Options(NamedTuple):
     pairs_per_item: int
     pairs_per_respect: int
     seed: int
+
+
+def from_config(data: Any, cache: Path) -> RelationGraph:
+    """The graph of `config.data`: the arguments of `load` under their names.
+
+    Raises UserError without a path.
+    """
+    if not data.path:
+        raise UserError(
+            "the hm source needs the files of the H&M competition, which cannot be fetched for "
+            "you: --config configs/rcml.py:hm,path=DIRECTORY"
+        )
+    names = ("strict", "clusters", "min_purchases", "pairs_per_user", "pairs_per_item")
+    options = {name: data[name] for name in (*names, "pairs_per_respect")}
+    return load(cache, data.path, **options)
 
 
 def load(

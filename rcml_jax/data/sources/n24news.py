@@ -26,6 +26,12 @@ _REMEDY = (
 )
 
 
+def from_config(data: Any, cache: Path) -> ClassificationData:
+    """The data of `config.data`: `path`, `text` and `strict`."""
+    del cache  # Pictures are read where they lie.
+    return load(data.path, text=data.text, strict=data.strict)
+
+
 def load(
     directory: str | Path,
     *,

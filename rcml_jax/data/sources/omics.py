@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,19 @@ BLOBS = {
         "3_featname.csv": "291dd56ba3c6c2dc7cdd74bded4e457fe15bf290",
     },
 }
+
+
+def from_config(data: Any, cache: Path) -> ClassificationData:
+    """The data set of `config.data`: `name`, and `path` or a copy in `dir`."""
+    return load(data.name, cache, directory=data.path or _copy(data.dir, data.name))
+
+
+def _copy(directory: str, name: str) -> str:
+    """`config.data.dir` itself where it is a local copy of a MOGONET data set, else ""."""
+    root = Path(directory)
+    places = (root, root / name.upper())
+    found = directory and any((place / "labels_tr.csv").is_file() for place in places)
+    return directory if found else ""
 
 
 def load(

@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
@@ -352,6 +353,12 @@ _ABOUT = {
 }
 
 
+def from_config(data: Any, cache: Path) -> RelationGraph:
+    """The graph that `config.data` asks for; there is nothing to choose."""
+    del data
+    return load(cache)
+
+
 def load(data_dir: str | Path, *, log: Callable[[str], None] | None = None) -> RelationGraph:
     """The OpenMoji graph; prepared in `data_dir` the first time (a few seconds), then read.
 
@@ -463,6 +470,11 @@ def _fingerprint() -> str:
 
 
 # OpenMoji as classification: which of Unicode's groups an emoji is of, from picture and name.
+
+
+def groups_from_config(data: Any, cache: Path) -> ClassificationData:
+    """The groups that `config.data` asks for: with the splits of its `split_seed`."""
+    return load_groups(cache, split_seed=data.split_seed)
 
 
 def load_groups(
