@@ -1,4 +1,4 @@
-"""Losses of many rows, a block of rows at a time, forward and backward."""
+"""Losses over many rows, computed block by block, forward and backward."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def map_rows(function: Callable, rows, block: int):
 
 
 def unstack(x: jax.Array, n: int) -> jax.Array:
-    """What `map_rows` made of each row, (blocks, block, ...), in the order of the n rows."""
+    """Results of `map_rows`, (blocks, block, ...), as (n, ...) in the order of the rows."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n]
 
 
@@ -45,10 +45,10 @@ def column_log_sums(logits: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def lowest(dtype: jnp.dtype) -> float:
-    """A number whose exponential is 0 next to any similarity's, and which may be doubled."""
+    """Large negative logit for masked entries; safe to add to itself."""
     return jnp.finfo(dtype).min / 2
 
 
 def all_valid(where: jax.Array | None, n: int) -> jax.Array:
-    """`where`, or (n,) bool that leaves nothing out."""
+    """`where` as bool, or (n,) of True if it is None."""
     return jnp.ones(n, bool) if where is None else jnp.asarray(where, bool)
