@@ -399,8 +399,9 @@ def from_config(data: Any, cache: Path) -> RelationGraph:
             "the hm source needs the files of the H&M competition, which cannot be fetched for "
             "you: --config configs/rcml.py:hm,path=DIRECTORY"
         )
-    names = ("path", "strict", "clusters", "min_purchases", "pairs_per_user", "pairs_per_item")
-    return load(cache, **{name: data[name] for name in (*names, "pairs_per_respect")})
+    names = ("strict", "clusters", "min_purchases", "pairs_per_user", "pairs_per_item")
+    options = {name: data[name] for name in (*names, "pairs_per_respect")}
+    return load(cache, data.path, **options)
 
 
 def load(
