@@ -322,7 +322,7 @@ def test_unseen_sentences_stand_beside_those_of_training(catalogue, tmp_path, me
     tables, needed = {}, np.ones((22, 60), bool)
     for name, sentences in (("seen", None), ("kept", wrong)):
         found = built.tables(params, np.arange(60), needed, sentences)
-        tables[name] = list(found.values())[-1]
+        tables[name] = found["sentence" if method == "clip" else "relation"]
     # Under the next relation's sentence is what the next relation had.
     np.testing.assert_allclose(tables["kept"].text[0], tables["seen"].text[1], atol=1e-5)
     assert not np.allclose(tables["kept"].relation[0], tables["seen"].relation[0], atol=1e-3)

@@ -54,7 +54,7 @@ def from_config(data: Any, cache: Path) -> RelationGraph:
     """The graph of `config.data`: `path` and `strict`. Raises UserError without a path."""
     if not data.path:
         raise UserError(
-            "the folder source needs a path: --config configs/rcml.py:folder,path=DIRECTORY"
+            "the folder source needs a path: --config rcml:folder,path=DIRECTORY"
         )
     return load(data.path, cache, strict=data.strict)
 

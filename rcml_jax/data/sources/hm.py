@@ -397,7 +397,7 @@ def from_config(data: Any, cache: Path) -> RelationGraph:
     if not data.path:
         raise UserError(
             "the hm source needs the files of the H&M competition, which cannot be fetched for "
-            "you: --config configs/rcml.py:hm,path=DIRECTORY"
+            "you: --config rcml:hm,path=DIRECTORY"
         )
     names = ("strict", "clusters", "min_purchases", "pairs_per_user", "pairs_per_item")
     options = {name: data[name] for name in (*names, "pairs_per_respect")}

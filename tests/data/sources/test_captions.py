@@ -132,7 +132,7 @@ def test_a_caption_of_no_picture(tmp_path):
 def test_copies_that_are_elsewhere_or_empty(tmp_path):
     for read, name in ((captions.flickr30k, "flickr30k"), (captions.coco, "coco")):
         for place, message in (("", "No directory"), (tmp_path / "no", "There is no directory")):
-            with pytest.raises(UserError, match=f"{message}.*alignment.py:{name}"):
+            with pytest.raises(UserError, match=f"{message}.*alignment:{name}"):
                 read(place)
         with pytest.raises(UserError, match="because it has no"):
             read(tmp_path)

@@ -361,7 +361,7 @@ def test_a_whole_copy_is_strict(copy, prepared, tmp_path):
 
 def test_missing_files_and_columns(own, tmp_path):
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match=r"no articles.csv in .*rcml.py:hm,path=DIRECTORY"):
+    with pytest.raises(UserError, match=r"no articles.csv in .*rcml:hm,path=DIRECTORY"):
         load(tmp_path / "nowhere", cache)
     text = (own / "transactions_train.csv").read_text()
     (own / "transactions_train.csv").write_text(text.replace("customer_id", "customer", 1))
