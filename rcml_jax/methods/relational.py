@@ -134,7 +134,7 @@ class RelationalMethod(Method):
 
     def one_example(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """A text (1, T) and an image (1, H, W, 3), whose shapes parameters depend on."""
-        size = self.task.images.size
+        size = self.towers_config.vision_config.image_size
         return batch["shared"]["relation_ids"][:1], jnp.zeros((1, size, size, 3), jnp.uint8)
 
     @abc.abstractmethod

@@ -80,7 +80,7 @@ def test_a_graph_without_pairs_for_most_items(tmp_path):
 def test_tensorflow_is_not_imported_and_nothing_warns(tmp_path):
     code = f"""
         import sys
-        from rcml_jax.data import store
+        from rcml_jax.data import prepared
         from tests.data.conftest import make_graph
         prepared.prepare({str(tmp_path)!r}, make_graph())
         prepared.load({str(tmp_path)!r}, "toy").images[3].load()
@@ -116,7 +116,7 @@ def test_it_is_built_once(toy, tmp_path):
 def test_a_killed_preparation_is_not_taken_for_whole(toy, tmp_path):
     code = f"""
         import dataclasses, os, signal
-        from rcml_jax.data import store
+        from rcml_jax.data import prepared
         from rcml_jax.data.images import EncodedImages
         from tests.data.conftest import make_graph, png
         def encode(i):

@@ -185,7 +185,7 @@ def test_mistakes_about_sources_are_one_sentence(checkpoints, tmp_path, capsys):
 def test_other_methods_take_no_configuration(tmp_path, capsys):
     args = ["eval", f"--config={ROOT / 'configs' / 'rcml.py'}", f"--workdir={tmp_path / 'run'}"]
     assert commands.evaluate(args) == 2
-    assert "for the alignment study only" in capsys.readouterr().err
+    assert "only for the alignment study" in capsys.readouterr().err
 
 
 @pytest.mark.slow

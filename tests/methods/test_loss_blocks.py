@@ -1,20 +1,23 @@
 """`config.loss.block` and `.pair_block` reach the loss of every method, which stays the same."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.methods import baselines, build, declip, m3col, rcml
+from rcml_jax.losses import clip, siglip, unicl
+from rcml_jax.methods import build, declip, m3col, rcml
 from tests.methods.m3col_data import omics_config, write_tables
 from tests.toy import tiny_config
 
 LOSSES = {
     "rcml": (rcml, "relation_contrastive"),
-    "clip": (baselines, "clip"),
-    "siglip": (baselines, "sigmoid"),
-    "unicl": (baselines, "label_supervised"),
+    "clip": (clip, "clip"),
+    "siglip": (siglip, "sigmoid"),
+    "unicl": (unicl, "label_supervised"),
     "declip": (declip, "declip"),
 }
 
@@ -26,6 +29,7 @@ def given(monkeypatch):
     def watch(module, name):
         real, seen = getattr(module, name), []
 
+        @functools.wraps(real)
         def watched(*args, **options):
             seen.append((options["block"], options.get("pair_block")))
             return real(*args, **options)

@@ -209,7 +209,9 @@ def test_runs_stand_beside_their_controls(tmp_path):
 
 def test_an_evaluation_without_controls_has_none_to_show(tmp_path):
     runs = read_runs(tmp_path, {"old": relational_result()})
-    with pytest.raises(LeftOutError, match=r"eval\.json has no controls; evaluate again: python"):
+    with pytest.raises(
+        LeftOutError, match=r"eval\.json has no controls; evaluate again: rcml-eval"
+    ):
         common.beside_controls(runs)
 
 

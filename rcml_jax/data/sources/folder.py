@@ -53,9 +53,7 @@ class _Item:
 def from_config(data: Any, cache: Path) -> RelationGraph:
     """The graph of `config.data`: `path` and `strict`. Raises UserError without a path."""
     if not data.path:
-        raise UserError(
-            "the folder source needs a path: --config rcml:folder,path=DIRECTORY"
-        )
+        raise UserError("the folder source needs a path: --config rcml:folder,path=DIRECTORY")
     return load(data.path, cache, strict=data.strict)
 
 
