@@ -82,5 +82,5 @@ def test_what_the_source_is_loaded_with(copy, tmp_path, monkeypatch):
 def test_without_a_path(tmp_path):
     config = load_config_file(f"{CONFIG}:hm")
     config.data.dir = str(tmp_path)
-    with pytest.raises(UserError, match=r"rcml\.py:hm,path=DIRECTORY"):
+    with pytest.raises(UserError, match=r"rcml:hm,path=DIRECTORY"):
         load_graph(config.data)
