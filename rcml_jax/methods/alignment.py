@@ -39,6 +39,7 @@ from rcml_jax.evaluation.modality_gap import (
 )
 from rcml_jax.methods import build
 from rcml_jax.methods.relational import RelationalMethod
+from rcml_jax.methods.stored_states import in_chunks
 from rcml_jax.methods.task import cache_directory
 from rcml_jax.ops.similarity import SIMILARITIES
 from rcml_jax.training import loop, sharding
@@ -52,7 +53,6 @@ NAMES = ("openmoji", "npz", "flickr30k", "coco", "runs")
 #: Train, validation and test pairs of a source.
 Splits = list[Pairs]
 _SHARES = (0.6, 0.2, 0.2)
-_CHUNK = 64
 
 
 def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits]]:
@@ -224,7 +224,7 @@ class ImageBlocks:
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """The rows from start to before stop, (stop - start, width)."""
-        return _in_chunks(lambda rows: self._embed(self._bank(rows)), start, stop)
+        return in_chunks(lambda rows: self._embed(self._bank(rows)), start, stop)
 
 
 class TextBlocks:
@@ -242,20 +242,11 @@ class TextBlocks:
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """The rows from start to before stop, (stop - start, width)."""
-        return _in_chunks(self._rows, start, stop)
+        return in_chunks(self._rows, start, stop)
 
     def _rows(self, rows: np.ndarray) -> jax.Array:
         ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
         return self._embed(ids, mask)
-
-
-def _in_chunks(embed: Callable[[np.ndarray], jax.Array], start: int, stop: int) -> np.ndarray:
-    """Rows in chunks of one size, the last filled up, so that little is compiled."""
-    parts = []
-    for first in range(start, stop, _CHUNK):
-        rows = np.arange(first, first + _CHUNK).clip(max=stop - 1)
-        parts.append(np.asarray(embed(rows))[: stop - first])
-    return np.concatenate(parts)
 
 
 ARRAYS = "similarities.npz"

@@ -38,7 +38,7 @@ class StoredStates:
         layout = jax.jit(lambda x: apply(x)[1:])
         states = jax.jit(lambda x: apply(x).states.astype(np.float16))
         shape = jax.eval_shape(states, inputs(np.zeros(1, int))).shape[1:]
-        self._layout = _in_chunks(lambda rows: layout(inputs(rows)), 0, count)
+        self._layout = in_chunks(lambda rows: layout(inputs(rows)), 0, count)
         blocks = _Blocks(count, shape, lambda rows: states(inputs(rows)))
         if not path.is_file():
             size = count * int(np.prod(shape)) * 2 / 2**20
@@ -113,10 +113,10 @@ class _Blocks:
         return self._count
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        return _in_chunks(self._rows, start, stop)
+        return in_chunks(self._rows, start, stop)
 
 
-def _in_chunks(function: Callable[[np.ndarray], Any], start: int, stop: int) -> Any:
+def in_chunks(function: Callable[[np.ndarray], Any], start: int, stop: int) -> Any:
     """A function of item numbers over chunks of one size, the last filled up."""
     parts = []
     for first in range(start, stop, _CHUNK):
