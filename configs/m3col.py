@@ -16,7 +16,7 @@ import ml_collections
 
 from rcml_jax.config import parse_argument
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
-from rcml_jax.schema import ARGUMENTS
+from rcml_jax.options import ARGUMENTS
 
 
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:

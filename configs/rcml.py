@@ -27,7 +27,7 @@ import ml_collections
 
 from rcml_jax.config import parse_argument
 from rcml_jax.data.sources import SOURCES
-from rcml_jax.schema import ARGUMENTS
+from rcml_jax.options import ARGUMENTS
 
 _VIT_B32 = "openai/clip-vit-base-patch32"
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("models", "data", "config"),
     ("evaluation",),
     ("methods",),
-    ("schema",),
+    ("options", "schema"),
     ("training",),
     ("methods.alignment", "search"),
     ("cli", "export", "report"),
