@@ -474,7 +474,9 @@ def help_text(recipe: str, only: Callable[[str], bool] = lambda name: True) -> s
         if option.section != section:
             section = option.section
             lines += ["", f"{section or 'general'}:"]
-        lines.append(f"  --config.{option.name}={_shown_value(value)}")
+        line = f"  --config.{option.name}={_shown_value(value)}"
+        name, equals, shown = line.partition("=")
+        lines += [line] if len(line) <= 80 else [name + equals, f"      {shown}"]
         lines += _wrapped(_sentences(option))
     for prefix, part in list(_parts(config))[1:]:
         if only(prefix):
@@ -526,7 +528,7 @@ def _sentences(option: Option) -> str:
         kind = f"{kind}, {allowed}"
     elif allowed:
         kind = allowed
-    return f"{option.help} {kind[0].upper()}{kind[1:]}."
+    return f"{option.help} [{kind}]"
 
 
 def _wrapped(text: str, indent: str = "      ") -> list[str]:
