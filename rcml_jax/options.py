@@ -171,6 +171,8 @@ _TEMPERATURE = {"low": 1e-4, "high": 100.0}
 LOOP = (
     Option("seed", int, "Seed of initial values, batches and augmentation.", **_SEED),
     Option("log_every", int, "Steps between two lines of training metrics.", low=1),
+    Option("patience", int, "Validations without improvement before training stops; 0: never.",
+        low=0),
     Option("parallel", str,
         "How a step is split over devices: sharded batches, replicas, or a sharded state as well.",
         choices=("jit", "pmap", "fsdp")),
@@ -189,8 +191,6 @@ LOOP = (
 
 _TRAINED = (
     *LOOP,
-    Option("patience", int, "Validations without improvement before training stops; 0: never.",
-        low=0),
     Option("micro_batch", int,
         "Number of examples embedded at a time, to save memory; 0: the whole batch.", low=0),
     Option("data.dir", str, "Cache of prepared data; empty: the user's cache directory."),

@@ -175,6 +175,9 @@ def _by_seed(path: pathlib.Path) -> tuple:
 
 def _variant_names(path: pathlib.Path) -> dict[str, str]:
     """Folder → label of a sweep's variants, in the order of its table."""
+    if (path / "variants.json").is_file():
+        listed = read_json(path / "variants.json", "start the sweep again")
+        return {folder: entry["variant"] for folder, entry in listed.items()}
     if not (path / "table.json").is_file():
         return {}
     table = read_json(path / "table.json", "start the sweep again")
