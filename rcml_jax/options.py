@@ -376,7 +376,8 @@ _M3COL = (
     Option("optimizer.factor", float, "Reduction by the step and plateau schedules.",
         above=0, below=1),
     Option("optimizer.plateau_patience", int,
-        "Validations without improvement before the plateau schedule reduces.", low=0),
+        "Validations without improvement before the plateau schedule reduces.",
+        low=0, high=1_000_000),
 )
 
 _ALIGNMENT = (

@@ -28,6 +28,8 @@ from rcml_jax.registry import is_path
 
 #: Names under these prefixes are the user's own.
 OPEN = ("method_options", "data.options")
+#: Names under these prefixes are written by a run itself, of what its checkpoints' files say.
+_WRITTEN = ("model.preprocessing",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,7 +407,7 @@ def _check_name(
     name: str, values: Mapping[str, Any], options: Sequence[Option], prefix: str
 ) -> None:
     """Raise UserError for a name that no option has."""
-    if any(name == own or name.startswith(f"{own}.") for own in OPEN):
+    if any(name == own or name.startswith(f"{own}.") for own in (*OPEN, *_WRITTEN)):
         return
     option, source = _find(name, options), values.get("data.name", "")
     if option is None:

@@ -65,7 +65,7 @@ class Members(Method):
         )
         if error:
             raise UserError(error)
-        self._keep, self._models, seeds = _members(config, data)
+        self._keep, seeds, self._models = _members(config, data)
         self._seeds = jnp.asarray([fold_seed(seed) for seed in seeds], jnp.uint32)
         # Models with different best steps have no best checkpoint in common.
         self.evaluated = "latest" if len(self._models.names) > 1 else "best"
@@ -194,8 +194,8 @@ def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
     return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
 
-def _members(config: Any, data: Any) -> tuple[jax.Array, Models, list[int]]:
-    """Which rows each model may train on, (models, samples) bool, the models, and their seeds."""
+def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
+    """Rows that each model may train on, (models, samples) bool; its seed; and the models."""
     seeds = [config.seed + i for i in range(config.seeds)]
     everything = np.ones(len(data), bool)
     declared = data.rows("validation")
@@ -204,7 +204,7 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models, list[int]]:
         places = tuple(range(len(seeds)))
         validation = dict.fromkeys(places, declared) if len(declared) else {}
         keep = jnp.asarray(np.stack([everything] * len(seeds)))
-        return keep, Models(names, places, validation), seeds
+        return keep, seeds, Models(names, places, validation)
     train = data.rows("train")
     if config.data.folds > len(train):
         raise UserError(
@@ -220,4 +220,4 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models, list[int]]:
         validation[place] = np.flatnonzero(held_out)
     names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
     models = Models(tuple(names), tuple(range(len(seeds))), validation)
-    return jnp.asarray(np.stack(keep)), models, [*seeds, *seeds]
+    return jnp.asarray(np.stack(keep)), 2 * seeds, models
