@@ -177,7 +177,7 @@ def test_choices_that_stand_elsewhere():
         ("rcml", "model.head_init", "x", "head_init='x' is unknown; choose one of identity, plain"),
         ("rcml", "batch.image_shift", -1, "batch.image_shift=-1 must be from 0 to 256"),
         ("rcml", "model.embed_dim", 0, "model.embed_dim=0 must be from 1"),
-        ("rcml", "data.queries", 0, "data.queries=0 must be at least 4"),
+        ("rcml", "data.queries", 0, "data.queries=0 must be at least 20"),
         ("m3col", "seed", -1, "config.seed=-1 must be from 0 to 9,223,372,036,854,775,807"),
         ("rcml", "seed", 2**63, "config.seed=9223372036854775808 must be from 0 to"),
         ("rcml", "steps", 2**31, "config.steps=2147483648 must be from 1 to 2,147,483,647"),
