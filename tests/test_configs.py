@@ -2,8 +2,9 @@
 
 import pytest
 
-from rcml_jax.cli.commands import call_config_file, load_config_file, parse_flags
+from rcml_jax.cli.commands import parse_flags
 from rcml_jax.cli.sweep import read_variants
+from rcml_jax.config import call_config_file, load_config_file
 from rcml_jax.errors import UserError
 from tests.toy import ROOT
 

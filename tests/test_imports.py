@@ -21,6 +21,7 @@ LAYERS = (
     ("models", "data", "config"),
     ("evaluation",),
     ("methods",),
+    ("options", "schema"),
     ("training",),
     ("methods.alignment", "search"),
     ("cli", "export", "report"),

@@ -132,7 +132,8 @@ def test_the_console_scripts(wheel):
 def test_an_installed_package_finds_its_recipes_by_name(wheel, tmp_path):
     code = (
         "import sys\n"
-        "from rcml_jax.cli.commands import RECIPES, load_config_file, train\n"
+        "from rcml_jax.cli.commands import train\n"
+        "from rcml_jax.config import RECIPES, load_config_file\n"
         "print(RECIPES)\n"
         "for recipe in ('rcml', 'm3col:rosmap', 'alignment'):\n"
         "    print(load_config_file(recipe).data.name)\n"

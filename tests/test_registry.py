@@ -13,8 +13,8 @@ from rcml_jax.evaluation import display, measures
 from rcml_jax.evaluation.scores import SCORES
 from rcml_jax.export.card import _evaluation
 from rcml_jax.methods import EMBEDDINGS, LOSSES, METHODS, build, family_of, method_class
-from rcml_jax.methods.relational import _selection
 from rcml_jax.registry import resolve
+from rcml_jax.schema import validate
 from tests.cli.test_commands import fails
 from tests.toy import CONFIG, ROOT, TINY, arguments, cache_of, read_metrics, tiny_config
 
@@ -190,7 +190,7 @@ def test_one_more_line_in_the_list_of_measures(parts, catalogue, tmp_path, monke
     """It is computed, printed, tabulated, put on the card and can pick the checkpoint."""
     measure = importlib.import_module(parts).MEASURE
     with pytest.raises(UserError, match=r"config\.selection='hit@10/avg' is unknown"):
-        _selection(tiny_config(catalogue, selection="hit@10/avg"))
+        validate(tiny_config(catalogue, selection="hit@10/avg"))
     monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, measure))
     workdir = tmp_path / "run" / "seed42"
     result = train(catalogue, workdir, "folder", method="clip", selection="hit@10/avg")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rcml_jax.cli.commands import guard, parse_flags, read_config
+from rcml_jax.cli.commands import guard, parse_flags
 from rcml_jax.errors import UserError
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
@@ -50,7 +50,10 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
                 f"--{name} would make another model of {workdir}; only "
                 f"{', '.join(f'--{free}' for free in _FREE)} can be given"
             )
-    return parse_flags(overrides, read_config(workdir)).config
+    # Imported here: a wrong option is reported before the models' classes are loaded.
+    from rcml_jax.training.workdir import load_config
+
+    return parse_flags(overrides, load_config(workdir)).config
 
 
 def _embed(argv: Sequence[str]) -> int:
@@ -63,7 +66,6 @@ def _embed(argv: Sequence[str]) -> int:
     parser.add_argument("--shard", default=1024, type=int)
     parser.add_argument("--strict", action="store_true")
     args, overrides = parser.parse_known_args(argv[1:])
-    # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.catalogue import embed_catalogue, open_model
 
     config = model_config(args.workdir, overrides)

@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import processors
 
-from rcml_jax.cli.commands import guard, read_config, take_option
+from rcml_jax.cli.commands import guard, take_option
 from rcml_jax.data.relation_graph import INTRA_RELATION
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.training.checkpoint import read_params
+from rcml_jax.training.workdir import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +115,7 @@ def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
     not finished, and where the target is not empty or cannot be written.
     """
     workdir, target = pathlib.Path(workdir), pathlib.Path(target).resolve()
-    config = read_config(workdir)
+    config = load_config(workdir)
     if config.method not in RELATIONAL:
         raise UserError(
             f"{workdir} is a run of {config.method}; only the towers of {', '.join(RELATIONAL)} "

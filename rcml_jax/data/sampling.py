@@ -28,28 +28,11 @@ class BatchSizes:
     items: int
 
     def check(self, training_items: int) -> None:
-        """Raise UserError where a batch cannot be made of the data."""
-        if min(self.relations, self.pairs, self.intra_pairs, self.items) < 0:
-            raise UserError("the sizes in config.batch must not be negative")
-        if self.relations * self.pairs + self.intra_pairs == 0:
-            raise UserError(
-                "a batch without pairs: raise config.batch.pairs_per_relation or intra_pairs"
-            )
+        """Raise UserError where the data have too few items for a batch."""
         if self.items > training_items:
             raise UserError(
                 f"a batch of {self.items} items is larger than the training split, which has "
                 f"{training_items}; lower config.batch.size"
-            )
-        if self.items < 2 * self.relations * self.pairs:
-            raise UserError(
-                f"{self.relations} relations of {self.pairs} pairs need room for "
-                f"{2 * self.relations * self.pairs} items; raise config.batch.size "
-                f"({self.items}) or lower config.batch.relations or pairs_per_relation"
-            )
-        if self.intra_pairs > self.items:
-            raise UserError(
-                f"config.batch.intra_pairs={self.intra_pairs} exceeds config.batch.size="
-                f"{self.items}; lower it"
             )
 
 

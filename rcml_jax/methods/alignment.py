@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rcml_jax.config import fold_seed
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_graph
@@ -42,6 +43,7 @@ from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.methods.stored_states import in_chunks
 from rcml_jax.methods.task import cache_directory
 from rcml_jax.ops.similarity import SIMILARITIES
+from rcml_jax.schema import validate
 from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import read_params
@@ -49,7 +51,6 @@ from rcml_jax.training.checkpoint import read_params
 # Where the alignment study's embeddings come from: runs of ours, towers of checkpoints, files.
 
 
-NAMES = ("openmoji", "npz", "flickr30k", "coco", "runs")
 #: Train, validation and test pairs of a source.
 Splits = list[Pairs]
 _SHARES = (0.6, 0.2, 0.2)
@@ -58,16 +59,10 @@ _SHARES = (0.6, 0.2, 0.2)
 def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits]]:
     """By name, what reads a source's splits; the runs of `config.runs` are trained already.
 
-    Raises UserError for an unknown name and for a source without a path or towers.
+    Raises UserError for two sources of one name, and towers that cannot be read.
     """
     data, towers = config.data, [t for t in config.towers.names.split(",") if t]
-    if data.name not in NAMES:
-        raise UserError(
-            f"config.data.name={data.name!r} is unknown; choose one of {', '.join(NAMES)}"
-        )
     if data.name in ("npz", "runs"):
-        if towers:
-            raise UserError(f"the source {data.name} takes no towers; leave towers out")
         return {"npz": lambda: _npz(config)} if data.name == "npz" else _runs(data.path)
     found: dict[str, Callable[[], Splits]] = {}
     if data.name == "openmoji":
@@ -76,11 +71,6 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
             "clip": lambda: _run(workdir / "runs" / "clip", config.runs.clip),
             "apart": lambda: _apart(config, workdir),
         }
-    elif not towers:
-        raise UserError(
-            f"the source {data.name} needs towers: --config.towers.names=CLIP, or IMAGE+TEXT for "
-            "two that were trained apart; directories or names on the Hugging Face hub"
-        )
     data_once = functools.cache(lambda: _captioned(config))  # the same for all towers
     for name in towers:
         _check_towers(name)
@@ -103,8 +93,6 @@ def _npz(config: Any) -> Splits:
 
 def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
     directories = [pathlib.Path(path) for path in paths.split(",") if path]
-    if not directories:
-        raise UserError("name work directories: --config alignment:runs,path=DIRECTORY")
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         raise UserError("two of the work directories have the same name; rename one")
@@ -250,7 +238,6 @@ class TextBlocks:
 
 
 ARRAYS = "similarities.npz"
-GALLERIES = ("test", "all")
 
 
 def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
@@ -262,11 +249,9 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     signal ended one of them. Raises UserError for what a user can mend.
     """
     workdir = pathlib.Path(workdir)
-    similarities = _names("similarity", config.evaluation.similarity, tuple(SIMILARITIES))
-    learners = _names("learned", config.evaluation.learned, LEARNERS)
-    gallery = config.evaluation.gallery
-    if gallery not in GALLERIES:
-        raise UserError(f"config.evaluation.gallery={gallery!r} is unknown; choose test or all")
+    validate(config)
+    similarities = _names(config.evaluation.similarity, tuple(SIMILARITIES))
+    learners = _names(config.evaluation.learned, LEARNERS)
     readers = sources(config, workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
     workdirs.prepare(workdir, config)
@@ -310,17 +295,9 @@ def _with_data_dir(run: Any, directory: str) -> Any:
     return run
 
 
-def _names(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """ "all", or names with commas between, or nothing. Raises UserError for an unknown one."""
-    if value == "all":
-        return tuple(known)
-    names = tuple(name for name in value.split(",") if name)
-    unknown = [name for name in names if name not in known]
-    if unknown or (option == "similarity" and not names):
-        raise UserError(
-            f"config.evaluation.{option}={value!r}: choose all or from {', '.join(known)}"
-        )
-    return names
+def _names(value: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """ "all", or names with commas between, or nothing → names."""
+    return known if value == "all" else tuple(name for name in value.split(",") if name)
 
 
 # What is said of a source
@@ -330,7 +307,7 @@ def _study_source(
     splits: list[Pairs], config: Any, similarities: tuple[str, ...], learners: tuple[str, ...]
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Retrieval under each similarity, the gap, calibration, learned similarities; and arrays."""
-    options, seed = config.evaluation, config.seed
+    options, seed = config.evaluation, fold_seed(config.seed)
     widths = [splits[0].image.shape[1], splits[0].text.shape[1]]
     narrow = [project_to_narrower(pairs, seed) for pairs in splits]
     train, test = narrow[0].arrays(), narrow[2].arrays()
@@ -387,7 +364,7 @@ def _calibrated(pairs: tuple, score: Callable, seed: int) -> dict:
 def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> dict:
     """A similarity fitted on train, stopped by validation, scored on test."""
     train, validation, test = (pairs.arrays() for pairs in splits)
-    asked, seed = config.evaluation, config.seed
+    asked, seed = config.evaluation, fold_seed(config.seed)
     print(f"fitting {name}", file=sys.stderr, flush=True)
     options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
     if asked.search_trials and name in SPACES:

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcml_jax.config import block_size
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
-from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.two_towers import build_towers, joint_width
@@ -29,13 +27,11 @@ class BaselineMethod(RelationalMethod):
     `config.loss.function` names another loss: one of `LOSSES`, or an import path.
     """
 
-    takes_loss = True
-
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
         self.contrast, self.takes = self._loss_function()
         self.model = build_towers(
-            self.towers_config, self.dtype, remat(config.model), config.model.get("towers", "")
+            self.towers_config, self.dtype, config.model.remat, config.model.towers
         )
         self.scored = TowerTables(self, self.model)
 
@@ -51,8 +47,8 @@ class BaselineMethod(RelationalMethod):
 
         Raises UserError for one that has no `where`, the mask of items that fill up a batch.
         """
-        # The configurations of older runs do not name it; DeCLIP's is CLIP's, and more.
-        name = self.config.loss.get("function", "")
+        # DeCLIP's is CLIP's, and more.
+        name = self.config.loss.function
         option = "config.loss.function" if name else "config.method"
         own = self.config.method if self.config.method in LOSSES else "clip"
         found = resolve(name or own, LOSSES, option)
@@ -81,11 +77,11 @@ class BaselineMethod(RelationalMethod):
             "where": shared["valid"],
             "bias": params.get("bias"),
             "labels": shared["labels"],
-            "block": block_size(config.loss),
+            "block": config.loss.block or None,
         }
         # From rows of items to items.
         text, image = (x.reshape(-1, x.shape[-1]) for x in (embedded["text"], embedded["image"]))
-        if config.loss.get("mask_related", False):
+        if config.loss.mask_related:
             options["where"] = self._unrelated(shared)
         return self.contrast(text, image, **{name: options[name] for name in self.takes}), {}
 

@@ -65,6 +65,11 @@ class ClassificationTask:
                 max_length = min(max_length, max_text_length(sizes))
         if "image" in kinds and model.image_pretrained:
             image_size = encoder_config(model.image_pretrained, modality="image").image_size
+        if "image" in kinds and config.data.patches_hidden and image_size % config.data.patch_size:
+            raise UserError(
+                f"config.data.patch_size={config.data.patch_size} does not divide the images of "
+                f"{image_size} pixels; choose another"
+            )
         banks = {
             m.name: ImageBank(m.values, image_size) for m in data.modalities if m.kind == "image"
         }

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.config import block_size
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.losses.declip import declip, masked_mean, masked_tokens, simsiam
@@ -100,21 +99,9 @@ class DeCLIPMethod(BaselineMethod):
     The heads lie beside "towers" in the parameters. Evaluation and export do not use them.
     """
 
-    takes_loss = False
-
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
         self.weights = _weights(config.loss)
-        if config.loss.get("mask_related", False):
-            raise UserError(
-                "config.loss.mask_related is for clip, siglip and unicl: DeCLIP's neighbours and "
-                "views have no mask of pairs; set it to False"
-            )
-        if config.model.get("text_tower", ""):
-            raise UserError(
-                "DeCLIP predicts masked tokens by the token embeddings of CLIP, SigLIP, BERT or "
-                "RoBERTa; leave config.model.text_tower empty"
-            )
         own = {"text": self.towers_config.text_config, "image": self.towers_config.vision_config}
         for modality in self.stored_modalities:
             if not backbone_of(own[modality]).mean:
@@ -233,7 +220,7 @@ class DeCLIPMethod(BaselineMethod):
             self_supervised=sum(terms.values()),
             temperature=self.temperature(params),
             where=where,
-            block=block_size(self.config.loss),
+            block=self.config.loss.block or None,
             **weights,
         )
         return value, more | terms
@@ -253,15 +240,9 @@ def _state_view(states: TokenStates, key: jax.Array) -> TokenStates:
 
 
 def _weights(loss: Any) -> dict[str, float]:
-    """`config.loss.declip`: α, β and γ by name. Raises UserError for what is no mixture."""
+    """`config.loss.declip`: α, β and γ by name."""
     names = ("self_supervision", "multi_view", "nearest_neighbor")
-    weights = {name: float(loss.declip[name]) for name in names}
-    if min(weights.values()) < 0 or sum(weights.values()) > 1 + 1e-9:
-        raise UserError(
-            f"the weights of config.loss.declip, {', '.join(names)}, must not be negative and sum "
-            "to 1 at most, for what is left is CLIP's"
-        )
-    return weights
+    return {name: float(loss.declip[name]) for name in names}
 
 
 def _first(ids: jax.Array, token: int) -> jax.Array:

@@ -16,7 +16,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
-from rcml_jax.methods.relational import RelationalMethod, best_of, check_evaluation
+from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of
 from rcml_jax.methods.task import RelationTask, load_graph, make_splits
 from rcml_jax.methods.tower_tables import retrieval_items, weights_on_validation
 
@@ -58,7 +58,7 @@ class EmbeddingsMethod(RelationalMethod):
     def __init__(self, config: Any, task: RelationTask, found: ItemEmbeddings):
         # Not that of the base class, which builds towers.
         self.config, self.task, self.found = config, task, found
-        self.similarities = check_evaluation(config.evaluation)
+        self.similarities = similarities_of(config.evaluation)
         widths = {name: x.shape[-1] for name, x in found.vectors().items()}
         side = "text" if "text" in widths else "image"
         self.joint = len({widths[name] for name in ("text", "image") if name in widths}) == 1

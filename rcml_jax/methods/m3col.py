@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.errors import UserError
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.m3co import m3co
 from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.classification import ClassificationTask, Models, look, report
-from rcml_jax.methods.relational_towers import remat
 from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import Bert, small_bert_config
 from rcml_jax.models.efficientnet import STATISTICS
@@ -39,7 +37,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
 
     Raises UserError for sizes that do not fit: a contrastive loss needs embeddings of one width.
     """
-    model, dtype = config.model, compute_dtype(config.model.dtype)
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
     encoders, widths = {}, {}
     for modality in task.data.modalities:
         if modality.kind == "table":
@@ -49,7 +47,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
         else:
             sizes = _transformer(modality.kind, model, task)
             encoder = ViT if modality.kind == "image" else Bert
-            encoders[modality.name] = encoder(sizes, dtype, remat(model))
+            encoders[modality.name] = encoder(sizes, dtype, model.remat)
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(
@@ -100,7 +98,6 @@ def load_pretrained_parts(config: Any, kinds: dict[str, str], params: Params) ->
     return params
 
 
-CONTRASTIVE = ("scheduled", "m3co", "multi_soft_clip", "clip", "none")
 _CHUNK = 256
 
 
@@ -118,7 +115,6 @@ class M3CoLMethod(Method):
         self.config, self.task = config, task
         self.names = tuple(modality.name for modality in task.data.modalities)
         self.kinds = {modality.name: modality.kind for modality in task.data.modalities}
-        _check(config)
         several = len(self.names) > 1
         self.contrastive = config.loss.contrastive if several else "none"
         if not config.loss.contrastive_weight:
@@ -283,7 +279,7 @@ class M3CoLMethod(Method):
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss = self.config.loss
-        options = {"where": shared["valid"], "block": block_size(loss)}
+        options = {"where": shared["valid"], "block": loss.block or None}
         if self.contrastive == "m3co":
             return m3co(
                 z,
@@ -359,22 +355,3 @@ class M3CoLMethod(Method):
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
-
-
-def _check(config: Any) -> None:
-    """Raise UserError for options that cannot be."""
-    if config.loss.contrastive not in CONTRASTIVE:
-        raise UserError(
-            f"config.loss.contrastive={config.loss.contrastive!r} is unknown; choose one of "
-            f"{', '.join(CONTRASTIVE)}"
-        )
-    if config.mixup.place not in ("input", "embedding"):
-        raise UserError(f"config.mixup.place={config.mixup.place!r}: choose input or embedding")
-    if not 0 <= config.mixup.fraction <= 1 or config.mixup.alpha <= 0:
-        raise UserError("config.mixup.fraction must be from 0 to 1 and config.mixup.alpha above 0")
-    block_size(config.loss)
-    if config.mixup.labels and config.loss.contrastive != "none":
-        raise UserError(
-            "config.mixup.labels=True is vanilla mixup, which has no contrastive term; set "
-            "config.loss.contrastive=none"
-        )

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
-from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
-from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.two_towers import joint_width
@@ -39,8 +37,8 @@ class RCMLMethod(RelationalMethod):
                 head_init=head.head_init,
             ),
             self.dtype,
-            remat(config.model),
-            config.model.get("towers", ""),
+            config.model.remat,
+            config.model.towers,
         )
         self._relations = jax.jit(self._embed_relations)
         self._pool = jax.jit(self._pool_items)
@@ -53,7 +51,7 @@ class RCMLMethod(RelationalMethod):
 
     @property
     def _noise_length(self) -> float:
-        return self.config.batch.get("sentence_noise", 0.0)
+        return self.config.batch.sentence_noise
 
     def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """(count, d) float32, of about the length `config.batch.sentence_noise` each."""
@@ -104,8 +102,8 @@ class RCMLMethod(RelationalMethod):
             *pairs,
             related=shared["related"],
             intra_modal_weight=loss.intra_modal_weight,
-            block=block_size(loss),
-            pair_block=block_size(loss, "pair_block"),
+            block=loss.block or None,
+            pair_block=loss.pair_block or None,
             **common,
         )
         if loss.identification_weight:

@@ -13,20 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.data.packing import PackedTexts, pack_texts
 from rcml_jax.data.queries import every_relation
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.controls import gains
-from rcml_jax.evaluation.measures import main_measures, main_of, selections
+from rcml_jax.evaluation.measures import main_measures, main_of
 from rcml_jax.evaluation.relation_probes import (
-    PROBES,
     relation_type,
     relation_validity,
     validity_features,
 )
 from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.relational_towers import (
@@ -45,7 +43,7 @@ from rcml_jax.methods.stored_states import (
     params_digest,
     text_inputs,
 )
-from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory, texts_per_row
+from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
@@ -74,29 +72,20 @@ class RelationalMethod(Method):
     """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
 
     family = "relational"
-    #: Whether `config.loss.function` may name another loss.
-    takes_loss = False
 
     def __init__(self, config: Any, task: RelationTask):
         self.config = config
         self.task = task
-        self.dtype = compute_dtype(config.model.dtype)
-        self.similarities = check_evaluation(config.evaluation)
-        self.selection = _selection(config)
-        if config.loss.get("function", "") and not self.takes_loss:
-            raise UserError(
-                f"config.loss.function is for the baselines, but {config.method} has a loss of its "
-                "own; leave it empty, or set config.method=clip"
-            )
-        for name in ("block", "pair_block"):
-            block_size(config.loss, name)
+        self.dtype = jnp.dtype(config.model.dtype)
+        self.similarities = similarities_of(config.evaluation)
+        self.selection = config.selection
         self.towers_config = towers_config(config.model, task.tokenizer)
         self.frozen_parts = frozen_parts(self.towers_config, config.model.freeze)
-        self.examples_per_row = texts_per_row(config.batch)
+        self.examples_per_row = config.batch.texts_per_row
         if self.examples_per_row > 1:
             check_packing(self.towers_config)
         self.stored_modalities = stored_modalities(config.model)
-        check_storable(config, self.stored_modalities)
+        check_storable(self.stored_modalities)
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "RelationalMethod":
@@ -473,36 +462,10 @@ def in_rows(embedded: jax.Array, images: jax.Array | TokenStates) -> jax.Array:
     return embedded.reshape(*rows, *embedded.shape[1:])
 
 
-def check_evaluation(evaluation: Any) -> tuple[str, ...]:
-    """The similarities that `config.evaluation.similarity` names.
-
-    Raises UserError for an unknown one, or an unknown `validity_probe`.
-    """
-    name, probe = evaluation.similarity, evaluation.validity_probe
-    if name != "all" and name not in SIMILARITIES:
-        raise UserError(
-            f"config.evaluation.similarity={name!r} is unknown; choose all or one of "
-            f"{', '.join(SIMILARITIES)}"
-        )
-    if probe not in PROBES:
-        raise UserError(
-            f"config.evaluation.validity_probe={probe!r} is unknown; choose {' or '.join(PROBES)}"
-        )
+def similarities_of(evaluation: Any) -> tuple[str, ...]:
+    """The similarities that `config.evaluation.similarity` names."""
+    name = evaluation.similarity
     return tuple(SIMILARITIES) if name == "all" else (name,)
-
-
-def _selection(config: Any) -> str:
-    """The measure that picks the checkpoint, such as "hit@5/avg" or "retrieval_all/map/it"."""
-    # The configurations of older runs do not name it.
-    name = config.get("selection", "hit@5/avg")
-    measures = selections()
-    measure, _, score = name.rpartition("/")
-    if measure not in measures or score not in SCORES:
-        raise UserError(
-            f"config.selection={name!r} is unknown; write MEASURE/SCORE with one of "
-            f"{', '.join(measures)} and one of {', '.join(SCORES)}"
-        )
-    return name
 
 
 def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "cosine") -> dict:

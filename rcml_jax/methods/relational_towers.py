@@ -9,7 +9,6 @@ from rcml_jax.models.backbones import TowerSizes, encoder_config, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.clip import end_token, small_clip_config
-from rcml_jax.models.transformer import check_remat
 from rcml_jax.models.two_towers import (
     PairConfig,
     TowersConfig,
@@ -19,7 +18,6 @@ from rcml_jax.models.two_towers import (
     set_special_tokens,
     takes_packed,
 )
-from rcml_jax.registry import is_path
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
 _PROJECTION = {"text": "text_projection", "image": "visual_projection"}
@@ -144,16 +142,13 @@ def load_checkpoints(model: Any, towers: Params) -> Params:
 
 
 def frozen_modalities(freeze: str) -> tuple[str, ...]:
-    """The modalities of `config.model.freeze`, text, image or both. Raises UserError for others."""
-    if freeze not in _FROZEN:
-        raise UserError(f"config.model.freeze={freeze!r} is unknown; choose text, image or both")
+    """The modalities of `config.model.freeze`: text, image or both."""
     return _FROZEN[freeze]
 
 
 def stored_modalities(model: Any) -> tuple[str, ...]:
     """Whose states are stored: frozen towers of a checkpoint under `config.model.store_frozen`."""
-    # The configurations of older runs have not this name.
-    if not model.get("store_frozen", False):
+    if not model.store_frozen:
         return ()
     came = from_checkpoint(model)
     return tuple(name for name in frozen_modalities(model.freeze) if getattr(came, name))
@@ -188,39 +183,14 @@ def check_packing(config: TowersConfig) -> None:
         )
 
 
-def remat(model: Any) -> str:
-    """What `config.model.remat` says is computed again. Raises UserError for an unknown name."""
-    # The configurations of older runs have not this name.
-    return check_remat(model.get("remat", ""))
-
-
 def _given(model: Any) -> tuple[str, str]:
     """The checkpoints of the text and the image tower that replace CLIP's, "" for none."""
-    # The configurations of older runs have not these names.
-    names = (model.get(f"{modality}_pretrained", "") for modality in ("text", "image"))
-    text, image = (resolve(name) for name in names)
-    return text, image
+    return resolve(model.text_pretrained), resolve(model.image_pretrained)
 
 
 def _own(model: Any) -> tuple[str, str]:
-    """Import paths of the text and the image tower of other packages, "" for none.
-
-    Raises UserError for what is no path, and where a checkpoint is named for the same tower.
-    """
-    # The configurations of older runs have not these names.
-    text, image = (model.get(f"{modality}_tower", "") for modality in ("text", "image"))
-    for modality, path in (("text", text), ("image", image)):
-        if path and not is_path(path):
-            raise UserError(
-                f"config.model.{modality}_tower={path!r} must be an import path, "
-                "package.module:NAME"
-            )
-        if path and model.get(f"{modality}_pretrained", ""):
-            raise UserError(
-                f"config.model.{modality}_tower and config.model.{modality}_pretrained both name "
-                f"the {modality} tower; leave one of them empty"
-            )
-    return text, image
+    """Import paths of the text and the image tower of other packages, "" for none."""
+    return model.text_tower, model.image_tower
 
 
 def _sizes(path: str, modality: str, model: Any, tokenizer: Tokenizer) -> TowerSizes:

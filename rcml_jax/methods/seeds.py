@@ -9,11 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rcml_jax.config import fold_seed
 from rcml_jax.data.classification import stratified_folds
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.classification import Models, look, report
 from rcml_jax.methods.m3col import M3CoLMethod
+
+
+def several_models(
+    parallel: str, schedule: str, clip_norm: float, accumulation: str, micro_batch: int
+) -> str | None:
+    """What several models in one step cannot have, in a sentence; None where all is well."""
+    if parallel == "pmap":
+        return "several models train together in one jitted step; set config.parallel=jit"
+    if schedule == "plateau" or clip_norm:
+        return (
+            "the plateau schedule and config.optimizer.clip_norm look at one model; set "
+            "config.seeds=1, or config.optimizer.schedule=step and no clipping"
+        )
+    if micro_batch and accumulation == "exact":
+        return (
+            "exact accumulation trains one model; set config.accumulation=micro, "
+            "config.micro_batch=0 or config.seeds=1"
+        )
+    return None
 
 
 class Members(Method):
@@ -34,11 +54,19 @@ class Members(Method):
         self.single, self.config, self.task = single, single.config, single.task
         config, data = self.config, self.task.data
         self.kinds = single.kinds
-        self._check()
-        self._keep, self._models = _members(config, data)
-        self._seeds = jnp.asarray(
-            [int(name.rpartition("seed")[2]) for name in self._models.names], jnp.uint32
+        # Of data without a validation split even one seed is two models, which only the data tell.
+        optimizer = config.optimizer
+        error = several_models(
+            config.parallel,
+            optimizer.schedule,
+            optimizer.clip_norm,
+            config.accumulation,
+            config.micro_batch,
         )
+        if error:
+            raise UserError(error)
+        self._keep, seeds, self._models = _members(config, data)
+        self._seeds = jnp.asarray([fold_seed(seed) for seed in seeds], jnp.uint32)
         # Models with different best steps have no best checkpoint in common.
         self.evaluated = "latest" if len(self._models.names) > 1 else "best"
         self._encode = jax.jit(self._encode_members, static_argnums=1)
@@ -47,24 +75,10 @@ class Members(Method):
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> Method:
         """As many models as `config.seeds` and `config.data.folds` ask for; of one, itself."""
-        if config.seeds < 1:
-            raise UserError(f"config.seeds={config.seeds} must be at least 1")
         single = M3CoLMethod.load(config, workdir)
         declared = len(single.task.data.rows("validation")) > 0
         alone = config.seeds == 1 and (declared or config.data.folds < 2)
         return single if alone else cls(single)
-
-    def _check(self) -> None:
-        config = self.config
-        if config.parallel == "pmap":
-            raise UserError(
-                "several models train together in one jitted step; set config.parallel=jit"
-            )
-        if config.optimizer.schedule == "plateau" or config.optimizer.clip_norm:
-            raise UserError(
-                "the plateau schedule and config.optimizer.clip_norm look at one model; set "
-                "config.seeds=1, or config.optimizer.schedule=step and no clipping"
-            )
 
     @property
     def steps(self) -> int:
@@ -180,8 +194,8 @@ def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
     return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
 
-def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
-    """Which rows each model may train on, (models, samples) bool, and the models."""
+def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
+    """Rows that each model may train on, (models, samples) bool; its seed; and the models."""
     seeds = [config.seed + i for i in range(config.seeds)]
     everything = np.ones(len(data), bool)
     declared = data.rows("validation")
@@ -189,7 +203,8 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         names = tuple(f"seed{seed}" for seed in seeds)
         places = tuple(range(len(seeds)))
         validation = dict.fromkeys(places, declared) if len(declared) else {}
-        return jnp.asarray(np.stack([everything] * len(seeds))), Models(names, places, validation)
+        keep = jnp.asarray(np.stack([everything] * len(seeds)))
+        return keep, seeds, Models(names, places, validation)
     train = data.rows("train")
     if config.data.folds > len(train):
         raise UserError(
@@ -204,4 +219,5 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         keep.append(~held_out)
         validation[place] = np.flatnonzero(held_out)
     names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
-    return jnp.asarray(np.stack(keep)), Models(tuple(names), tuple(range(len(seeds))), validation)
+    models = Models(tuple(names), tuple(range(len(seeds))), validation)
+    return jnp.asarray(np.stack(keep)), 2 * seeds, models

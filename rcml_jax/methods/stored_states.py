@@ -76,24 +76,8 @@ def params_digest(params: Any) -> bytes:
     return digest.digest()
 
 
-def check_storable(config: Any, modalities: Sequence[str]) -> None:
-    """Raise UserError where `config` asks for what stored states of `modalities` cannot give."""
-    batch = config.batch
-    if "image" in modalities and (batch.image_shift or batch.image_flip):
-        raise UserError(
-            "the images of a stored tower cannot be moved or mirrored; set "
-            "config.batch.image_shift=0 and image_flip=False, or config.model.store_frozen=False"
-        )
-    if "text" in modalities and batch.get("texts_per_row", 1) > 1:
-        raise UserError(
-            "the states of a stored text tower have one text a row; set "
-            "config.batch.texts_per_row=1, or config.model.store_frozen=False"
-        )
-    if modalities and config.model.init_from:
-        raise UserError(
-            "config.model.init_from brings towers of its own, whose states are not stored; set "
-            "config.model.store_frozen=False"
-        )
+def check_storable(modalities: Sequence[str]) -> None:
+    """Raise UserError where several processes would store the states of `modalities`."""
     if modalities and jax.process_count() > 1:
         raise UserError(
             "the states of frozen towers are stored by one process alone; set "

@@ -15,39 +15,10 @@ from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, spl
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
 from rcml_jax.data.tokenizer import Tokenizer, train_tokenizer
-from rcml_jax.errors import UserError
 from rcml_jax.registry import resolve
 
 #: Up to so many relations, all of them are also ranked.
 MOST_RELATIONS = 20
-
-
-def texts_per_row(batch: Any) -> int:
-    """`config.batch.texts_per_row`, which the configurations of older runs do not have.
-
-    Raises UserError where the batch's items do not fill rows of so many.
-    """
-    count = batch.get("texts_per_row", 1)
-    if count < 1 or batch.size % count:
-        raise UserError(
-            f"config.batch.texts_per_row={count} must divide config.batch.size={batch.size}; 1 "
-            "gives each text a row of its own"
-        )
-    return count
-
-
-def negatives(loss: Any) -> str:
-    """`config.loss.negatives`, which items of a batch are a pair's negatives.
-
-    Raises UserError for an unknown name.
-    """
-    name = loss.negatives
-    if name not in ("unrelated", "unlinked"):
-        raise UserError(
-            f"config.loss.negatives={name!r} is unknown; choose unrelated (to the item under any "
-            "relation) or unlinked (under the pair's own relation)"
-        )
-    return name
 
 
 def make_splits(graph: RelationGraph, data: Any) -> Splits:
@@ -56,7 +27,7 @@ def make_splits(graph: RelationGraph, data: Any) -> Splits:
         graph,
         seed=data.split_seed,
         disjoint=data.disjoint,
-        domain=data.get("domain_split", ""),  # not in the configurations of older runs
+        domain=data.domain_split,
     )
 
 
@@ -155,9 +126,9 @@ class RelationTask:
             self.sentence,
             self.max_length,
             moved if batch.image_shift or batch.image_flip else None,
-            texts_per_row(batch),
+            batch.texts_per_row,
             # The baselines' losses have one mask for all relations.
-            negatives(self.config.loss) if self.config.method == "rcml" else "unrelated",
+            self.config.loss.negatives if self.config.method == "rcml" else "unrelated",
             stored or {},
             sentence_noise,
         )

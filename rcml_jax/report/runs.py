@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rcml_jax.cli.commands import read_config
 from rcml_jax.errors import UserError
 from rcml_jax.methods import EMBEDDINGS, METHODS, build, family_of
 from rcml_jax.report.page import LeftOutError
 from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import read_params
-from rcml_jax.training.workdir import leaves
+from rcml_jax.training.workdir import leaves, load_config
 
 _NEEDED = {
     "relational": ("retrieval", "relation_type", "relation_validity", "protocol"),
@@ -109,7 +108,7 @@ def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
         if not (path / "config.json").is_file() and any(path.glob("*/seed*/config.json")):
             sweeps.append(_sweep(path, label))
             continue
-        config = read_config(path)
+        config = load_config(path)
         if config.method == "alignment":
             studies.append(_study(path, label))
         else:
@@ -156,7 +155,7 @@ def _sweep(path: pathlib.Path, label: str) -> Sweep:
         directory = config.parent
         folder = directory.parent.name
         name = names.get(folder, folder.replace("_", " "))
-        run = _run(directory, f"{name}, {directory.name}", read_config(directory))
+        run = _run(directory, f"{name}, {directory.name}", load_config(directory))
         if run.result is not None:
             variants.setdefault(name, []).append(run)
     if not variants:
@@ -176,6 +175,9 @@ def _by_seed(path: pathlib.Path) -> tuple:
 
 def _variant_names(path: pathlib.Path) -> dict[str, str]:
     """Folder → label of a sweep's variants, in the order of its table."""
+    if (path / "variants.json").is_file():
+        listed = read_json(path / "variants.json", "start the sweep again")
+        return {folder: entry["variant"] for folder, entry in listed.items()}
     if not (path / "table.json").is_file():
         return {}
     table = read_json(path / "table.json", "start the sweep again")

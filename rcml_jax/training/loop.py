@@ -12,14 +12,16 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
+from rcml_jax.config import fold_seed
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods.base import Method
+from rcml_jax.schema import validate
 from rcml_jax.training import optimizer as optimizers
 from rcml_jax.training import sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import Checkpoints, read_params
-from rcml_jax.training.gradcache import ACCUMULATIONS, check, parts_of
+from rcml_jax.training.gradcache import check, parts_of
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import MetricsWriter, Progress, read_history
 
@@ -104,8 +106,8 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     Returns what is written to `eval.json`; None where a signal ended the run, whose next start goes
     on from there. Raises UserError for whatever a user can mend.
     """
+    validate(config)
     devices = sharding.pick_devices(config.platform, config.devices)
-    _check(config)
     workdir = _prepare(pathlib.Path(workdir), config)
     with jax.default_device(sharding.first_local(devices)):
         method = _build(config, workdir)
@@ -123,7 +125,7 @@ def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "t
 
     Writes what `evaluate` does. Raises UserError where the directory holds anything else.
     """
-    _check(config)
+    validate(config)
     return evaluate(config, _prepare(pathlib.Path(workdir), config), split)
 
 
@@ -135,6 +137,8 @@ def evaluate(
     Writes `eval.json`, or `eval_<split>.json` for a split other than test. Raises UserError where
     there is no checkpoint, or one of another model.
     """
+    if method is None:
+        validate(config)
     workdir = pathlib.Path(workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
@@ -173,30 +177,6 @@ def _build(config: Any, workdir: pathlib.Path) -> Method:
     return method if sharding.is_primary() else build_method(config, workdir)
 
 
-def _check(config: Any) -> None:
-    for name in ("steps", "validate_every", "log_every"):
-        # Without a number of steps, the number of epochs says it.
-        least = 0 if config.get("epochs", 0) > 0 and name != "log_every" else 1
-        if config[name] < least:
-            raise UserError(f"config.{name}={config[name]} must be at least {least}")
-    if config.get("accumulation", "exact") not in ACCUMULATIONS:
-        raise UserError(
-            f"config.accumulation={config.accumulation!r} is unknown; choose "
-            f"{' or '.join(ACCUMULATIONS)}"
-        )
-    if config.get("micro_batch", 0) < 0:
-        raise UserError(
-            f"config.micro_batch={config.micro_batch} must not be negative; 0 takes the whole "
-            "batch at once"
-        )
-    if "optimizer" in config and not config.get("epochs", 0):
-        # Before the data are prepared, which may take long.
-        optimizers.schedule(config.optimizer, config.steps)
-    for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
-        if seed < 0:
-            raise UserError(f"config.{name}={seed} must not be negative")
-
-
 class Run:
     """One run in a work directory; `train` may be called once."""
 
@@ -227,7 +207,7 @@ class Run:
     def _first_state(self, source: Any) -> tuple[Any, Any]:
         """The state before the first step, by the first batch, and the step of each phase."""
         config = self.config
-        init_key, run_key = jax.random.split(jax.random.key(config.seed))
+        init_key, run_key = jax.random.split(jax.random.key(fold_seed(config.seed)))
         place = source.get_state()
         batch = next(source)
         rows, each = _rows(batch), self.method.examples_per_row
@@ -239,18 +219,13 @@ class Run:
             )
         accumulation = config.get("accumulation", "exact")
         micro_batch = config.get("micro_batch", 0)
-        if 0 < micro_batch < each:
-            raise UserError(
-                f"config.micro_batch={micro_batch} is less than a row of {each} examples; raise it "
-                "or lower config.batch.texts_per_row"
-            )
         parts = parts_of(rows, micro_batch // each)
         gathered = count if config.parallel == "pmap" else 1
         check(accumulation, self.method, batch, parts, gathered)
         self.examples = rows * each
         source.set_state(place)
         params = self.method.init(init_key, batch)
-        towers = config.model.get("init_from", "")
+        towers = config.get("model", {}).get("init_from", "")
         if towers and self.checkpoints.latest() is None:
             params = self.method.adopt(params, read_params(towers))
         frozen = self.method.frozen(params)

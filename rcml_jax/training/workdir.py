@@ -8,6 +8,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from rcml_jax import schema
+from rcml_jax.config import leaves
 from rcml_jax.errors import UserError
 
 _ALWAYS = ("seed", "steps", "method", "parallel", "data")
@@ -33,7 +35,25 @@ _FREE = {
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The configuration that a work directory was trained with. Raises UserError without one."""
+    """The configuration that a work directory was trained with, checked by the schema.
+
+    Options that came after it have the values that the schema gives to runs before them. Raises
+    UserError where there is none, and for one that lacks an option without such a value.
+    """
+    config, path = _read_config(workdir), pathlib.Path(workdir) / "config.json"
+    if missing := schema.complete(config):
+        raise UserError(
+            f"{workdir} is of an older version, without config.{missing[0]}: train anew, or write "
+            f"the value that the run had into {path} (rcml-train --help explains every option)"
+        )
+    try:
+        schema.validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
+
+
+def _read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(
@@ -76,15 +96,14 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib
 
 
 def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    old = leaves(load_config(path.parent).to_dict())
+    there = _read_config(path.parent)
+    schema.complete(there)
+    old = leaves(there.to_dict())
     new = leaves(json.loads(json.dumps(config.to_dict())))
     changed = [
         f"{name} ({old.get(name, 'unset')!r} there, {new.get(name, 'unset')!r} here)"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, ...) != new.get(name, ...)
-        and not _free(name, new)
-        # An option that an older version did not have, and that is off.
-        and (name in old or new[name])
+        if old.get(name, ...) != new.get(name, ...) and not _free(name, new)
     ]
     if not changed:
         return
@@ -111,17 +130,6 @@ def _free(name: str, config: dict[str, Any]) -> bool:
     if name == "micro_batch" and config.get("accumulation", "exact") != "exact":
         return False  # Then it is the batch that is contrasted.
     return name in _FREE or name.split(".")[0] in _FREE
-
-
-def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as dotted names → values."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= leaves(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:

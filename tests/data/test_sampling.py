@@ -208,30 +208,11 @@ def test_a_restored_iterator_goes_on_with_the_same_batches(toy, collated, thread
     np.testing.assert_array_equal(rest[0]["shared"]["anchor"], plan["anchor"])
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((-1, 2, 2, 10), "the sizes in config.batch must not be negative"),
-        ((2, 2, 2, -10), "the sizes in config.batch must not be negative"),
-        ((0, 2, 0, 10), "a batch without pairs: raise config.batch.pairs_per_relation or intra"),
-        ((2, 0, 0, 10), "a batch without pairs"),
-        ((1, 2, 2, 43), "a batch of 43 items is larger than the training split, which has 42;"),
-        (
-            (3, 4, 2, 23),
-            "3 relations of 4 pairs need room for 24 items; raise config.batch.size (23",
-        ),
-        ((0, 2, 11, 10), "config.batch.intra_pairs=11 exceeds config.batch.size=10; lower it"),
-    ],
-)
-def test_sizes_that_do_not_fit(sizes, message):
-    with pytest.raises(UserError) as error:
-        BatchSizes(*sizes).check(42)
-    assert str(error.value).startswith(message)
-
-
-def test_sizes_that_just_fit():
+def test_a_batch_larger_than_the_training_split():
+    message = "^a batch of 43 items is larger than the training split, which has 42; lower"
+    with pytest.raises(UserError, match=message):
+        BatchSizes(1, 2, 2, 43).check(42)
     BatchSizes(3, 4, 24, 24).check(24)
-    BatchSizes(0, 0, 1, 1).check(1)
 
 
 def test_more_relations_than_have_pairs(toy, splits):

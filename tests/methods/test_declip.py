@@ -9,7 +9,6 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
-from rcml_jax.errors import UserError
 from rcml_jax.export.card import _METHODS, _NAMES
 from rcml_jax.methods import RELATIONAL, build
 from rcml_jax.training.checkpoint import read_params
@@ -140,14 +139,6 @@ def test_a_padding_row_counts_nowhere(catalogue, tmp_path):
     np.testing.assert_allclose(whole, small, rtol=1e-5)
     for name in TERMS:
         np.testing.assert_allclose(terms[name], others[name], rtol=1e-4, err_msg=name)
-
-
-@pytest.mark.parametrize("weights", [(-0.1, 0.2, 0.2), (0.5, 0.5, 0.1)])
-def test_weights_that_are_no_mixture(catalogue, tmp_path, weights):
-    names = ("self_supervision", "multi_view", "nearest_neighbor")
-    given = {f"loss__declip__{n}": w for n, w in zip(names, weights, strict=True)}
-    with pytest.raises(UserError, match=r"config.loss.declip, .* must not be negative and sum to"):
-        build(tiny_config(catalogue, method="declip", **given), tmp_path)
 
 
 def test_a_stopped_run_goes_on_to_the_bit_and_another_takes_its_towers(catalogue, tmp_path):

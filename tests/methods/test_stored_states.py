@@ -9,6 +9,7 @@ from tokenizers import models, pre_tokenizers
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build, stored_states
 from rcml_jax.methods.relational_towers import load_checkpoints
+from rcml_jax.schema import validate
 from tests.methods.test_relational_towers import WORDS, checkpoints  # noqa: F401
 from tests.toy import tiny_config
 
@@ -133,7 +134,7 @@ def test_a_second_run_reads_what_the_first_computed(
 def test_what_stored_states_cannot_give(catalogue, towers_on_disk, tmp_path, options, message):
     options = {"model.store_frozen": True, **options}
     with pytest.raises(UserError, match=message):
-        build(config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options), tmp_path)
+        validate(config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options))
 
 
 def test_declip_has_views_of_stored_states(catalogue, towers_on_disk, tmp_path):
