@@ -19,7 +19,8 @@ from rcml_jax.errors import UserError
 
 # Texts
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+#: Characters that are no Unicode text.
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -39,7 +40,7 @@ class TextGate:
 
         Raises UserError with `strict`.
         """
-        if not _NO_TEXT.search(text):
+        if not NO_TEXT.search(text):
             return text
         if self.strict:
             raise UserError(
@@ -48,7 +49,7 @@ class TextGate:
             )
         self.replaced += 1
         self.first = self.first or where
-        return _NO_TEXT.sub(_REPLACEMENT, text)
+        return NO_TEXT.sub(_REPLACEMENT, text)
 
     def report(self, log: Callable[[str], None]) -> None:
         """Tell in one line how many texts were changed, where there are any."""
@@ -61,7 +62,7 @@ class TextGate:
 
 def argument_text(text: str) -> str:
     """A text of the command line. Raises UserError where its bytes were not UTF-8."""
-    if _NO_TEXT.search(text):
+    if NO_TEXT.search(text):
         raise UserError(
             f"the argument {_shown(text)} is not UTF-8 text; write it in UTF-8, or set PYTHONUTF8=1"
         )
@@ -112,31 +113,28 @@ _JSON = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
 _limit_lock = threading.Lock()
 
 
-def csv_rows(file: Iterable[str], *, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+class CsvRows:
     """(number of its first line, values) of each row of a CSV file, empty lines left out.
 
-    A value may have any length. strict: as of `csv.reader`. Raises csv.Error for a malformed row;
-    the next call goes on after it.
+    A value may have any length. strict: as of `csv.reader`. `line` is where the last row begins,
+    also one that raised csv.Error; the next call goes on after it.
     """
-    return _CsvRows(file, strict)
 
+    # A generator would end at its first error.
 
-class _CsvRows:
-    """An iterator, not a generator: a generator ends at its first error."""
+    def __init__(self, file: Iterable[str], *, strict: bool = True):
+        self._reader, self.line = csv.reader(file, strict=strict), 0
 
-    def __init__(self, file: Iterable[str], strict: bool):
-        self._reader = csv.reader(file, strict=strict)
-
-    def __iter__(self) -> "_CsvRows":
+    def __iter__(self) -> "CsvRows":
         return self
 
     def __next__(self) -> tuple[int, list[str]]:
         while True:
-            line = self._reader.line_num + 1
+            self.line = self._reader.line_num + 1
             with _long_fields():
                 row = next(self._reader)
             if row:
-                return line, row
+                return self.line, row
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def storable(encoded: bytes, max_size: int | None) -> bytes:
-    """PNG or JPEG bytes for the store: as they are where possible, else encoded anew.
+    """PNG or JPEG bytes for the store: as they are where possible, unchecked, else encoded anew.
 
     Anew: other formats or modes, transparency, an orientation tag, or a longer side beyond
     `max_size`.

@@ -114,9 +114,7 @@ def test_12_bit_grey_fills_the_range():
     assert data  # the header alone is of interest here
     image = Image.fromarray(values)
     image.format, image.tag_v2 = "TIFF", {258: (12,)}
-    np.testing.assert_array_equal(
-        np.asarray(images._from_16_bits(image))[..., 0], values >> 4
-    )
+    np.testing.assert_array_equal(np.asarray(images._from_16_bits(image))[..., 0], values >> 4)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -129,9 +127,12 @@ def test_bombs_are_refused(monkeypatch):
     data = encoded(Image.new("1", (200, 200)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200 - 1)
     for way in (images.check_decodes, images.open_rgb, lambda x: images.storable(x, 512)):
-        with pytest.raises(images.TooManyPixelsError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            way(data)
+        # Pillow warns, too, which is an error in tests; ours comes without it as well.
+        for action in ("error", "ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter(action)
+                with pytest.raises(images.TooManyPixelsError):
+                    way(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     images.check_decodes(data)
 
@@ -183,6 +184,6 @@ def test_mutated_files_end_in_an_image_or_a_decode_error(kind):
         data = mutated(whole[number % len(whole)], rng)
         found = outcomes(data)
         # What passes the check of the preparation must not fail later.
-        assert len({bool(problem) for problem in found}) == 1, (number, found)
+        assert found[0] or not any(found), (number, found)
         refused += bool(found[0])
     assert ROUNDS // 10 < refused < ROUNDS
