@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -75,6 +76,9 @@ def guard(
     # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an ASCII locale cannot print every title
+            stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _quiet_about_orbax(sys.unraisablehook)
     try:
         return command(argv)
@@ -146,7 +150,7 @@ def _evaluate(argv: Sequence[str]) -> int:
                 "configuration: leave --config out"
             )
         return _study(config, workdir, rest)
-    config = load_config(pathlib.Path(workdir))
+    config = load_config(user_path(workdir))
     with _naming(complete(config), workdir):
         if config.method == "alignment":
             return _study(config, workdir, rest)
@@ -264,7 +268,7 @@ def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str])
     if result is None:
         return 0
     print_evaluation(result)
-    directory = pathlib.Path(workdir)
+    directory = user_path(workdir)
     try:
         with np.load(directory / ARRAYS) as arrays:
             paths = draw(result, arrays, directory / "figures")
@@ -318,7 +322,7 @@ def recipe_path(name: str) -> str:
 
     Raises UserError where there is no such file.
     """
-    path = str(RECIPES / f"{name}.py") if name.isidentifier() else name
+    path = str(RECIPES / f"{name}.py" if name.isidentifier() else user_path(name))
     if not pathlib.Path(path).is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py")))
         kind = "packaged recipe" if name.isidentifier() else "configuration file"

@@ -28,6 +28,7 @@ from rcml_jax.cli.commands import (
     parse_flags,
     read_config,
 )
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.training.loop import train_and_evaluate
@@ -46,7 +47,7 @@ def _sweep(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=user_path)
     parser.add_argument("--vary", default="")
     parser.add_argument("--variant", action="append", default=[])
     parser.add_argument("--ablations", action="store_true")

@@ -373,8 +373,9 @@ def fetch_images(
     Pillow reads the whole of it: PNG or JPEG, its longer side `max_size` at most, in a file named
     by the URL's hash (`image_path`). What is there is not asked for again, nor what `journal.jsonl`
     there knows to be missing, no picture, over `max_bytes` or no address. Other failures are tried
-    again `retries` times, after about `backoff` seconds, doubled each time, or what Retry-After says,
-    and then in the next run. A run that was interrupted or killed goes on when it is started again.
+    again `retries` times, after about `backoff` seconds, doubled each time, or what Retry-After
+    says, and then in the next run. A run that was interrupted or killed goes on when it is started
+    again.
     `max_size` counts when a picture is stored; those that are there keep their size.
 
     Raises:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods.base import Method
@@ -106,7 +107,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """
     devices = sharding.pick_devices(config.platform, config.devices)
     _check(config)
-    workdir = _prepare(pathlib.Path(workdir), config)
+    workdir = _prepare(user_path(workdir), config)
     with jax.default_device(sharding.first_local(devices)):
         method = _build(config, workdir)
         with Interrupt() as interrupt:
@@ -124,7 +125,7 @@ def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "t
     Writes what `evaluate` does. Raises UserError where the directory holds anything else.
     """
     _check(config)
-    return evaluate(config, _prepare(pathlib.Path(workdir), config), split)
+    return evaluate(config, _prepare(user_path(workdir), config), split)
 
 
 def evaluate(
@@ -135,7 +136,7 @@ def evaluate(
     Writes `eval.json`, or `eval_<split>.json` for a split other than test. Raises UserError where
     there is no checkpoint, or one of another model.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = user_path(workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
         with jax.default_device(device):
@@ -252,7 +253,7 @@ class Run:
         params = self.method.init(init_key, batch)
         towers = config.model.get("init_from", "")
         if towers and self.checkpoints.latest() is None:
-            params = self.method.adopt(params, read_params(towers))
+            params = self.method.adopt(params, read_params(user_path(towers)))
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(
             config.optimizer, self.steps, frozen, self.method.decayed(params)

@@ -12,8 +12,8 @@ once.
 """
 
 import dataclasses
-import hashlib
 import functools
+import hashlib
 import logging
 import os
 import re

@@ -304,8 +304,8 @@ def _article_problem(header: list[str], row: list[str], value: dict[str, str]) -
     """What is wrong with a row of articles.csv, "" where nothing is."""
     if len(row) != len(header):
         return f"{len(row)} values for {len(header)} columns"
-    if NO_TEXT.search("".join(row)):  # bytes that are no UTF-8 were read as surrogates
-        return "not UTF-8, or with a NUL"
+    if wrong := NO_TEXT.search("".join(row)):  # bytes that are no UTF-8 were read as surrogates
+        return "a NUL" if wrong[0] == "\0" else "not UTF-8"
     if not (value["article_id"].isascii() and value["article_id"].isdecimal()):
         return f"article_id {value['article_id'][:20]!r} is no number"
     for name in ("product_code", "prod_name"):

@@ -222,7 +222,10 @@ def test_encodings(news):
     records = news_records()["train"]
     records[0]["headline"] = "café \ud83d"  # half a pair, as a cut emoji leaves it
     write_news_file(news, "train", records)
-    assert load(news).modalities[1].values[0] == "café \N{REPLACEMENT CHARACTER}"
+    lines = []
+    assert load(news, log=lines.append).modalities[1].values[0] == "café \N{REPLACEMENT CHARACTER}"
+    assert "1 texts held a NUL or half of a surrogate pair" in lines[0]
+    assert lines[0].endswith("the first is in news/nytimes_train.json, record 1, 'headline'.")
     with pytest.raises(UserError, match=r"nytimes_train\.json, record 1, 'headline': .* surrogate"):
         load(news, strict=True)
 
