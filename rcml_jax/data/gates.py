@@ -49,7 +49,7 @@ class TextGate:
             )
         self.replaced += 1
         self.first = self.first or where
-        return NO_TEXT.sub(_REPLACEMENT, text)
+        return replaced(text)
 
     def report(self, log: Callable[[str], None]) -> None:
         """Tell in one line how many texts were changed, where there are any."""
@@ -58,6 +58,11 @@ class TextGate:
                 f"{self.replaced:,} texts held a NUL or half of a surrogate pair, which is now "
                 f"U+FFFD; the first is in {self.first}."
             )
+
+
+def replaced(text: str) -> str:
+    """The text with U+FFFD in place of each NUL and each half of a surrogate pair."""
+    return NO_TEXT.sub(_REPLACEMENT, text)
 
 
 def argument_text(text: str) -> str:

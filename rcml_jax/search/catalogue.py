@@ -113,7 +113,8 @@ def embed_catalogue(
     may lack their text or their picture. A picture that is missing or damaged is left out and
     counted ("unreadable"); what then has neither text nor picture is counted too ("empty"); both
     are errors with `strict`. Items whose text or picture has changed since an earlier call are
-    embedded anew, and one line on standard error counts them. The layout is that of `rcml_jax.search.embedding_store`.
+    embedded anew, and one line on standard error counts them. The layout is that of
+    `rcml_jax.search.embedding_store`.
 
     Raises UserError for an empty sentence and where the directory holds anything else.
     """

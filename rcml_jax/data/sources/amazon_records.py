@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rcml_jax.data.gates import NO_TEXT, TextGate, read_json
+from rcml_jax.data.gates import NO_TEXT, TextGate, read_json, replaced
 from rcml_jax.data.sources.copurchases import CORE, distinct_purchases, k_core
 from rcml_jax.data.stages import Arrays, pack
 from rcml_jax.errors import UserError
@@ -120,7 +120,7 @@ def parse_review(record: dict) -> Review | None:
     )
 
 
-def parse_item(record: dict, check: Callable[[str], str] | None = None) -> Item | None:
+def parse_item(record: dict, check: Callable[[str], str] = replaced) -> Item | None:
     """An item from either view; None if it has no `parent_asin`.
 
     HTML entities in the title and the categories become the characters that they stand for. check:
@@ -203,13 +203,13 @@ def _clean(value: Any) -> str:
     return " ".join(value.split()) if isinstance(value, str) and not NO_TEXT.search(value) else ""
 
 
-def _text(value: Any, check: Callable[[str], str] | None) -> str:
+def _text(value: Any, check: Callable[[str], str]) -> str:
     """Text in one line for people to read, HTML entities replaced; "" for anything but text."""
     if not isinstance(value, str):
         return ""
     while (plain := html.unescape(value)) != value:  # "&amp;quot;" was escaped twice
         value = plain
-    return " ".join((value if check is None else check(value)).split())
+    return " ".join(check(value).split())
 
 
 def _first(record: dict, names: tuple[str, ...]) -> Any:
