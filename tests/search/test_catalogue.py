@@ -235,7 +235,7 @@ def test_queries_that_cannot_be(runs, model, embedded, tmp_path):
         ({"text": " ", "model": model}, "the text is empty"),
         ({"text": "x", "model": other}, "was embedded by another model"),
         ({"image": tmp_path / "nowhere.png", "model": model}, "No such file"),
-        ({"image": tmp_path / "no.png", "model": model}, "no.png cannot be read (cannot identify"),
+        ({"image": tmp_path / "no.png", "model": model}, "no.png cannot be read (no JPEG"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             find(embedded, **options)
