@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rcml_jax.cli.commands import guard, parse_flags, read_config
-from rcml_jax.data.gates import user_path
+from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.errors import UserError
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
@@ -58,7 +58,7 @@ def _embed(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-embed", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=user_path)
     parser.add_argument("--items", type=user_path)
-    parser.add_argument("--relation", action="append", default=[])
+    parser.add_argument("--relation", action="append", default=[], type=argument_text)
     parser.add_argument("--to", required=True, type=user_path)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--shard", default=1024, type=int)

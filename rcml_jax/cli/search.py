@@ -27,7 +27,7 @@ from rich.text import Text
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
-from rcml_jax.data.gates import read_file, user_path
+from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
 from rcml_jax.errors import UserError
 from rcml_jax.methods.task import load_graph
@@ -154,10 +154,10 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument("--embeddings", required=True, type=user_path)
     parser.add_argument("--workdir", type=user_path)
     query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--item")
+    query.add_argument("--item", type=argument_text)
     query.add_argument("--image", type=user_path)
-    query.add_argument("--text")
-    parser.add_argument("--relation")
+    query.add_argument("--text", type=argument_text)
+    parser.add_argument("--relation", type=argument_text)
     parser.add_argument("--k", default=10, type=int)
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
     parser.add_argument("--html", type=user_path)

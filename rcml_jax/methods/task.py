@@ -268,7 +268,8 @@ def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> path
     """Where data sets are cached: the directory given, or the user's own.
 
     That is `$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`. Where no home directory is known, it
-    is `rcml_jax_cache` next to the work directory `beside`, and a line on standard error says so.
+    is `rcml_jax_cache` next to the work directory `beside`, or in the current directory, and a line
+    on standard error says so.
     """
     if given:
         return user_path(given)
@@ -276,7 +277,8 @@ def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> path
     if not cache:
         home = os.path.expanduser("~")
         if home == "~":  # a user id that the system does not know
-            folder = pathlib.Path(beside or ".").absolute().parent / "rcml_jax_cache"
+            place = pathlib.Path.cwd() if beside is None else pathlib.Path(beside).absolute().parent
+            folder = place / "rcml_jax_cache"
             log_line(f"No home directory is known, so data sets are cached in {folder}.")
             return folder
         cache = os.path.join(home, ".cache")
