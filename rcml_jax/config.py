@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.registry import is_path
 
@@ -62,7 +63,7 @@ def recipe_path(name: str) -> str:
 
     Raises UserError where there is no such file.
     """
-    path = str(RECIPES / f"{name}.py") if name.isidentifier() else name
+    path = str(RECIPES / f"{name}.py" if name.isidentifier() else user_path(name))
     if not pathlib.Path(path).is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py")))
         kind = "packaged recipe" if name.isidentifier() else "configuration file"

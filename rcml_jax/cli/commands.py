@@ -7,7 +7,6 @@ sentence tells how to mend.
 import inspect
 import logging as python_logging
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from rcml_jax.config import load_config_file
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
@@ -73,6 +73,9 @@ def guard(
     # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an ASCII locale cannot print every title
+            stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _quiet_about_orbax(sys.unraisablehook)
     try:
         return command(argv)
@@ -167,7 +170,7 @@ def _evaluate(argv: Sequence[str]) -> int:
                 "configuration: leave --config out"
             )
         return _study(config, workdir, rest)
-    config = load_config(pathlib.Path(workdir))
+    config = load_config(user_path(workdir))
     if config.method == "alignment":
         return _study(config, workdir, rest)
     return _evaluate_run(config, workdir, rest)
@@ -228,7 +231,7 @@ def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str])
     if result is None:
         return 0
     print_evaluation(result)
-    directory = pathlib.Path(workdir)
+    directory = user_path(workdir)
     try:
         with np.load(directory / ARRAYS) as arrays:
             paths = draw(result, arrays, directory / "figures")

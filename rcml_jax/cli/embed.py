@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rcml_jax.cli.commands import guard, parse_flags
+from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.errors import UserError
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
@@ -58,10 +59,10 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
 
 def _embed(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-embed", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    parser.add_argument("--items", type=pathlib.Path)
-    parser.add_argument("--relation", action="append", default=[])
-    parser.add_argument("--to", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=user_path)
+    parser.add_argument("--items", type=user_path)
+    parser.add_argument("--relation", action="append", default=[], type=argument_text)
+    parser.add_argument("--to", required=True, type=user_path)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--shard", default=1024, type=int)
     parser.add_argument("--strict", action="store_true")
@@ -70,7 +71,7 @@ def _embed(argv: Sequence[str]) -> int:
 
     config = model_config(args.workdir, overrides)
     # Read before the model, so that a mistake in it is said at once.
-    items = None if args.items is None else read_items(args.items)
+    items = None if args.items is None else read_items(args.items, strict=args.strict)
     model = open_model(args.workdir, config)
     if items is None:
         items = from_graph(model.method.task.graph)

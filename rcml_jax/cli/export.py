@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from tokenizers import processors
 
 from rcml_jax.cli.commands import guard, take_option
+from rcml_jax.data.gates import user_path
 from rcml_jax.data.relation_graph import INTRA_RELATION
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
@@ -48,7 +49,7 @@ def _export(argv: Sequence[str]) -> int:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; the export takes --workdir and --to only")
     export_run(workdir, target)
-    files = ", ".join(sorted(path.name for path in pathlib.Path(target).iterdir()))
+    files = ", ".join(sorted(path.name for path in user_path(target).iterdir()))
     print(f"{target}: {files}")
     return 0
 
@@ -114,7 +115,7 @@ def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
     Raises UserError for a run of another method or of towers that are not CLIP's, for one that is
     not finished, and where the target is not empty or cannot be written.
     """
-    workdir, target = pathlib.Path(workdir), pathlib.Path(target).resolve()
+    workdir, target = user_path(workdir), user_path(target).resolve()
     config = load_config(workdir)
     if config.method not in RELATIONAL:
         raise UserError(

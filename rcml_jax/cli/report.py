@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 from rcml_jax.cli.commands import guard
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.report import common, page
 from rcml_jax.report.page import Folder, Section, is_ours, write_page
@@ -38,8 +39,8 @@ def _report(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", action="append", default=[], type=pathlib.Path)
-    parser.add_argument("--out", default="report", type=pathlib.Path, help="folder of the page")
+    parser.add_argument("--workdir", action="append", default=[], type=user_path)
+    parser.add_argument("--out", default="report", type=user_path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
     parser.add_argument("--relation", default="", help="of the t-SNE: (a part of) its sentence")
     parser.add_argument("--data-dir", default="", help="in place of the runs' config.data.dir")

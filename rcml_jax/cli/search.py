@@ -27,6 +27,7 @@ from rich.text import Text
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
+from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
 from rcml_jax.errors import UserError
 from rcml_jax.methods.task import load_graph
@@ -150,23 +151,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _search(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-search", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--embeddings", required=True, type=pathlib.Path)
-    parser.add_argument("--workdir", type=pathlib.Path)
+    parser.add_argument("--embeddings", required=True, type=user_path)
+    parser.add_argument("--workdir", type=user_path)
     query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--item")
-    query.add_argument("--image", type=pathlib.Path)
-    query.add_argument("--text")
-    parser.add_argument("--relation")
+    query.add_argument("--item", type=argument_text)
+    query.add_argument("--image", type=user_path)
+    query.add_argument("--text", type=argument_text)
+    parser.add_argument("--relation", type=argument_text)
     parser.add_argument("--k", default=10, type=int)
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
-    parser.add_argument("--html", type=pathlib.Path)
+    parser.add_argument("--html", type=user_path)
     args, overrides = parser.parse_known_args(argv[1:])
     # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.catalogue import open_model, related, relation_number
 
     embeddings = open_embeddings(args.embeddings)
     relation = embeddings.relations[relation_number(embeddings, args.relation)]
-    workdir = args.workdir or pathlib.Path(embeddings.model["workdir"])
+    workdir = args.workdir or user_path(embeddings.model["workdir"])
     # An item needs no model, but a mistyped option must not pass.
     config = model_config(workdir, overrides) if overrides or args.item is None else None
     model = open_model(workdir, config) if args.item is None else None
@@ -231,7 +232,7 @@ def _query_card(
         index = embeddings.items.ids.index(args.item)
         return Card(args.item, embeddings.items.texts[index], _bytes(read, index))
     if args.image is not None:
-        return Card(text=args.image.name, picture=args.image.read_bytes())
+        return Card(text=args.image.name, picture=read_file(args.image))
     return Card(text=args.text)
 
 

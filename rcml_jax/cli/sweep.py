@@ -27,6 +27,7 @@ import ml_collections
 
 from rcml_jax.cli.commands import guard, parse_flags, take_option, wants_help
 from rcml_jax.config import call_config_file, load_config_file
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.schema import help_text, validate
@@ -48,7 +49,7 @@ def _sweep(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=user_path)
     parser.add_argument("--vary", default="")
     parser.add_argument("--variant", action="append", default=[])
     parser.add_argument("--ablations", action="store_true")

@@ -54,6 +54,11 @@ class RelationGraph:
     `item_group` (N,) int32 numbers groups of items that no split may part, such as the colours of
     one product: items are then drawn into splits group by group.
 
+    `relation_ids`, if there are any, are the source's names of the relations, for messages.
+    `same_sentence` (R,) int32, where some relations have one and the same sentence as the towers
+    take it, is the first relation with the sentence of each: what links two items under one of them
+    links them under the others, since no model can tell these apart.
+
     `paraphrases`, if there are any, has for each relation its sentences, the one in `relations`
     first; the last `held_out` of each are for the test alone.
     """
@@ -74,6 +79,8 @@ class RelationGraph:
     attributes: np.ndarray | None = None
     paraphrases: tuple[tuple[str, ...], ...] = ()
     held_out: int = 0
+    relation_ids: tuple[str, ...] = ()
+    same_sentence: np.ndarray | None = None
 
     def training_sentences(self, relation: int) -> tuple[str, ...]:
         """The sentences of a relation that training may see, its own one first."""
@@ -140,9 +147,15 @@ class RelationGraph:
 
         With class links this goes by their labels, else by the pairs and the attributes.
         """
-        keys = self._unit_keys(a, b) * max(len(self.relations), 1) + relation
-        paired = _contains(self._link_keys, keys)
+        keys = self._unit_keys(a, b) * max(len(self.relations), 1) + self.first_with_sentence(
+            relation
+        )
+        paired = _contains(self._sentence_keys, keys)
         return paired if self.attributes is None else paired | self.agree(a, b, relation)
+
+    def first_with_sentence(self, relation: np.ndarray) -> np.ndarray:
+        """The first relation that has the same sentence, for relations of any shape."""
+        return relation if self.same_sentence is None else self.same_sentence[relation]
 
     def agree(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray | int) -> np.ndarray:
         """Whether items have one value under a relation of attributes: broadcasts → bool."""
@@ -202,13 +215,28 @@ class RelationGraph:
         offset = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         relations = self._links[np.repeat(start, counts) + offset, 2]
         if not self.respects:
-            return rows, relations
+            return self._with_same_sentence(rows, relations)
         agree = self.agree(pairs[:, :1], pairs[:, 1:2], np.array(self.respects))
         more, column = np.nonzero(agree)
         found = np.concatenate(
             [np.stack([rows, relations]), [more, np.array(self.respects)[column]]], axis=1
         )
         rows, relations = np.unique(found, axis=1)
+        return self._with_same_sentence(rows, relations)
+
+    def _with_same_sentence(
+        self, rows: np.ndarray, relations: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and relations (k,), and the relations that have the sentences of these."""
+        if self.same_sentence is None:
+            return rows, relations
+        order = np.argsort(self.same_sentence, kind="stable")
+        first, wanted = self.same_sentence[order], self.same_sentence[relations]
+        start = np.searchsorted(first, wanted, "left")
+        counts = np.searchsorted(first, wanted, "right") - start
+        offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        more = order[np.repeat(start, counts) + offset]
+        rows, relations = np.unique(np.stack([np.repeat(rows, counts), more]), axis=1)
         return rows, relations
 
     @property
@@ -233,6 +261,15 @@ class RelationGraph:
     @functools.cached_property
     def _link_keys(self) -> np.ndarray:
         return _pair_keys(self._links, self._units, len(self.relations))
+
+    @functools.cached_property
+    def _sentence_keys(self) -> np.ndarray:
+        """The sorted keys of what is linked, by the first relation with the same sentence."""
+        if self.same_sentence is None:
+            return self._link_keys
+        links = self._links.copy()
+        links[:, 2] = self.same_sentence[links[:, 2]]
+        return np.unique(_pair_keys(links, self._units, len(self.relations)))
 
     def only(self, chosen: np.ndarray) -> "RelationGraph":
         """The graph of some of its pairs (P,) bool, with the class links that they are drawn from.
@@ -309,6 +346,7 @@ class RelationGraph:
         if self.class_links is not None:
             self._check_class_links(check)
         check(self.held_out >= 0, "held_out is negative")
+        check(len(self.relation_ids) in (0, r), f"{r} relations but other relation ids")
         if self.paraphrases:
             first = tuple(x[0] if x else "" for x in self.paraphrases)
             check(first == self.relations, "the first paraphrases are not the relations' sentences")

@@ -157,6 +157,11 @@ class Tokenizer:
             mask[row, : end + 1] = 1
         return ids, mask
 
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Number of tokens of each text (n,) int64, uncut, with its start and end tokens."""
+        around = 1 if self.start_id is None else 2
+        return np.array([len(body) + around for body in self._bodies(texts)], np.int64)
+
     def encode_with_suffix(
         self,
         texts: Sequence[str],

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from rcml_jax.config import fold_seed
-from rcml_jax.data.images import ImageBank
+from rcml_jax.data.gates import checkpoint_name, user_path
+from rcml_jax.data.images import ImageBank, image_states
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_graph
 from rcml_jax.data.sources import captions, openmoji
@@ -25,7 +26,7 @@ from rcml_jax.data.sources.embeddings import (
     select_pairs,
     split_pairs,
 )
-from rcml_jax.data.stages import stored_rows
+from rcml_jax.data.stages import file_state, stored_rows
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import modality_gap as gap
@@ -92,7 +93,9 @@ def _npz(config: Any) -> Splits:
 
 
 def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
-    directories = [pathlib.Path(path) for path in paths.split(",") if path]
+    directories = [user_path(path) for path in paths.split(",") if path]
+    if not directories:
+        raise UserError("name work directories: --config alignment:runs,path=DIRECTORY")
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         raise UserError("two of the work directories have the same name; rename one")
@@ -143,7 +146,8 @@ def _captioned(config: Any) -> CaptionedImages:
     """The pictures and texts that towers of checkpoints embed."""
     data = config.data
     if data.name in ("flickr30k", "coco"):
-        return getattr(captions, data.name)(data.path, seed=data.split_seed)
+        load, cache = getattr(captions, data.name), cache_directory(data.dir)
+        return load(data.path, seed=data.split_seed, strict=data.get("strict", False), cache=cache)
     graph = openmoji.load(cache_directory(data.dir))
     run = config.runs.rcml.data  # its items, so that all sources are asked the same
     splits = split_graph(graph, seed=run.split_seed, disjoint=run.disjoint)
@@ -167,7 +171,7 @@ def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path)
     key |= {
         "files": _fingerprints(name),
         "texts": list(data.texts),
-        "images": _image_names(data.images),
+        "images": image_states(data.images),
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     directory = workdir / "embeddings" / digest
@@ -187,15 +191,13 @@ def _check_towers(name: str) -> None:
 
 
 def _fingerprints(name: str) -> list:
-    """Sizes and times of local checkpoints, so that another one in its place is embedded anew."""
-    files = [
-        f for side in name.split("+") for f in sorted(pathlib.Path(side).glob("*.safetensors"))
-    ]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """Sizes and times of local checkpoints, so that another one in its place is embedded anew.
 
-
-def _image_names(images: ItemImages) -> list:
-    return list(getattr(images, "paths", ())) or [len(images)]
+    Of all files: the tokenizer and the configurations make another embedding, too.
+    """
+    directories = [pathlib.Path(checkpoint_name(side)) for side in name.split("+")]
+    files = [sorted(d.rglob("*")) for d in directories if d.is_dir()]
+    return [file_state(file) for found in files for file in found if file.is_file()]
 
 
 class ImageBlocks:
@@ -248,7 +250,7 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     names and the work directory lacks are trained first, under <workdir>/runs. Returns None where a
     signal ended one of them. Raises UserError for what a user can mend.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = user_path(workdir)
     validate(config)
     similarities = _names(config.evaluation.similarity, tuple(SIMILARITIES))
     learners = _names(config.evaluation.learned, LEARNERS)

@@ -16,19 +16,19 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
 from rcml_jax.methods.base import Metrics, Params
-from rcml_jax.methods.task import cache_directory, work_tokenizer
+from rcml_jax.methods.task import cache_directory, tell_cut_texts, work_tokenizer
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.registry import resolve
 
 
-def load_data(data: Any) -> ClassificationData:
+def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationData:
     """The data that `config.data` names, with the modalities that it names.
 
     Raises UserError for an unknown source or modality, and whatever the source finds wrong.
     """
     load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
-    found = load(data, cache_directory(data.dir))
+    found = load(data, cache_directory(data.dir, workdir))
     return found.select(data.modalities.split(",")) if data.modalities else found
 
 
@@ -49,10 +49,11 @@ class ClassificationTask:
     def load(cls, config: Any, workdir: pathlib.Path) -> "ClassificationTask":
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         model = config.model
-        data = load_data(config.data)
+        data = load_data(config.data, workdir)
         kinds = {modality.kind for modality in data.modalities}
         tokenizer, max_length, image_size = None, model.max_length, model.image_size
         if "text" in kinds:
+            new = not (pathlib.Path(workdir) / "tokenizer.json").is_file()
             tokenizer = work_tokenizer(
                 pathlib.Path(workdir),
                 lambda: _texts(data),
@@ -63,6 +64,10 @@ class ClassificationTask:
             if model.text_pretrained:
                 sizes = encoder_config(model.text_pretrained, modality="text")
                 max_length = min(max_length, max_text_length(sizes))
+            if new:
+                for modality in data.modalities:
+                    if modality.kind == "text":
+                        tell_cut_texts(modality.values, tokenizer, max_length)
         if "image" in kinds and model.image_pretrained:
             image_size = encoder_config(model.image_pretrained, modality="image").image_size
         if "image" in kinds and config.data.patches_hidden and image_size % config.data.patch_size:

@@ -99,6 +99,8 @@ class RelationalMethod(Method):
     @functools.cached_property
     def stored(self) -> dict[str, StoredStates]:
         """By modality the states of frozen towers (see `config.model.store_frozen`)."""
+        if not self.stored_modalities:
+            return {}
         task, towers = self.task, self.towers_config
         directory = cache_directory(self.config.data.dir) / "token_states"
         found = {}

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.models.bert import Bert
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
 from rcml_jax.models.clip import CLIPText, CLIPVision
@@ -126,7 +127,7 @@ def load_encoder(name: str, *, modality: str | None = None) -> tuple[Any, dict]:
     """
     if name == EFFICIENTNET and modality != "text":
         return EfficientNetConfig(), load_efficientnet_lite0()
-    check_directory(pathlib.Path(name), _KIND)
+    check_directory(pathlib.Path(checkpoint_name(name)), _KIND)
     config = encoder_config(name, modality=modality)
     backbone = BACKBONES[config.model_type]
     expected = expected_params(build_backbone(config), *example_input(config), method="__call__")

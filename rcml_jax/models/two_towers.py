@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from transformers import CLIPConfig, SiglipConfig
 
+from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import backbone_of, build_backbone
@@ -193,7 +194,7 @@ def load_pretrained(name: str) -> tuple[CLIPConfig | SiglipConfig, dict]:
     Returns the configuration and the parameters as float32 NumPy arrays in the layout of
     `TwoTowers`. Raises UserError as `pretrained_config` and `checkpoints.read_params`.
     """
-    check_directory(pathlib.Path(name), "CLIP or SigLIP")
+    check_directory(pathlib.Path(checkpoint_name(name)), "CLIP or SigLIP")
     config = pretrained_config(name)
     return config, read_params(name, towers_shapes(config), "CLIP or SigLIP")
 

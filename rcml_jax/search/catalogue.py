@@ -21,7 +21,9 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
+from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
@@ -73,7 +75,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
 
     Raises UserError where nothing was trained, or no relational method.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = user_path(workdir)
     config = load_config(workdir) if config is None else config
     if config.method == EMBEDDINGS or family_of(config.method) != "relational":
         raise UserError(
@@ -110,7 +112,9 @@ def embed_catalogue(
     interrupted call is resumed; note: is told the number of items that are done and of all. Items
     may lack their text or their picture. A picture that is missing or damaged is left out and
     counted ("unreadable"); what then has neither text nor picture is counted too ("empty"); both
-    are errors with `strict`. The layout is that of `rcml_jax.search.embedding_store`.
+    are errors with `strict`. Items whose text or picture has changed since an earlier call are
+    embedded anew, and one line on standard error counts them. The layout is that of
+    `rcml_jax.search.embedding_store`.
 
     Raises UserError for an empty sentence and where the directory holds anything else.
     """
@@ -127,6 +131,18 @@ def embed_catalogue(
         ]
         problems: dict[str, list[str]] = {"unreadable": [], "empty": []}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            stale = writer.stale
+            if stale:
+                log_line(
+                    f"{to}: {len(stale):,} of {len(items):,} items have changed since they were "
+                    "embedded; embedding these anew"
+                )
+            parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
+            for rows, pictures in _read_ahead(items, parts, size, pool):
+                _problems(items, rows, pictures, strict)
+                writer.rewrite(rows, *_embed(embedder, items, rows, pictures, size))
+            if stale:
+                writer.refresh()
             for rows, pictures in _read_ahead(items, chunks, size, pool):
                 for name, ids in _problems(items, rows, pictures, strict).items():
                     problems[name] += ids
@@ -235,7 +251,7 @@ def _sentences(intra: str, relations: Sequence[str]) -> tuple[str, ...]:
     """The intra-sample sentence and the others, each once."""
     found = [intra]
     for sentence in relations:
-        sentence = " ".join(sentence.split())
+        sentence = " ".join(argument_text(sentence).split())
         if not sentence:
             raise UserError("a relation is empty; give a sentence, or none at all")
         if _plain(sentence) not in map(_plain, found):
@@ -249,8 +265,8 @@ _Picture = np.ndarray | str | None
 
 
 def _read_ahead(
-    items: Items, chunks: Sequence[range], size: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[range, list[_Picture]]]:
+    items: Items, chunks: Sequence[Sequence[int]], size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Sequence[int], list[_Picture]]]:
     """Each chunk with its pictures, while those of the next are read."""
     waiting = None
     for chunk in (*chunks, None):
@@ -271,7 +287,7 @@ def _picture(items: Items, index: int, size: int) -> _Picture:
 
 
 def _problems(
-    items: Items, rows: range, pictures: Sequence[_Picture], strict: bool
+    items: Items, rows: Sequence[int], pictures: Sequence[_Picture], strict: bool
 ) -> dict[str, list[str]]:
     """Ids whose picture cannot be read, and ids with neither text nor picture."""
     unreadable = {i: p for i, p in zip(rows, pictures, strict=True) if isinstance(p, str)}
@@ -298,7 +314,7 @@ def _problems(
 
 
 def _embed(
-    embedder: Embedder, items: Items, rows: range, pictures: Sequence[_Picture], size: int
+    embedder: Embedder, items: Items, rows: Sequence[int], pictures: Sequence[_Picture], size: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Vectors (relations, n, d) of a chunk, and which of its items have them."""
     n = len(rows)
@@ -348,9 +364,9 @@ def _embed_query(
         if text is not None:
             if not text.strip():
                 raise UserError("the text is empty; give some words")
-            return {"text": np.asarray(embedder.text([text])[-1, 0], np.float32)}
+            return {"text": np.asarray(embedder.text([argument_text(text)])[-1, 0], np.float32)}
         try:
-            batch = pixels(pathlib.Path(image).read_bytes(), model.method.task.images.size)
+            batch = pixels(read_file(user_path(image)), model.method.task.images.size)
         except DECODE_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the picture {image} cannot be read ({reason}); check it") from error

@@ -13,6 +13,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from rcml_jax.config import fold_seed
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods.base import Method
@@ -108,7 +109,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """
     validate(config)
     devices = sharding.pick_devices(config.platform, config.devices)
-    workdir = _prepare(pathlib.Path(workdir), config)
+    workdir = _prepare(user_path(workdir), config)
     with jax.default_device(sharding.first_local(devices)):
         method = _build(config, workdir)
         with Interrupt() as interrupt:
@@ -126,7 +127,7 @@ def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "t
     Writes what `evaluate` does. Raises UserError where the directory holds anything else.
     """
     validate(config)
-    return evaluate(config, _prepare(pathlib.Path(workdir), config), split)
+    return evaluate(config, _prepare(user_path(workdir), config), split)
 
 
 def evaluate(
@@ -139,7 +140,7 @@ def evaluate(
     """
     if method is None:
         validate(config)
-    workdir = pathlib.Path(workdir)
+    workdir = user_path(workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
         with jax.default_device(device):
@@ -227,7 +228,7 @@ class Run:
         params = self.method.init(init_key, batch)
         towers = config.get("model", {}).get("init_from", "")
         if towers and self.checkpoints.latest() is None:
-            params = self.method.adopt(params, read_params(towers))
+            params = self.method.adopt(params, read_params(user_path(towers)))
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(
             config.optimizer, self.steps, frozen, self.method.decayed(params)

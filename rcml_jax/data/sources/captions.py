@@ -7,7 +7,6 @@ Flickr30K (Young et al., 2014): `flickr30k-images/*.jpg` with the captions of
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.imagetext import ImageFiles, reading, require_files
+from rcml_jax.data.gates import TextGate, read_json, text_lines
+from rcml_jax.data.imagetext import ImageFiles, image_problems, reading, require_files
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages
 from rcml_jax.errors import UserError
@@ -52,70 +52,90 @@ class CaptionedImages:
 
 
 def flickr30k(
-    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> CaptionedImages:
     """Flickr30K. Without the Karpathy split, 60, 20 and 20 % of the pictures by the seed.
 
-    Pictures without a file or a caption, and empty captions, are left out and counted in one line
-    to `log` (default: standard error). Raises UserError for a missing or malformed file, and where
-    more than half of the pictures are missing.
+    Pictures without a file that can be decoded or a caption, and empty captions, are left out and
+    counted in one line to `log` (default: standard error); with `strict` a damaged picture and a
+    caption that is no Unicode text are an error. What was found out about the pictures is kept in
+    `cache`, if one is given. Raises UserError for a missing or malformed file, and where more than
+    half of the pictures are missing.
     """
     folder = require_files(directory, (), title="Flickr30K", remedy=_FLICKR_REMEDY)
     found = [name for name in _FLICKR_FILES if (folder / name).is_file()]
     if not found:
         require_files(folder, _FLICKR_FILES[1:], title="Flickr30K", remedy=_FLICKR_REMEDY)
     read = _karpathy if found[0] == _FLICKR_FILES[0] else _token_file
-    captions, split = read(folder / found[0])
+    gate = TextGate(strict)
+    captions, split = read(folder / found[0], gate)
     paths = {name: str(folder / "flickr30k-images" / name) for name in captions}
-    return _assemble("flickr30k", captions, paths, split, seed, log, _FLICKR_REMEDY)
+    return _assemble(
+        "flickr30k", captions, paths, split, seed, gate, cache, log or log_line, _FLICKR_REMEDY
+    )
 
 
 def coco(
-    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> CaptionedImages:
     """MS-COCO 2017: val2017 is the test split, and 5 % of train2017 by the seed the validation.
 
     Left out, counted and raised as for `flickr30k`.
     """
     folder = require_files(directory, _COCO_FILES, title="MS-COCO", remedy=_COCO_REMEDY)
-    captions: dict[str, list[str]] = {}
+    gate, captions = TextGate(strict), {}
     paths, split = {}, {}
     for part, file in zip(("train", "val"), _COCO_FILES, strict=True):
         content = _read_json(folder / file)
         names = {}
         for entry in _records(content, "images", file):
-            name = f"{part}2017/{_field(entry, 'file_name', str, file)}"
-            names[_field(entry, "id", int, file)] = name
+            name = f"{part}2017/{_field(entry, 'file_name', str, file, gate)}"
+            names[_field(entry, "id", int, file, gate)] = name
             captions[name], paths[name] = [], str(folder / name)
             if part == "val":
                 split[name] = 2
         for entry in _records(content, "annotations", file):
-            image = _field(entry, "image_id", int, file)
+            image = _field(entry, "image_id", int, file, gate)
             if image not in names:
                 raise UserError(f"{file}: a caption names the image {image}, which is not there.")
-            captions[names[image]].append(_field(entry, "caption", str, file))
-    return _assemble("coco", captions, paths, split, seed, log, _COCO_REMEDY)
+            captions[names[image]].append(_field(entry, "caption", str, file, gate))
+    return _assemble(
+        "coco", captions, paths, split, seed, gate, cache, log or log_line, _COCO_REMEDY
+    )
 
 
-def _karpathy(path: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+def _karpathy(path: Path, gate: TextGate) -> tuple[dict[str, list[str]], dict[str, int]]:
     captions, split = {}, {}
     for entry in _records(_read_json(path), "images", path.name):
-        name, part = (_field(entry, key, str, path.name) for key in ("filename", "split"))
+        name, part = (_field(entry, key, str, path.name, gate) for key in ("filename", "split"))
         if part not in _FLICKR_SPLITS:
             raise UserError(f"{path.name}: {name} has the unknown split {part!r}; get it anew.")
         split[name] = _FLICKR_SPLITS[part]
         sentences = _records(entry, "sentences", f"{path.name}, {name}")
-        captions[name] = [_field(s, "raw", str, f"{path.name}, {name}") for s in sentences]
+        where = f"{path.name}, {name}"
+        captions[name] = [_field(s, "raw", str, where, gate) for s in sentences]
     return captions, split
 
 
-def _token_file(path: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+def _token_file(path: Path, gate: TextGate) -> tuple[dict[str, list[str]], dict[str, int]]:
     captions: dict[str, list[str]] = {}
     with reading(path):
-        lines = path.read_text("utf-8-sig").splitlines()
+        # Not `read_text`, which turns every kind of line end into a new line.
+        lines = text_lines(path.read_bytes().decode("utf-8-sig"))
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        line = gate(line, f"{path.name}, line {number}")
         image, tab, caption = line.partition("\t")
         name, hash_sign, _ = image.rpartition("#")
         if not (tab and hash_sign and name):
@@ -133,7 +153,9 @@ def _assemble(
     paths: dict[str, str],
     split: dict[str, int],
     seed: int,
-    log: Callable[[str], None] | None,
+    gate: TextGate,
+    cache: str | Path | None,
+    log: Callable[[str], None],
     remedy: str,
 ) -> CaptionedImages:
     """What has a file and a caption, in the source's order; splits not declared are drawn."""
@@ -144,12 +166,27 @@ def _assemble(
         raise UserError(
             f"{name}: {len(no_file):,} of {len(captions):,} pictures are missing{first}; {remedy}"
         )
+    gate.report(lambda line: log(f"{name}: {line}"))
     lost = set(no_file)
+    there = [image for image in captions if image not in lost]
+    problems = image_problems([paths[image] for image in there], cache)
+    damaged = {image: text for image, text in zip(there, problems, strict=True) if text}
+    if damaged and (gate.strict or 2 * len(damaged) >= len(there)):
+        first = next(iter(damaged))
+        raise UserError(
+            f"{name}: {len(damaged):,} pictures cannot be decoded, {paths[first]} among them "
+            f"({damaged[first]}); replace or remove them"
+            + (", or leave `strict` off." if gate.strict else ".")
+        )
+    lost |= damaged.keys()
     no_text = [image for image in captions if image not in lost and not texts[image]]
     if lost or no_text:
-        (log or log_line)(
+        counts = f"{len(no_file):,} without a file, "
+        if damaged:
+            counts += f"{len(damaged):,} that cannot be decoded, "
+        log(
             f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} pictures are left out "
-            f"({len(lost):,} without a file, {len(no_text):,} without a caption)"
+            f"({counts}{len(no_text):,} without a caption)"
         )
     kept = [image for image in captions if image not in lost and texts[image]]
     free = np.flatnonzero([image not in split for image in kept])
@@ -175,8 +212,8 @@ def _read_json(path: Path) -> Any:
     with reading(path):
         content = path.read_text("utf-8-sig")
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return read_json(content)
+    except ValueError as error:
         raise UserError(f"{path} is malformed JSON ({error}); get the file anew.") from error
 
 
@@ -188,9 +225,9 @@ def _records(content: Any, key: str, where: str) -> list:
     return found
 
 
-def _field(entry: Any, key: str, kind: type, where: str) -> Any:
+def _field(entry: Any, key: str, kind: type, where: str, gate: TextGate) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind):
         name = {str: "text", int: "number"}[kind]
         raise UserError(f"{where}: a record has no {name} {key!r}; get the file anew.")
-    return value
+    return gate(value, where) if isinstance(value, str) else value

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.gates import user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
@@ -75,7 +76,7 @@ def from_config(data: Any, cache: Path) -> ClassificationData:
 
 def _copy(directory: str, name: str) -> str:
     """`config.data.dir` itself where it is a local copy of a MOGONET data set, else ""."""
-    root = Path(directory)
+    root = user_path(directory) if directory else Path()
     places = (root, root / name.upper())
     found = directory and any((place / "labels_tr.csv").is_file() for place in places)
     return directory if found else ""
@@ -105,12 +106,12 @@ def load(
     if name not in BLOBS:
         raise UserError(f"There is no omics data set {name!r}; use {' or '.join(BLOBS)}.")
     if directory:
-        folder = _local_folder(Path(directory).expanduser(), name.upper())
+        folder = _local_folder(user_path(directory), name.upper())
         matches = [re.fullmatch(r"(\d+)_t[re]\.csv", path.name) for path in folder.glob("*.csv")]
         # With a gap in the numbers, a file is missing; to stop at it would drop a view in silence.
         views = max((int(match[1]) for match in matches if match), default=1)
     else:
-        folder, views = Path(cache_dir).expanduser() / "omics" / name.upper(), len(VIEWS)
+        folder, views = user_path(cache_dir) / "omics" / name.upper(), len(VIEWS)
         _fetch(folder, BLOBS[name], log or log_line)
     return _read(name, folder, views, LABEL_NAMES[name])
 
