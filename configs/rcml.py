@@ -103,6 +103,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # In the place of one tower: a BERT or RoBERTa ("minilm": the packaged one), and a ViT.
     config.model.text_pretrained = options.get("text", "")
     config.model.image_pretrained = options.get("image", "")
+    # Size, crop, mean and deviation of images, and the pooling of texts: a run writes here what the
+    # files of its checkpoints say.
+    config.model.preprocessing = ml_collections.ConfigDict()
     # In the place of one tower, trained from scratch: a flax module by its import path,
     # "package.module:NAME" (see rcml_jax.models.backbones.Backbone).
     config.model.text_tower = ""

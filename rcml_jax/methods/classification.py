@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData
-from rcml_jax.data.images import ImageBank, augment, drop_words, hide_patches
+from rcml_jax.data.images import Framing, ImageBank, augment, drop_words, hide_patches
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
@@ -19,6 +19,8 @@ from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.task import cache_directory, work_tokenizer
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.registry import resolve
 
 
@@ -30,6 +32,13 @@ def load_data(data: Any) -> ClassificationData:
     load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
     found = load(data, cache_directory(data.dir))
     return found.select(data.modalities.split(",")) if data.modalities else found
+
+
+def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
+    """What the image checkpoint of `config.model` asks of its images, if one is named."""
+    name = model.image_pretrained
+    asked = (name, "vit") if name and name != EFFICIENTNET else None
+    return preprocessing_of(model, image=asked)["image"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +60,7 @@ class ClassificationTask:
         model = config.model
         data = load_data(config.data)
         kinds = {modality.kind for modality in data.modalities}
-        tokenizer, max_length, image_size = None, model.max_length, model.image_size
+        tokenizer, max_length, framing = None, model.max_length, Framing(model.image_size)
         if "text" in kinds:
             tokenizer = work_tokenizer(
                 pathlib.Path(workdir),
@@ -64,10 +73,9 @@ class ClassificationTask:
                 sizes = encoder_config(model.text_pretrained, modality="text")
                 max_length = min(max_length, max_text_length(sizes))
         if "image" in kinds and model.image_pretrained:
-            image_size = encoder_config(model.image_pretrained, modality="image").image_size
-        banks = {
-            m.name: ImageBank(m.values, image_size) for m in data.modalities if m.kind == "image"
-        }
+            size = encoder_config(model.image_pretrained, modality="image").image_size
+            framing = image_preprocessing_of(model) or Framing(size)
+        banks = {m.name: ImageBank(m.values, framing) for m in data.modalities if m.kind == "image"}
         return cls(config, data, tokenizer, banks, max_length)
 
     def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:

@@ -54,6 +54,11 @@ class Members(Method):
         alone = config.seeds == 1 and (declared or config.data.folds < 2)
         return single if alone else cls(single)
 
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """As one model alone."""
+        return M3CoLMethod.completed(config)
+
     def _check(self) -> None:
         config = self.config
         if config.parallel == "pmap":

@@ -96,7 +96,7 @@ class RelationTask:
             model.vocab_size,
             kind=taken.kind,
         )
-        images = ImageBank(graph.images, taken.image_size)
+        images = ImageBank(graph.images, taken.framing)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
     def sentence(self, relation: int, drawn: int = 0) -> str:

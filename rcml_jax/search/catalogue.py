@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
-from rcml_jax.data.images import DECODE_ERRORS
+from rcml_jax.data.images import DECODE_ERRORS, Framing
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
@@ -115,7 +115,7 @@ def embed_catalogue(
     Raises UserError for an empty sentence and where the directory holds anything else.
     """
     sentences = _sentences(model.method.task.sentence(-1), relations)
-    size = model.method.task.images.size
+    framing = model.method.task.images.framing
     with model.running():
         embedder = model.method.embedder(model.params, sentences[1:])
         plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard)
@@ -127,10 +127,10 @@ def embed_catalogue(
         ]
         problems: dict[str, list[str]] = {"unreadable": [], "empty": []}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for rows, pictures in _read_ahead(items, chunks, size, pool):
+            for rows, pictures in _read_ahead(items, chunks, framing, pool):
                 for name, ids in _problems(items, rows, pictures, strict).items():
                     problems[name] += ids
-                writer.write(rows.start, *_embed(embedder, items, rows, pictures, size))
+                writer.write(rows.start, *_embed(embedder, items, rows, pictures, framing.size))
                 if rows.stop % writer.shard == 0 or rows.stop == len(items):
                     writer.mark(problems)
                     problems = {name: [] for name in problems}
@@ -249,23 +249,25 @@ _Picture = np.ndarray | str | None
 
 
 def _read_ahead(
-    items: Items, chunks: Sequence[range], size: int, pool: ThreadPoolExecutor
+    items: Items, chunks: Sequence[range], framing: Framing, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[range, list[_Picture]]]:
     """Each chunk with its pictures, while those of the next are read."""
     waiting = None
     for chunk in (*chunks, None):
-        reading = None if chunk is None else [pool.submit(_picture, items, i, size) for i in chunk]
+        reading = (
+            None if chunk is None else [pool.submit(_picture, items, i, framing) for i in chunk]
+        )
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
         waiting = chunk, reading
 
 
-def _picture(items: Items, index: int, size: int) -> _Picture:
+def _picture(items: Items, index: int, framing: Framing) -> _Picture:
     """The pixels of an item; None where it has no picture, a reason where it cannot be read."""
     if not items.pictures[index]:
         return None
     try:
-        return pixels(items.read(index), size)
+        return pixels(items.read(index), framing)
     except DECODE_ERRORS as error:
         return str(error) or type(error).__name__
 
@@ -350,7 +352,7 @@ def _embed_query(
                 raise UserError("the text is empty; give some words")
             return {"text": np.asarray(embedder.text([text])[-1, 0], np.float32)}
         try:
-            batch = pixels(pathlib.Path(image).read_bytes(), model.method.task.images.size)
+            batch = pixels(pathlib.Path(image).read_bytes(), model.method.task.images.framing)
         except DECODE_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the picture {image} cannot be read ({reason}); check it") from error

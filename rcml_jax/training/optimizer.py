@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
@@ -12,6 +13,12 @@ SCHEDULES = ("cosine", "step", "plateau", "constant")
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:
+    """`_schedule` of a step as a float32: optax divides the step, an int32, by Python floats."""
+    found = _schedule(config, steps)
+    return lambda step: found(jnp.asarray(step, jnp.float32))
+
+
+def _schedule(config: Any, steps: int) -> optax.Schedule:
     """The learning rate at a step, as `config.optimizer` says.
 
     cosine: linear warm-up from 0 over `warmup_steps`, then decay to 0 at the last step. step: times
