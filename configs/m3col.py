@@ -61,6 +61,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.batch.image_flip = False  # augmentation: half of the images mirrored
 
     config.model = ml_collections.ConfigDict()
+    # Size, crop, mean and deviation of images: a run writes here what its checkpoint's files say.
+    config.model.preprocessing = ml_collections.ConfigDict()
     config.model.image_pretrained = ""  # a ViT, and
     config.model.text_pretrained = ""  # a BERT or RoBERTa: directories or names on the hub
     config.model.dtype = "float32"  # of the computation, or bfloat16

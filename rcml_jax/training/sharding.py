@@ -98,8 +98,8 @@ def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> Non
     idle = counts.keys() - {device.process_index for device in picked}
     if idle:
         raise UserError(
-            f"config.devices={len(picked)} leaves process {min(idle)} without a device; raise it to "
-            f"{len(devices)}, or to 0 for all, or start fewer processes"
+            f"config.devices={len(picked)} leaves process {min(idle)} without a device; raise it "
+            f"to {len(devices)}, or to 0 for all, or start fewer processes"
         )
 
 
