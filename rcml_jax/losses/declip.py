@@ -138,7 +138,8 @@ def masked_tokens(
     states: (n, k, d). table: (V, d). bias: (V,). labels: (n, k) ids. One position of all texts is
     predicted at a time, and again in the backward pass, so that (n, V) logits are held.
     """
-    table = as_float(table)
+    states = as_float(states)
+    table, bias = table.astype(states.dtype), bias.astype(states.dtype)
 
     @jax.checkpoint
     def one(position):
@@ -147,7 +148,7 @@ def masked_tokens(
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits, axis=1) - own
 
-    positions = jnp.swapaxes(as_float(states), 0, 1), jnp.swapaxes(labels, 0, 1)
+    positions = jnp.swapaxes(states, 0, 1), jnp.swapaxes(labels, 0, 1)
     return jax.lax.map(one, positions).T
 
 
