@@ -92,19 +92,16 @@ _PROCESSORS = {
         "crop_size": 224,
         "do_center_crop": True,
         "resample": _BICUBIC,
-        "image_mean": IMAGENET_STATISTICS[0],
-        "image_std": IMAGENET_STATISTICS[1],
     },
-    "ConvNext": {
-        "size": {"shortest_edge": 384},
-        "crop_pct": 224 / 256,
-        "do_center_crop": False,
-        "resample": _BILINEAR,
-        "image_mean": IMAGENET_STATISTICS[0],
-        "image_std": IMAGENET_STATISTICS[1],
-    },
+    "ConvNext": _SQUARE_DEFAULTS | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
 }
-_BY_MODEL = {"clip": "CLIP", "siglip": "Siglip", "vit": "ViT", "resnet": "CLIP"}
+# Of files that name no processor: that of the model type, and its statistics.
+_BY_MODEL = {
+    "clip": ("CLIP", CLIP_STATISTICS),
+    "siglip": ("Siglip", HALF_STATISTICS),
+    "vit": ("ViT", HALF_STATISTICS),
+    "resnet": ("CLIP", IMAGENET_STATISTICS),
+}
 # What changes an image in ways that are not done here.
 _UNSUPPORTED = ("do_pad", "do_flip_channel_order", "rescale_offset", "do_reduce_labels")
 _CONVNEXT_SQUARE = 384  # From this size on its processor crops nothing.
@@ -140,15 +137,19 @@ def image_preprocessing(
         )
 
     given = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
-    kind = given or _BY_MODEL[model_type]
-    for suffix in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
-        kind = kind.removesuffix(suffix)
-    if kind not in _PROCESSORS:
-        raise refuse(f"is a {given}")
     own = {option: value for option, value in options.items() if value is not None}
-    options = _PROCESSORS[kind] | own
-    if not given and "size" in own:  # of an old file that names no processor
-        options["crop_size"] = own.get("crop_size", own["size"])
+    if given:
+        kind = given
+        for suffix in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+            kind = kind.removesuffix(suffix)
+        if kind not in _PROCESSORS:
+            raise refuse(f"is a {given}")
+        options = _PROCESSORS[kind] | own
+    else:
+        kind, (mean, std) = _BY_MODEL[model_type]
+        options = _PROCESSORS[kind] | {"image_mean": mean, "image_std": std} | own
+        if "size" in own:
+            options["crop_size"] = own.get("crop_size", own["size"])
     for option in _UNSUPPORTED:
         if options.get(option):
             raise refuse(f"has {option} set")
