@@ -300,7 +300,7 @@ METHODS = {
     **{name: functools.partial(relational, name) for name in RELATIONAL},
     **{
         f"m3col, {name}": lambda catalogue, workdir, name=name: m3col(name, workdir)
-        for name in ("m3co", "multi_soft_clip", "clip", "none")
+        for name in ("m3co", "multi_soft_clip", "clip")
     },
 }
 

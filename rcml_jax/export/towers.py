@@ -27,17 +27,18 @@ def save_clip(
     end_id: int,
     pad_id: int,
     temperature: float,
-    framing: Framing,
+    framing: Framing | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors` and `preprocessor_config.json` of a `CLIPModel`.
 
     params: those of `TwoTowers(config)`; the ids are the tokenizer's, and the logit scale is that
-    of the temperature. framing: as of the run's images. Torch is not needed. Raises UserError for
-    towers that are not CLIP's, for parameters of another configuration, and where PyTorch would
-    look for another end token than the tokenizer has.
+    of the temperature. framing: of the run's images, by default CLIP's. Torch is not needed. Raises
+    UserError for towers that are not CLIP's, for parameters of another configuration, and where
+    PyTorch would look for another end token than the tokenizer has.
     """
     _check_clip(config, params)
     _check_end(config.text_config, end_id)
+    framing = framing or Framing(config.vision_config.image_size)
     processor = _processor(framing, *image_statistics(config.vision_config))
     config = copy.deepcopy(config)
     config.architectures = ["CLIPModel"]
