@@ -200,8 +200,12 @@ def _check_towers(name: str) -> None:
 
 def _fingerprints(name: str) -> list:
     """Sizes and times of local checkpoints, so that another one in its place is embedded anew."""
+    # The JSON files say how images are framed and normalised, and how tokens are pooled.
     files = [
-        f for side in name.split("+") for f in sorted(pathlib.Path(side).glob("*.safetensors"))
+        file
+        for side in name.split("+")
+        for pattern in ("*.safetensors", "**/*.json")
+        for file in sorted(pathlib.Path(side).glob(pattern))
     ]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
