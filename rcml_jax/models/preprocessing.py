@@ -136,7 +136,7 @@ def image_preprocessing(
             "another way and correct its preprocessor_config.json, or use another checkpoint"
         )
 
-    given = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
+    given = str(options.get("image_processor_type") or options.get("feature_extractor_type") or "")
     own = {option: value for option, value in options.items() if value is not None}
     if given:
         kind = given
@@ -167,8 +167,11 @@ def image_preprocessing(
         if crop is None or crop > side:
             raise refuse(f"crops {options['crop_size']!r} out of size={options['size']!r}")
     elif kind == "ConvNext":
+        share = options["crop_pct"]
+        if not _is_finite(share) or not 0 < share <= 1:
+            raise refuse(f"has crop_pct={share!r}")
         squash = side >= _CONVNEXT_SQUARE
-        side = side if squash else int(side / options["crop_pct"])
+        side = side if squash else int(side / share)
     elif not squash:
         raise refuse("keeps the proportions of an image without a crop")
     if size is not None and crop != size:

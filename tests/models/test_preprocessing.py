@@ -99,6 +99,8 @@ def test_a_rescale_factor_is_folded_into_mean_and_deviation():
         ({"image_std": [0.5, 0.5, 0.0]}, "image_std"),
         ({"image_std": "half"}, "image_std"),
         ({"rescale_factor": 0}, "rescale_factor=0"),
+        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, "crop_pct=0"),
+        ({"image_processor_type": 7}, "is a 7"),
     ],
 )
 def test_what_is_not_done_here_is_refused(options, message):
