@@ -62,6 +62,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.batch.image_flip = False
 
     config.model = ml_collections.ConfigDict()
+    # Size, crop, mean and deviation of images: a run writes here what its checkpoint's files say.
+    config.model.preprocessing = ml_collections.ConfigDict()
     config.model.image_pretrained = ""
     config.model.text_pretrained = ""
     config.model.dtype = "float32"

@@ -96,6 +96,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.pretrained = "" if pretrained == "none" else pretrained
     config.model.text_pretrained = options.get("text", "")
     config.model.image_pretrained = options.get("image", "")
+    # Size, crop, mean and deviation of images, and the pooling of texts: a run writes here what the
+    # files of its checkpoints say.
+    config.model.preprocessing = ml_collections.ConfigDict()
     config.model.text_tower = ""
     config.model.image_tower = ""
     config.model.towers = ""

@@ -180,8 +180,9 @@ def _write_files(
     from rcml_jax.methods.relational_towers import inputs, towers_config
 
     temperature = _temperature(config, params)
-    max_length = inputs(config.model).max_length
-    tokenizer = write_tokenizer_files(directory, workdir / "tokenizer.json", max_length)
+    taken = inputs(config.model)
+    path = workdir / "tokenizer.json"
+    tokenizer = write_tokenizer_files(directory, path, taken.max_length)
     save_clip(
         directory,
         towers_config(config.model, tokenizer),
@@ -190,6 +191,7 @@ def _write_files(
         end_id=tokenizer.end_id,
         pad_id=tokenizer.pad_id,
         temperature=temperature,
+        framing=taken.framing,
     )
     if config.method == "rcml":
         _save_head(directory / "relation_pooling.safetensors", config.model, params["head"])

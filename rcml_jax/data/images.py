@@ -1,6 +1,7 @@
 """Images to arrays: the one decoder, CLIP's resize and crop, and a memory cache of the results."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -199,33 +200,51 @@ def image_states(images: ItemImages) -> list:
     return [hashlib.sha256(images.encoded(index)).hexdigest() for index in range(len(images))]
 
 
-def to_array(picture: Image.Image, size: int) -> np.ndarray:
-    """The picture as CLIP's processor makes it: uint8 (size, size, 3).
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """How an image becomes a square: it is resized, and the centre is cut out.
 
-    The short side is resized to `size` (bicubic) and the centre is cut out. JPEGs are decoded at
-    a smaller scale, of twice the size at least, which changes a photograph by a grey level or two
-    on average. What is not scaled so comes out exactly as from `CLIPImageProcessor`, or within two
-    grey levels where it is a long strip.
+    size: side of the square in pixels. resize: what the short side is resized to before the cut, 0
+    for `size`. squash: both sides are resized to that, whatever the proportions. resample: Pillow's
+    number of the filter, bicubic by default.
+    """
+
+    size: int
+    resize: int = 0
+    squash: bool = False
+    resample: int = int(Image.Resampling.BICUBIC)
+
+
+def to_array(picture: Image.Image, framing: int | Framing) -> np.ndarray:
+    """The picture as Hugging Face's processors make it: uint8 (size, size, 3).
+
+    framing: as of a checkpoint; a number is that of CLIP, whose short side is resized to it. JPEGs
+    are decoded at a smaller scale, of twice the size at least, which changes a photograph by a
+    grey level or two on average. What is not scaled so comes out exactly as from the processor, or
+    within two grey levels where it is a long strip.
 
     Raises:
       ImageError: the image's bytes are damaged.
     """
+    framing = Framing(framing) if isinstance(framing, int) else framing
+    size, short = framing.size, framing.resize or framing.size
     width, height = picture.size
     with _decoding():
         # The smaller scale rounds both sides up; the box says where in it the picture ends.
-        drafted = picture.draft("RGB", (2 * size, 2 * size))
+        drafted = picture.draft("RGB", (2 * short, 2 * short))
         picture = picture.convert("RGB")
     box = drafted[1] if drafted else (0, 0, *picture.size)
-    long = int(size * max(width, height) / min(width, height))
-    width, height = (long, size) if width > height else (size, long)
+    long = short if framing.squash else int(short * max(width, height) / min(width, height))
+    width, height = (long, short) if width > height else (short, long)
     left, top = (width - size) // 2, (height - size) // 2
     crop = (left, top, left + size, top + size)
-    if long > _LONGEST_RATIO * size:
+    filter_ = Image.Resampling(framing.resample)
+    if long > _LONGEST_RATIO * short:
         scales = 2 * ((box[2], width), (box[3], height))
         centre = [place * old / new for place, (old, new) in zip(crop, scales, strict=True)]
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=centre)
+        picture = picture.resize((size, size), filter_, box=centre)
         return np.array(picture)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    picture = picture.resize((width, height), filter_, box=box)
     return np.array(picture.crop(crop))
 
 
@@ -256,12 +275,13 @@ class ImageBank:
     def __init__(
         self,
         images: ItemImages,
-        size: int,
+        framing: int | Framing,
         *,
         cache_bytes: int = 512 * 2**20,
         threads: int | None = None,
     ):
-        self.images, self.size, self.cache_bytes = images, size, cache_bytes
+        self.framing = Framing(framing) if isinstance(framing, int) else framing
+        self.images, self.size, self.cache_bytes = images, self.framing.size, cache_bytes
         self.threads = threads or min(8, os.cpu_count() or 1)
         self._reset()
 
@@ -313,7 +333,7 @@ class ImageBank:
 
     def _decode(self, index: int) -> np.ndarray:
         try:
-            return to_array(self.images[int(index)], self.size)
+            return to_array(self.images[int(index)], self.framing)
         except DECODE_ERRORS as error:
             raise UserError(self._undecodable(int(index), error)) from error
 

@@ -30,8 +30,6 @@ _KNOWN = (
 _MASKS = ("[MASK]", "<mask>", "<unused>", "<|startoftext|>", "<unk>")
 _BY_TRANSFORMERS = ("siglip",)  # model types whose normalisation is not in tokenizer.json alone
 _MEMO_TEXTS = 500_000
-# CLIP's split into words, contractions, single digits and runs of signs.
-_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -236,44 +234,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _clip_tokenizer(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
-    """CLIP's lower-cased BPE with "</w>" at the end of words, as in transformers' conversion."""
+    """CLIP's tokenizer, as transformers makes it of its two files."""
+    from transformers import CLIPTokenizerFast
+
     try:
-        vocab = json.loads(vocab_path.read_text("utf-8"))
-        lines = merges_path.read_text("utf-8").strip().splitlines()
-        merges = [tuple(x.split()) for x in lines if x and not x.startswith("#version")]
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(
-                vocab=vocab,
-                merges=merges,
-                unk_token="<|endoftext|>",
-                end_of_word_suffix="</w>",
-                continuing_subword_prefix="",
-                fuse_unk=False,
-            )
-        )
+        is_clip = "<|startoftext|>" in json.loads(vocab_path.read_text("utf-8"))
+        fast = CLIPTokenizerFast(str(vocab_path), str(merges_path)) if is_clip else None
     except Exception as error:  # the Rust library raises plain Exception
         raise _damaged(vocab_path.parent, error) from error
-    if "<|startoftext|>" not in vocab:
+    if fast is None:
         raise UserError(
             f"{vocab_path} is not CLIP's vocabulary, and only CLIP's is read without a "
             "tokenizer.json; save the tokenizer again with save_pretrained."
         )
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    return tokenizer
+    # A copy: transformers changes how its own one decodes.
+    return tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
 
 
 def _model_type(folder: Path) -> str:

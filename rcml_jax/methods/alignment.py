@@ -207,7 +207,7 @@ class ImageBlocks:
 
     def __init__(self, tower: Any, images: ItemImages):
         self.shape, self._embed = (tower.width,), tower.embed
-        self._bank = ImageBank(images, tower.size, cache_bytes=0)
+        self._bank = ImageBank(images, tower.framing, cache_bytes=0)
 
     def __len__(self) -> int:
         return len(self._bank.images)

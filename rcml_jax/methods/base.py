@@ -48,6 +48,11 @@ class Method(abc.ABC):
         del workdir
         return cls(config)
 
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """The configuration with what is read from checkpoints, to be kept in `config.json`."""
+        return config
+
     @property
     def steps(self) -> int:
         """The number of steps to train."""

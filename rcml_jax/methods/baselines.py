@@ -90,8 +90,8 @@ class BaselineMethod(RelationalMethod):
         valid, labels = shared["valid"], shared["labels"]
         own = jnp.eye(len(valid), dtype=bool)
         if "labels" in self.takes:
-            own |= (labels[:, None] == labels) & (labels >= 0)
-        return valid[:, None] & valid & (own | ~shared["related"])
+            own |= (labels[:, None] == labels[None]) & (labels >= 0)[None]
+        return valid[:, None] & valid[None] & (own | ~shared["related"])
 
     def tables(
         self,

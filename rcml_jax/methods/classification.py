@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData
-from rcml_jax.data.images import ImageBank, augment, drop_words, hide_patches
+from rcml_jax.data.images import Framing, ImageBank, augment, drop_words, hide_patches
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
@@ -19,6 +19,8 @@ from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.task import cache_directory, tell_cut_texts, work_tokenizer
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.registry import resolve
 
 
@@ -30,6 +32,13 @@ def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationD
     load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
     found = load(data, cache_directory(data.dir, workdir))
     return found.select(data.modalities.split(",")) if data.modalities else found
+
+
+def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
+    """What the image checkpoint of `config.model` asks of its images, if one is named."""
+    name = model.image_pretrained
+    asked = (name, "vit") if name and name != EFFICIENTNET else None
+    return preprocessing_of(model, image=asked)["image"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +60,7 @@ class ClassificationTask:
         model = config.model
         data = load_data(config.data, workdir)
         kinds = {modality.kind for modality in data.modalities}
-        tokenizer, max_length, image_size = None, model.max_length, model.image_size
+        tokenizer, max_length, framing = None, model.max_length, Framing(model.image_size)
         if "text" in kinds:
             new = not (pathlib.Path(workdir) / "tokenizer.json").is_file()
             tokenizer = work_tokenizer(
@@ -69,15 +78,15 @@ class ClassificationTask:
                     if modality.kind == "text":
                         tell_cut_texts(modality.values, tokenizer, max_length)
         if "image" in kinds and model.image_pretrained:
-            image_size = encoder_config(model.image_pretrained, modality="image").image_size
-        if "image" in kinds and config.data.patches_hidden and image_size % config.data.patch_size:
+            size = encoder_config(model.image_pretrained, modality="image").image_size
+            framing = image_preprocessing_of(model) or Framing(size)
+        size = framing.size
+        if "image" in kinds and config.data.patches_hidden and size % config.data.patch_size:
             raise UserError(
                 f"config.data.patch_size={config.data.patch_size} does not divide the images of "
-                f"{image_size} pixels; choose another"
+                f"{size} pixels; choose another"
             )
-        banks = {
-            m.name: ImageBank(m.values, image_size) for m in data.modalities if m.kind == "image"
-        }
+        banks = {m.name: ImageBank(m.values, framing) for m in data.modalities if m.kind == "image"}
         return cls(config, data, tokenizer, banks, max_length)
 
     def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:

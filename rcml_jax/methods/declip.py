@@ -31,12 +31,12 @@ class WholeBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, where: jax.Array) -> jax.Array:
         """x (n, d), where (n,) bool, false for padding → (n, d); at least one row must count."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         counted = where[:, None]
-        mean = jnp.mean(x, axis=0, where=counted)
-        variance = jnp.mean((x - mean) ** 2, axis=0, where=counted)
-        return (x - mean) * jax.lax.rsqrt(variance + _EPSILON) * scale + bias
+        mean = jnp.mean(x, axis=0, where=counted, keepdims=True)
+        variance = jnp.mean((x - mean) ** 2, axis=0, where=counted, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(variance + _EPSILON) * scale[None] + bias[None]
 
 
 class SimSiamHeads(nn.Module):
@@ -73,7 +73,7 @@ class TokenHead(nn.Module):
     def __call__(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Token states (n, k, d) → (n, k, width), and the bias (vocab_size,)."""
         hidden = nn.gelu(nn.Dense(self.width, name="dense")(states))
-        bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)
         return nn.LayerNorm(name="norm")(hidden), bias
 
 
@@ -116,10 +116,10 @@ class DeCLIPMethod(BaselineMethod):
         params = super().init_params(key, batch)
         width = joint_width(self.towers_config)
         simsiam_key, token_key = jax.random.split(jax.random.fold_in(key, 1))
-        heads, x = SimSiamHeads(), jnp.zeros((2, width))
+        heads, x = SimSiamHeads(), jnp.zeros((2, width), jnp.float32)
         params["simsiam"] = heads.init(simsiam_key, x, jnp.ones(2, bool))["params"]
         head = self._token_head(params)
-        params["token_head"] = head.init(token_key, jnp.zeros((1, 1, width)))["params"]
+        params["token_head"] = head.init(token_key, jnp.zeros((1, 1, width), jnp.float32))["params"]
         return params
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
@@ -149,7 +149,7 @@ class DeCLIPMethod(BaselineMethod):
         """The second view's embeddings of texts, and what its masked tokens cost."""
         if isinstance(ids, TokenStates):
             view = _state_view(ids, jax.random.fold_in(key, 1))
-            nothing = jnp.zeros(len(view.mask))
+            nothing = jnp.zeros(len(view.mask), jnp.float32)
             found = self.model.apply({"params": params["towers"]}, view)["text"]
             return found, {"token_loss": nothing, "token_count": nothing}
         tokenizer, packed = self.task.tokenizer, isinstance(ids, PackedTexts)
@@ -173,8 +173,9 @@ class DeCLIPMethod(BaselineMethod):
         hidden, bias = head.apply({"params": params["token_head"]}, as_float(found))
         costs = masked_tokens(hidden, _token_table(params["towers"]), bias, labels)
         # The text of a row that each masked token belongs to.
-        owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1)
-        mine = chosen[..., None] & (owner[..., None] == jnp.arange(ends.shape[1]))
+        owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1, dtype=jnp.int32)
+        texts = jnp.arange(ends.shape[1], dtype=jnp.int32)
+        mine = chosen[..., None] & (owner[..., None] == texts[None, None])
         loss = jnp.sum(jnp.where(mine, costs[..., None], 0), axis=1)
         count = jnp.sum(mine, axis=1).astype(loss.dtype)
         if not packed:
@@ -186,7 +187,8 @@ class DeCLIPMethod(BaselineMethod):
         special = ids == self.task.tokenizer.end_id
         if self.task.tokenizer.start_id is not None:
             special |= ids == self.task.tokenizer.start_id
-        return ~special & (jnp.arange(ids.shape[1]) < ends[:, -1:])
+        index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        return ~special & (index < ends[:, -1:])
 
     def _token_head(self, params: Params) -> TokenHead:
         vocab_size, width = _token_table(params["towers"]).shape

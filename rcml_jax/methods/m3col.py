@@ -17,11 +17,18 @@ from rcml_jax.losses.clip import clip
 from rcml_jax.losses.m3co import m3co
 from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
-from rcml_jax.methods.classification import ClassificationTask, Models, look, report
+from rcml_jax.methods.classification import (
+    ClassificationTask,
+    Models,
+    image_preprocessing_of,
+    look,
+    report,
+)
 from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import Bert, small_bert_config
 from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.m3col import M3CoL, TableEncoder, column_range
+from rcml_jax.models.preprocessing import check_tokenizer, set_statistics, with_preprocessing
 from rcml_jax.models.vit import ViT, small_vit_config
 from rcml_jax.ops import mixup
 from rcml_jax.ops.similarity import l2_normalize
@@ -70,7 +77,12 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
     """The sizes of an image or text encoder: a checkpoint's, or small ones."""
     name = model[_PRETRAINED[kind]]
     if name:
-        return encoder_config(name, modality=kind)
+        found = encoder_config(name, modality=kind)
+        if kind == "image":
+            set_statistics(found, image_preprocessing_of(model))
+        else:
+            check_tokenizer(name, found, task.tokenizer)
+        return found
     sizes = {"width": model.width, "layers": model.layers, "heads": model.heads}
     if kind == "image":
         return small_vit_config(
@@ -133,6 +145,15 @@ class M3CoLMethod(Method):
     def load(cls, config: Any, workdir: pathlib.Path) -> "M3CoLMethod":
         """One model on the data that `config.data` names."""
         return cls(config, ClassificationTask.load(config, workdir))
+
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """With the preprocessing that the image checkpoint's files ask for."""
+        model = config.model
+        if not model.get("image_pretrained", "") or "preprocessing" not in model:
+            return config
+        found = {"image": image_preprocessing_of(model), "pooling": ""}
+        return with_preprocessing(config, found)
 
     @property
     def steps(self) -> int:
@@ -253,7 +274,7 @@ class M3CoLMethod(Method):
                     mixed[name] = mixup.mix(
                         clean[name], shared["coefficient"], shared["partner"][:, place]
                     )
-        targets = jax.nn.one_hot(labels, self.task.data.classes)
+        targets = jax.nn.one_hot(labels, self.task.data.classes, dtype=jnp.float32)
         if config.mixup.labels:
             targets = mixup.mix(targets, shared["coefficient"], shared["partner"][:, 0])
         seen = mixed if config.mixup.labels else clean
@@ -272,7 +293,7 @@ class M3CoLMethod(Method):
             term = self._contrastive(clean, mixed, shared)
             value += config.loss.contrastive_weight * term
             metrics["contrastive"] = term
-        hit = jnp.argmax(logits["fused"], axis=1) == labels
+        hit = jnp.argmax(logits["fused"], axis=1).astype(labels.dtype) == labels
         return value, metrics | {"accuracy": _mean(hit.astype(jnp.float32), valid)}
 
     def _contrastive(self, clean: dict, mixed: dict, shared: dict) -> jax.Array:
@@ -354,4 +375,4 @@ class M3CoLMethod(Method):
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
+    return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)

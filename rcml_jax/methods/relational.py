@@ -33,6 +33,7 @@ from rcml_jax.methods.relational_towers import (
     from_checkpoint,
     frozen_parts,
     load_checkpoints,
+    preprocessing,
     stored_modalities,
     towers_config,
 )
@@ -47,6 +48,7 @@ from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
+from rcml_jax.models.preprocessing import with_preprocessing
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
@@ -92,6 +94,14 @@ class RelationalMethod(Method):
         """The method on the relation graph that `config.data` names."""
         return cls(config, RelationTask.load(config, workdir))
 
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """With the preprocessing that the checkpoints' files ask for."""
+        came = from_checkpoint(config.model)
+        if not (came.text or came.image) or "preprocessing" not in config.model:
+            return config
+        return with_preprocessing(config, preprocessing(config.model))
+
     def batches(self) -> Any:
         """The grain iterator over training batches."""
         return self.task.batches(self.stored)
@@ -111,7 +121,7 @@ class RelationalMethod(Method):
                 inputs, digest = text_inputs(task.tokenizer, task.graph.texts, task.max_length)
             else:
                 own = towers.vision_config
-                inputs, digest = image_inputs(task.graph.images, task.images.size)
+                inputs, digest = image_inputs(task.graph.images, task.images.framing)
             key = hashlib.sha256(digest + params_digest(params) + str(self.dtype).encode())
             name = f"{task.graph.name}-{modality}-{key.hexdigest()[:16]}.npy"
             apply = functools.partial(

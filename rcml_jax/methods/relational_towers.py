@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
@@ -9,6 +10,8 @@ from rcml_jax.models.backbones import TowerSizes, encoder_config, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.clip import end_token, small_clip_config
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.preprocessing import check_tokenizer, preprocessing_of, set_statistics
 from rcml_jax.models.two_towers import (
     PairConfig,
     TowersConfig,
@@ -28,12 +31,13 @@ class Inputs(NamedTuple):
     """What the towers take.
 
     tokenizer: the checkpoint whose tokenizer it is, "" for one of our own; kind: what an error
-    calls that checkpoint; image_size: in pixels; max_length: of texts, in tokens.
+    calls that checkpoint; framing: how an image becomes the tower's input; max_length: of texts, in
+    tokens.
     """
 
     tokenizer: str
     kind: str
-    image_size: int
+    framing: Framing
     max_length: int
 
 
@@ -74,7 +78,24 @@ def inputs(model: Any) -> Inputs:
         image_size = encoder_config(image, modality="image").image_size
     if own_image:
         image_size = model.image_size
-    return Inputs(tokenizer, kind, image_size, min(model.max_length, longest))
+    framing = preprocessing(model)["image"] or Framing(image_size)
+    if framing.size != image_size:
+        raise UserError(
+            f"the image processor of the checkpoint makes images of {framing.size} pixels, its "
+            f"tower takes {image_size}; correct preprocessor_config.json or config.json"
+        )
+    return Inputs(tokenizer, kind, framing, min(model.max_length, longest))
+
+
+def preprocessing(model: Any) -> dict[str, Any]:
+    """What the checkpoints of `config.model` ask of their inputs, as of `preprocessing_of`."""
+    (text, image), (own_text, own_image) = _given(model), _own(model)
+    asked = None
+    if image and image != EFFICIENTNET:
+        asked = image, encoder_config(image, modality="image").model_type
+    elif model.pretrained and not (image or own_image):
+        asked = model.pretrained, pretrained_config(model.pretrained).model_type
+    return preprocessing_of(model, image=asked, text="" if own_text else text)
 
 
 def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
@@ -91,7 +112,8 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
         clip = pretrained_config(model.pretrained)
         if not (text or own_text):
             set_special_tokens(clip, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
-            _check_vocabulary(model.pretrained, clip.text_config, tokenizer)
+            end = end_token(clip.text_config) if clip.model_type == "clip" else None
+            check_tokenizer(model.pretrained, clip.text_config, tokenizer, end)
     else:
         clip = small_clip_config(
             vocab_size=tokenizer.vocab_size,
@@ -105,7 +127,9 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
             patch_size=model.patch_size,
             max_length=model.max_length,
         )
+    habits = preprocessing(model)
     if not (text or image or own_text or own_image):
+        set_statistics(clip.vision_config, habits["image"])
         return clip
     parts = {"text": clip.text_config, "image": clip.vision_config}
     for modality, given, own in (("text", text, own_text), ("image", image, own_image)):
@@ -113,10 +137,12 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
             parts[modality] = _sizes(own, modality, model, tokenizer)
         elif given:
             parts[modality] = encoder_config(given, modality=modality)
-    pair = PairConfig(parts["text"], parts["image"], joint_width(clip))
+    if not own_image and image != EFFICIENTNET:
+        set_statistics(parts["image"], habits["image"])
     if text:
-        _check_tokenizer(text, pair.text_config, tokenizer)
-    return pair
+        check_tokenizer(text, parts["text"], tokenizer)
+        parts["text"].pooling = habits["pooling"] or "mean"
+    return PairConfig(parts["text"], parts["image"], joint_width(clip))
 
 
 def load_checkpoints(model: Any, towers: Params) -> Params:
@@ -207,28 +233,3 @@ def _sizes(path: str, modality: str, model: Any, tokenizer: Tokenizer) -> TowerS
         pad_token_id=tokenizer.pad_id,
         eos_token_id=tokenizer.end_id,
     )
-
-
-def _check_vocabulary(name: str, config: Any, tokenizer: Tokenizer) -> None:
-    # An id beyond the table would silently be another word, and another end token no end.
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name!r} has {tokenizer.vocab_size} ids, its text tower embeds "
-            f"{config.vocab_size}; save both again into one directory"
-        )
-    if config.model_type == "clip_text_model" and end_token(config) != tokenizer.end_id:
-        raise UserError(
-            f"the text tower of {name!r} ends a text at token {end_token(config)}, its tokenizer "
-            f"with token {tokenizer.end_id}; give both the same end token (eos_token_id in "
-            "config.json)"
-        )
-
-
-def _check_tokenizer(name: str, config: Any, tokenizer: Tokenizer) -> None:
-    # An id beyond the table would silently be another word, and unknown padding a part of the text.
-    if tokenizer.pad_id != config.pad_token_id or tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name!r} ({tokenizer.vocab_size} ids, padding {tokenizer.pad_id}) "
-            f"does not fit its model ({config.vocab_size} ids, padding {config.pad_token_id}); "
-            "save both again into one directory"
-        )

@@ -80,6 +80,11 @@ class Members(Method):
         alone = config.seeds == 1 and (declared or config.data.folds < 2)
         return single if alone else cls(single)
 
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """As one model alone."""
+        return M3CoLMethod.completed(config)
+
     @property
     def steps(self) -> int:
         """As one model alone."""

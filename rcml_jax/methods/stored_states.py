@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rcml_jax.data.images import ImageBank
+from rcml_jax.data.images import Framing, ImageBank
 from rcml_jax.data.log import log_line
 from rcml_jax.data.stages import stored_rows
 from rcml_jax.errors import UserError
@@ -58,12 +58,12 @@ def text_inputs(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Inpu
     return ids.__getitem__, hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).digest()
 
 
-def image_inputs(images: Any, size: int) -> tuple[Inputs, bytes]:
-    """Images of one size, none of which is kept in memory, and a digest of their files."""
-    digest = hashlib.sha256(str(size).encode())
+def image_inputs(images: Any, framing: Framing) -> tuple[Inputs, bytes]:
+    """Images of one size, none of which is kept in memory, and a digest of files and framing."""
+    digest = hashlib.sha256(repr(framing).encode())
     for index in range(len(images)):
         digest.update(hashlib.sha256(images.encoded(index)).digest())
-    return ImageBank(images, size, cache_bytes=0), digest.digest()
+    return ImageBank(images, framing, cache_bytes=0), digest.digest()
 
 
 def params_digest(params: Any) -> bytes:

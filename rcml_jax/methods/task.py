@@ -86,7 +86,7 @@ class RelationTask:
         )
         if new:
             tell_cut_texts(graph.texts, tokenizer, taken.max_length)
-        images = ImageBank(graph.images, taken.image_size)
+        images = ImageBank(graph.images, taken.framing)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
     def sentence(self, relation: int, drawn: int = 0) -> str:

@@ -89,7 +89,9 @@ def backbone_of(config: Any) -> Backbone:
     Raises UserError for a path that cannot be imported, or that names nothing to call.
     """
     if not isinstance(config, TowerSizes):
-        return BACKBONES[config.model_type]
+        found = BACKBONES[config.model_type]
+        first = getattr(config, "pooling", "") == "cls"
+        return dataclasses.replace(found, mean=False) if first else found
     option = f"config.model.{config.modality}_tower"
     wanted = "a flax module or a function (config, dtype, remat) that makes one"
     return Backbone(resolve(config.model_type, {}, option, wanted=wanted), config.modality)

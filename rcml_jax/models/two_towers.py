@@ -64,8 +64,8 @@ class TwoTowers(nn.Module):
             self.text_model = build_backbone(text, self.dtype, self.remat)
             self.vision_model = build_backbone(vision, self.dtype, self.remat)
         if isinstance(config, SiglipConfig):
-            self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (1,))
-            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (1,))
+            self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (1,), jnp.float32)
+            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (1,), jnp.float32)
             return
         project = functools.partial(
             nn.Dense,

@@ -22,7 +22,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from rcml_jax.data.gates import argument_text, read_file, user_path
-from rcml_jax.data.images import DECODE_ERRORS
+from rcml_jax.data.images import DECODE_ERRORS, Framing
 from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
@@ -119,7 +119,7 @@ def embed_catalogue(
     Raises UserError for an empty sentence and where the directory holds anything else.
     """
     sentences = _sentences(model.method.task.sentence(-1), relations)
-    size = model.method.task.images.size
+    framing = model.method.task.images.framing
     with model.running():
         embedder = model.method.embedder(model.params, sentences[1:])
         plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard)
@@ -138,15 +138,15 @@ def embed_catalogue(
                     "embedded; embedding these anew"
                 )
             parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
-            for rows, pictures in _read_ahead(items, parts, size, pool):
+            for rows, pictures in _read_ahead(items, parts, framing, pool):
                 _problems(items, rows, pictures, strict)
-                writer.rewrite(rows, *_embed(embedder, items, rows, pictures, size))
+                writer.rewrite(rows, *_embed(embedder, items, rows, pictures, framing.size))
             if stale:
                 writer.refresh()
-            for rows, pictures in _read_ahead(items, chunks, size, pool):
+            for rows, pictures in _read_ahead(items, chunks, framing, pool):
                 for name, ids in _problems(items, rows, pictures, strict).items():
                     problems[name] += ids
-                writer.write(rows.start, *_embed(embedder, items, rows, pictures, size))
+                writer.write(rows.start, *_embed(embedder, items, rows, pictures, framing.size))
                 if rows.stop % writer.shard == 0 or rows.stop == len(items):
                     writer.mark(problems)
                     problems = {name: [] for name in problems}
@@ -265,23 +265,25 @@ _Picture = np.ndarray | str | None
 
 
 def _read_ahead(
-    items: Items, chunks: Sequence[Sequence[int]], size: int, pool: ThreadPoolExecutor
+    items: Items, chunks: Sequence[Sequence[int]], framing: Framing, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Sequence[int], list[_Picture]]]:
     """Each chunk with its pictures, while those of the next are read."""
     waiting = None
     for chunk in (*chunks, None):
-        reading = None if chunk is None else [pool.submit(_picture, items, i, size) for i in chunk]
+        reading = (
+            None if chunk is None else [pool.submit(_picture, items, i, framing) for i in chunk]
+        )
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
         waiting = chunk, reading
 
 
-def _picture(items: Items, index: int, size: int) -> _Picture:
+def _picture(items: Items, index: int, framing: Framing) -> _Picture:
     """The pixels of an item; None where it has no picture, a reason where it cannot be read."""
     if not items.pictures[index]:
         return None
     try:
-        return pixels(items.read(index), size)
+        return pixels(items.read(index), framing)
     except DECODE_ERRORS as error:
         return str(error) or type(error).__name__
 
@@ -366,7 +368,7 @@ def _embed_query(
                 raise UserError("the text is empty; give some words")
             return {"text": np.asarray(embedder.text([argument_text(text)])[-1, 0], np.float32)}
         try:
-            batch = pixels(read_file(user_path(image)), model.method.task.images.size)
+            batch = pixels(read_file(user_path(image)), model.method.task.images.framing)
         except DECODE_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the picture {image} cannot be read ({reason}); check it") from error

@@ -167,10 +167,10 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text(lines, "utf-8")
 
 
-def pixels(encoded: bytes, size: int) -> np.ndarray:
+def pixels(encoded: bytes, framing: int | images.Framing) -> np.ndarray:
     """A picture as training has it: uint8 (size, size, 3).
 
     Raises:
       ImageError: the bytes are no image.
     """
-    return images.to_array(images.open_rgb(images.storable(encoded, STORED_SIZE)), size)
+    return images.to_array(images.open_rgb(images.storable(encoded, STORED_SIZE)), framing)

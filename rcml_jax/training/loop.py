@@ -16,6 +16,7 @@ from rcml_jax.config import fold_seed
 from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
+from rcml_jax.methods import method_class
 from rcml_jax.methods.base import Method
 from rcml_jax.schema import validate
 from rcml_jax.training import optimizer as optimizers
@@ -109,7 +110,9 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """
     validate(config)
     devices = sharding.pick_devices(config.platform, config.devices)
-    workdir = _prepare(user_path(workdir), config)
+    workdir = user_path(workdir)
+    config = _completed(config, workdir)
+    workdir = _prepare(workdir, config)
     with jax.default_device(sharding.first_local(devices)):
         method = _build(config, workdir)
         with Interrupt() as interrupt:
@@ -160,6 +163,21 @@ def evaluate(
         if predictions is not None:
             workdirs.write_arrays(workdir / f"predictions{suffix}.npz", predictions)
     return result
+
+
+def _completed(config: Any, workdir: pathlib.Path) -> Any:
+    """The configuration with what the method reads from checkpoints.
+
+    A run of a version that did not read it goes on without.
+    """
+    begun = (workdir / "config.json").is_file()
+    saved = workdirs.load_config(workdir) if begun else config
+    model = config.get("model", {})
+    if "preprocessing" in model and "preprocessing" not in saved.get("model", {}):
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            del config.model.preprocessing
+    return method_class(config.method).completed(config)
 
 
 def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
@@ -10,6 +11,12 @@ from rcml_jax.errors import UserError
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:
+    """`_schedule` of a step as a float32: optax divides the step, an int32, by Python floats."""
+    found = _schedule(config, steps)
+    return lambda step: found(jnp.asarray(step, jnp.float32))
+
+
+def _schedule(config: Any, steps: int) -> optax.Schedule:
     """The learning rate at a step, as `config.optimizer` says.
 
     cosine: linear warm-up from 0 over `warmup_steps`, then decay to 0 at the last step. step: times
@@ -47,10 +54,12 @@ def build(
     if config.clip_norm > 0:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     if name == "adam":
-        parts += [optax.add_decayed_weights(config.weight_decay), optax.adam(rate, **moments)]
+        adam = optax.chain(_scale_by_adam(**moments), optax.scale_by_learning_rate(rate))
+        parts += [optax.add_decayed_weights(config.weight_decay), adam]
     else:
-        decay = config.weight_decay
-        parts.append(optax.adamw(rate, **moments, weight_decay=decay, mask=decayed))
+        decay = optax.add_decayed_weights(config.weight_decay, decayed)
+        scale = optax.scale_by_learning_rate(rate)
+        parts.append(optax.chain(_scale_by_adam(**moments), decay, scale))
     rates = dict(config.get("rates", {}))
     if rates:
         _check_rates(rates, frozen)
@@ -62,6 +71,21 @@ def build(
         return transform, rate
     labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
     return optax.partition({"trained": transform, "frozen": optax.set_to_zero()}, labels), rate
+
+
+def _scale_by_adam(**moments: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` that counts in float32 while it computes, and keeps an int32.
+
+    It raises b1 and b2 to the power of the count, which JAX's strict promotion refuses of an int32.
+    """
+    adam = optax.scale_by_adam(**moments)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple:
+        counted = state._replace(count=state.count.astype(jnp.float32))
+        updates, after = adam.update(updates, counted, params)
+        return updates, after._replace(count=after.count.astype(jnp.int32))
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _check_rates(rates: dict[str, float], params: dict[str, Any]) -> None:

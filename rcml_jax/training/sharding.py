@@ -1,5 +1,6 @@
 """One step on one device or many: `jit` over sharded arrays, of the state, too, or `pmap`."""
 
+import collections
 import functools
 import math
 import os
@@ -63,7 +64,9 @@ def any_process(flag: bool) -> bool:
 def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
     """The devices of a platform ("cpu", "gpu", "tpu"; "" for the default), all or the first few.
 
-    Raises UserError where there are none of the kind, or fewer than asked for.
+    Raises UserError where there are none of the kind, or fewer than asked for; and, in every
+    process alike, where the processes have different numbers of devices, or one of them has none
+    of those that were picked.
     """
     try:
         devices = jax.devices(platform or None)
@@ -77,7 +80,25 @@ def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
             f"config.devices={count}, but there are {len(devices)} devices of the kind "
             f"{devices[0].platform!r}; lower it"
         )
+    _check_processes(devices, devices[: count or None])
     return devices[: count or None]
+
+
+def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> None:
+    """Every process knows the devices of all, so that all of them end with the same sentence."""
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        each = ", ".join(str(counts[process]) for process in sorted(counts))
+        raise UserError(
+            f"the processes have different numbers of devices ({each}); start every process with "
+            "as many as the others, for example by CUDA_VISIBLE_DEVICES"
+        )
+    idle = counts.keys() - {device.process_index for device in picked}
+    if idle:
+        raise UserError(
+            f"config.devices={len(picked)} leaves process {min(idle)} without a device; raise it "
+            f"to {len(devices)}, or to 0 for all, or start fewer processes"
+        )
 
 
 def first_local(devices: list[jax.Device]) -> jax.Device:
