@@ -170,6 +170,21 @@ class ShardedJit:
             for name, place in places.items()
         }
 
+    def sharding_of(self, x: Any) -> NamedSharding:
+        """Where an array of the state lies, by its shape alone: whole on every device."""
+        del x
+        return self._replicated
+
+    def abstract(self, state: Any, batch: dict) -> tuple[Any, dict]:
+        """The shapes of a state and of a batch, placed as `put_state` and `put_batch` do.
+
+        To compile a step ahead, on devices that need not be there.
+        """
+        items = jax.tree.map(lambda x: _shape(x, self._split), batch["items"])
+        shared = jax.tree.map(lambda x: _shape(x, self._replicated), batch["shared"])
+        state = jax.tree.map(lambda x: _shape(x, self.sharding_of(x)), state)
+        return state, {"items": items, "shared": shared}
+
     def compile(self, step: Callable) -> Callable:
         """Jit `step(state, batch, across) -> (state, metrics)`; see `donated` for its state."""
         return jax.jit(
@@ -266,6 +281,20 @@ class Pmap:
         shared = jax.tree.map(lambda x: _put(x, self._split, len(mine)), batch["shared"])
         return {"items": jax.tree.map(split, batch["items"]), "shared": shared}
 
+    def abstract(self, state: Any, batch: dict) -> tuple[Any, dict]:
+        """The shapes of a state and of a batch with their leading axis of devices."""
+        count = len(self.devices)
+
+        def whole(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *x.shape), x.dtype)
+
+        def split(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, x.shape[0] // count, *x.shape[1:]), x.dtype)
+
+        shared = jax.tree.map(whole, batch["shared"])
+        items = jax.tree.map(split, batch["items"])
+        return jax.tree.map(whole, state), {"items": items, "shared": shared}
+
     def compile(self, step: Callable) -> Callable:
         """Pmap `step(state, batch, across) -> (state, metrics)`; see `donated` for its state."""
         return jax.pmap(
@@ -274,6 +303,10 @@ class Pmap:
             devices=self.devices,
             donate_argnums=self._donated,
         )
+
+
+def _shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _put(x: Any, sharding: NamedSharding, copies: int = 0) -> jax.Array:
