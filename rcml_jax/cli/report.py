@@ -11,7 +11,7 @@ page with the reason. Nothing is trained, and the work directories are not chang
 """
 
 import argparse
-import html
+import contextlib
 import os
 import pathlib
 import shlex
@@ -21,9 +21,10 @@ import time
 from collections.abc import Sequence
 
 from rcml_jax.cli.commands import guard
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.report import common, page
-from rcml_jax.report.page import Folder, Section, is_ours, write_page
+from rcml_jax.report.page import Folder, Paragraph, Section, write_page, written_files
 from rcml_jax.report.runs import Sources, groups, read_sources
 
 
@@ -75,20 +76,22 @@ def write_report(
 ) -> pathlib.Path:
     """Collect, draw and write the page `<out>/index.html`; an older report there is replaced.
 
-    Raises UserError for an `out` that holds anything else, or cannot be written.
+    Other files in the folder of an older report stay. Raises UserError for an `out` that holds no
+    report but something else, or cannot be written.
     """
     out = pathlib.Path(out)
-    _check_free(out)
+    older = _older_report(out)
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        folder = Folder(part, lambda line: print(line, file=sys.stderr, flush=True))
+        folder = Folder(part, log_line)
         options = {"seed": seed, "relation": relation, "data_dir": data_dir, "data_path": data_path}
         sections = _sections(folder, sources, **options)
-        write_page(part / "index.html", _title(sources), _intro(sources, command), sections)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(part, out)
+        page, title = part / "index.html", _title(sources)
+        files = [p.relative_to(part).as_posix() for p in sorted(part.rglob("*")) if p.is_file()]
+        files.append(page.name)
+        write_page(page, title, _intro(sources, command), sections, files)
+        _replace(out, older, part, files)
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror or error}") from error
     finally:
@@ -96,12 +99,46 @@ def write_report(
     return out / "index.html"
 
 
-def _check_free(out: pathlib.Path) -> None:
-    if not out.exists():
-        return
-    made = out / "index.html"
-    if not out.is_dir() or (any(out.iterdir()) and not (made.is_file() and is_ours(made))):
+def _older_report(out: pathlib.Path) -> list[str]:
+    """Names of the files of the report in a folder; nothing where the folder is empty or missing.
+
+    Raises UserError where the folder holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return []
+    page = out / "index.html"
+    files = written_files(page) if page.is_file() else None
+    if files is None:
         raise UserError(f"{out} holds something else than a report; give another --out")
+    if not files:
+        raise UserError(
+            f"the report in {out} has no list of its files, as those of older versions; remove it "
+            "or give another --out"
+        )
+    return files
+
+
+def _replace(
+    out: pathlib.Path, older: Sequence[str], part: pathlib.Path, files: Sequence[str]
+) -> None:
+    """Move a report to its folder and remove what is left of the older one, and nothing else.
+
+    Raises UserError, with nothing changed, where a file of others is in the way.
+    """
+    taken = [name for name in files if (out / name).exists() and name not in older]
+    if taken:
+        raise UserError(
+            f"{out / taken[0]} is no file of the older report and would be replaced; move it or "
+            "give another --out"
+        )
+    for name in files:  # the page, which has the list, is the last of them
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / name, out / name)
+    for name in set(older) - set(files):
+        (out / name).unlink(missing_ok=True)
+    for folder in {(out / name).parent for name in older} - {out}:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            folder.rmdir()
 
 
 def _sections(
@@ -131,14 +168,11 @@ def _title(sources: Sources) -> str:
     return f"Report: {', '.join(names[:4])}{' and more' if len(names) > 4 else ''}"
 
 
-def _intro(sources: Sources, command: str) -> list[str]:
+def _intro(sources: Sources, command: str) -> list[Paragraph]:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     where = [x.path for x in (*sources.runs, *sources.sweeps, *sources.studies)]
-    listed = ", ".join(f"<code>{html.escape(str(path))}</code>" for path in where)
-    parts = [f"Made {made} from {listed}."]
-    if command:
-        parts.append(f"<code>{html.escape(command)}</code>")
-    return parts
+    intro = [Paragraph(f"Made {made} from", tuple(map(str, where)))]
+    return intro + [Paragraph("", (command,))] * bool(command)
 
 
 if __name__ == "__main__":
