@@ -288,7 +288,7 @@ def write_page(
 ) -> None:
     """Write the page; links are relative to its folder. All texts are escaped.
 
-    files: names of all files of the report, relative to its folder; `written_files` reads them back.
+    files: names of all files of the report, relative to its folder, for `written_files`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
