@@ -145,7 +145,7 @@ def _sections(
     folder: Folder, sources: Sources, *, seed: int, relation: str, data_dir: str, data_path: str
 ) -> list[Section]:
     # Imported here: what is wrong with the arguments is said before the models' classes are loaded.
-    from rcml_jax.report import classification, relational
+    from rcml_jax.report import alignment, classification, relational
     from rcml_jax.report.runs import Models
 
     models, sections = Models(data_dir, data_path), []
@@ -157,7 +157,7 @@ def _sections(
     for runs, sweeps in groups(sources, "classification").values():
         sections.append(classification.section(folder, runs, sweeps, models, seed=seed))
     sections += [common.sweep(folder, sweep) for sweep in sources.sweeps]
-    sections += [common.study(folder, study) for study in sources.studies]
+    sections += [alignment.study(folder, x.label, x.path, x.result) for x in sources.studies]
     if sources.runs:
         sections.append(common.training(folder, sources.runs))
     return sections

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from rcml_jax.evaluation.display import collect
+from rcml_jax.evaluation.measures import at
 from rcml_jax.methods import classification as analyses
 from rcml_jax.methods.seeds import Members
 from rcml_jax.report import page
 from rcml_jax.report.common import labels
 from rcml_jax.report.page import (
+    NEIGHBOURS,
     Arrays,
     Figure,
     Folder,
@@ -22,11 +24,15 @@ from rcml_jax.report.page import (
     Picture,
     Section,
     Table,
+    box,
+    frame,
+    overlay,
     percent,
+    scatter,
+    silhouette,
     slug,
+    umap,
 )
-from rcml_jax.report.relational import box, frame, overlay, scatter
-from rcml_jax.report.relational_data import NEIGHBOURS, silhouette, umap
 from rcml_jax.report.runs import Models, Opened, Run, Sweep, on_device
 from rcml_jax.training.writer import read_history
 
@@ -213,23 +219,26 @@ def accuracy_by_epoch(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _accuracies(line: Mapping[str, float]) -> dict[str, list[float]]:
-    """Split → the accuracies of its models: on test of those trained on all of train."""
-    found: dict[str, list[float]] = {}
+    """Split → the accuracies of its models: on test of those trained on all of train.
+
+    Where samples are held out from some models, those alone are looked at on validation, too.
+    """
+    found: dict[str, dict[str, float]] = {}
     for name, value in line.items():
         parts = name.split("/")
         if parts[0] == "look" and parts[3] == "accuracy":
-            if parts[2] == "test" and parts[1].startswith("held-out"):
-                continue
-            found.setdefault(parts[2], []).append(value)
-    return found
+            found.setdefault(parts[2], {})[parts[1]] = value
+    held_out = set(found.get("validation", ()))
+    if set(found.get("test", ())) - held_out:
+        found["test"] = {n: x for n, x in found["test"].items() if n not in held_out}
+    return {split: list(values.values()) for split, values in found.items()}
 
 
 def _steps_of_epoch(run: Run) -> float:
-    """Steps an epoch has, from the configuration and the number of steps in the protocol."""
-    looks = str((run.result or {}).get("protocol", {}).get("looks", ""))
-    total = re.search(r" of (\d+)$", looks)
+    """Steps an epoch has; 0 where the run does not count epochs or was not evaluated."""
+    total = at(run.result or {}, "protocol/steps")
     epochs = run.config.get("epochs", 0)
-    return int(total[1]) / epochs if total and epochs and not run.config.steps else 0.0
+    return total / epochs if total and epochs and not run.config.steps else 0.0
 
 
 # M3CoL's figures, drawn from saved arrays.

@@ -1,10 +1,8 @@
-"""What is shown of any run: results, differences, sweeps, curves; and alignment studies."""
+"""What is shown of any run: results, differences, sweeps, curves."""
 
 import functools
-import importlib.util
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,11 +29,11 @@ from rcml_jax.report.page import (
     Picture,
     Section,
     Table,
-    load,
     percent,
+    plain,
     slug,
 )
-from rcml_jax.report.runs import Run, Study, Sweep, differences
+from rcml_jax.report.runs import Run, Sweep, differences
 from rcml_jax.training.workdir import leaves
 
 # Training curves: loss, its terms, the learning rate and the validation measure.
@@ -559,14 +557,8 @@ def _protocol(run: Run) -> str:
         "validation",
         "looks",
     )
-    parts = [f"{name.replace('_', ' ')}: {_plain(said[name])}" for name in names if name in said]
+    parts = [f"{name.replace('_', ' ')}: {plain(said[name])}" for name in names if name in said]
     return f"Protocol of {run.label}: " + "; ".join(parts) + "."
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {x}" for name, x in value.items())
-    return str(value)
 
 
 def _differences(folder: Folder, runs: Sequence[Run]) -> Figure:
@@ -681,48 +673,4 @@ def _against(folder: Folder, found: Sweep, name: str, option: str, values: dict)
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}.",
         tuple(pictures),
         data=(path,),
-    )
-
-
-def study(folder: Folder, found: Study) -> Section:
-    """The pictures that `report.alignment` draws of an alignment study."""
-    title = f"Alignment: {found.label}"
-    return Section(
-        title, (folder.attempt("Alignment of two modalities", lambda: _study(folder, found)),)
-    )
-
-
-def _study(folder: Folder, found: Study) -> Figure:
-    arrays = found.path / "similarities.npz"
-    if not arrays.is_file():
-        raise LeftOutError(
-            f"{found.path} holds no similarities.npz; evaluate again: rcml-eval --workdir "
-            f"{found.path}"
-        )
-    if importlib.util.find_spec("rcml_jax.report.alignment") is None:
-        raise LeftOutError("this version draws no figures of alignment studies")
-    from rcml_jax.report import alignment
-
-    name = slug(found.label)
-    copied = folder.root / "data" / f"similarities-{name}.npz"
-    copied.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(arrays, copied)
-    drawn = alignment.draw(found.result, load(copied), folder.root / f"alignment-{name}")
-    names = {
-        "similarities": "Histograms of the cosines of matched and of random pairs.",
-        "gap": "The modality gap against retrieval.",
-        "plane": "Both modalities in a plane, as they are and centred.",
-    }
-    pictures = tuple(Picture(path, names.get(path.stem, path.stem)) for path in drawn)
-    return Figure(
-        "Alignment of two modalities", _alignment_caption(found), pictures, data=(copied,)
-    )
-
-
-def _alignment_caption(found: Study) -> str:
-    parts = [f"{name}: {_plain(value)}" for name, value in found.result["protocol"].items()]
-    return (
-        "For each source the cosines of matched and of random pairs; the modality gap against "
-        "retrieval with each calibration; and both modalities on their first two principal axes "
-        f"before and after centring. Protocol: {'; '.join(parts)}."
     )

@@ -127,6 +127,48 @@ def below(figure: Any, handles: list, labels: list[str], *, columns: int) -> Non
     )  # fmt: skip
 
 
+# Parts of several figures.
+
+
+def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> None:
+    """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units."""
+    for number, name in enumerate(names):
+        here, marker = kind == number, MARKERS[number % 10]
+        axes.scatter(
+            *points[here].T, s=70 if marker == "*" else 34, marker=marker, edgecolors="white",
+            color=COLOURS[number % 8], label=short(name, 24), linewidths=0.5,
+        )  # fmt: skip
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color("#BBBBBB")
+
+
+def box(figure, left: float, top: float, size: float):
+    """Axes for a square picture, placed in inches from the upper left corner."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
+
+
+def frame(axes, colour: str = "#BBBBBB", width: float = 1) -> None:
+    """A box around a picture, without ticks."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set(visible=True, color=colour, linewidth=width)
+
+
+def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, float]):
+    """A heat map (h, w) over the grey of a picture (H, W, 3); the map's own image is returned."""
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=255)
+    image = axes.imshow(
+        heat, cmap=HEAT, alpha=0.65, vmin=limits[0], vmax=limits[1],
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
+    )  # fmt: skip
+    frame(axes)
+    return image
+
+
 # The numbers behind figures: saved as CSV or `.npz`, and read back to be drawn.
 
 
@@ -182,6 +224,84 @@ def _column(cells: Sequence[str]) -> np.ndarray:
 def slug(text: str) -> str:
     """A text as part of a file's name: lower case letters, digits, hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
+# Planes of embeddings, t-SNE and UMAP, and how well kinds hold together: the silhouette.
+
+
+PERPLEXITY = 30
+NEIGHBOURS = 15
+SEED = 0
+
+
+def tsne(vectors: np.ndarray) -> np.ndarray:
+    """Rows (n, d) → (n, 2) by t-SNE (cosine, perplexity 30, PCA at the start, a fixed seed).
+
+    Raises LeftOutError where all rows are the same, or not finite.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise UserError('t-SNE needs scikit-learn: pip install "rcml_jax[plots]"') from error
+
+    _check(vectors)
+    model = TSNE(perplexity=PERPLEXITY, metric="cosine", init="pca", random_state=SEED)
+    return model.fit_transform(np.ascontiguousarray(vectors))
+
+
+def _check(vectors: np.ndarray) -> None:
+    """Raise LeftOutError for what has no plane; scikit-learn's t-SNE crashes on equal rows."""
+    if not np.isfinite(vectors).all():
+        raise LeftOutError("the embeddings are not finite; the training has diverged")
+    if np.ptp(vectors, axis=0).max() < 1e-6:
+        raise LeftOutError("all embeddings are the same; the model has collapsed")
+
+
+def silhouette(vectors: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette (Rousseeuw, 1987) of rows (n, d) by cosine distance, from −1 to 1.
+
+    NaN where there is one label only, or as many labels as rows.
+    """
+    try:
+        from sklearn.metrics import silhouette_score
+    except ImportError as error:
+        raise UserError(
+            'the silhouette needs scikit-learn: pip install "rcml_jax[plots]"'
+        ) from error
+    if not 1 < len(np.unique(labels)) < len(labels):
+        return float("nan")
+    return float(silhouette_score(vectors, labels, metric="cosine"))
+
+
+def umap(vectors: np.ndarray) -> np.ndarray:
+    """Rows (n, d) → (n, 2) by UMAP (cosine, 15 neighbours, minimum distance 0.1, a fixed seed).
+
+    Raises LeftOutError where umap-learn cannot be imported, there are not more rows than
+    neighbours, or all rows are the same or not finite.
+    """
+    if len(vectors) <= NEIGHBOURS:
+        raise LeftOutError(
+            f"UMAP with {NEIGHBOURS} neighbours needs more than {NEIGHBOURS} samples; there are "
+            f"{len(vectors)}"
+        )
+    _check(vectors)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Tensorflow not installed", category=ImportWarning
+        )
+        try:
+            from umap import UMAP
+        except Exception as error:  # numba fails in ways of its own where it does not fit NumPy
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LeftOutError(
+                f'umap-learn cannot be imported ({reason}): pip install "rcml_jax[plots]"'
+            ) from error
+        # Said where the neighbours' graph falls apart and the start is drawn at random instead.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"umap\.")
+        model = UMAP(
+            n_neighbors=NEIGHBOURS, min_dist=0.1, metric="cosine", random_state=SEED, n_jobs=1
+        )
+        return model.fit_transform(np.ascontiguousarray(vectors, np.float32))
 
 
 # A report's folder, figures beside the page and numbers under `data`; and what a page holds.
@@ -272,6 +392,13 @@ class Folder:
             return make()
         except (LeftOutError, UserError) as error:
             return Figure(title, left_out=str(error))
+
+
+def plain(value: Any) -> str:
+    """A part of a protocol in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {x}" for name, x in value.items())
+    return str(value)
 
 
 def percent(rate: float) -> str:

@@ -1,22 +1,318 @@
-"""The figures of RCML and its baselines."""
+"""The figures of RCML and its baselines: what they need of opened runs, and how they are drawn."""
 
 import collections
 import functools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from rcml_jax.errors import UserError
 from rcml_jax.evaluation.measures import Measure, chance_of, main_of
-from rcml_jax.report import common, page, relational_data
-from rcml_jax.report.page import Arrays, Figure, Folder, LeftOutError, Picture, Section, Table, slug
-from rcml_jax.report.relational_data import PERPLEXITY, cost
-from rcml_jax.report.runs import Models, Opened, Run, on_device
+from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.ops.ranking import candidate_ranks
+from rcml_jax.ops.similarity import l2_normalize
+from rcml_jax.report import common, page
+from rcml_jax.report.page import (
+    PERPLEXITY,
+    Arrays,
+    Figure,
+    Folder,
+    LeftOutError,
+    Picture,
+    Section,
+    Table,
+    box,
+    frame,
+    overlay,
+    scatter,
+    silhouette,
+    slug,
+    tsne,
+)
+from rcml_jax.report.runs import Models, Opened, Run, cost, on_device
+
+# What the figures need of opened runs: items, planes, case studies, attention.
+
+KINDS = 6
+_ITEMS_OF_KIND, _FEWEST_OF_KIND = 60, 3
+CASES, TOP = 3, 3
+_QUERIES = 60
+_PICTURE = 96
+
+
+def chosen_items(opened: Opened, seed: int) -> np.ndarray:
+    """Test items of the most frequent kinds, sorted; a kind with very many gives some of them.
+
+    Raises LeftOutError where fewer than two kinds have items enough.
+    """
+    graph, items = opened.method.task.graph, opened.method.task.splits.items("test")
+    items = items[graph.labels[items] >= 0]
+    kinds, counts = np.unique(graph.labels[items], return_counts=True)
+    kinds = kinds[np.argsort(-counts, kind="stable")][
+        : min(KINDS, np.sum(counts >= _FEWEST_OF_KIND))
+    ]
+    if len(kinds) < 2:
+        raise LeftOutError(
+            f"fewer than two kinds have {_FEWEST_OF_KIND} test items in {graph.name}, so there is "
+            "nothing to colour by; give the items labels"
+        )
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(items[graph.labels[items] == kind])[:_ITEMS_OF_KIND] for kind in kinds]
+    return np.sort(np.concatenate(drawn))
+
+
+def chosen_relation(opened: Opened, asked: str) -> int:
+    """The relation whose sentence holds the asked text; else that with the most test pairs.
+
+    Raises LeftOutError where no sentence, or more than one, holds it.
+    """
+    graph, pairs = opened.method.task.graph, opened.method.task.splits.pairs("test")
+    if not asked:
+        if not len(pairs):
+            raise LeftOutError(f"the test split of {graph.name} has no pair")
+        return int(np.argmax(np.bincount(pairs[:, 2])))
+    found = [i for i, sentence in enumerate(graph.relations) if asked.lower() in sentence.lower()]
+    exact = [i for i in found if graph.relations[i].lower() == asked.lower()]
+    if len(exact or found) != 1:
+        raise LeftOutError(
+            f"--relation {asked!r} is in {len(found)} sentences of {graph.name}; give the whole of "
+            "one of its relation sentences"
+        )
+    return (exact or found)[0]
+
+
+def same_items(first: Opened, other: Opened) -> bool:
+    """Whether two runs have the same data, and the same test items of it."""
+    a, b = first.method.task, other.method.task
+    return a.graph.ids == b.graph.ids and np.array_equal(
+        a.splits.items("test"), b.splits.items("test")
+    )
+
+
+def table_of(opened: Opened, items: np.ndarray) -> EmbeddingTable:
+    """The items (sorted) as the run's method embeds them in its first way of scoring."""
+    return next(iter(opened.method.tables(opened.params, items).values()))
+
+
+def _averaged(table: EmbeddingTable, relation: int, items: np.ndarray) -> np.ndarray:
+    """What the AVG score compares: text and image under a relation, averaged and renormalised."""
+    rows = table.rows(items)
+    both = [x[relation if len(x) > 1 else 0, rows] for x in (table.text, table.image)]
+    return np.asarray(l2_normalize(jnp.asarray(both[0] + both[1])))
+
+
+def embedding_map(
+    runs: Sequence[Opened], tables: Sequence[EmbeddingTable], items: np.ndarray, relation: int
+) -> dict[str, Any]:
+    """t-SNE of the same items under one relation for each run, and silhouettes of their kinds.
+
+    points (runs, n, 2); silhouette (runs,) under the relation and mean_silhouette (runs,) over all
+    relations of the test split, both by cosine in the full space. Raises LeftOutError where the
+    items are not more than the perplexity.
+    """
+    task = runs[0].method.task
+    if len(items) <= PERPLEXITY:
+        raise LeftOutError(
+            f"t-SNE at a perplexity of {PERPLEXITY} needs more than {PERPLEXITY} items; the kinds "
+            f"that are drawn have {len(items)}"
+        )
+    labels = task.graph.labels[items]
+    asked = np.unique(task.splits.pairs("test")[:, 2])
+    points, under, over = [], [], []
+    for table in tables:
+        vectors = _averaged(table, relation, items)
+        points.append(tsne(vectors))
+        under.append(silhouette(vectors, labels))
+        relations = asked if len(table.text) > 1 or len(table.image) > 1 else asked[:1]
+        over.append(np.mean([silhouette(_averaged(table, r, items), labels) for r in relations]))
+    kinds, counts = np.unique(labels, return_counts=True)
+    kinds = kinds[np.argsort(-counts, kind="stable")]
+    return {
+        "runs": [opened.run.label for opened in runs],
+        "points": np.stack(points),
+        "kind": np.searchsorted(np.sort(kinds), labels),
+        "kinds": [task.graph.label_names[k] for k in np.sort(kinds)],
+        "item": [task.graph.texts[i] for i in items],
+        "relation": task.sentences[relation],
+        "silhouette": under,
+        "mean_silhouette": over,
+        "relations": len(asked),
+    }
+
+
+# Case studies
+
+
+def drawn_queries(opened: Opened, seed: int) -> np.ndarray:
+    """Places of a few of the test split's retrieval queries, in an order drawn by the seed.
+
+    Raises LeftOutError where the split has none.
+    """
+    try:
+        queries = opened.method.task.retrieval_queries("test")
+    except UserError as error:
+        raise LeftOutError(str(error)) from error
+    return np.random.default_rng(seed).permutation(len(queries.query))[:_QUERIES]
+
+
+def items_of_queries(opened: Opened, places: np.ndarray) -> np.ndarray:
+    """The queries' items and candidates, sorted."""
+    queries = opened.method.task.retrieval_queries("test")
+    return np.union1d(queries.query[places], queries.candidates[places])
+
+
+def case_studies(opened: Opened, table: EmbeddingTable, places: np.ndarray) -> list[dict[str, Any]]:
+    """The first successes and the first failures of the drawn queries, by the AVG score.
+
+    A success has the truth among the top 3. Each case: the query's text, picture and relation; for
+    each of the five scores the top 3 (places in the candidates) with texts, pictures and scores,
+    and the 1-based rank of the truth, ties counted against the model.
+    """
+    task = opened.method.task
+    queries = task.retrieval_queries("test")
+    query, candidates = queries.query[places], queries.candidates[places]
+    relation = queries.relation[places]
+    scores = pair_scores(
+        table, table.rows(query)[:, None], table.rows(candidates), relation[:, None]
+    )
+    ranks = {name: np.asarray(candidate_ranks(x)) + 1 for name, x in scores.items()}
+    won = ranks["avg"] <= TOP
+    cases = []
+    for outcome, rows in (("success", np.flatnonzero(won)), ("failure", np.flatnonzero(~won))):
+        for row in rows[:CASES]:
+            case = _case(task, query[row], candidates[row], int(relation[row]))
+            # Sorted as they are ranked: the truth, column 0, after others of the same score.
+            order = np.stack(
+                [np.lexsort((np.arange(x.shape[1]) == 0, -x[row]))[:TOP] for x in scores.values()]
+            )
+            by_name = {name: x[row] for name, x in scores.items()}
+            cases.append(
+                case
+                | {
+                    "outcome": outcome,
+                    "scores": list(SCORES),
+                    "order": order,
+                    "score": np.stack([by_name[n][o] for n, o in zip(scores, order, strict=True)]),
+                    "rank": [ranks[name][row] for name in scores],
+                    "successes": int(won.sum()),
+                    "drawn": len(places),
+                }
+            )
+    return cases
+
+
+def _case(task: Any, query: int, candidates: np.ndarray, relation: int) -> dict[str, Any]:
+    texts = task.graph.texts
+    return {
+        "query": texts[query],
+        "relation": task.sentences[relation],
+        "candidates": [texts[i] for i in candidates],
+        "query_picture": picture(task.graph, query),
+        "pictures": np.stack([picture(task.graph, i) for i in candidates]),
+    }
+
+
+def picture(graph: Any, item: int, size: int = _PICTURE) -> np.ndarray:
+    """An item's picture as uint8 (size, size, 3), whole, on white. Raises LeftOutError without."""
+    from PIL import Image, ImageOps
+
+    try:
+        found = graph.images[int(item)].convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise LeftOutError(f"the picture of {graph.ids[item]} cannot be read ({error})") from error
+    if max(found.size) < size:
+        found = ImageOps.contain(found, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(ImageOps.pad(found, (size, size), Image.Resampling.BICUBIC, color="white"))
+
+
+# Attention
+
+
+def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
+    """Where the pooling head looks in one item under a few relations (Eq. 5–6).
+
+    The item is drawn by the seed among the test items that have so many relations, or the most that
+    any has; so are its relations. image (R, g, g) and text (R, T): weights of the patches and of
+    the tokens; image_summary (R,): that of the token that is no patch. Raises LeftOutError where
+    the method has no such head, or its image tokens are no square of patches.
+    """
+    method = opened.method
+    if not hasattr(type(method.model), "pool_text"):
+        raise LeftOutError(
+            f"{opened.run.label} has no pooling head; give the work directory of RCML"
+        )
+    task = method.task
+    item, drawn = _item_with_relations(task, seed, relations)
+    variables = {"params": {name: opened.params[name] for name in ("towers", "head")}}
+    sentences = [task.sentences[r] for r in drawn]
+    ids = task.encode([task.graph.texts[item]])
+    pixels = task.images(np.array([item]))
+    found = jax.device_get(_weights(method.model, variables, task.encode(sentences), ids, pixels))
+    (text, text_mask, _), (image, _, image_summary) = found["text"], found["image"]
+    kept = np.flatnonzero(text_mask[0])
+    patches = np.delete(image[0], image_summary[0], axis=1)
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+        raise LeftOutError(f"the image tower of {opened.run.label} has no square of patches")
+    return {
+        "item": task.graph.texts[item],
+        "picture": picture(task.graph, item),
+        "pixels": pixels[0],
+        "relations": sentences,
+        "tokens": [_token(task.tokenizer, int(ids[0, place])) for place in kept],
+        "text": text[0][:, kept],
+        "image": patches.reshape(len(drawn), side, side),
+        "image_summary": image[0][:, image_summary[0]],
+    }
+
+
+def _item_with_relations(task: Any, seed: int, wanted: int) -> tuple[int, np.ndarray]:
+    pairs = task.splits.pairs("test")
+    if not len(pairs):
+        raise LeftOutError(f"the test split of {task.graph.name} has no pair")
+    of_item = np.unique(np.concatenate([pairs[:, [0, 2]], pairs[:, [1, 2]]]), axis=0)
+    items, counts = np.unique(of_item[:, 0], return_counts=True)
+    wanted = min(wanted, counts.max())
+    rng = np.random.default_rng(seed)
+    item = int(rng.choice(items[counts >= wanted]))
+    drawn = rng.permutation(of_item[of_item[:, 0] == item, 1])[:wanted]
+    return item, np.sort(drawn)
+
+
+def _weights(model: Any, variables: Mapping, relation_ids: Any, ids: Any, pixels: Any) -> dict:
+    """Attention (n, R, T), mask (n, T) and pooled index (n,) of texts and of images."""
+
+    def look(module: Any, relation_ids: Any, ids: Any, pixels: Any) -> dict:
+        relation = module.relation(relation_ids)
+        intra = jnp.zeros(len(relation_ids), bool)
+        found = {}
+        states = {
+            "text": module.towers.text_states(ids),
+            "image": module.towers.image_states(pixels),
+        }
+        for name, tokens in states.items():
+            weights = module.head.attention(tokens, relation, intra)
+            found[name] = weights, tokens.mask, tokens.pooled_index
+        return found
+
+    apply = jax.jit(lambda *inputs: model.apply(*inputs, method=look))
+    return apply(variables, relation_ids, ids, pixels)
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    names = {tokenizer.start_id: "[start]", tokenizer.end_id: "[end]"}
+    return names.get(token) or tokenizer.decode([token]) or "·"
+
 
 # RCML's figures, drawn from saved arrays.
 
 
-SCORES = {
+_SCORE_NAMES = {
     "tt": "text – text",
     "ii": "image – image",
     "ti": "text – image",
@@ -38,20 +334,6 @@ def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
         return page.save_figure(figure, path)
 
 
-def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> None:
-    """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units."""
-    for number, name in enumerate(names):
-        here, marker = kind == number, page.MARKERS[number % 10]
-        axes.scatter(
-            *points[here].T, s=70 if marker == "*" else 34, marker=marker, edgecolors="white",
-            color=page.COLOURS[number % 8], label=page.short(name, 24), linewidths=0.5,
-        )  # fmt: skip
-    axes.set(xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(True)
-    axes.spines[:].set_color("#BBBBBB")
-
-
 # Inches: the margins, the query's picture, a candidate's picture, and the lines of a case study.
 _LEFT, _TOP, _QUERY, _SIZE = 0.1, 0.12, 0.95, 0.8
 _TEXT, _ROW, _COLUMNS_AT, _COLUMN = 0.19, 1.54, 1.36, 0.96
@@ -68,12 +350,6 @@ def draw_case(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
         for row, name in enumerate(arrays["scores"]):
             _line(figure, arrays, row, str(name), head + _ROW * row)
         return page.save_figure(figure, path)
-
-
-def box(figure, left: float, top: float, size: float):
-    """Axes for a square picture, placed in inches from the upper left corner."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
 
 
 def _write(figure, left: float, top: float, text: str, **options) -> None:
@@ -98,7 +374,7 @@ def _query(figure, arrays: Arrays) -> None:
 
 def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
     count = len(arrays["pictures"])
-    said = f"{SCORES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
+    said = f"{_SCORE_NAMES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
     _write(figure, _LEFT, top + 0.12, said, fontsize=11)
     for column, place in enumerate(arrays["order"][row]):
         left = _COLUMNS_AT + _COLUMN * column
@@ -110,13 +386,6 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
         axes.set_title(f"{title} ✓" if right else title, fontsize=10, pad=4)
         text = page.wrap(str(arrays["candidates"][place]), 14, 3)
         _write(figure, left + _SIZE / 2, top + _SIZE + 0.06, text, fontsize=8.5, ha="center")
-
-
-def frame(axes, colour: str = "#BBBBBB", width: float = 1) -> None:
-    """A box around a picture, without ticks."""
-    axes.set(xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.spines[:].set(visible=True, color=colour, linewidth=width)
 
 
 def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
@@ -141,18 +410,6 @@ def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Pa
         # Always two lines, so that pictures side by side are of one height.
         figure.suptitle(sentence + "\n " * ("\n" not in sentence), fontsize=11.5)
         return page.save_figure(figure, path)
-
-
-def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, float]):
-    """A heat map (h, w) over the grey of a picture (H, W, 3); the map's own image is returned."""
-    height, width = pixels.shape[:2]
-    axes.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=255)
-    image = axes.imshow(
-        heat, cmap=page.HEAT, alpha=0.65, vmin=limits[0], vmax=limits[1],
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
-    )  # fmt: skip
-    frame(axes)
-    return image
 
 
 _MOST_MAPS, _MOST_BARS, _MOST_COSTS = 4, 8, 6
@@ -279,8 +536,8 @@ class _Models:
     def maps(self, asked: str) -> Figure:
         """t-SNE of the same items, a picture for each run."""
         first = self.models.open(self.first)
-        relation = relational_data.chosen_relation(first, asked)
-        items = relational_data.chosen_items(first, self.seed)
+        relation = chosen_relation(first, asked)
+        items = chosen_items(first, self.seed)
         runs, skipped = [first], []
         for run in self.others[: _MOST_MAPS - 1]:
             try:
@@ -288,7 +545,7 @@ class _Models:
             except LeftOutError as error:
                 skipped.append(str(error))
                 continue
-            if relational_data.same_items(first, other):
+            if same_items(first, other):
                 runs.append(other)
             else:
                 skipped.append(f"{run.label} was tested on other items")
@@ -311,8 +568,8 @@ class _Models:
         tables = []
         for opened in runs:
             with on_device(opened.run.config):
-                tables.append(relational_data.table_of(opened, items))
-        return relational_data.embedding_map(runs, tables, items, relation)
+                tables.append(table_of(opened, items))
+        return embedding_map(runs, tables, items, relation)
 
     def cases(self) -> list[Figure]:
         """Case studies of the first run, the successes before the failures."""
@@ -321,10 +578,10 @@ class _Models:
             opened = self.models.open(self.first)
             self.folder.log(title)
             with on_device(opened.run.config):
-                places = relational_data.drawn_queries(opened, self.seed)
-                items = relational_data.items_of_queries(opened, places)
-                table = relational_data.table_of(opened, items)
-                cases = relational_data.case_studies(opened, table, places)
+                places = drawn_queries(opened, self.seed)
+                items = items_of_queries(opened, places)
+                table = table_of(opened, items)
+                cases = case_studies(opened, table, places)
         except LeftOutError as error:
             return [Figure(title, left_out=str(error))]
         by_outcome = {"success": [], "failure": []}
@@ -352,7 +609,7 @@ class _Models:
             )
             pictures.append(Picture(picture, alt))
             files.append(path)
-        top, count = relational_data.TOP, len(cases[0]["candidates"])
+        top, count = TOP, len(cases[0]["candidates"])
         return Figure(
             title,
             f"{self.first.label}: queries of the test split, each with the top {top} of {count} "
@@ -369,7 +626,7 @@ class _Models:
         """One picture for each of the relations."""
         opened = self.models.open(self.first)
         with on_device(opened.run.config):
-            arrays = relational_data.attention(opened, self.seed)
+            arrays = attention(opened, self.seed)
         path, saved = self.folder.save("attention.npz", arrays)
         pictures = []
         for place, sentence in enumerate(saved["relations"]):

@@ -74,6 +74,7 @@ def classification_result(accuracies=(0.5,), kinds=None):
         "protocol": {
             "samples": {"train": 40, "test": 20},
             "modalities": kinds or {"mrna": "table", "mirna": "table"},
+            "steps": 8,
             "looks": "one every 2 steps of 8",
         },
         "classification": dict.fromkeys(protocols, accuracy),

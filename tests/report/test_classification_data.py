@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.report import classification, relational_data
+from rcml_jax.report import classification, page
 from rcml_jax.report.page import LeftOutError
 from rcml_jax.report.runs import Models, read_sources
 from tests.data.imagetext import write_news
@@ -103,16 +103,16 @@ def test_few_samples_have_no_umap(news):
 def test_umap_is_left_out_where_it_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(LeftOutError, match=r"umap-learn cannot be imported .*plots"):
-        relational_data.umap(np.eye(40))
+        page.umap(np.eye(40))
 
 
 @pytest.mark.slow  # compiles for half a minute
 def test_umap_keeps_far_things_apart():
     pytest.importorskip("umap")
     far = np.eye(3)[np.arange(60) % 3] + np.random.default_rng(0).normal(0, 0.05, (60, 3))
-    points = relational_data.umap(far)
+    points = page.umap(far)
     assert points.shape == (60, 2)
-    assert relational_data.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
+    assert page.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
 
 
 def test_heat_maps_are_cosines_of_words_and_patches(news):
