@@ -9,7 +9,7 @@ import pathlib
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -145,20 +145,20 @@ def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> Non
 
 
 def box(figure, left: float, top: float, size: float):
-    """Axes for a square picture, placed in inches from the upper left corner."""
+    """Axes for a square image, placed in inches from the upper left corner."""
     width, height = figure.get_size_inches()
     return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
 
 
 def frame(axes, colour: str = "#BBBBBB", width: float = 1) -> None:
-    """A box around a picture, without ticks."""
+    """A box around an image, without ticks."""
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
     axes.spines[:].set(visible=True, color=colour, linewidth=width)
 
 
 def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, float]):
-    """A heat map (h, w) over the grey of a picture (H, W, 3); the map's own image is returned."""
+    """A heat map (h, w) over the grey of an image (H, W, 3); the map's own image is returned."""
     height, width = pixels.shape[:2]
     axes.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=255)
     image = axes.imshow(
@@ -167,6 +167,17 @@ def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, flo
     )  # fmt: skip
     frame(axes)
     return image
+
+
+@contextlib.contextmanager
+def panel(path: pathlib.Path, width: float, height: float, legend: int = 0) -> Iterator[Any]:
+    """Axes of a new figure, saved to `path` in the end; legend: columns of one below, 0: none."""
+    with drawing(width, height) as figure:
+        axes = figure.add_subplot()
+        yield axes
+        if legend:
+            below(figure, *axes.get_legend_handles_labels(), columns=legend)
+        save_figure(figure, path)
 
 
 # The numbers behind figures: saved as CSV or `.npz`, and read back to be drawn.
@@ -219,6 +230,31 @@ def _column(cells: Sequence[str]) -> np.ndarray:
         return np.array([float(cell) for cell in cells])
     except ValueError:
         return np.array(cells)
+
+
+def columns(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows of cells as columns by name."""
+    rows = list(rows)
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
+def labels(arrays: Arrays, column: str = "run") -> list[str]:
+    """The different cells of a column, in order."""
+    return list(dict.fromkeys(map(str, arrays[column].tolist())))
+
+
+def where(arrays: Arrays, **cells: str) -> Arrays:
+    """The rows of columns in which some columns have these cells."""
+    parts = [arrays[name].astype(str) == cell for name, cell in cells.items()]
+    here = np.logical_and.reduce(parts)
+    return {name: column[here] for name, column in arrays.items()}
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n − 1; 0 of one value); NaN and 0 of none."""
+    if not len(values):
+        return np.nan, 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def slug(text: str) -> str:
@@ -375,6 +411,11 @@ class Folder:
     def picture(self, name: str) -> pathlib.Path:
         """Where the picture of this name is to be drawn."""
         return self._path("", name)
+
+    def draw(self, name: str, alt: str, function: Callable, *arguments: Any) -> Picture:
+        """Draw `function(arrays, path, ...)` as the picture of this name; alt: what it shows."""
+        arrays, *options = arguments
+        return Picture(function(arrays, self.picture(name), *options), alt)
 
     def _path(self, folder: str, name: str) -> pathlib.Path:
         stem, _, suffix = name.rpartition(".")

@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ KINDS = 6
 _ITEMS_OF_KIND, _FEWEST_OF_KIND = 60, 3
 CASES, TOP = 3, 3
 _QUERIES = 60
-_PICTURE = 96
+_PIXELS = 96
 
 
 def chosen_items(opened: Opened, seed: int) -> np.ndarray:
@@ -149,7 +149,7 @@ def embedding_map(
 
 
 def drawn_queries(opened: Opened, seed: int) -> np.ndarray:
-    """Places of a few of the test split's retrieval queries, in an order drawn by the seed.
+    """Indices of a few of the test split's retrieval queries, in an order drawn by the seed.
 
     Raises LeftOutError where the split has none.
     """
@@ -160,23 +160,25 @@ def drawn_queries(opened: Opened, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(len(queries.query))[:_QUERIES]
 
 
-def items_of_queries(opened: Opened, places: np.ndarray) -> np.ndarray:
+def items_of_queries(opened: Opened, indices: np.ndarray) -> np.ndarray:
     """The queries' items and candidates, sorted."""
     queries = opened.method.task.retrieval_queries("test")
-    return np.union1d(queries.query[places], queries.candidates[places])
+    return np.union1d(queries.query[indices], queries.candidates[indices])
 
 
-def case_studies(opened: Opened, table: EmbeddingTable, places: np.ndarray) -> list[dict[str, Any]]:
+def case_studies(
+    opened: Opened, table: EmbeddingTable, indices: np.ndarray
+) -> list[dict[str, Any]]:
     """The first successes and the first failures of the drawn queries, by the AVG score.
 
-    A success has the truth among the top 3. Each case: the query's text, picture and relation; for
-    each of the five scores the top 3 (places in the candidates) with texts, pictures and scores,
+    A success has the truth among the top 3. Each case: the query's text, image and relation; for
+    each of the five scores the top 3 (indices of the candidates) with texts, images and scores,
     and the 1-based rank of the truth, ties counted against the model.
     """
     task = opened.method.task
     queries = task.retrieval_queries("test")
-    query, candidates = queries.query[places], queries.candidates[places]
-    relation = queries.relation[places]
+    query, candidates = queries.query[indices], queries.candidates[indices]
+    relation = queries.relation[indices]
     scores = pair_scores(
         table, table.rows(query)[:, None], table.rows(candidates), relation[:, None]
     )
@@ -200,7 +202,7 @@ def case_studies(opened: Opened, table: EmbeddingTable, places: np.ndarray) -> l
                     "score": np.stack([by_name[n][o] for n, o in zip(scores, order, strict=True)]),
                     "rank": [ranks[name][row] for name in scores],
                     "successes": int(won.sum()),
-                    "drawn": len(places),
+                    "drawn": len(indices),
                 }
             )
     return cases
@@ -212,19 +214,19 @@ def _case(task: Any, query: int, candidates: np.ndarray, relation: int) -> dict[
         "query": texts[query],
         "relation": task.sentences[relation],
         "candidates": [texts[i] for i in candidates],
-        "query_picture": picture(task.graph, query),
-        "pictures": np.stack([picture(task.graph, i) for i in candidates]),
+        "query_image": item_image(task.graph, query),
+        "images": np.stack([item_image(task.graph, i) for i in candidates]),
     }
 
 
-def picture(graph: Any, item: int, size: int = _PICTURE) -> np.ndarray:
-    """An item's picture as uint8 (size, size, 3), whole, on white. Raises LeftOutError without."""
+def item_image(graph: Any, item: int, size: int = _PIXELS) -> np.ndarray:
+    """An item's image as uint8 (size, size, 3), whole, on white. Raises LeftOutError without."""
     from PIL import Image, ImageOps
 
     try:
         found = graph.images[int(item)].convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise LeftOutError(f"the picture of {graph.ids[item]} cannot be read ({error})") from error
+        raise LeftOutError(f"the image of {graph.ids[item]} cannot be read ({error})") from error
     if max(found.size) < size:
         found = ImageOps.contain(found, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(ImageOps.pad(found, (size, size), Image.Resampling.BICUBIC, color="white"))
@@ -261,7 +263,6 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
         raise LeftOutError(f"the image tower of {opened.run.label} has no square of patches")
     return {
         "item": task.graph.texts[item],
-        "picture": picture(task.graph, item),
         "pixels": pixels[0],
         "relations": sentences,
         "tokens": [_token(task.tokenizer, int(ids[0, place])) for place in kept],
@@ -325,16 +326,14 @@ def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
     """One run's plane: a colour and a mark for each kind."""
     kinds = [str(kind) for kind in arrays["kinds"]]
     points = arrays["points"][place]
-    with page.drawing(page.PANEL, 4.9) as figure:
-        axes = figure.add_subplot()
+    with page.panel(path, page.PANEL, 4.9, legend=2) as axes:
         scatter(axes, points, arrays["kind"], kinds)
         score = f"silhouette {page.signed(arrays['silhouette'][place])}"
         axes.set_title(f"{page.wrap(arrays['runs'][place], 40)}\n{score}", loc="left")
-        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
-        return page.save_figure(figure, path)
+    return path
 
 
-# Inches: the margins, the query's picture, a candidate's picture, and the lines of a case study.
+# Inches: the margins, the query's image, a candidate's image, and the lines of a case study.
 _LEFT, _TOP, _QUERY, _SIZE = 0.1, 0.12, 0.95, 0.8
 _TEXT, _ROW, _COLUMNS_AT, _COLUMN = 0.19, 1.54, 1.36, 0.96
 
@@ -359,7 +358,7 @@ def _write(figure, left: float, top: float, text: str, **options) -> None:
 
 def _query(figure, arrays: Arrays) -> None:
     axes = box(figure, _LEFT, _TOP, _QUERY)
-    axes.imshow(arrays["query_picture"])
+    axes.imshow(arrays["query_image"])
     frame(axes, "#444444", 1.5)
     top = _TOP - 0.02
     lines = (
@@ -373,13 +372,13 @@ def _query(figure, arrays: Arrays) -> None:
 
 
 def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
-    count = len(arrays["pictures"])
+    count = len(arrays["images"])
     said = f"{_SCORE_NAMES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
     _write(figure, _LEFT, top + 0.12, said, fontsize=11)
     for column, place in enumerate(arrays["order"][row]):
         left = _COLUMNS_AT + _COLUMN * column
         axes = box(figure, left, top, _SIZE)
-        axes.imshow(arrays["pictures"][place])
+        axes.imshow(arrays["images"][place])
         right = place == 0
         frame(axes, page.RIGHT if right else "#BBBBBB", 4 if right else 1)
         title = f"{column + 1}. {page.signed(arrays['score'][row, column])}"
@@ -389,7 +388,7 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
 
 
 def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
-    """Weights of patches over the picture, and of tokens as bars, under one relation."""
+    """Weights of patches over the image, and of tokens as bars, under one relation."""
     tokens = [str(token) for token in arrays["tokens"]]
     top = 100 * float(max(arrays["image"].max(), arrays["image_summary"].max()))
     longest = 100 * float(arrays["text"].max())
@@ -414,8 +413,8 @@ def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Pa
 
 _MOST_MAPS, _MOST_BARS, _MOST_COSTS = 4, 8, 6
 _PLURAL = {"success": "successes", "failure": "failures"}
-_SCORES = (
-    "TT, II, TI and IT compare A's text or picture with B's; AVG compares the averages of both, "
+_COMPARED = (
+    "TT, II, TI and IT compare A's text or image with B's; AVG compares the averages of both, "
     "renormalised"
 )
 
@@ -479,49 +478,40 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
         told = (chance_of(measure, run.result) for run in runs)
         return next((value for value in told if value is not None), 0.0)
 
-    def figure(title, name, arrays, what, chance, caption) -> Figure:
-        path, saved = folder.save(f"{name}.csv", arrays)
-        picture = common.draw_groups(saved, folder.picture(f"{name}.svg"), what, chance)
-        alt = f"Bars: {what} by {', '.join(dict.fromkeys(map(str, arrays['group'])))}."
-        return Figure(title, caption, (Picture(picture, alt),), data=(path,))
+    def figure(title: str, name: str, arrays: Callable, task: str, what: str, caption: str):
+        path, saved = folder.save(f"{name}.csv", arrays())
+        alt = f"Bars: {what} by {', '.join(page.labels(saved, 'group'))}."
+        least = chance(main_of(task))
+        picture = folder.draw(f"{name}.svg", alt, common.draw_groups, saved, what, least)
+        return Figure(title, caption, (picture,), data=(path,))
 
     types = (
         f"The true relation of a test pair among {candidates}: {protocol['relation_type']}. "
         "Ties count against the model."
     )
-    return [
-        folder.attempt(
-            f"Retrieval: {hit.label}",
-            lambda: figure(
-                f"Retrieval: {hit.label}", "retrieval", common.by_score(runs, hit),
-                f"{hit.label} (%)", chance(hit),
-                f"Queries: {protocol['retrieval']}. {_SCORES}. Ties count against the model.",
-            ),
+    figures = (
+        (
+            f"Retrieval: {hit.label}", "retrieval",
+            lambda: common.by_score(runs, hit), "retrieval", f"{hit.label} (%)",
+            f"Queries: {protocol['retrieval']}. {_COMPARED}. Ties count against the model.",
         ),
-        folder.attempt(
-            f"Relation type: {top.label}",
-            lambda: figure(
-                f"Relation type: {top.label}", "relation-type", common.by_score(runs, top),
-                f"{top.label} (%)", chance(top), f"{types} {_SCORES}.",
-            ),
+        (
+            f"Relation type: {top.label}", "relation-type",
+            lambda: common.by_score(runs, top), "relation_type", f"{top.label} (%)",
+            f"{types} {_COMPARED}.",
         ),
-        folder.attempt(
-            f"Relation type: {top.label} by similarity",
-            lambda: figure(
-                f"Relation type: {top.label} by similarity", "relation-type-by-similarity",
-                common.by_similarity(runs, top), f"{top.label} by AVG (%)",
-                chance(top), f"{types} Scored by AVG under each similarity.",
-            ),
+        (
+            f"Relation type: {top.label} by similarity", "relation-type-by-similarity",
+            lambda: common.by_similarity(runs, top), "relation_type", f"{top.label} by AVG (%)",
+            f"{types} Scored by AVG under each similarity.",
         ),
-        folder.attempt(
-            "Relation validity",
-            lambda: figure(
-                "Relation validity", "validity", common.validity(runs), "accuracy (%)",
-                chance(main_of("relation_validity")),
-                f"Does the relation hold? A {protocol['relation_validity']}.",
-            ),
+        (
+            "Relation validity", "validity",
+            lambda: common.validity(runs), "relation_validity", "accuracy (%)",
+            f"Does the relation hold? A {protocol['relation_validity']}.",
         ),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return [folder.attempt(row[0], functools.partial(figure, *row)) for row in figures]
 
 
 class _Models:
@@ -551,12 +541,14 @@ class _Models:
                 skipped.append(f"{run.label} was tested on other items")
         arrays = self._map(runs, items, relation)
         path, saved = self.folder.save("map.npz", arrays)
-        pictures = []
-        for place, label in enumerate(saved["runs"]):
-            name = f"map-{slug(str(label))}.svg"
-            picture = draw_map(saved, self.folder.picture(name), place)
-            alt = f"Scatter plot of {len(items)} items of {label}, coloured by kind."
-            pictures.append(Picture(picture, alt))
+        pictures = [
+            self.folder.draw(
+                f"map-{slug(str(label))}.svg",
+                f"Scatter plot of {len(items)} items of {label}, coloured by kind.",
+                draw_map, saved, place,
+            )
+            for place, label in enumerate(saved["runs"])
+        ]  # fmt: skip
         return Figure(
             "The same items under one relation",
             _map_caption(saved, bool(asked)) + "".join(f" Left out: {why}." for why in skipped),
@@ -578,10 +570,10 @@ class _Models:
             opened = self.models.open(self.first)
             self.folder.log(title)
             with on_device(opened.run.config):
-                places = drawn_queries(opened, self.seed)
-                items = items_of_queries(opened, places)
+                indices = drawn_queries(opened, self.seed)
+                items = items_of_queries(opened, indices)
                 table = table_of(opened, items)
-                cases = case_studies(opened, table, places)
+                cases = case_studies(opened, table, indices)
         except LeftOutError as error:
             return [Figure(title, left_out=str(error))]
         by_outcome = {"success": [], "failure": []}
@@ -592,7 +584,7 @@ class _Models:
             if found
             else Figure(
                 f"{title}: {_PLURAL[outcome]}",
-                left_out=f"none of the {len(places)} queries that were drawn is a {outcome}",
+                left_out=f"none of the {len(indices)} queries that were drawn is a {outcome}",
             )
             for outcome, found in by_outcome.items()
         ]
@@ -601,13 +593,13 @@ class _Models:
         pictures, files = [], []
         for number, case in enumerate(cases, 1):
             path, saved = self.folder.save(f"case-{outcome}-{number}.npz", case)
-            picture = draw_case(saved, self.folder.picture(f"case-{outcome}-{number}.svg"))
             best = case["candidates"][case["order"][-1][0]]
             alt = (
                 f"Query {case['query']}, {case['relation']}; truth {case['candidates'][0]}; "
                 f"first by average: {best}."
             )
-            pictures.append(Picture(picture, alt))
+            name = f"case-{outcome}-{number}.svg"
+            pictures.append(self.folder.draw(name, alt, draw_case, saved))
             files.append(path)
         top, count = TOP, len(cases[0]["candidates"])
         return Figure(
@@ -628,13 +620,14 @@ class _Models:
         with on_device(opened.run.config):
             arrays = attention(opened, self.seed)
         path, saved = self.folder.save("attention.npz", arrays)
-        pictures = []
-        for place, sentence in enumerate(saved["relations"]):
-            picture = draw_attention(
-                saved, self.folder.picture(f"attention-{place + 1}.svg"), place
+        pictures = [
+            self.folder.draw(
+                f"attention-{place + 1}.svg",
+                f"Attention over patches and tokens of {saved['item']} under: {sentence}",
+                draw_attention, saved, place,
             )
-            alt = f"Attention over patches and tokens of {saved['item']} under: {sentence}"
-            pictures.append(Picture(picture, alt))
+            for place, sentence in enumerate(saved["relations"])
+        ]  # fmt: skip
         patches, tokens = saved["image"][0].size, len(saved["tokens"])
         return Figure(
             "Where the pooling head looks",
@@ -689,7 +682,7 @@ class _Models:
         return Figure(
             "Latency and parameters",
             f"Measured when this page was made, on {saved['machine'][0]}: embedding one item, text "
-            f"and picture, in batches of {saved['batch'][0]:.0f}; median of "
+            f"and image, in batches of {saved['batch'][0]:.0f}; median of "
             f"{saved['repeats'][0]:.0f} calls after the one that compiles, the models called in "
             "turn. RCML's time includes encoding its relation sentences, once a batch. The last "
             "column is the median ratio to the same towers alone in the same turn: a baseline's, "
@@ -714,7 +707,7 @@ def _map_caption(saved: dict, asked: bool) -> str:
     return (
         f"t-SNE (perplexity {PERPLEXITY}, cosine, a fixed seed) of {len(saved['kind'])} test items "
         f"of the {len(saved['kinds'])} most frequent kinds under the relation "
-        f"“{saved['relation']}” ({rule}): text and picture averaged and renormalised, as the "
+        f"“{saved['relation']}” ({rule}): text and image averaged and renormalised, as the "
         "score AVG compares them; baselines embed the items alone. Silhouette of the kinds by "
         f"cosine in the full space, not in the plane: {found}."
     )

@@ -140,7 +140,7 @@ def test_heat_maps_are_cosines_of_words_and_patches(news):
 
 
 def test_tables_have_no_words_over_pictures(tables):
-    with pytest.raises(LeftOutError, match="has not a picture and a text"):
+    with pytest.raises(LeftOutError, match="has not an image and a text"):
         classification.drawn_samples(tables, seed=0)
 
 

@@ -123,7 +123,7 @@ def test_case_studies_are_ranked_as_the_evaluation_ranks(opened):
             assert (0 in order) == (found <= 3)
             if 0 in order:
                 assert list(order).index(0) == found - 1
-        assert case["pictures"].shape == (len(case["candidates"]), 96, 96, 3)
+        assert case["images"].shape == (len(case["candidates"]), 96, 96, 3)
     # The text-text scores of the first case are the cosines of the table's embeddings.
     first = cases[0]
     row = next(
