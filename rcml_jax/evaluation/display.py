@@ -158,9 +158,9 @@ def _print_relational(result: dict, console: Console) -> None:
     if method == "embeddings":
         method = f"embeddings of {result['embeddings']['file']}"
     rows = []
-    for label, row in _rows(result):
-        form = "+.1f" if label.startswith("= ") else ".1f"
-        rows.append((label, *(f"{100 * row[n]:{form}}" if n in row else "" for n in SCORES)))
+    for label, row, sign in _rows(result):
+        cells = (f"{100 * row[n]:{sign}.1f}" if n in row else "" for n in SCORES)
+        rows.append((label, *cells))
     table = _table(
         f"{method} on {result['dataset']}: {result['split']}, {queries:,} queries",
         ["measure (%)", *(name.upper() for name in SCORES)],
@@ -185,13 +185,17 @@ def _print_relational(result: dict, console: Console) -> None:
     )
 
 
-def _rows(result: dict) -> Iterator[tuple[str, dict]]:
-    """The lines of the table: a measure of the method first, then the controls' under it."""
+def _rows(result: dict) -> Iterator[tuple[str, dict, str]]:
+    """(label, rates by score, sign) of the table's lines: a measure, then the controls' under it.
+
+    sign: "+" where the rates are differences, which are shown with their sign.
+    """
     for measure in printed():
         values = at(result, measure.path)
         if values is not None:
-            title = measure.title.format_map(result[measure.task])
-            yield from _with_controls(result, measure, title) if measure.main else [(title, values)]
+            yield measure.title.format_map(result[measure.task]), values, ""
+            if measure.main:
+                yield from _controls(result, measure)
     for number, unseen in enumerate(result.get("unseen_sentences", []), 1):
         yield from _under(unseen, f"unseen sentence {number}")
     if product := result.get("training_free_product"):
@@ -204,20 +208,19 @@ def _rows(result: dict) -> Iterator[tuple[str, dict]]:
         yield from _under(scores, name)
 
 
-def _under(found: dict, how: str) -> Iterator[tuple[str, dict]]:
+def _under(found: dict, how: str) -> Iterator[tuple[str, dict, str]]:
     """The main measures of retrieval and relation type of another way to score."""
     for measure in (main_of("retrieval"), main_of("relation_type")):
         if measure.task in found:
-            yield f"{measure.label}, {how}", at(found, measure.path)
+            yield f"{measure.label}, {how}", at(found, measure.path), ""
 
 
-def _with_controls(result: dict, measure: Measure, title: str) -> Iterator[tuple[str, dict]]:
-    yield title, at(result, measure.path)
+def _controls(result: dict, measure: Measure) -> Iterator[tuple[str, dict, str]]:
     for _, label, (row,) in rows_of({"": [result]}):
         if values := at(row, measure.path):
-            yield f"– {label}", values
+            yield f"– {label}", values, ""
     if found := result.get("gain_over_best_control", {}).get(measure.task):
-        yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}
+        yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}, "+"
 
 
 # The table of a sweep: means and deviations over seeds, and the error analysis of classifiers.

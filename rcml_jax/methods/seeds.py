@@ -35,10 +35,8 @@ class Members(Method):
         config, data = self.config, self.task.data
         self.kinds = single.kinds
         self._check()
-        self._keep, self._models = _members(config, data)
-        self._seeds = jnp.asarray(
-            [int(name.rpartition("seed")[2]) for name in self._models.names], jnp.uint32
-        )
+        self._keep, seeds, self._models = _members(config, data)
+        self._seeds = jnp.asarray(seeds, jnp.uint32)
         # Models with different best steps have no best checkpoint in common.
         self.evaluated = "latest" if len(self._models.names) > 1 else "best"
         self._encode = jax.jit(self._encode_members, static_argnums=1)
@@ -180,8 +178,8 @@ def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
     return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
 
-def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
-    """Which rows each model may train on, (models, samples) bool, and the models."""
+def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
+    """Rows that each model may train on, (models, samples) bool; its seed; and the models."""
     seeds = [config.seed + i for i in range(config.seeds)]
     everything = np.ones(len(data), bool)
     declared = data.rows("validation")
@@ -189,7 +187,8 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         names = tuple(f"seed{seed}" for seed in seeds)
         places = tuple(range(len(seeds)))
         validation = dict.fromkeys(places, declared) if len(declared) else {}
-        return jnp.asarray(np.stack([everything] * len(seeds))), Models(names, places, validation)
+        keep = jnp.asarray(np.stack([everything] * len(seeds)))
+        return keep, seeds, Models(names, places, validation)
     train = data.rows("train")
     if config.data.folds > len(train):
         raise UserError(
@@ -204,4 +203,5 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         keep.append(~held_out)
         validation[place] = np.flatnonzero(held_out)
     names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
-    return jnp.asarray(np.stack(keep)), Models(tuple(names), tuple(range(len(seeds))), validation)
+    models = Models(tuple(names), tuple(range(len(seeds))), validation)
+    return jnp.asarray(np.stack(keep)), 2 * seeds, models

@@ -17,7 +17,7 @@ from tests.report.runs import (
     write_run,
 )
 
-MODELS = ("all-seed42", "all-seed43", "held-out-seed42")
+MODELS, HELD_OUT = ("all-seed42", "all-seed43"), ("a", "b", "c")
 
 
 def untrained(path, config):
@@ -40,7 +40,7 @@ def tables(tmp_path_factory):
 
 
 def test_accuracy_by_epoch_has_the_models_of_each_split(tmp_path):
-    lines = classification_lines(models=MODELS)
+    lines = classification_lines(models=MODELS, held_out=HELD_OUT)
     config = small_config("m3col", steps=0) | {"epochs": 4}
     path = write_run(tmp_path / "run", config, classification_result(), lines)
     (run,) = read_sources([path]).runs

@@ -156,7 +156,7 @@ def test_texts_are_escaped_and_numbers_stand_right(tmp_path):
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "because &lt;of&gt; this" in text
-    assert "<code>&lt;u&gt;</code>,\n<code>b</code>" in text
+    assert "<code>&lt;u&gt;</code>,\n<code>b</code>." in text
     assert 'href="data/a%20b%26c.csv"' in text
     assert '<td class="number marked">1.5 ± 0.2</td>' in text
     assert "<td>a&lt;b</td>" in text
