@@ -6,11 +6,11 @@
 
 --workdir takes the work directory of a run, the directory of a sweep, or that of an alignment
 study, as often as it is given; runs that are given together are shown side by side. The page is
-<out>/index.html, the numbers are under <out>/data. A figure that cannot be drawn is named on the
-page with the reason. Nothing is trained, and the work directories are not changed.
+<out>/index.html, the numbers are under <out>/data. A new report replaces the files of an older one
+in <out> and leaves all others alone. A figure that cannot be drawn is named on the page with the
+reason. Nothing is trained, and the work directories are not changed.
 """
 
-import argparse
 import contextlib
 import os
 import pathlib
@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 from rcml_jax.cli.commands import guard
+from rcml_jax.cli.embed import Parser
 from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.report import common, page
@@ -34,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rcml-report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="rcml-report", description=__doc__)
     parser.add_argument("--workdir", action="append", default=[], type=pathlib.Path)
     parser.add_argument("--out", default="report", type=pathlib.Path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")

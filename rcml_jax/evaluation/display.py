@@ -1,4 +1,4 @@
-"""What the terminal shows of an evaluation."""
+"""Tables of an evaluation for the terminal, and tables of sweeps."""
 
 import json
 import pathlib
@@ -227,7 +227,7 @@ def _controls(result: dict, measure: Measure) -> Iterator[tuple[str, dict, str]]
 
 
 def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[int]) -> dict:
-    """The finished runs' rows, one for each variant, and the error analysis if it can be made.
+    """Collect a row of finished runs for each variant, and the error analysis where possible.
 
     folders: label → folder of the variant. A row has the number of seeds and, for each column that
     the results have, mean and standard deviation (n − 1) over the seeds; a run that trains several

@@ -1,4 +1,4 @@
-"""What is shown of any run: results, differences, sweeps, curves."""
+"""Figures of any run: results, differences, sweeps, training curves."""
 
 import functools
 import json
@@ -57,7 +57,7 @@ _TERMS = {
 
 
 def read_lines(run: Run) -> list[dict]:
-    """The whole lines of a run's `metrics.jsonl`, in order; one that a kill cut is left out."""
+    """Lines of a run's `metrics.jsonl`, in order; a line cut by a kill is left out."""
     path = run.path / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -136,7 +136,7 @@ def draw_runs(arrays: Arrays, path: pathlib.Path, name: str, family: str) -> pat
 
 
 def what(name: str, family: str) -> str:
-    """How a curve is called."""
+    """Name of a curve in words."""
     if name.startswith("term/"):
         term = name.removeprefix("term/")
         return f"term: {_TERMS.get(term, f'{term} classifier')}"
@@ -232,7 +232,7 @@ def beside_controls(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def with_controls(runs: Sequence[Run]) -> list[Measure]:
-    """The main measures that a control of some run has, too."""
+    """Main measures that some run's controls have too."""
     controls = [row for run in runs for row in run.result.get("controls", {}).values()]
     return [m for m in main_measures() if any(at(row, m.path) is not None for row in controls)]
 
@@ -295,7 +295,7 @@ def against_option(sweep: Sweep, values: Mapping[str, float]) -> dict[str, Any]:
 
 
 def required(run: Run, path: str) -> Any:
-    """What a run's evaluation has at a path. Raises LeftOutError where it lacks it."""
+    """Value at a path of a run's evaluation. Raises LeftOutError if it is missing."""
     found = at(run.result, path)
     if found is None:
         raise LeftOutError(
@@ -305,12 +305,12 @@ def required(run: Run, path: str) -> Any:
 
 
 def _left_out(run: Run, path: str) -> bool:
-    """Whether an evaluation says that it cannot have a measure, and so has none."""
+    """Whether an evaluation names parts that it left out, and lacks this measure."""
     return "left_out" in run.result and at(run.result, path) is None
 
 
 def _drawn(rows: list[tuple], task: str) -> dict[str, list]:
-    """Columns run, group, value. Raises LeftOutError where every run leaves the task out."""
+    """Columns run, group, value. Raises LeftOutError if every run left the task out."""
     if not rows:
         raise LeftOutError(f"no run has {task.replace('_', ' ')}; eval.json says why (left_out)")
     return columns(("run", "group", "value"), rows)

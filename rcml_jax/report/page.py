@@ -1,4 +1,4 @@
-"""The page: an HTML file beside its figures, readable without a server, on a phone, in the dark."""
+"""The page of a report: style of figures, saved arrays, and the HTML file that shows them."""
 
 import contextlib
 import csv
@@ -71,7 +71,7 @@ def require() -> None:
 
 @contextlib.contextmanager
 def drawing(width: float, height: float) -> Iterator[Any]:
-    """A new figure of so many inches, in the report's style while it is drawn and saved."""
+    """A new figure, width and height in inches, in the report's style inside the context."""
     require()
     import matplotlib
     from matplotlib.figure import Figure
@@ -103,24 +103,24 @@ def series(index: int) -> dict[str, Any]:
 
 
 def short(text: str, width: int) -> str:
-    """A text on one line of at most so many characters."""
+    """Shorten a text to one line of at most `width` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def wrap(text: str, width: int, lines: int = 3) -> str:
-    """A text broken into a few lines of at most so many characters; the rest is cut off."""
+    """Wrap a text to at most `lines` lines of at most `width` characters."""
     text = " ".join(str(text).split())
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or " "
 
 
 def signed(value: float) -> str:
-    """A number with two decimals and a true minus."""
+    """Format a number with two decimals and a minus sign (U+2212)."""
     return f"{value:.2f}".replace("-", "−")
 
 
 def below(figure: Any, handles: list, labels: list[str], *, columns: int) -> None:
-    """A legend under the axes, where it covers nothing."""
+    """Add a legend below the axes."""
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, handletextpad=0.4,
         columnspacing=1.2,
@@ -215,7 +215,7 @@ def _write_csv(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None:
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a saved file; columns of a table are numbers where all cells are."""
+    """Read the arrays of a saved file; a CSV column is numeric if all its cells are."""
     if path.suffix != ".csv":
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -233,18 +233,18 @@ def _column(cells: Sequence[str]) -> np.ndarray:
 
 
 def columns(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
-    """Rows of cells as columns by name."""
+    """Transpose rows of cells into columns by name."""
     rows = list(rows)
     return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
 
 def labels(arrays: Arrays, column: str = "run") -> list[str]:
-    """The different cells of a column, in order."""
+    """Distinct cells of a column, in order of appearance."""
     return list(dict.fromkeys(map(str, arrays[column].tolist())))
 
 
 def where(arrays: Arrays, **cells: str) -> Arrays:
-    """The rows of columns in which some columns have these cells."""
+    """Select the rows in which the named columns have these cells."""
     parts = [arrays[name].astype(str) == cell for name, cell in cells.items()]
     here = np.logical_and.reduce(parts)
     return {name: column[here] for name, column in arrays.items()}
@@ -258,7 +258,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def slug(text: str) -> str:
-    """A text as part of a file's name: lower case letters, digits, hyphens."""
+    """Make a text part of a file name: lower-case letters, digits, hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
 
 
@@ -286,7 +286,7 @@ def tsne(vectors: np.ndarray) -> np.ndarray:
 
 
 def _check(vectors: np.ndarray) -> None:
-    """Raise LeftOutError for what has no plane; scikit-learn's t-SNE crashes on equal rows."""
+    """Raise LeftOutError for rows that are equal or not finite; t-SNE would crash on them."""
     if not np.isfinite(vectors).all():
         raise LeftOutError("the embeddings are not finite; the training has diverged")
     if np.ptp(vectors, axis=0).max() < 1e-6:
@@ -353,7 +353,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; `marked` holds (row, column) of those to be seen first."""
+    """Formatted cells; `marked` holds (row, column) of highlighted ones."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -397,14 +397,14 @@ class Section:
 
 
 class Folder:
-    """Names files of a report and saves arrays there; every name is given out once."""
+    """Names files of a report and saves arrays there; no name is given twice."""
 
     def __init__(self, root: pathlib.Path, log: Callable[[str], None] = lambda line: None):
         self.root, self.log = root, log
         self._given: set[str] = set()
 
     def save(self, name: str, arrays: Mapping[str, Any]) -> tuple[pathlib.Path, dict]:
-        """Save arrays as `data/<name>`, `.csv` or `.npz`; gives the file and what is read back."""
+        """Save arrays as `data/<name>`, `.csv` or `.npz`; returns the path and the saved arrays."""
         path = self._path("data", name)
         return path, save(path, arrays)
 
@@ -436,14 +436,14 @@ class Folder:
 
 
 def plain(value: Any) -> str:
-    """A part of a protocol in words."""
+    """Format a value of a protocol."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {x}" for name, x in value.items())
     return str(value)
 
 
 def percent(rate: float) -> str:
-    """A rate as a table shows it, in percent."""
+    """Format a rate in percent; a dash for NaN."""
     return "–" if np.isnan(rate) else f"{100 * rate:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""The figures of RCML and its baselines: what they need of opened runs, and how they are drawn."""
+"""Figures of RCML and its baselines: arrays computed from opened runs, and their drawings."""
 
 import collections
 import functools
@@ -95,12 +95,12 @@ def same_items(first: Opened, other: Opened) -> bool:
 
 
 def table_of(opened: Opened, items: np.ndarray) -> EmbeddingTable:
-    """The items (sorted) as the run's method embeds them in its first way of scoring."""
+    """Embeddings of items (sorted) for the first scoring of the run's method."""
     return next(iter(opened.method.tables(opened.params, items).values()))
 
 
 def _averaged(table: EmbeddingTable, relation: int, items: np.ndarray) -> np.ndarray:
-    """What the AVG score compares: text and image under a relation, averaged and renormalised."""
+    """Embeddings of the AVG score: mean of text and image under a relation, normalised."""
     rows = table.rows(items)
     both = [x[relation if len(x) > 1 else 0, rows] for x in (table.text, table.image)]
     return np.asarray(l2_normalize(jnp.asarray(both[0] + both[1])))
@@ -161,7 +161,7 @@ def drawn_queries(opened: Opened, seed: int) -> np.ndarray:
 
 
 def items_of_queries(opened: Opened, indices: np.ndarray) -> np.ndarray:
-    """The queries' items and candidates, sorted."""
+    """Items of the queries and their candidates, sorted."""
     queries = opened.method.task.retrieval_queries("test")
     return np.union1d(queries.query[indices], queries.candidates[indices])
 
@@ -474,7 +474,7 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
     hit, top = main_of("retrieval"), main_of("relation_type")
 
     def chance(measure: Measure) -> float:
-        """Of the first run that tells it; 0 where none does."""
+        """Chance of the first run that has it; 0 if none has."""
         told = (chance_of(measure, run.result) for run in runs)
         return next((value for value in told if value is not None), 0.0)
 
@@ -515,7 +515,7 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
 
 
 class _Models:
-    """What is computed from the models: one table of embeddings for all figures of a run."""
+    """Figures that need the models of runs."""
 
     def __init__(
         self, folder: Folder, first: Run, others: Sequence[Run], models: Models, seed: int

@@ -1,4 +1,4 @@
-"""What a report is made of: runs, sweeps of runs and alignment studies, read from directories."""
+"""Read runs, sweeps and alignment studies from directories; open and time their models."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """The name of its data."""
+        """Name of the data set."""
         return str((self.result or {}).get("dataset", self.config.data.name))
 
 
@@ -82,7 +82,7 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Everything that a report is given, in the order of the command line."""
+    """All inputs of a report, in the order of the command line."""
 
     runs: tuple[Run, ...]
     sweeps: tuple[Sweep, ...]
@@ -90,7 +90,7 @@ class Sources:
 
 
 def groups(sources: Sources, family: str) -> dict[str, tuple[list[Run], list[Sweep]]]:
-    """The runs and sweeps of a family by the name of their data."""
+    """Group the runs and sweeps of a family by their data set."""
     found: dict[str, tuple[list[Run], list[Sweep]]] = {}
     for run in sources.runs:
         if run.family == family:
@@ -102,7 +102,7 @@ def groups(sources: Sources, family: str) -> dict[str, tuple[list[Run], list[Swe
 
 
 def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
-    """Open work directories, sweeps and studies; a directory that is named twice counts once.
+    """Open work directories, sweeps and studies; a directory given twice counts once.
 
     Raises UserError for a directory that is none of them, or whose files are not whole.
     """
@@ -125,7 +125,7 @@ def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
 
 
 def labels_of(paths: Sequence[pathlib.Path]) -> list[str]:
-    """Short names of directories: the last parts of each that tell it from the others."""
+    """Short unique names of directories: as many of the last path parts as needed."""
     parts = [[part for part in path.absolute().parts if part != "/"] for path in paths]
     found = []
     for own in parts:
@@ -208,7 +208,7 @@ def _study(path: pathlib.Path, label: str) -> Study:
 
 
 def read_result(path: pathlib.Path) -> dict | None:
-    """The `eval.json` of a work directory; None without one. Raises UserError where it is cut."""
+    """Read `eval.json` of a work directory; None if missing. Raises UserError if it is damaged."""
     file = path / "eval.json"
     if not file.is_file():
         return None
@@ -220,7 +220,7 @@ def read_result(path: pathlib.Path) -> dict | None:
 
 
 def read_json(path: pathlib.Path, remedy: str) -> Any:
-    """A JSON file's value. Raises UserError, with the remedy, where it is not whole."""
+    """Read a JSON file. Raises UserError, with the remedy, if it is damaged."""
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -241,7 +241,7 @@ def _check(path: pathlib.Path, result: Mapping, method: str, family: str) -> Non
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The options in which runs differ: dotted name → a value for each; None where it is unset."""
+    """Options in which runs differ: dotted name → value for each run, None if unset."""
     flat = [leaves(run.config.to_dict()) for run in runs]
     names = dict.fromkeys(name for options in flat for name in options)
     found = {name: [options.get(name) for options in flat] for name in names}
@@ -260,10 +260,9 @@ class Opened(NamedTuple):
 
 
 class Models:
-    """Opens runs when they are asked for, and keeps the last few.
+    """Opens runs on demand and keeps the last few.
 
-    data_dir and data_path, where they are given, stand for `config.data.dir` and
-    `config.data.path` of every run: data may lie elsewhere than where a run was trained.
+    data_dir, data_path: if given, replace `config.data.dir` and `config.data.path` of every run.
     """
 
     def __init__(self, data_dir: str = "", data_path: str = "", keep: int = 4):
@@ -272,7 +271,7 @@ class Models:
         self._opened: dict[pathlib.Path, Opened | LeftOutError] = {}
 
     def open(self, run: Run) -> Opened:
-        """The run's model. Raises LeftOutError, with the reason, where it cannot be opened."""
+        """Open a run's model. Raises LeftOutError, with the reason, if that fails."""
         if run.path not in self._opened:
             while len(self._opened) >= self._keep:
                 del self._opened[next(iter(self._opened))]
@@ -338,10 +337,10 @@ class _Row(NamedTuple):
 def cost(runs: Sequence[Opened]) -> dict[str, Any]:
     """Columns model, method, used, trained, milliseconds, fastest, slowest, relative and more.
 
-    A sample is one item, text and picture; a call embeds a batch of test items as the run's method
-    does it. Times are a sample's: median, fastest and slowest call. RCML embeds under one relation
-    and under several, and its call encodes their sentences. All calls are made in turn, so that a
-    slow moment falls on all of them. used: parameters that embed; trained: those that training
+    A sample is one item, text and image; a call embeds a batch of test items with the run's method.
+    Times are per sample: median, fastest and slowest call. RCML embeds under one relation and under
+    several; its call includes encoding their sentences. Calls alternate, so that a slow moment
+    affects all of them. used: parameters that embed; trained: those that training
     changes, also where only the loss uses them. relative: median ratio to the time in the same turn
     of the towers alone, which are a baseline's, or RCML's with CLIP's pooling without a baseline.
     """
@@ -373,7 +372,7 @@ def cost(runs: Sequence[Opened]) -> dict[str, Any]:
 
 
 def _rows(opened: Opened) -> Iterator[_Row]:
-    """The run's ways to embed the same batch of test items; RCML's towers alone have no method."""
+    """Ways to embed one batch of test items; `method` is empty for RCML's towers alone."""
     method, task, params = opened.method, opened.method.task, opened.params
     label, name = opened.run.label, opened.run.config.method
     items = np.resize(task.splits.items("test"), BATCH)
@@ -405,7 +404,7 @@ def _rows(opened: Opened) -> Iterator[_Row]:
 
 
 def measure(functions: Mapping[Any, Callable], repeats: int) -> dict[Any, np.ndarray]:
-    """Seconds (repeats,) of each function, called in turn; the first call, which compiles."""
+    """Seconds (repeats,) of each function, called alternately after a first call that compiles."""
     for function in functions.values():
         jax.block_until_ready(function())
     times: dict[Any, list[float]] = {name: [] for name in functions}
@@ -423,14 +422,14 @@ def parameters(tree: Any) -> int:
 
 
 def trained_parameters(method: Any, params: Any) -> int:
-    """The number of parameters that training changes: all but frozen towers and statistics."""
+    """Number of trained parameters: all but frozen towers and statistics."""
     frozen = jax.tree.leaves(method.frozen(params))
     leaves = jax.tree.leaves(params)
     return sum(int(np.size(x)) for x, f in zip(leaves, frozen, strict=True) if not f)
 
 
 def machine() -> str:
-    """What computed: the device, and of a CPU its architecture and the cores at hand."""
+    """Name of the device; of a CPU its architecture and number of usable cores."""
     device = jax.config.jax_default_device or jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
