@@ -45,7 +45,7 @@ class Progress:
         console = Console(stderr=True, force_terminal=sys.stderr.isatty(), highlight=False)
         self._log, self._live = log, log is log_line and console.is_interactive
         self._bars = progress.Progress(
-            progress.BarColumn(),
+            progress.BarColumn(bar_width=16),
             progress.TextColumn("{task.description}", markup=False),
             console=console,
             # Scripts read stdout; what others write to stderr stays above the bar.
