@@ -13,12 +13,12 @@ float16` halves the files; `--shard N` sets how many items are between two point
 import argparse
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from rcml_jax.cli.commands import guard, parse_flags
 from rcml_jax.data.gates import argument_text, user_path
+from rcml_jax.data.log import Progress
 from rcml_jax.errors import UserError
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
@@ -75,8 +75,7 @@ def _embed(argv: Sequence[str]) -> int:
     model = open_model(args.workdir, config)
     if items is None:
         items = from_graph(model.method.task.graph)
-    line = _Line()
-    try:
+    with Progress(len(items)) as progress:
         embeddings = embed_catalogue(
             model,
             items,
@@ -85,10 +84,8 @@ def _embed(argv: Sequence[str]) -> int:
             dtype=args.dtype,
             shard=args.shard,
             strict=args.strict,
-            note=line.show,
+            note=lambda done, _: progress.update(done),
         )
-    finally:
-        line.end()
     _report(embeddings)
     return 0
 
@@ -106,36 +103,6 @@ def _report(embeddings: Embeddings) -> None:
         if count:
             listed = ", ".join(ids) + (", ..." if count > len(ids) else "")
             print(f"warning: {what}: {count:,} ({listed})", file=sys.stderr)
-
-
-class _Line:
-    """One live line on a terminal, else a line every tenth of the way."""
-
-    def __init__(self):
-        self._live = sys.stderr.isatty()
-        self._start, self._first, self._tenth = time.perf_counter(), None, 0
-
-    def show(self, done: int, total: int) -> None:
-        """Show how many items are done; the first chunk's compilation is left out of the rate."""
-        now = time.perf_counter()
-        rate = ""
-        if self._first is None:
-            self._first, self._start = done, now
-        else:
-            rate = f"  {(done - self._first) / (now - self._start):,.0f} items/s"
-        text = f"{done:,} of {total:,} items{rate}"
-        tenth = 10 * done // total
-        if self._live:
-            sys.stderr.write(f"\r\x1b[K{text}")
-        elif tenth > self._tenth:
-            sys.stderr.write(f"{text}\n")
-        self._tenth = tenth
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        """End the live line."""
-        if self._live and self._first is not None:
-            sys.stderr.write("\n")
 
 
 if __name__ == "__main__":

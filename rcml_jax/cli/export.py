@@ -196,7 +196,7 @@ def _write_files(
     if config.method == "rcml":
         _save_head(directory / "relation_pooling.safetensors", config.model, params["head"])
     card = model_card(config, params, result, temperature=temperature)
-    (directory / "README.md").write_text(card, "utf-8")
+    card.save(directory / "README.md")
     # safetensors lets nobody else read its files.
     mode = (directory / "README.md").stat().st_mode
     for path in directory.iterdir():

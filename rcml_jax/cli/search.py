@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +29,7 @@ from rcml_jax.cli.embed import Parser, model_config
 from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation.display import make_console
 from rcml_jax.methods.task import load_graph
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
 
@@ -201,7 +201,7 @@ def _print(relation: str, found: "Sequence[Match]") -> None:
     for number, match in enumerate(found, 1):
         words = (Text(_printable(value)) for value in (match.id, match.text))
         table.add_row(str(number), f"{match.score:.3f}", *words)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def _printable(text: str) -> str:

@@ -30,7 +30,7 @@ from rcml_jax.data.images import (
     check_decodes,
     storable,
 )
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import Progress, log_line
 from rcml_jax.errors import UserError
 
 Log = Callable[[str], None]
@@ -41,7 +41,6 @@ HEADERS = {"User-Agent": "rcml_jax", "Accept-Encoding": "identity"}
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 #: Seconds; a server that asks for more is left for the next run.
 LONGEST_WAIT = 120.0
-PROGRESS_SECONDS = 10.0
 
 
 class Temporary(Exception):
@@ -197,19 +196,23 @@ class _Download:
         return "wb"
 
     def _receive(self, response: Any, mode: str) -> None:
-        shown = start = time.monotonic()
-        with open(self.part, mode, buffering=2**20) as file:
-            first = file.tell()
+        with open(self.part, mode, buffering=2**20) as file, self._progress(file.tell()) as shown:
+            have = file.tell()
             # Raw: a .gz that a server declares as compressed transfer stays a .gz.
             for chunk in response.iter_raw():
                 file.write(chunk)
-                if time.monotonic() - shown > PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    have = file.tell()
-                    self.log(
-                        f"{self.part.stem}: {bytes_text(have)} of {bytes_text(self.length)}, "
-                        f"{bytes_text((have - first) / (shown - start))}/s"
-                    )
+                have += len(chunk)
+                shown.update(have)
+
+    def _progress(self, have: int) -> Progress:
+        """The bar or the lines of this file."""
+        return Progress(
+            self.length,
+            done=have,
+            count=lambda n, _: f"{self.part.stem}: {bytes_text(n)} of {bytes_text(self.length)}",
+            rate=lambda speed: f"{bytes_text(speed)}/s",
+            log=self.log,
+        )
 
     def _gave_up(self, error: Exception) -> str:
         have = self.have() if self.validator else 0
@@ -439,7 +442,6 @@ class _Fetch:
         self.hosts: dict[str, _Host] = {}
         self.counts: Counter[str] = Counter()  # of what was asked for in this run
         self.left = 0
-        self.shown = 0.0  # when a line of progress was last put out
 
     def prepare(self, urls: Sequence[str]) -> None:
         """Sort out what is there and what the journal knows; the rest by host."""
@@ -470,7 +472,7 @@ class _Fetch:
         tokens = deque(
             host for host in self.hosts.values() for _ in range(min(per_host, len(host.urls)))
         )
-        workers, self.shown = min(concurrency, len(tokens)), time.monotonic()
+        workers = min(concurrency, len(tokens))
         limits = {"max_connections": workers, "max_keepalive_connections": workers}
         client = self.httpx.AsyncClient(
             limits=self.httpx.Limits(**limits),
@@ -478,8 +480,9 @@ class _Fetch:
             follow_redirects=True,
             headers=HEADERS,
         )
+        self.progress = Progress(self.left, unit="images", count=self._said, log=self.log)
         try:
-            with self.journal, ThreadPoolExecutor(os.cpu_count()) as self.pool:
+            with self.journal, self.progress, ThreadPoolExecutor(os.cpu_count()) as self.pool:
                 async with client, asyncio.TaskGroup() as group:
                     for _ in range(workers):
                         group.create_task(self._work(client, tokens))
@@ -501,11 +504,11 @@ class _Fetch:
         self.left -= 1
         if outcome in PERMANENT:
             self.journal.write(_key(url), outcome, self.max_bytes)
-        if time.monotonic() - self.shown > PROGRESS_SECONDS or not self.left:
-            self.shown = time.monotonic()
-            done = self.counts.total()
-            parts = [f"{n:,} {k.replace('_', ' ')}" for k in OUTCOMES if (n := self.counts[k])]
-            self.log(f"Pictures: {done:,} of {done + self.left:,}: {', '.join(parts)}")
+        self.progress.update(self.counts.total())
+
+    def _said(self, done: int, total: int) -> str:
+        parts = [f"{n:,} {k.replace('_', ' ')}" for k in OUTCOMES if (n := self.counts[k])]
+        return f"Images: {done:,} of {total:,}: {', '.join(parts)}"
 
     async def _fetch(self, client: Any, host: _Host, url: str) -> str:
         """The outcome of a URL, all tries included."""

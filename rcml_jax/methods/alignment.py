@@ -285,7 +285,7 @@ def train_missing(config: Any, workdir: pathlib.Path) -> bool:
         if (directory / "eval.json").is_file():
             workdirs.prepare(directory, run)  # refuses what was trained otherwise
             continue
-        print(f"training {name}", file=sys.stderr, flush=True)
+        log_line(f"training {name}")
         if loop.train_and_evaluate(run, directory) is None:
             return False
     return True
@@ -367,7 +367,7 @@ def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> di
     """A similarity fitted on train, stopped by validation, scored on test."""
     train, validation, test = (pairs.arrays() for pairs in splits)
     asked, seed = config.evaluation, fold_seed(config.seed)
-    print(f"fitting {name}", file=sys.stderr, flush=True)
+    log_line(f"fitting {name}")
     options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
     if asked.search_trials and name in SPACES:
         found = search(

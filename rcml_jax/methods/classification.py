@@ -310,6 +310,7 @@ def _protocol(method: Classifier) -> dict:
         "seeds": config.seeds,
         "models": list(models.names),
         "validation": chosen if models.validation else "none",
+        "steps": method.steps,
         "looks": f"one every {method.validate_every} steps of {method.steps}",
         **classification.PROTOCOLS,
     }

@@ -14,6 +14,7 @@ from flax.errors import FlaxError
 
 from rcml_jax.config import fold_seed
 from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import Progress, log_line
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods import method_class
@@ -25,7 +26,7 @@ from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.gradcache import check, parts_of
 from rcml_jax.training.step import create, make_step
-from rcml_jax.training.writer import MetricsWriter, Progress, read_history
+from rcml_jax.training.writer import MetricsWriter, read_history
 
 # Batches on the devices, one ahead of the step, at the place of the batches that were taken.
 
@@ -219,7 +220,13 @@ class Run:
         self.first = latest or 0
         self.writer = MetricsWriter(workdir, step=self.first, tensorboard=config.tensorboard)
         self.phases = [(first, devices.compile(step)) for first, step in phases]
-        self.progress = Progress(self.first, self.steps, self.examples)
+        self.progress = Progress(
+            self.steps,
+            done=self.first,
+            count=lambda step, steps: f"step {step}/{steps}",
+            rate=lambda speed: f"{self.examples * speed:,.0f} examples/s",
+            log=log_line if sharding.is_primary() else lambda line: None,
+        )
         if latest is not None and not self._over(self.first):
             self.progress.note(f"resuming from step {latest}")
 
@@ -293,6 +300,8 @@ class Run:
             validate = step % self.validate_every == 0 or step == self.steps
             if step % config.log_every == 0 or step == self.first + 1 or validate:
                 self._log(step)
+            else:
+                self.progress.update(step)
             if validate:
                 self._validate(step)
             asked = self._asked(step, interrupt)
@@ -337,7 +346,7 @@ class Run:
                 "config.optimizer.learning_rate, or set config.optimizer.clip_norm, in a new "
                 "--workdir"
             )
-        self.progress.update(step, mean["loss"])
+        self.progress.update(step, f"loss {mean['loss']:.4f}")
         if step % self.config.log_every == 0 or step == self.steps:
             rate *= _scalar(jax.device_get(scale))
             self.writer.write(step, "train", mean | {"learning_rate": rate})

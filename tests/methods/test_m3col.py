@@ -69,6 +69,7 @@ def test_the_evaluation_of_tables_has_its_form(omics_run):
         "all-seed42", "all-seed43", "held-out-seed42", "held-out-seed43",
     ]  # fmt: skip
     assert protocol["looks"] == "one every 3 steps of 12"
+    assert protocol["steps"] == 12
     assert set(protocol) > set(result["classification"])
     # Three views with a shift of one deviation in each column are no secret.
     assert result["classification"]["last"]["accuracy"]["mean"] > 0.7

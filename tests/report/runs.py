@@ -74,6 +74,7 @@ def classification_result(accuracies=(0.5,), kinds=None):
         "protocol": {
             "samples": {"train": 40, "test": 20},
             "modalities": kinds or {"mrna": "table", "mirna": "table"},
+            "steps": 8,
             "looks": "one every 2 steps of 8",
         },
         "classification": dict.fromkeys(protocols, accuracy),
@@ -92,13 +93,15 @@ def relational_lines(steps=(2, 4, 6)):
     return lines
 
 
-def classification_lines(steps=(2, 4, 6, 8), models=("seed42",)):
+def classification_lines(steps=(2, 4, 6, 8), models=("seed42",), held_out=()):
+    """Lines as the loop writes them: where samples are held out, only of those on validation."""
     lines = []
     for step in steps:
         train = {"loss": 9 - step, "learning_rate": 1e-3, "mrna": 1.0}
         lines.append({"step": step, "kind": "train", **train})
-        looks = {f"look/{m}/test/accuracy": 0.1 * step - 0.01 * i for i, m in enumerate(models)}
-        looks |= {f"look/{m}/validation/accuracy": 0.09 * step for m in models}
+        both = (*models, *held_out)
+        looks = {f"look/{m}/test/accuracy": 0.1 * step - 0.01 * i for i, m in enumerate(both)}
+        looks |= {f"look/{m}/validation/accuracy": 0.09 * step for m in held_out or models}
         lines.append({"step": step, "kind": "validation", "accuracy": 0.09 * step, **looks})
     return lines
 
