@@ -30,6 +30,7 @@ from rcml_jax.cli.commands import (
 )
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
+from rcml_jax.files import write_whole
 from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.workdir import write_json
 
@@ -70,7 +71,7 @@ def _sweep(argv: Sequence[str]) -> int:
                 return 0
         table = collect(args.workdir, {label: folder(label) for label in variants}, seeds)
         write_json(args.workdir / "table.json", table)
-        (args.workdir / "table.md").write_text(markdown(table))
+        write_whole(args.workdir / "table.md", markdown(table))
     print((args.workdir / "table.md").read_text(), end="")
     return 0
 

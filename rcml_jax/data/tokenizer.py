@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from rcml_jax.data.packing import LENGTHS
 from rcml_jax.errors import UserError
+from rcml_jax.files import write_whole
 
 # The end id must not be 2: Hugging Face's CLIP takes `eos_token_id == 2` for an old checkpoint
 # and then looks for the highest id instead of the end token.
@@ -120,8 +121,8 @@ class Tokenizer:
         return cls(_clip_tokenizer(vocab, merges), source=str(folder))
 
     def save(self, path: str | Path) -> None:
-        """Writes a `tokenizer.json` that `load` reads back."""
-        Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
+        """Write a `tokenizer.json` that `load` reads back, whole or not at all."""
+        write_whole(Path(path), self._tokenizer.to_str(pretty=True))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the special tokens."""

@@ -236,9 +236,7 @@ def work_tokenizer(
         tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained, kind=kind))
     else:
         tokenizer = train_tokenizer(texts(), vocab_size)
-    part = path.with_name("tokenizer.json.part")
-    tokenizer.save(part)
-    os.replace(part, path)
+    tokenizer.save(path)
     return tokenizer
 
 

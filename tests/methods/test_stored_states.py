@@ -106,7 +106,7 @@ def test_a_second_run_reads_what_the_first_computed(
 ):
     config = config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", model__store_frozen=True)
     first = build(config, tmp_path).stored
-    files = sorted((tmp_path / "token_states").iterdir())
+    files = sorted((tmp_path / "token_states").glob("*.npy"))
     assert [x.name.split("-")[1] for x in files] == ["image", "text"]
     monkeypatch.setattr(stored_states._Blocks, "block", None)
     again = build(config, tmp_path).stored
