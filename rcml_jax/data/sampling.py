@@ -60,18 +60,24 @@ class RelationSampler:
     in the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is padded, with
     `pair_valid` false there. `noise` seeds the batch's augmentation, `paraphrase` (R,) draws one of
     each relation's sentences.
+
+    Relations, the pairs of each, and the items that fill the batch are uniform draws without
+    replacement. A plan costs what the batch holds, however large the graph is; kept are the
+    training pairs, sorted by relation, and the training items, in int32.
     """
 
     def __init__(self, graph: RelationGraph, splits: Splits, sizes: BatchSizes, seed: int):
-        self._items = splits.items("train")
+        self._items = splits.items("train").astype(np.int32)
         self._sizes = sizes
         self._seed = seed
         pairs = splits.pairs("train")
-        order = np.argsort(pairs[:, 2], kind="stable")
-        self._pairs = pairs[order]
-        bounds = np.searchsorted(self._pairs[:, 2], np.arange(len(graph.relations) + 1))
-        self._bounds = bounds
-        self._relations = np.flatnonzero(np.diff(bounds))
+        counts = np.bincount(pairs[:, 2], minlength=len(graph.relations))
+        self._bounds = np.concatenate([[0], np.cumsum(counts)])
+        self._relations = np.flatnonzero(counts)
+        # Pairs hold places in the split's items, so that the rest are the numbers they leave out.
+        place = np.zeros(len(graph), np.int32)
+        place[self._items] = np.arange(len(self._items), dtype=np.int32)
+        self._pairs = place[pairs[np.argsort(pairs[:, 2], kind="stable"), :2]]
         if sizes.relations > len(self._relations):
             raise UserError(
                 f"config.batch.relations={sizes.relations}, but only {len(self._relations)} "
@@ -79,34 +85,31 @@ class RelationSampler:
             )
 
     def __len__(self) -> int:
-        """As good as endless: every place is a new draw."""
+        """Effectively infinite; every index is an independent draw."""
         return 2**31 - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self._seed, int(index)))
         sizes = self._sizes
-        relations = rng.choice(self._relations, sizes.relations, replace=False)
-        groups = [self._draw_pairs(rng, relation) for relation in relations]
-        drawn = np.concatenate([np.zeros((0, 2), int), *groups])
-        rest = np.setdiff1d(self._items, drawn, assume_unique=False)
-        paired = np.unique(drawn)
-        fill = rng.choice(rest, sizes.items - len(paired), replace=False)
-        items = np.concatenate([paired, fill]).astype(np.int64)
-        place = {item: i for i, item in enumerate(items.tolist())}
+        chosen = rng.choice(len(self._relations), sizes.relations, replace=False)
+        relations = self._relations[chosen]
+        rows = [self._draw_pairs(rng, relation) for relation in relations]
+        drawn = self._pairs[np.concatenate([np.zeros(0, np.int64), *rows])]
+        paired, place = np.unique(drawn, return_inverse=True)
+        free = sizes.items - len(paired)
+        ranks = rng.choice(len(self._items) - len(paired), free, replace=False)
+        items = self._items[np.concatenate([paired, _not_among(paired, ranks)])]
         itself = rng.choice(sizes.items, sizes.intra_pairs, replace=False)
 
         width = max(sizes.intra_pairs, sizes.pairs)
-        anchor = np.zeros((sizes.relations + 1, width), np.int32)
-        positive = np.zeros_like(anchor)
-        pair_valid = np.zeros(anchor.shape, bool)
-        anchor[0, : len(itself)] = positive[0, : len(itself)] = itself
-        pair_valid[0, : len(itself)] = True
-        for row, group in enumerate(groups, start=1):
-            anchor[row, : len(group)] = [place[a] for a in group[:, 0].tolist()]
-            positive[row, : len(group)] = [place[b] for b in group[:, 1].tolist()]
-            pair_valid[row, : len(group)] = True
+        counts = np.array([len(itself), *map(len, rows)])
+        pair_valid = np.arange(width) < counts[:, None]
+        anchor, positive = np.zeros((2, *pair_valid.shape), np.int32)
+        first, second = place.reshape(-1, 2).T
+        anchor[pair_valid] = np.concatenate([itself, first])
+        positive[pair_valid] = np.concatenate([itself, second])
         return {
-            "items": items,
+            "items": items.astype(np.int64),
             "relations": np.concatenate([[-1], relations]),
             "anchor": anchor,
             "positive": positive,
@@ -116,10 +119,14 @@ class RelationSampler:
         }
 
     def _draw_pairs(self, rng: np.random.Generator, relation: int) -> np.ndarray:
+        """Rows of some pairs of a relation; `choice` of a number draws without listing them all."""
         start, stop = self._bounds[relation], self._bounds[relation + 1]
-        count = min(self._sizes.pairs, stop - start)
-        rows = start + rng.choice(stop - start, count, replace=False)
-        return self._pairs[rows, :2]
+        return start + rng.choice(stop - start, min(self._sizes.pairs, stop - start), replace=False)
+
+
+def _not_among(taken: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """The numbers of some ranks, from 0, among the whole numbers that `taken`, sorted, lacks."""
+    return ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
 
 
 class EpochSampler:
@@ -141,7 +148,7 @@ class EpochSampler:
         self.per_epoch = -(-len(rows) // self.size)
 
     def __len__(self) -> int:
-        """As good as endless."""
+        """Effectively infinite."""
         return 2**31 - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -199,7 +206,7 @@ def collator(
             plan = _reordered(plan, order)
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
-        linked = graph.linked_inter(anchor[..., None], positive[..., None], relations)
+        linked = graph.linked_under(anchor, positive, relations)
         pictures = images(items)
         if augment is not None:
             pictures = augment(pictures, np.random.default_rng(plan["noise"]))

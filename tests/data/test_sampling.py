@@ -1,10 +1,15 @@
 """What the samplers draw, and the arrays that the collator makes of a relation batch."""
 
+import dataclasses
+from collections import Counter
+
 import numpy as np
 import pytest
+import scipy.stats
 
+from rcml_jax.data import sampling
 from rcml_jax.data.images import ImageBank
-from rcml_jax.data.relation_graph import split_graph
+from rcml_jax.data.relation_graph import Splits, normalize_pairs, split_graph
 from rcml_jax.data.sampling import (
     BatchSizes,
     EpochSampler,
@@ -14,6 +19,7 @@ from rcml_jax.data.sampling import (
 )
 from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
+from tests import reference
 from tests.data.conftest import make_graph
 
 SIZES = BatchSizes(relations=4, pairs=3, intra_pairs=5, items=30)
@@ -95,6 +101,51 @@ def test_every_training_pair_comes_up(toy, splits):
         relation = plan["relations"][1:][rows]
         found |= set(zip(a.tolist(), b.tolist(), relation.tolist(), strict=True))
     assert found == {tuple(pair) for pair in splits.pairs("train").tolist()}
+
+
+def outcomes(draw, count):
+    """How often each batch comes up: its pairs in their order and its items."""
+    found = Counter()
+    for k in range(count):
+        drawn, items = draw(k)
+        found[tuple(map(tuple, drawn)), tuple(sorted(items))] += 1
+    return found
+
+
+def test_batches_have_the_distribution_of_draws_from_lists():
+    """Pairs and filling items together, on a graph so small that every batch comes up often."""
+    pairs, _ = normalize_pairs([(0, 1, 0), (0, 2, 0), (1, 2, 1), (3, 4, 1), (4, 5, 2)])
+    graph = dataclasses.replace(
+        make_graph(items=7, relations=3, group=2), pairs=pairs, pair_split=np.zeros(5)
+    )
+    splits = Splits(np.array([0] * 6 + [2], np.int8), np.zeros(5, np.int8), "item", pairs)
+    sampler = sample(graph, splits, BatchSizes(relations=2, pairs=1, intra_pairs=2, items=5))
+    rng = np.random.default_rng(0)
+    triples = list(map(tuple, pairs.tolist()))
+
+    def ours(k):
+        plan = sampler[k]
+        row, column = np.nonzero(plan["pair_valid"][1:])
+        a, b = (plan["items"][plan[name][1:][row, column]] for name in ("anchor", "positive"))
+        drawn = np.stack([a, b, plan["relations"][1:][row]], axis=1)
+        return drawn.tolist(), plan["items"].tolist()
+
+    def theirs(k):
+        return reference.relation_batch(rng, range(6), triples, relations=2, each=1, size=5)
+
+    a, b = outcomes(ours, 2500), outcomes(theirs, 2500)
+    table = np.array([[a[x], b[x]] for x in a.keys() | b.keys()]).T
+    assert table.shape[1] > 30
+    assert table.sum(axis=0).min() > 10
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_the_numbers_that_are_left_out():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        taken = np.flatnonzero(rng.random(20) < 0.4)
+        rest = np.setdiff1d(np.arange(20), taken)
+        np.testing.assert_array_equal(sampling._not_among(taken, np.arange(len(rest))), rest)
 
 
 def test_rows_short_of_pairs_are_padded():
