@@ -124,11 +124,19 @@ class RelationGraph:
     def related_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Rows (n,) against columns (m,) of `related()`, dense (n, m) bool; cost ~ rows' pairs."""
         rows, cols = np.asarray(rows), np.asarray(cols)
+        if not len(cols):
+            return np.zeros((len(rows), 0), bool)
         names, column = np.unique(cols, return_inverse=True)
         found, place, _ = self._adjacency.meet(rows, names)
+        own, known = _find(names, rows)
+        found = np.concatenate([found, np.flatnonzero(known)])
+        place = np.concatenate([place, own[known]])
         block = np.zeros((len(rows), len(names)), bool)
-        block[found, place] = True
-        block = block[:, column] | (rows[:, None] == cols)
+        if len(names) == len(cols):
+            block[found, np.argsort(column)[place]] = True
+        else:  # a column comes twice
+            block[found, place] = True
+            block = block[:, column]
         return block if self.class_links is None else block | self._one_label(rows[:, None], cols)
 
     def related_values(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
@@ -189,19 +197,20 @@ class RelationGraph:
     def linked_under(self, a: np.ndarray, b: np.ndarray, relations: np.ndarray) -> np.ndarray:
         """Whether items a and b, of one shape S, are linked by each of R relations: (*S, R) bool.
 
-        Relation −1, the intra-sample one, links no two items.
+        The relations are distinct. Relation −1, the intra-sample one, links no two items.
         """
-        names, column = np.unique(relations, return_inverse=True)
+        order = np.argsort(relations)
         row, relation = self.links_of(np.stack([np.ravel(a), np.ravel(b)], axis=1))
-        place, known = _find(names, relation)
-        linked = np.zeros((np.size(a), len(names)), bool)
-        linked[row[known], place[known]] = True
-        return linked[:, column].reshape(*np.shape(a), len(relations))
+        place, known = _find(relations[order], relation)
+        linked = np.zeros((np.size(a), len(relations)), bool)
+        linked[row[known], order[place[known]]] = True
+        return linked.reshape(*np.shape(a), len(relations))
 
     def linked_blocks(self, items: np.ndarray, relations: np.ndarray) -> np.ndarray:
         """Whether items are linked under each of R relations: (R, n, n) bool, true diagonals.
 
-        Relation −1, the intra-sample one, links an item to itself alone.
+        Items and relations are distinct. Relation −1, the intra-sample one, links an item to itself
+        alone.
         """
         if self.class_links is None:
             order = np.argsort(items)
@@ -211,15 +220,15 @@ class RelationGraph:
             a, b = np.nonzero(self.linked_any_block(items, items))
             among, relation = self.links_of(np.stack([items[a], items[b]], axis=1))
             row, column = a[among], b[among]
-        names, number = np.unique(relations, return_inverse=True)
-        place, known = _find(names, relation)
-        blocks = np.zeros((len(names), len(items), len(items)), bool)
-        blocks[place[known], row[known], column[known]] = True
-        for place, relation in enumerate(names.tolist()):
+        by_number = np.argsort(relations)
+        place, known = _find(relations[by_number], relation)
+        blocks = np.zeros((len(relations), len(items), len(items)), bool)
+        blocks[by_number[place[known]], row[known], column[known]] = True
+        for block, relation in zip(blocks, relations.tolist(), strict=True):
             if relation in self.respects:
-                blocks[place] |= self.agree(items[:, None], items, relation)
+                block |= self.agree(items[:, None], items, relation)
         blocks[:, np.arange(len(items)), np.arange(len(items))] = True
-        return blocks[number]
+        return blocks
 
     def _or_agreeing(self, linked: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         for relation in self.respects:
@@ -417,8 +426,6 @@ class _Adjacency:
 
     def meet(self, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All links of units (n,) with sorted, distinct units (m,): row, column and relation."""
-        if not len(cols):
-            return tuple(np.zeros((3, 0), np.int64))
         ordered, below = cols.astype(self._above.dtype), self._below
         row, column, link = _meet(self._above, self._first, rows, ordered)
         lower_row, lower_column, entry = _meet(below.indices, below.indptr, rows, ordered)

@@ -177,12 +177,14 @@ def collator(
     negatives: str = "unrelated",
     stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
     sentence_noise: Callable[[np.random.Generator, int], np.ndarray] | None = None,
+    encoded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
     `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
     "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
     draws what is added to the embeddings of so many sentences, `shared["sentence_noise"]`.
+    `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -199,6 +201,8 @@ def collator(
     def collate(plan: dict) -> dict:
         if "text" in stored:
             ids = stored["text"](plan["items"])
+        elif encoded is not None:
+            ids, mask = encoded(plan["items"])
         else:
             ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
         if texts_per_row > 1:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -17,7 +18,7 @@ from rcml_jax.data.sampling import (
     batch_iterator,
     collator,
 )
-from rcml_jax.data.tokenizer import train_tokenizer
+from rcml_jax.data.tokenizer import StoredTexts, train_tokenizer
 from rcml_jax.errors import UserError
 from tests import reference
 from tests.data.conftest import make_graph
@@ -206,6 +207,28 @@ def test_the_arrays_of_a_batch(toy, collated):
     assert shared["valid"].all()
     for name in ("anchor", "positive", "pair_valid"):
         np.testing.assert_array_equal(shared[name], plan[name])
+
+
+@pytest.mark.parametrize("texts_per_row", [1, 3])
+def test_stored_texts_make_the_same_batch(toy, collated, tmp_path, texts_per_row):
+    plan, tokenizer, _ = collated
+    toy = dataclasses.replace(
+        toy, texts=tuple(f"{t} {t}" if i % 5 else t for i, t in enumerate(toy.texts))
+    )
+    stored = StoredTexts(tmp_path, toy.name, tokenizer, toy.texts, 24)
+    batches = [
+        collator(
+            toy,
+            tokenizer,
+            ImageBank(toy.images, 8),
+            lambda r, k: toy.relations[r],
+            24,
+            texts_per_row=texts_per_row,
+            encoded=encoded,
+        )(plan)
+        for encoded in (stored, None)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
 def test_related_is_symmetric_with_a_true_diagonal_and_of_the_whole_graph(toy, collated):
