@@ -144,6 +144,7 @@ class EpochSampler:
                 f"{len(rows)}; set config.batch.size between 1 and that, or 0 for all of them"
             )
         self._rows, self._seed = rows, seed
+        self._order = -1, rows  # of the latest epoch: made once for all of its batches
         self.size = size or len(rows)
         self.per_epoch = -(-len(rows) // self.size)
 
@@ -153,9 +154,7 @@ class EpochSampler:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(int(index), self.per_epoch)
-        rows = self._rows
-        if self.per_epoch > 1:
-            rows = np.random.default_rng((self._seed, epoch)).permutation(rows)
+        rows = self._rows if self.per_epoch == 1 else self._rows_of(epoch)
         rows = rows[place * self.size : (place + 1) * self.size]
         padding = self.size - len(rows)
         rng = np.random.default_rng((self._seed, int(index), 1))
@@ -164,6 +163,13 @@ class EpochSampler:
             "valid": np.arange(self.size) < self.size - padding,
             "noise": rng.integers(2**63, size=2),
         }
+
+    def _rows_of(self, epoch: int) -> np.ndarray:
+        known, rows = self._order
+        if known != epoch:
+            rows = np.random.default_rng((self._seed, epoch)).permutation(self._rows)
+            self._order = epoch, rows
+        return rows
 
 
 def collator(
