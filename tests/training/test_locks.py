@@ -15,10 +15,12 @@ from rcml_jax.cli import commands, embed
 from rcml_jax.data import prepared
 from rcml_jax.search.embedding_store import open_embeddings
 from rcml_jax.training import loop
+from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import read_params
 from tests.cli.test_commands import fails
 from tests.toy import ROOT, arguments, start, tiny_config
 from tests.toy_run import make_run
+from tests.training.test_two_processes import free_port
 
 DEADLINE = 300  # seconds
 
@@ -54,13 +56,14 @@ def is_held_by(directory, process):
     return holds
 
 
-def script(code, *args):
+def script(code, *args, **env):
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        env=os.environ | env,
     )
 
 
@@ -132,6 +135,52 @@ def test_no_room_for_the_evaluation(catalogue, tmp_path):
     assert not [path for path in workdir.iterdir() if path.name.startswith("eval")]
     result = loop.evaluate(tiny_config(catalogue), workdir)
     assert json.loads((workdir / "eval.json").read_text()) == result
+
+
+TOGETHER = """
+    import sys
+    from rcml_jax.errors import UserError
+    from rcml_jax.training import loop, sharding
+    sharding.initialize_distributed()
+    for directory in sys.argv[1:]:
+        try:
+            with loop._alone(directory):
+                print("found: inside")
+        except UserError as error:
+            print(f"found: {error}")
+        sharding.wait_for_all(directory)
+"""
+
+
+def test_the_processes_of_one_run_share_its_directory(tmp_path):
+    """The primary holds it for both; where it may not have it, both end instead of waiting."""
+    free, taken = tmp_path / "free", tmp_path / "taken"
+    address = f"localhost:{free_port()}"
+    flags = "--xla_force_host_platform_device_count=1"
+    with workdirs.hold(taken):
+        processes = [
+            script(
+                TOGETHER,
+                free,
+                taken,
+                XLA_FLAGS=flags,
+                JAX_COORDINATOR_ADDRESS=address,
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(number),
+            )
+            for number in range(2)
+        ]
+        with ended(*processes):
+            done = [process.communicate(timeout=DEADLINE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], done
+    # Gloo writes there, too.
+    (first, refused), (second, followed) = (
+        [line.removeprefix("found: ") for line in out.splitlines() if line.startswith("found: ")]
+        for out, _ in done
+    )
+    assert first == second == "inside"
+    assert refused.startswith(f"process {os.getpid()} on host ")
+    assert followed == f"process 0 cannot use {taken}; see its message"
 
 
 SLOW_EMBED = """
