@@ -436,6 +436,7 @@ ARGUMENTS = {
     "m3col": {
         "path": "folder of a local copy of the data",
         "paper": "True: the paper's recipe for ROSMAP, whose tuned one is the default",
+        "quick": "True: the recipe tuned for ROSMAP, for other tables",
     },
     "alignment": {
         "path": "the .npz file, the work directories or the local copy",

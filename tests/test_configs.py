@@ -37,6 +37,15 @@ def test_m3col_knows_its_sources(source):
     assert names < set(config)
 
 
+def test_the_quick_recipe_of_brca_is_rosmaps():
+    quick, whole = (load_config_file(f"{M3COL}:brca{more}") for more in (",quick=True", ""))
+    tuned = load_config_file(f"{M3COL}:rosmap")
+    assert (quick.epochs, quick.model.width, quick.model.dropout) == (200, 200, 0.5)
+    assert (whole.epochs, whole.model.width, whole.model.dropout) == (500, 768, 0.0)
+    assert quick.model == tuned.model
+    assert quick.optimizer.step_size == tuned.optimizer.step_size == 100
+
+
 def test_the_papers_rosmap():
     config = load_config_file(f"{M3COL}:rosmap,paper=True")
     assert (config.epochs, config.batch.size, config.model.width) == (500, 0, 1000)

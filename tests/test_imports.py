@@ -15,7 +15,7 @@ PACKAGE = ROOT / "rcml_jax"
 # Layers from the ground up; a module may import those of its own layer and of the ones before.
 LAYERS = (
     ("errors",),
-    ("registry",),
+    ("registry", "files"),
     ("ops",),
     ("losses",),
     ("models", "data", "config"),

@@ -14,7 +14,6 @@ import base64
 import dataclasses
 import html
 import io
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import make_console
+from rcml_jax.files import write_whole
 from rcml_jax.methods.task import load_graph
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
 
@@ -188,7 +188,7 @@ def _search(argv: Sequence[str]) -> int:
         cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
         step, method = embeddings.model["step"], embeddings.model["method"]
         note = f"{len(embeddings.items):,} items, embedded by {method} after step {step}"
-        _write(args.html, page(relation, query, cards, note))
+        write_whole(args.html, page(relation, query, cards, note))
     return 0
 
 
@@ -241,15 +241,6 @@ def _bytes(read: Callable[[int], bytes], index: int) -> bytes | None:
         return read(index)
     except DECODE_ERRORS:
         return None
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, "utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

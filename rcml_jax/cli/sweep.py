@@ -30,6 +30,7 @@ from rcml_jax.config import call_config_file, load_config_file
 from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
+from rcml_jax.files import write_whole
 from rcml_jax.schema import help_text, validate
 from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.workdir import load_config, write_json
@@ -82,7 +83,7 @@ def _sweep(argv: Sequence[str]) -> int:
         write_json(args.workdir / "table.json", table)
         known = {folders[label]: _described(label, given) for label, given in variants.items()}
         write_json(args.workdir / "variants.json", known)
-        (args.workdir / "table.md").write_text(markdown(table))
+        write_whole(args.workdir / "table.md", markdown(table))
     print((args.workdir / "table.md").read_text(), end="")
     return 0
 

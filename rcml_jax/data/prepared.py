@@ -26,8 +26,9 @@ from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import ImageError, open_rgb
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
-from rcml_jax.data.stages import load_arrays, save_arrays
+from rcml_jax.data.stages import disk_errors, load_arrays, save_arrays
 from rcml_jax.errors import UserError
+from rcml_jax.files import exclusive
 
 _SPLIT = "items"
 _GRAPH_FILE = "graph.npz"
@@ -238,17 +239,25 @@ def load_or_prepare(
     log: Callable[[str], None] | None = None,
     **about: str,
 ) -> RelationGraph:
-    """The prepared graph, made by `build` and stored the first time; one line says so to `log`."""
-    if not is_prepared(data_dir, name, fingerprint):
-        start = time.perf_counter()
-        graph = build()
-        folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
-        if log is None:
-            log = log_line
-        log(
-            f"Prepared {name}: {len(graph):,} items, {len(graph.relations):,} relations, "
-            f"{len(graph.pairs):,} pairs in {time.perf_counter() - start:.1f} s ({folder})."
-        )
+    """The prepared graph, made by `build` and stored the first time; one line says so to `log`.
+
+    While another process prepares the same, it waits and then loads that; `log` is told.
+    """
+    if is_prepared(data_dir, name, fingerprint):
+        return load(data_dir, name, fingerprint=fingerprint)
+    log = log or log_line
+    folder = folder_of(data_dir, name, fingerprint).parents[1]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock", f"is preparing {name}", wait=True, log=log):
+        if not is_prepared(data_dir, name, fingerprint):
+            start = time.perf_counter()
+            graph = build()
+            folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
+            log(
+                f"Prepared {name}: {len(graph):,} items, {len(graph.relations):,} relations, "
+                f"{len(graph.pairs):,} pairs in {time.perf_counter() - start:.1f} s ({folder})."
+            )
     return load(data_dir, name, fingerprint=fingerprint)
 
 

@@ -256,6 +256,18 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     learners = _names(config.evaluation.learned, LEARNERS)
     readers = sources(config, workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
+    with workdirs.hold(workdir):
+        return _study(config, workdir, device, readers, similarities, learners)
+
+
+def _study(
+    config: Any,
+    workdir: pathlib.Path,
+    device: jax.Device,
+    readers: dict[str, Callable],
+    similarities: tuple[str, ...],
+    learners: tuple[str, ...],
+) -> dict | None:
     workdirs.prepare(workdir, config)
     if not train_missing(config, workdir):
         return None

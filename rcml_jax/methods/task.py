@@ -16,7 +16,7 @@ from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
-from rcml_jax.data.tokenizer import Tokenizer, train_tokenizer
+from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.registry import resolve
 
@@ -150,8 +150,21 @@ class RelationTask:
             self.config.loss.negatives if self.config.method == "rcml" else "unrelated",
             stored or {},
             sentence_noise,
+            None if stored and "text" in stored else self.stored_texts,
         )
         return batch_iterator(sampler, collate, self.config.data.threads)
+
+    @functools.cached_property
+    def stored_texts(self) -> StoredTexts | None:
+        """The token ids of all texts, kept beside the prepared data; None where they cannot be."""
+        directory = cache_directory(self.config.data.dir) / "token_ids"
+        try:
+            return StoredTexts(
+                directory, self.graph.name, self.tokenizer, self.graph.texts, self.max_length
+            )
+        except UserError as error:  # such as a cache that can only be read
+            log_line(f"Texts are tokenized in every batch: {error}.")
+            return None
 
     def _draw(self) -> dict:
         """How the evaluation draws: the same for every method and training seed."""
@@ -278,9 +291,7 @@ def work_tokenizer(
         tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained, kind=kind))
     else:
         tokenizer = train_tokenizer(texts(), vocab_size)
-    part = path.with_name("tokenizer.json.part")
-    tokenizer.save(part)
-    os.replace(part, path)
+    tokenizer.save(path)
     return tokenizer
 
 

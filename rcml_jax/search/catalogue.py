@@ -28,7 +28,14 @@ from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
 from rcml_jax.methods.relational import Embedder, RelationalMethod
-from rcml_jax.search.embedding_store import MODALITIES, Embeddings, Plan, Writer, open_embeddings
+from rcml_jax.search.embedding_store import (
+    MODALITIES,
+    Embeddings,
+    Plan,
+    Writer,
+    hold_store,
+    open_embeddings,
+)
 from rcml_jax.search.items import Items, pixels
 from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
@@ -120,7 +127,7 @@ def embed_catalogue(
     """
     sentences = _sentences(model.method.task.sentence(-1), relations)
     framing = model.method.task.images.framing
-    with model.running():
+    with model.running(), hold_store(to):
         embedder = model.method.embedder(model.params, sentences[1:])
         plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard)
         writer = Writer(to, plan)

@@ -26,12 +26,16 @@ import numpy as np
 
 from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
+from rcml_jax.files import atomic_file, exclusive
 from rcml_jax.search.items import Items, from_names
 
 MODALITIES = ("text", "image")
 DTYPES = ("float32", "float16")
 _FORMAT = 2
 _MANIFEST, _ITEMS = "manifest.json", "items.jsonl"
+_LOCK = ".lock"
+#: What a kill may leave before there is a manifest.
+_OF_THE_START = (f"{_MANIFEST}.part", _LOCK, f"{_LOCK}.json", f"{_LOCK}.json.part")
 _EXAMPLES = 5
 _KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype", "shard")
 _KEYS += ("done", "problems", "stale")
@@ -218,6 +222,21 @@ class Writer:
         self._write_rows()
 
 
+def hold_store(directory: pathlib.Path | str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from writing a store while a block runs.
+
+    Raises UserError, which names the other process, where one writes it.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / _MANIFEST).is_file():
+        _make_empty(directory)
+    return exclusive(
+        directory / _LOCK,
+        f"is embedding into {directory}",
+        remedy="wait until it ends, or give another directory",
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embeddings:
     """A store that is whole, opened for reading.
@@ -339,8 +358,7 @@ def _make_empty(directory: pathlib.Path) -> None:
     """Make a directory that holds nothing, or see that it is one."""
     with _guarded(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        # A kill may have left the beginning of a manifest.
-        names = [path.name for path in directory.iterdir() if path.name != f"{_MANIFEST}.part"]
+        names = [path.name for path in directory.iterdir() if path.name not in _OF_THE_START]
     if names:
         raise UserError(
             f"{directory} holds {min(names)} and no embeddings of ours; give an empty or a new "
@@ -379,14 +397,9 @@ def _check_room(directory: pathlib.Path, manifest: dict) -> None:
 
 
 def _write_manifest(directory: pathlib.Path, manifest: dict) -> None:
-    path = directory / _MANIFEST
-    part = path.with_name(f"{_MANIFEST}.part")
-    with _guarded(directory):
-        with part.open("w") as file:
-            file.write(json.dumps(manifest, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+    content = json.dumps(manifest, indent=2) + "\n"
+    with _guarded(directory), atomic_file(directory / _MANIFEST, durable=True) as file:
+        file.write(content.encode())
 
 
 def _allocate(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> None:

@@ -1,10 +1,11 @@
 """The training loop: steps, validation, checkpoints, early stopping, a clean end on a signal."""
 
+import contextlib
 import math
 import pathlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -112,17 +113,16 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     validate(config)
     devices = sharding.pick_devices(config.platform, config.devices)
     workdir = user_path(workdir)
-    config = _completed(config, workdir)
-    workdir = _prepare(workdir, config)
-    with jax.default_device(sharding.first_local(devices)):
-        method = _build(config, workdir)
-        with Interrupt() as interrupt:
-            place = sharding.build(config.parallel, devices, method.in_place)
-            run = Run(config, workdir, method, place)
-            finished = run.train(interrupt)
-        if not finished:
-            return None
-        return evaluate(config, workdir, method=method)
+    with _alone(workdir):
+        config = _completed(config, workdir)
+        workdir = _prepare(workdir, config)
+        with jax.default_device(sharding.first_local(devices)):
+            method = _build(config, workdir)
+            with Interrupt() as interrupt:
+                place = sharding.build(config.parallel, devices, method.in_place)
+                run = Run(config, workdir, method, place)
+                finished = run.train(interrupt)
+            return _evaluate(config, workdir, "test", method) if finished else None
 
 
 def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "test") -> dict:
@@ -131,20 +131,25 @@ def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "t
     Writes what `evaluate` does. Raises UserError where the directory holds anything else.
     """
     validate(config)
-    return evaluate(config, _prepare(user_path(workdir), config), split)
+    workdir = user_path(workdir)
+    with _alone(workdir):
+        return _evaluate(config, _prepare(workdir, config), split)
 
 
-def evaluate(
-    config: Any, workdir: pathlib.Path | str, split: str = "test", method: Method | None = None
-) -> dict:
+def evaluate(config: Any, workdir: pathlib.Path | str, split: str = "test") -> dict:
     """Evaluate the best checkpoint of a work directory.
 
     Writes `eval.json`, or `eval_<split>.json` for a split other than test. Raises UserError where
-    there is no checkpoint, or one of another model.
+    there is no checkpoint, or one of another model, and while another process trains there: its
+    best checkpoint may go at any time.
     """
-    if method is None:
-        validate(config)
+    validate(config)
     workdir = user_path(workdir)
+    with _alone(workdir) if workdir.is_dir() else contextlib.nullcontext():
+        return _evaluate(config, workdir, split)
+
+
+def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | None = None) -> dict:
     device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
         with jax.default_device(device):
@@ -179,6 +184,22 @@ def _completed(config: Any, workdir: pathlib.Path) -> Any:
         with config.unlocked():
             del config.model.preprocessing
     return method_class(config.method).completed(config)
+
+
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path | str) -> Iterator[None]:
+    """Hold a work directory; of the processes of one run the primary does it for all."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if sharding.is_primary():
+            try:
+                stack.enter_context(workdirs.hold(workdir))
+            except UserError as error:
+                refused = error
+        # The others would wait for a primary that has ended.
+        if sharding.any_process(refused is not None):
+            raise refused or UserError(f"process 0 cannot use {workdir}; see its message")
+        yield
 
 
 def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:

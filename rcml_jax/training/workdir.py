@@ -1,14 +1,15 @@
 """The work directory: its configuration, and whether it is the one that is asked for."""
 
+import contextlib
+import io
 import json
-import os
 import pathlib
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from rcml_jax import schema
+from rcml_jax import files, schema
 from rcml_jax.config import leaves
 from rcml_jax.errors import UserError
 
@@ -32,6 +33,11 @@ _FREE = {
     "loss.pair_block",
     "embeddings.path",
 }
+
+
+#: The lock of a work directory, and what a kill may leave of the making of one.
+LOCK = ".lock"
+_OF_THE_START = (LOCK, f"{LOCK}.json", f"{LOCK}.json.part", "config.json.part")
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -77,22 +83,44 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib
     configuration. Raises UserError where it was made with another configuration or is no directory
     of ours.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = make(workdir)
     path = workdir / "config.json"
     if path.is_file():
         _check_same(path, config)
-        return workdir
+    else:
+        write_json(path, config.to_dict())
+    return workdir
+
+
+def make(workdir: pathlib.Path | str) -> pathlib.Path:
+    """Make a directory that holds nothing, or check that it is a work directory or empty.
+
+    Raises UserError where it is neither, or cannot be made.
+    """
+    workdir = pathlib.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in workdir.iterdir()}
     except OSError as error:
         raise UserError(f"cannot make the work directory {workdir}: {error.strerror}") from error
-    # A kill may have left the beginning of a configuration.
-    if any(entry.name != "config.json.part" for entry in workdir.iterdir()):
+    if "config.json" not in names and names - set(_OF_THE_START):
         raise UserError(
             f"{workdir} is not empty and holds no config.json; give an empty or a new --workdir"
         )
-    write_json(path, config.to_dict())
     return workdir
+
+
+def hold(workdir: pathlib.Path | str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes out of a work directory, which is made, while a block runs.
+
+    Raises UserError, which names the other process, where one is training or evaluating there.
+    """
+    workdir = make(workdir)
+    return files.exclusive(
+        workdir / LOCK,
+        f"is training or evaluating in {workdir}",
+        remedy="wait until it ends, or give another --workdir",
+    )
 
 
 def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -134,20 +162,11 @@ def _free(name: str, config: dict[str, Any]) -> bool:
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     """Write an `.npz` file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    files.write_whole(path, buffer.getbuffer())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    files.write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -5,6 +5,7 @@ import math
 import pathlib
 from typing import Any
 
+from rcml_jax import files
 from rcml_jax.errors import UserError
 from rcml_jax.training.sharding import is_primary
 
@@ -38,7 +39,7 @@ class MetricsWriter:
         self._board = _tensorboard(workdir, step) if tensorboard else None
         if self._path.is_file():
             whole = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
-            self._path.write_text("".join(line + "\n" for line in whole))
+            files.write_whole(self._path, "".join(line + "\n" for line in whole))
 
     def write(self, step: int, kind: str, metrics: dict) -> None:
         """Write the metrics of a step; kind is "train" or "validation"."""

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import optax
 
+from configs import alignment as alignment_recipe
+from configs import m3col as m3col_recipe
+from configs import rcml as rcml_recipe
 from rcml_jax.evaluation.controls import gains
 from rcml_jax.methods import build
 from rcml_jax.training.checkpoint import Checkpoints
@@ -117,17 +120,13 @@ def write_run(path, config, result=None, lines=()):
 
 
 def small_config(method="rcml", **options):
-    """What a report reads of a configuration where no model is opened."""
-    config = {
-        "method": method,
-        "seed": 42,
-        "steps": 8,
-        "parallel": "jit",
-        "platform": "",
-        "data": {"name": "folder", "dir": "", "path": "", "modalities": ""},
-        "model": {"beta": 0.6},
-        "loss": {"contrastive": "scheduled", "intra_modal_weight": 0.5},
-    }
+    """The configuration of a recipe, as of a run of eight steps."""
+    recipe = {"m3col": m3col_recipe, "alignment": alignment_recipe}.get(method, rcml_recipe)
+    config = recipe.get_config().to_dict() | {"method": method, "seed": 42}
+    if method != "alignment":
+        config["steps"] = 8
+    if "warmup_steps" in config.get("optimizer", {}):
+        config["optimizer"]["warmup_steps"] = 0
     for name, value in options.items():
         part = config
         *parents, last = name.split("__")

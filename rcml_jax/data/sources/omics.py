@@ -12,7 +12,6 @@ using graph convolutional networks", Nature Communications 2021), MIT licence.
 import hashlib
 import http.client
 import math
-import os
 import re
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from rcml_jax.data.gates import user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
+from rcml_jax.files import atomic_file
 
 SOURCE = "https://raw.githubusercontent.com/txWang/MOGONET/main"
 VIEWS = ("mrna", "methylation", "mirna")
@@ -177,12 +177,8 @@ def _download(url: str, blob: str) -> bytes:
 
 def _store(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, whatever other processes do."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path, shared=True) as file:
+        file.write(content)
 
 
 def _read(name: str, folder: Path, views: int, label_names: tuple[str, ...]) -> ClassificationData:
