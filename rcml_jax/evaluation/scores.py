@@ -26,9 +26,9 @@ class EmbeddingTable:
     items: (n,) identifiers, sorted; text, image: (R, n, d), or (1, n, d) where a modality does not
     depend on the relation; relation: (R, d) embeddings h_E of the sentences.
 
-    sentence_weight: w ≥ 0. A pair then scores s(a, b) + w (s(h_E, a) + s(h_E, b)). For a query a
-    under the cosine this orders candidates as the query vector a + w h_E does, and it is symmetric
-    in a and b, so that it also compares one pair under several relations.
+    sentence_weight: w ≥ 0. A pair then scores s(a, b) + w (s(h_E, a) + s(h_E, b)). With the
+    cosine, the order of candidates is that of the query vector a + w h_E. The score is symmetric in
+    a and b, so that it can also compare one pair under several relations.
     """
 
     items: np.ndarray
@@ -38,7 +38,7 @@ class EmbeddingTable:
     sentence_weight: float = 0.0
 
     def rows(self, items: np.ndarray) -> np.ndarray:
-        """Places of the given items in the table."""
+        """Row indices of the given items in the table."""
         rows = np.searchsorted(self.items, items)
         if np.any(self.items[np.minimum(rows, len(self.items) - 1)] != items):
             raise ValueError("an item is not in the embedding table")
@@ -108,8 +108,8 @@ def pair_scores(
     a, b, relation: (q, 1) or (q, c), or with one row for all; rows of the table
     (`EmbeddingTable.rows`) and relation indices. similarity: a name of `rcml_jax.ops.similarity`,
     or "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E). Vectors are gathered for a few
-    queries at a time, so that (q, c, d) is never held. A score depends on its two vectors and its
-    relation alone: equal candidates of a query tie to the last bit. Raises ValueError for an
+    queries at a time, so that (q, c, d) is never in memory. A score depends on its two vectors and
+    its relation only: equal candidates of a query tie to the last bit. Raises ValueError for an
     unknown similarity.
     """
     queries = max(map(len, (a, b, relation)))

@@ -1,4 +1,4 @@
-"""The alignment study of a configuration: embeddings from its sources, and what is said of them."""
+"""The alignment study of a configuration: read or compute embeddings, and measure them."""
 
 import functools
 import hashlib
@@ -56,7 +56,9 @@ _SHARES = (0.6, 0.2, 0.2)
 
 
 def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits]]:
-    """By name, what reads a source's splits; the runs of `config.runs` are trained already.
+    """Functions that read the splits of each source, by name.
+
+    The runs in `config.runs` have to be trained already.
 
     Raises UserError for an unknown name and for a source without a path or towers.
     """
@@ -93,7 +95,7 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
 
 def _npz(config: Any) -> Splits:
     pairs = read_npz(config.data.path)
-    # Looked at as a whole, so that what is wrong with it is said by the file's own rows.
+    # Checked before it is split, so that errors name rows of the file.
     whole = project_to_narrower(Pairs(*gap.check_pairs(*pairs.arrays())), 0)
     asked = config.evaluation.similarity
     known = tuple(SIMILARITIES) if asked == "all" else tuple(asked.split(","))
@@ -211,7 +213,7 @@ def _image_names(images: ItemImages) -> list:
 
 
 class ImageBlocks:
-    """The embeddings of images, computed as they are asked for: a source of rows."""
+    """Embeddings of images, computed on demand; a source of rows."""
 
     dtype = np.float32
 
@@ -228,7 +230,7 @@ class ImageBlocks:
 
 
 class TextBlocks:
-    """The embeddings of texts of at most `max_length` tokens, computed as they are asked for."""
+    """Embeddings of texts of at most `max_length` tokens, computed on demand."""
 
     dtype = np.float32
 
@@ -256,10 +258,10 @@ GALLERIES = ("test", "all")
 def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """Compare similarities, gaps and learned similarities on every source; writes `eval.json`.
 
-    Beside it `similarities.npz` has what pictures are drawn from: for each source the histograms of
-    cosines and, for each calibration, the plane of `evaluation.histograms`. Runs that `config.runs`
-    names and the work directory lacks are trained first, under <workdir>/runs. Returns None where a
-    signal ended one of them. Raises UserError for what a user can mend.
+    `similarities.npz` beside it has the data of the figures: for each source the histograms of
+    cosines and, for each calibration, the plane of `evaluation.modality_gap`. Runs in `config.runs`
+    that the work directory lacks are trained first, under <workdir>/runs. Returns None if a signal
+    stopped one of them. Raises UserError for a mistake of the user.
     """
     workdir = pathlib.Path(workdir)
     similarities = _names("similarity", config.evaluation.similarity, tuple(SIMILARITIES))
@@ -291,7 +293,7 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
 
 
 def train_missing(config: Any, workdir: pathlib.Path) -> bool:
-    """Train the configuration's runs that are not finished; false where a signal ended one."""
+    """Train the runs that are not finished. Returns false if a signal stopped one."""
     for name, run in config.runs.items():
         directory = workdir / "runs" / name
         run = _with_data_dir(run, config.data.dir)
@@ -323,7 +325,7 @@ def _names(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-# What is said of a source
+# Measuring a source
 
 
 def _study_source(

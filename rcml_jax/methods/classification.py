@@ -34,9 +34,9 @@ def load_data(data: Any) -> ClassificationData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationTask:
-    """What the method needs of its data: inputs of rows by modality, and training batches.
+    """Classification data for a method: inputs by modality, and training batches.
 
-    The input of a table is (features,), of images (uint8 pixels,), of text (ids, mask).
+    The input of a table is (features,), that of images (uint8 pixels,), that of text (ids, mask).
     """
 
     config: Any
@@ -73,8 +73,8 @@ class ClassificationTask:
     def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:
         """The arrays of rows (n,) by modality.
 
-        With a generator they are augmented and degraded at random, for training; without, degraded
-        in a way that depends on the row alone.
+        With a generator, for training, they are augmented and degraded at random. Without one they
+        are degraded in a way that depends on the row only.
         """
         return {
             modality.name: self._input(modality, rows, rng) for modality in self.data.modalities
@@ -137,7 +137,7 @@ def _texts(data: ClassificationData) -> list[str]:
     return [m.values[row] for m in data.modalities if m.kind == "text" for row in rows]
 
 
-# What a classification method says of its models: looks in training, `eval.json` at the end.
+# Figures of a classification method: looks during training, `eval.json` at the end.
 
 
 _NOISE_ROWS = 2048
@@ -147,8 +147,8 @@ _NOISE_ROWS = 2048
 class Models:
     """The models that are trained together.
 
-    names: of each; reported: the places of those trained on all there is to train on; validation:
-    place → rows (of the data) that it was not trained on and selects by.
+    names: name of each model; reported: indices of the models trained on the whole training split;
+    validation: index of a model → rows of the data held out from it, by which it is selected.
     """
 
     names: tuple[str, ...]
@@ -157,7 +157,7 @@ class Models:
 
 
 class Classifier(Protocol):
-    """What the report needs of a method; leading axes are the models'."""
+    """The interface between `report` and a method; arrays have a leading axis of models."""
 
     config: Any
     task: ClassificationTask
@@ -226,7 +226,7 @@ def _asked(method: Classifier) -> np.ndarray:
 def report(
     method: Classifier, params: Params, split: str, history: Sequence[Mapping[str, float]]
 ) -> Metrics:
-    """Everything in `eval.json`: the protocols from the looks, the analyses from the checkpoint."""
+    """The content of `eval.json`: protocols from the looks, analyses from the checkpoint."""
     models, data, config = method.models(), method.task.data, method.config
     result: Metrics = {
         "method": config.method,

@@ -1,4 +1,4 @@
-"""The controls of a run: what a part of the question reaches on the method's own queries."""
+"""The controls of a run: scores from a part of the question, on the method's own queries."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.relational_towers import from_checkpoint
 from rcml_jax.ops.similarity import l2_normalize
 
-#: Training items of a relation that its mean embedding is made of, at most.
+#: Largest number of training items in a relation's mean embedding.
 ITEMS_OF_RELATION = 100
 
 
 def control_rows(
     method: Any, params: Any, table: EmbeddingTable, queries: dict, types: Any, validity: dict
 ) -> dict[str, dict]:
-    """Controls by name (see `controls.LABELS`); each has the tasks that it can answer.
+    """Results of each control by name (see `controls.LABELS`), for the tasks that it can answer.
 
     method: a `RelationalMethod`; table: its embeddings of the items that are asked for; queries:
     name of a retrieval task → `RetrievalQueries`; types: `RelationQueries`; validity: "train" and
@@ -39,9 +39,9 @@ def control_rows(
 
 
 def training_items(task: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items (m,) and relations (m,): of each relation the items of its training pairs.
+    """Items (m,) and relations (m,): the items of the training pairs of each relation.
 
-    At most so many of a relation, drawn by the split seed.
+    At most a fixed number of items of a relation, drawn by the split seed.
     """
     pairs = task.splits.pairs("train")
     both = np.unique(np.concatenate([pairs[:, [2, 0]], pairs[:, [2, 1]]]), axis=0)
@@ -182,7 +182,7 @@ def _frozen_towers(
 
 def _cosines(sides: dict, a: np.ndarray, b: np.ndarray, joint: bool) -> dict[str, np.ndarray]:
     def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        # One query at a time, so that (q, c, d) is never held.
+        # One query at a time, so that (q, c, d) is never in memory.
         return np.stack([y[k] @ x[i] for (i,), k in zip(a, b, strict=True)])
 
     scores = {}

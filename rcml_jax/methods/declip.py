@@ -20,7 +20,7 @@ from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import as_float, l2_normalize
 from rcml_jax.ops.views import drop_states, drop_tokens, image_view, mask_tokens
 
-# The heads that DeCLIP trains beside the towers and leaves behind afterwards.
+# Heads that DeCLIP trains beside the towers; evaluation does not use them.
 
 
 _EPSILON = 1e-5

@@ -1,6 +1,6 @@
-"""Embeddings from a file, evaluated as the trained methods are: any frozen model can be compared.
+"""Embeddings of any frozen model, read from a file and evaluated like a trained method.
 
-Nothing is trained here. docs/embeddings.md says what the file holds and how to make it.
+Nothing is trained here. docs/embeddings.md describes the file and how to make it.
 """
 
 import functools
@@ -155,7 +155,7 @@ class EmbeddingsMethod(RelationalMethod):
         return out
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of the items as they are."""
+        """The file's plain vectors of the items."""
         table = self._table(items)
         return table.image[0], table.text[0]
 
@@ -167,7 +167,7 @@ class EmbeddingsMethod(RelationalMethod):
 
     @property
     def sentence_weight(self) -> float:
-        """The weight that is best on validation; the smallest of equal ones."""
+        """The weight with the best validation score; the smallest one if several are equal."""
         return max(self.weights_tried, key=self.weights_tried.get)
 
     # Evaluation
@@ -318,7 +318,7 @@ class EmbeddingsMethod(RelationalMethod):
             "of the catalogue (rcml-eval --list writes them)"
         )
 
-    # What a file of embeddings has not
+    # Not available from a file of embeddings
 
     def batches(self) -> NoReturn:
         """Raises UserError: nothing is trained."""

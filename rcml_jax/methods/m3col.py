@@ -69,7 +69,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
 
 
 def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
-    """The sizes of an image or text encoder: a checkpoint's, or small ones."""
+    """The configuration of an image or text encoder: a checkpoint's, or a small one."""
     name = model[_PRETRAINED[kind]]
     if name:
         return encoder_config(name, modality=kind)
@@ -91,7 +91,7 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
 
 
 def load_pretrained_parts(config: Any, kinds: dict[str, str], params: Params) -> Params:
-    """The parameters with those encoders replaced for which a checkpoint is named."""
+    """Replace the parameters of encoders for which a checkpoint is named."""
     for name, kind in kinds.items():
         checkpoint = config.model[_PRETRAINED[kind]] if kind in _PRETRAINED else ""
         if checkpoint:
@@ -140,17 +140,17 @@ class M3CoLMethod(Method):
 
     @property
     def steps(self) -> int:
-        """`config.steps`, or those of `config.epochs`."""
+        """`config.steps`, or the number of steps in `config.epochs`."""
         return self.config.steps or self.config.epochs * self.task.sampler.per_epoch
 
     @property
     def validate_every(self) -> int:
-        """`config.validate_every`, or those of `config.validate_epochs`."""
+        """`config.validate_every`, or the number of steps in `config.validate_epochs`."""
         config = self.config
         return config.validate_every or config.validate_epochs * self.task.sampler.per_epoch
 
     def phases(self) -> list[tuple[int, Method]]:
-        """M3Co for the first int(steps/3) steps, by default, and MultiSClip after them."""
+        """By default M3Co for the first int(steps/3) steps, then MultiSClip."""
         if self.contrastive != "scheduled":
             return [(0, self)]
         first, second = copy.copy(self), copy.copy(self)
@@ -192,7 +192,7 @@ class M3CoLMethod(Method):
     # One training step
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Draw λ and the partners, and mix what is mixed at the input (Eq. 2–3)."""
+        """Draw λ and the partners, and mix inputs where mixup is at the input (Eq. 2–3)."""
         # The classifiers' dropout is drawn in the objective, which is given no key.
         shared = batch["shared"] | {"dropout": jax.random.fold_in(key, 2)}
         if not self._mixes:
@@ -226,7 +226,7 @@ class M3CoLMethod(Method):
         return (self.model.encoders[name].normalize(inputs[0]),)
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """Raw embeddings by modality, (n, d) each: "clean" and, of mixed inputs, "mixed"."""
+        """Raw embeddings by modality, (n, d): "clean", and "mixed" for mixed inputs."""
         items = batch["items"]
         encode = functools.partial(self._encode, params, key=key)
         mixed = self.mixed_inputs if self._mixes else ()
@@ -331,7 +331,7 @@ class M3CoLMethod(Method):
     def embeddings(
         self, params: Params, rows: np.ndarray, embed: Callable | None = None
     ) -> dict[str, np.ndarray]:
-        """Embeddings (models, n, d) of rows by modality, by `embed_all` or another like it."""
+        """Embeddings (models, n, d) of rows by modality."""
         embed = embed or self.embed_all
         parts = []
         size = min(_CHUNK, len(rows)) if "table" not in self.kinds.values() else len(rows)

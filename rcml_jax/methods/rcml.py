@@ -67,9 +67,9 @@ class RCMLMethod(RelationalMethod):
         return self.model.init(key, ids, ids, image)["params"]
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """z_T and z_I, (N, R, d) each, of the items under the batch's relations.
+        """Embeddings z_T and z_I of the items under the batch's relations, (N, R, d) each.
 
-        Those of items in rows of k are (N/k, k, R, d).
+        (N/k, k, R, d) where items are in rows of k.
         """
         del key  # The towers have no dropout.
         items, shared = batch["items"], batch["shared"]
@@ -87,7 +87,7 @@ class RCMLMethod(RelationalMethod):
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Eq. 1–2 over the whole batch, and the identification of relations if it has a weight."""
+        """Eq. 1–2 over the whole batch, plus the identification term if its weight is not 0."""
         del progress
         shared, loss = batch["shared"], self.config.loss
         text, image = (_relations_first(embedded[name]) for name in ("text", "image"))
@@ -137,7 +137,7 @@ class RCMLMethod(RelationalMethod):
         return {"relation": table}
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pooled under the intra-sample relation."""
+        """Embeddings pooled under the intra-sample relation."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         relation = self._relations(variables, self.task.encode([self.task.sentence(-1)]))
         image, text = np.empty((2, len(items), relation.shape[1]), np.float32)
@@ -147,7 +147,7 @@ class RCMLMethod(RelationalMethod):
         return image, text
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """Pooled under the intra-sample relation, then under each sentence."""
+        """Embed under the intra-sample relation first, then under each sentence."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         task = self.task
         sentences = [task.sentence(-1), *sentences]

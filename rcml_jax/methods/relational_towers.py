@@ -27,10 +27,10 @@ _FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "ima
 
 
 class Inputs(NamedTuple):
-    """What the towers take.
+    """Sizes of the towers' inputs, and their tokenizer.
 
-    tokenizer: the checkpoint whose tokenizer it is, "" for one of our own; kind: what an error
-    calls that checkpoint; image_size: in pixels; max_length: of texts, in tokens.
+    tokenizer: the checkpoint to take the tokenizer from, "" to train one; kind: the name of that
+    checkpoint's kind in errors; image_size: in pixels; max_length: of texts, in tokens.
     """
 
     tokenizer: str
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 class Came(NamedTuple):
-    """Which towers came from a checkpoint, and whether both came from one, with a joint space."""
+    """Which towers are from a checkpoint, and whether both are from one, with a joint space."""
 
     text: bool
     image: bool
@@ -48,7 +48,7 @@ class Came(NamedTuple):
 
 
 def from_checkpoint(model: Any) -> Came:
-    """The towers of `config.model` that a checkpoint is named for."""
+    """The towers of `config.model` that start from a checkpoint."""
     text, image = _given(model)
     own_text, own_image = _own(model)
     joint = bool(model.pretrained) and not (text or image or own_text or own_image)
@@ -60,7 +60,7 @@ def from_checkpoint(model: Any) -> Came:
 
 
 def inputs(model: Any) -> Inputs:
-    """What the towers of `config.model` take; no text is longer than its `max_length`."""
+    """The inputs of the towers of `config.model`; texts are cut at its `max_length`."""
     (text, image), (_, own_image) = _given(model), _own(model)
     kind, tokenizer = "CLIP", model.pretrained
     image_size, longest = model.image_size, model.max_length
@@ -80,7 +80,7 @@ def inputs(model: Any) -> Inputs:
 
 
 def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
-    """The towers of `config.model`: CLIP's, each of them replaced where another is named.
+    """The configuration of the towers of `config.model`: CLIP's, or the ones named instead.
 
     `pretrained` names a CLIP or SigLIP checkpoint, without which CLIP's towers are small ones;
     `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower;
@@ -122,9 +122,9 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
 
 
 def load_checkpoints(model: Any, towers: Params) -> Params:
-    """The towers' parameters, replaced by those of the checkpoints that `config.model` names.
+    """Replace the towers' parameters by those of the checkpoints that `config.model` names.
 
-    The projection of a tower that is not CLIP's is in no checkpoint and stays as it is.
+    A tower other than CLIP's has no projection in its checkpoint; its projection stays random.
     """
     text, image = _given(model)
     towers = dict(towers)
@@ -151,7 +151,7 @@ def frozen_modalities(freeze: str) -> tuple[str, ...]:
 
 
 def stored_modalities(model: Any) -> tuple[str, ...]:
-    """Whose states are stored: frozen towers of a checkpoint under `config.model.store_frozen`."""
+    """Modalities whose token states are stored: frozen towers, with `config.model.store_frozen`."""
     # The configurations of older runs have not this name.
     if not model.get("store_frozen", False):
         return ()
@@ -168,9 +168,9 @@ def checkpoint_tower(model: Any, modality: str) -> Params:
 
 
 def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
-    """Names under "towers" of what `config.model.freeze`, text, image or both, keeps as it is.
+    """Names under "towers" of the parameters that `config.model.freeze` keeps fixed.
 
-    The projections of a pair are trained in any case: the two towers have not met before.
+    The projections of two separate towers are always trained: they have no joint space yet.
     """
     modalities = frozen_modalities(freeze)
     parts = {_TOWER[modality] for modality in modalities}
@@ -189,7 +189,7 @@ def check_packing(config: TowersConfig) -> None:
 
 
 def remat(model: Any) -> str:
-    """What `config.model.remat` says is computed again. Raises UserError for an unknown name."""
+    """The value of `config.model.remat`. Raises UserError for an unknown one."""
     # The configurations of older runs have not this name.
     return check_remat(model.get("remat", ""))
 

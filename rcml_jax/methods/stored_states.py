@@ -22,15 +22,15 @@ Inputs = Callable[[np.ndarray], Any]
 class StoredStates:
     """The token states of a frozen tower, in its own width, for items 0 to count − 1.
 
-    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays, the states in
-    float16: within 0.1% of what the tower computes. Those of all items lie in a memory-mapped file,
-    so that a batch costs a copy and not a pass through the tower.
+    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays. The states are in
+    float16, within 0.1% of what the tower computes. All states are in a memory-mapped file, so that
+    a batch costs a copy instead of a pass through the tower.
     """
 
     def __init__(
         self, path: pathlib.Path, apply: Callable[[Any], TokenStates], inputs: Inputs, count: int
     ):
-        """Open the file, or compute what it lacks.
+        """Open the file, and compute the states that it lacks.
 
         apply: inputs → token states. Raises UserError where the file cannot be written.
         """
@@ -59,7 +59,7 @@ def text_inputs(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Inpu
 
 
 def image_inputs(images: Any, size: int) -> tuple[Inputs, bytes]:
-    """Images of one size, none of which is kept in memory, and a digest of their files."""
+    """Images of one size, read on demand, and a digest of their files."""
     digest = hashlib.sha256(str(size).encode())
     for index in range(len(images)):
         digest.update(hashlib.sha256(images.encoded(index)).digest())
@@ -77,7 +77,7 @@ def params_digest(params: Any) -> bytes:
 
 
 def check_storable(config: Any, modalities: Sequence[str]) -> None:
-    """Raise UserError where `config` asks for what stored states of `modalities` cannot give."""
+    """Raise UserError for options that do not work with stored states of `modalities`."""
     batch = config.batch
     if "image" in modalities and (batch.image_shift or batch.image_flip):
         raise UserError(

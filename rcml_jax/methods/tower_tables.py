@@ -1,4 +1,4 @@
-"""Scoring two towers without a pooling head: items alone, and two ways to add the sentence."""
+"""Scorings of two towers without a pooling head: items only, and two ways to add the sentence."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _SENTENCE_CHUNK = 2048
 
 
 class TowerTables:
-    """Tables of two towers for the items of a relational method, which gives texts and images."""
+    """Embedding tables of two towers for the items of a relational method."""
 
     def __init__(self, method: Any, model: TwoTowers):
         self._method = method
@@ -63,7 +63,7 @@ class TowerTables:
         return tables
 
     def weights_tried(self, towers: Params) -> dict[float, float]:
-        """Hit@5 AVG on validation by the weight of the sentence, in the towers' plain table."""
+        """Weight of the sentence → Hit@5 AVG on validation, with the plain table."""
         if self._weights[0] is not towers:
             items = retrieval_items(self._method.task, "validation")
             table = self.tables(towers, items)["plain"]
@@ -107,7 +107,7 @@ class TowerTables:
 
     @property
     def tried(self) -> dict[float, float]:
-        """What `weights_tried` found last; empty before."""
+        """The last result of `weights_tried`; empty before the first call."""
         return self._weights[1]
 
     def images(self, towers: Params, pixels: np.ndarray) -> np.ndarray:
@@ -116,7 +116,7 @@ class TowerTables:
 
 
 def weights_on_validation(task: RelationTask, table: EmbeddingTable) -> dict[float, float]:
-    """By each weight of the sentence Hit@5 AVG on validation.
+    """Weight of the sentence → Hit@5 AVG on validation.
 
     table: of what the validation split's retrieval queries need (`retrieval_items`).
     """
