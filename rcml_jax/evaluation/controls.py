@@ -148,7 +148,7 @@ def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
             found[name] = headline(values)[1]
     if not found:
         return None
-    name = max(found, key=found.get)
+    name = max(found, key=found.__getitem__)
     return name, found[name]
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,8 @@ def pairs_of_positives(positives: Positives, queries: int, gallery: int) -> np.n
         raise UserError(f"positives has {len(positives)} rows for {queries} queries")
     rows = [np.reshape(row, -1) for row in positives]
     query = np.repeat(np.arange(queries), [len(row) for row in rows])
-    answers = _integers("positives", np.concatenate([row for row in rows if len(row)] or [[]]))
+    answers = [row for row in rows if len(row)] or [np.empty(0)]
+    answers = _integers("positives", np.concatenate(answers))
     _check_range("positives", answers, gallery, "gallery rows", "query", query)
     pairs = np.unique(np.stack([query, answers], axis=1), axis=0)
     _check_answers(pairs, queries, "query")
@@ -144,7 +145,7 @@ def open_rows(name: str, source: Source, *, memory: int) -> Rows:
     if isinstance(source, Rows):
         return source
     if hasattr(source, "block"):
-        values = _collect(name, source, memory)
+        values = _collect(name, cast(Blocks, source), memory)
     else:
         values = source if isinstance(source, np.ndarray) else np.asarray(source)
     if values.ndim != 2 or not (values.dtype.kind in "fiu" or values.dtype == jnp.bfloat16):
@@ -367,7 +368,7 @@ class _RightPairs:
         order = np.argsort(number, kind="stable")
         self._numbers, self._places = number[order], (pairs % shape)[order]
         self._across = across
-        most = np.bincount(number).max()
+        most = np.max(np.bincount(number))
         #: What stands for no pair: places outside of a block.
         self.none = np.tile(np.array(shape, np.int32), (1 << int(most - 1).bit_length(), 1))
 
@@ -554,7 +555,7 @@ def retrieval(
     image = open_rows("image", image, memory=memory // 4)
     text = open_rows("text", text, memory=memory // 4)
     check_pairs(image, text, image_of_text, similarities=similarities)
-    result = {"image_to_text": {}, "text_to_image": {}}
+    result: dict[str, dict] = {"image_to_text": {}, "text_to_image": {}}
     for similarity in similarities:
         found = search_both(
             image,

@@ -261,7 +261,7 @@ def loss(
             targets = unit(prepare["image"], x) @ unit(prepare["text"], y).T
         a, b = _pair_features(name, params, drop(x), drop(y))
         return jnp.mean((_mlp(params, a, b[text], drop) - targets[image, text]) ** 2)
-    scale = 1.0
+    scale: float | jax.Array = 1.0
     if "log_scale" in params:
         scale = jnp.exp(jnp.minimum(params["log_scale"], math.log(100)))
     logits = scale * matrix(name, params, x, y, drop)

@@ -68,9 +68,9 @@ def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
 _HITS = {"tt": "Hit@5 TT", "ii": "II", "ti": "TI", "it": "IT", "avg": "AVG"}
 
 
-def _ranked(path: str, *arguments: Any, **options: Any) -> Measure:
+def _ranked(path: str, label: str, **options: Any) -> Measure:
     """A measure of ranks, whose chance stands among the controls."""
-    return Measure(path, *arguments, chance=f"controls/chance/{path}", **options)
+    return Measure(path, label, chance=f"controls/chance/{path}", **options)
 
 
 def _gallery(name: str, label: str, **options: Any) -> Measure:

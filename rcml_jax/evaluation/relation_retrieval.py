@@ -138,7 +138,7 @@ def gallery_retrieval(
 
 def _blocks_of(relation: np.ndarray):
     """Yield the rows of queries in blocks of one relation each."""
-    bounds = np.flatnonzero(np.diff(relation, prepend=-1, append=-1))
+    bounds = np.flatnonzero(np.diff(relation, prepend=-1, append=-1)).tolist()
     for start, stop in itertools.pairwise(bounds):
         for low in range(start, stop, _BLOCK):
             yield np.arange(low, min(low + _BLOCK, stop))

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _take(embeddings: jax.Array, relation: jax.Array, items: jax.Array) -> jax.A
 @functools.partial(jax.jit, static_argnames="similarity")
 def _scores_of_blocks(text, image, sentence, weight, a, b, relation, similarity):
     """The five scores, (m · block, c) each, of indices (m, block, 1 or c), one block at a time."""
-    of_block = functools.partial(_similarity, similarity, weight)
+    of_block: Callable[..., dict] = functools.partial(_similarity, similarity, weight)
     if similarity == "product":
         of_block = _product
     shape = jnp.broadcast_shapes(a.shape, b.shape, relation.shape)
@@ -114,9 +115,9 @@ def pair_scores(
     """
     queries = max(map(len, (a, b, relation)))
     index = [np.broadcast_to(x, (queries, x.shape[1])).astype(np.int32) for x in (a, b, relation)]
-    arrays = [jnp.asarray(x) for x in (table.text, table.image, table.relation)]
-    (device,) = arrays[0].devices()
-    arrays.append(table.sentence_weight or None)
+    text, image, sentence = (jnp.asarray(x) for x in (table.text, table.image, table.relation))
+    arrays = text, image, sentence, table.sentence_weight or None
+    (device,) = text.devices()
     on_cpu = device.platform == "cpu"
     # Each pair of a and b is a text and an image on both sides.
     vectors = 2 * sum(np.broadcast_shapes(x.shape, relation.shape)[1] for x in (a, b))

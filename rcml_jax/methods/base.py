@@ -41,6 +41,9 @@ class Method(abc.ABC):
     #: Number of examples packed into one batch row.
     examples_per_row = 1
 
+    def __init__(self, config: Any):
+        self.config = config
+
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "Method":
         """Build the method of a configuration, on the data that it names.
