@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -579,7 +579,7 @@ _QUERY_BYTES = 32
 
 
 def pair_retrieval(
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    score: Callable[[Any, Any], Any],
     image: np.ndarray,
     text: np.ndarray,
     image_of_text: np.ndarray,

@@ -180,21 +180,21 @@ class Learned:
         """Whether the score is `embed_image(x) @ embed_text(y).T`."""
         return self.name in EMBEDDING
 
-    def embed_image(self, x: jax.Array) -> jax.Array:
+    def embed_image(self, x: jax.Array | np.ndarray) -> jax.Array:
         """Embeddings (n, k) of images (n, d); UserError if the learner has none."""
         return self._embed("image", x)
 
-    def embed_text(self, y: jax.Array) -> jax.Array:
+    def embed_text(self, y: jax.Array | np.ndarray) -> jax.Array:
         """Embeddings (m, k) of texts (m, d′); UserError if the learner has none."""
         return self._embed("text", y)
 
-    def _embed(self, modality: str, x: jax.Array) -> jax.Array:
+    def _embed(self, modality: str, x: Any) -> jax.Array:
         if not self.embeds:
             raise UserError(f"{self.name} scores pairs and has no embedding; use its score")
         self._check(**{modality: x})
         return learners.embedding(self.name, modality, self.params, self.prepare, x)
 
-    def _check(self, **arrays: jax.Array) -> None:
+    def _check(self, **arrays: Any) -> None:
         for modality, x in arrays.items():
             width = self.prepare[modality]["mean"].shape[0]
             if x.ndim != 2 or x.shape[1] != width:
@@ -363,6 +363,11 @@ def _some(image, text, rows, count, seed):
     return image[images], text[chosen], rows
 
 
+def _validation_mrr(learned: Learned) -> float:
+    assert learned.best is not None  # it was fitted with validation rows
+    return learned.best["mrr"]
+
+
 class Searched(NamedTuple):
     """best: the learner of the best trial. trials: {"options", "mrr"} of each trial, in order."""
 
@@ -396,7 +401,7 @@ def search(
     if trials < 1:
         raise UserError(f"trials={trials} must be at least 1")
     options = dict(options or {})
-    space = {k: v for k, v in SPACES[name].items() if k not in options} | dict(space or {})
+    free = {k: v for k, v in SPACES[name].items() if k not in options} | dict(space or {})
     try:
         import optuna
     except ImportError as error:
@@ -406,7 +411,7 @@ def search(
 
     def objective(trial) -> float:
         nonlocal best
-        chosen = {key: _suggest(trial, key, choices) for key, choices in space.items()}
+        chosen = {key: _suggest(trial, key, choices) for key, choices in free.items()}
         done.append({"options": chosen, "mrr": 0.0})
         try:
             learned = fit(
@@ -414,10 +419,10 @@ def search(
             )
         except Diverged:
             return 0.0
-        done[-1]["mrr"] = learned.best["mrr"]
-        if best is None or learned.best["mrr"] > best.best["mrr"]:
+        done[-1]["mrr"] = mrr = _validation_mrr(learned)
+        if best is None or mrr > _validation_mrr(best):
             best = learned
-        return learned.best["mrr"]
+        return mrr
 
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

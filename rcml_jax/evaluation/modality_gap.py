@@ -346,7 +346,10 @@ def scaled_rows(x: np.ndarray, normalize: bool) -> np.ndarray:
 
 def _moments(x: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d), over n, in float64 by blocks of rows."""
-    mean = sum(scaled_rows(x[part], normalize).sum(axis=0) for part in _blocks(len(x))) / len(x)
+    mean = np.zeros(x.shape[1])
+    for part in _blocks(len(x)):
+        mean += scaled_rows(x[part], normalize).sum(axis=0)
+    mean /= len(x)
     covariance = np.zeros((x.shape[1],) * 2)
     for part in _blocks(len(x)):
         rows = scaled_rows(x[part], normalize) - mean

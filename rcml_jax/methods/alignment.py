@@ -89,7 +89,7 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
-        found[label] = lambda name=name: _towers(name, data_once(), config.towers, workdir)
+        found[label] = functools.partial(_embedded, name, data_once, config.towers, workdir)
     return found
 
 
@@ -111,9 +111,13 @@ def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
     if len(set(names)) < len(names):
         raise UserError("two of the work directories have the same name; rename one")
     return {
-        name: lambda directory=directory: _run(directory, workdirs.load_config(directory))
+        name: functools.partial(_loaded_run, directory)
         for name, directory in zip(names, directories, strict=True)
     }
+
+
+def _loaded_run(directory: pathlib.Path) -> Splits:
+    return _run(directory, workdirs.load_config(directory))
 
 
 def _run(directory: pathlib.Path, config: Any) -> Splits:
@@ -139,7 +143,7 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
     for modality in ("image", "text"):
         name = f"apart_{modality}"
         directory = workdir / "runs" / name
-        method = build(config.runs[name], directory)
+        method: Any = build(config.runs[name], directory)
         params = jax.tree.map(jax.numpy.asarray, read_params(directory))
         sides[modality] = [
             method.embeddings(params, method.task.data.rows(split))[modality][0] for split in SPLITS
@@ -167,13 +171,19 @@ def _captioned(config: Any) -> CaptionedImages:
     return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
 
 
+def _embedded(
+    name: str, data: Callable[[], CaptionedImages], asked: Any, workdir: pathlib.Path
+) -> Splits:
+    return _towers(name, data(), asked, workdir)
+
+
 def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
     """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
     from rcml_jax.models.frozen import load_towers
 
     image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
     length = min(text.size, asked.max_length)
-    blocks = {
+    blocks: dict[str, Any] = {
         "image": ImageBlocks(image, data.images),
         "text": TextBlocks(text, data.texts, length),
     }
@@ -274,7 +284,8 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     workdirs.prepare(workdir, config)
     if not train_missing(config, workdir):
         return None
-    found, arrays = {}, {}
+    found: dict[str, dict] = {}
+    arrays: dict[str, np.ndarray] = {}
     with jax.default_device(device):
         for name, read in readers.items():
             found[name], drawn = _study_source(read(), config, similarities, learners)
@@ -393,16 +404,15 @@ def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> di
     print(f"fitting {name}", file=sys.stderr, flush=True)
     options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
     if asked.search_trials and name in SPACES:
-        found = search(
+        learned = search(
             name, *train, validation, trials=asked.search_trials, options=options, seed=seed
-        )
-        learned = found.best
+        ).best
     else:
         learned = fit(name, *train, validation, options=options, seed=seed)
     if learned.embeds:
         moved = np.asarray(learned.embed_image(test[0])), np.asarray(learned.embed_text(test[1]))
-        found = score((*moved, test[2]), ("dot",))
-        found = {direction: measures["dot"] for direction, measures in found.items()}
+        measured = score((*moved, test[2]), ("dot",))
+        found = {direction: measures["dot"] for direction, measures in measured.items()}
     else:
         memory = config.evaluation.memory_mb * 2**20
         found = pair_retrieval(learned.score, *test, memory=memory)

@@ -67,7 +67,7 @@ class BaselineMethod(RelationalMethod):
         """Embeddings of the items by the towers, (N, d) each; (N/k, k, d) in rows of k texts."""
         del key  # The towers have no dropout.
         towers, items = self.stop_frozen(params)["towers"], batch["items"]
-        out = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
+        out: Any = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
         return out | {"image": in_rows(out["image"], items["images"])}
 
     def objective(

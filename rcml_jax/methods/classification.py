@@ -90,6 +90,7 @@ class ClassificationTask:
         if share:
             noise = [rng or self._noise(row) for row in rows]
             texts = [drop_words(t, r, share=share) for t, r in zip(texts, noise, strict=True)]
+        assert self.tokenizer is not None  # there is one wherever there are texts
         return self.tokenizer.encode(texts, self.max_length)
 
     def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
@@ -163,6 +164,16 @@ class Classifier(Protocol):
     task: ClassificationTask
     kinds: Mapping[str, str]
     evaluated: str
+
+    @property
+    def steps(self) -> int:
+        """The number of steps to train."""
+        ...
+
+    @property
+    def validate_every(self) -> int:
+        """The number of steps between two validations."""
+        ...
 
     def models(self) -> Models:
         """The models trained together."""

@@ -29,10 +29,8 @@ def control_rows(
     rows["relation_only"] = _relation_only(method, params, table, queries)
     rows["query_only"] = _query_only(method, params, table.items, queries, validity)
     rows["relation_frequency"] = _frequency(method.task, types)
-    examples = validity["train"], validity["test"]
-    accuracy = controls.one_hot_validity(
-        *((x.relation, x.label) for x in examples), len(method.task.graph.relations)
-    )
+    train, test = ((x.relation, x.label) for x in (validity["train"], validity["test"]))
+    accuracy = controls.one_hot_validity(train, test, len(method.task.graph.relations))
     rows["relation_one_hot"] = {"relation_validity": {"accuracy": accuracy}}
     rows |= _words(method.task, table, queries, types)
     return rows | _frozen_towers(method, params, table, queries, types)
@@ -144,10 +142,8 @@ def _words(task: Any, table: EmbeddingTable, queries: dict, types: Any) -> dict[
     }
     sides = table.rows(types.a)[:, None], table.rows(types.b)[:, None]
     for control, start in (("words_sentence", sentence), ("words_and_relation", means)):
-        scores = sum(
-            controls.sparse_products(vectors, start + types.relations, side) for side in sides
-        )
-        rows[control]["relation_type"] = type_measures({"tt": scores}, types.relations)
+        a, b = (controls.sparse_products(vectors, start + types.relations, x) for x in sides)
+        rows[control]["relation_type"] = type_measures({"tt": a + b}, types.relations)
     return rows
 
 
@@ -174,8 +170,8 @@ def _frozen_towers(
             result["frozen_towers_sentence"][name] = retrieval_measures(both, asked.relation)
     if came.text:
         e, rows = sentences[types.relations], (table.rows(types.a), table.rows(types.b))
-        scores = sum(np.sum(e * sides["text"][row][:, None], axis=-1) for row in rows)
-        measured = type_measures({"tt": scores}, types.relations)
+        first, second = (np.sum(e * sides["text"][row][:, None], axis=-1) for row in rows)
+        measured = type_measures({"tt": first + second}, types.relations)
         result["frozen_towers_sentence"]["relation_type"] = measured
     return {name: found for name, found in result.items() if found}
 

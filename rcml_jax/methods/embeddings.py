@@ -129,20 +129,20 @@ class EmbeddingsMethod(RelationalMethod):
         """Table of some items; what is not given is as in the file, not under a relation."""
         rows, found = self._rows[items], self.found
         self._check(items)
-        sides = []
+        sides = {}
         for name, given in (("text", text), ("image", image)):
             own = getattr(found, name)
             if own is None:  # Zeros add nothing to the average of both.
-                sides.append(np.zeros((1, len(items), self._width), np.float32))
+                sides[name] = np.zeros((1, len(items), self._width), np.float32)
             else:
                 vectors = own[None] if given is None else given
-                sides.append(self._placed(name, vectors[:, rows]))
+                sides[name] = self._placed(name, vectors[:, rows])
         relation = found.relation if relation is None else relation
         if relation is None:
             sentences = np.zeros((len(self.task.graph.relations), self._width), np.float32)
         else:
             sentences = self._placed("relation", relation)
-        return EmbeddingTable(items, *sides, sentences, weight)
+        return EmbeddingTable(items, sides["text"], sides["image"], sentences, weight)
 
     def _placed(self, name: str, vectors: np.ndarray) -> np.ndarray:
         """Vectors in the dimensions of their space, zeros in the others."""
@@ -168,7 +168,7 @@ class EmbeddingsMethod(RelationalMethod):
     @property
     def sentence_weight(self) -> float:
         """The weight with the best validation score; the smallest one if several are equal."""
-        return max(self.weights_tried, key=self.weights_tried.get)
+        return max(self.weights_tried, key=self.weights_tried.__getitem__)
 
     # Evaluation
 
@@ -272,7 +272,7 @@ class EmbeddingsMethod(RelationalMethod):
 
     def describe(self) -> dict:
         """The ways of scoring that the file has vectors for, and the weight of the sentence."""
-        said = {"plain": "the items as they are"}
+        said: dict[str, Any] = {"plain": "the items as they are"}
         if self.has_sentence:
             tried = {f"{w:g}": found for w, found in self.weights_tried.items()}
             said["sentence"] = (

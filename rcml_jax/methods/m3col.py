@@ -4,9 +4,10 @@ import copy
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,15 +41,15 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
     Raises UserError for sizes that do not fit: a contrastive loss needs embeddings of one width.
     """
     model, dtype = config.model, compute_dtype(config.model.dtype)
-    encoders, widths = {}, {}
+    encoders: dict[str, nn.Module] = {}
+    widths: dict[str, int] = {}
     for modality in task.data.modalities:
         if modality.kind == "table":
-            sizes = (model.width, model.width)
-            encoders[modality.name] = TableEncoder(sizes, model.dropout, dtype)
+            encoders[modality.name] = TableEncoder((model.width,) * 2, model.dropout, dtype)
             widths[modality.name] = model.width
         else:
             sizes = _transformer(modality.kind, model, task)
-            encoder = ViT if modality.kind == "image" else Bert
+            encoder: Callable[..., nn.Module] = ViT if modality.kind == "image" else Bert
             encoders[modality.name] = encoder(sizes, dtype, remat(model))
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
@@ -81,6 +82,7 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
             patch_size=model.patch_size,
             dropout=model.dropout,
         )
+    assert task.tokenizer is not None  # there is one wherever there are texts
     return small_bert_config(
         **sizes,
         vocab_size=task.tokenizer.vocab_size,
@@ -90,7 +92,7 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
     )
 
 
-def load_pretrained_parts(config: Any, kinds: dict[str, str], params: Params) -> Params:
+def load_pretrained_parts(config: Any, kinds: Mapping[str, str], params: Params) -> Params:
     """Replace the parameters of encoders for which a checkpoint is named."""
     for name, kind in kinds.items():
         checkpoint = config.model[_PRETRAINED[kind]] if kind in _PRETRAINED else ""
@@ -117,7 +119,7 @@ class M3CoLMethod(Method):
     def __init__(self, config: Any, task: ClassificationTask):
         self.config, self.task = config, task
         self.names = tuple(modality.name for modality in task.data.modalities)
-        self.kinds = {modality.name: modality.kind for modality in task.data.modalities}
+        self.kinds: Mapping[str, str] = {m.name: m.kind for m in task.data.modalities}
         _check(config)
         several = len(self.names) > 1
         self.contrastive = config.loss.contrastive if several else "none"
@@ -238,10 +240,11 @@ class M3CoLMethod(Method):
         }
 
     def _encode(self, params: Params, name: str, inputs: tuple, *, key: jax.Array) -> jax.Array:
-        return self.model.apply(
+        found: Any = self.model.apply(
             {"params": params}, name, inputs, deterministic=False, rngs={"dropout": key},
             method="encode",
         )  # fmt: skip
+        return found
 
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
@@ -261,7 +264,7 @@ class M3CoLMethod(Method):
         if config.mixup.labels:
             targets = mixup.mix(targets, shared["coefficient"], shared["partner"][:, 0])
         seen = mixed if config.mixup.labels else clean
-        logits = self.model.apply(
+        logits: Any = self.model.apply(
             {"params": params}, seen, deterministic=False,
             rngs={"dropout": shared["dropout"]}, method="classify",
         )  # fmt: skip
@@ -283,7 +286,7 @@ class M3CoLMethod(Method):
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss = self.config.loss
-        options = {"where": shared["valid"], "block": block_size(loss)}
+        options: dict[str, Any] = {"where": shared["valid"], "block": block_size(loss)}
         if self.contrastive == "m3co":
             return m3co(
                 z,
@@ -302,14 +305,15 @@ class M3CoLMethod(Method):
             )
         # Twice the average of both directions, which is M3Co at λ = 1.
         pairs = itertools.combinations([l2_normalize(x) for x in z], 2)
-        one = functools.partial(clip, temperature=loss.temperature, **options)
-        return 2 * sum((one(a, b) for a, b in pairs), start=jnp.float32(0))
+        terms = (clip(a, b, temperature=loss.temperature, **options) for a, b in pairs)
+        return 2 * sum(terms, start=jnp.float32(0))
 
     # Evaluation
 
     def encode(self, params: Params, name: str, inputs: tuple) -> jax.Array:
         """Embeddings (n, d) of one modality's inputs, without dropout."""
-        return self.model.apply({"params": params}, name, inputs, method="encode")
+        found: Any = self.model.apply({"params": params}, name, inputs, method="encode")
+        return found
 
     def probabilities(self, params: Params, embeddings: dict) -> dict[str, jax.Array]:
         """Class probabilities (n, classes) by head, "fused" and the modalities'."""

@@ -74,7 +74,7 @@ class RCMLMethod(RelationalMethod):
         del key  # The towers have no dropout.
         items, shared = batch["items"], batch["shared"]
         params = self.stop_frozen(params)
-        out = self.model.apply(
+        out: Any = self.model.apply(
             {"params": {name: params[name] for name in ("towers", "head")}},
             shared["relation_ids"],
             items["ids"],
@@ -170,7 +170,8 @@ class RCMLMethod(RelationalMethod):
         return {"relation": "items pooled under the relation sentence (RCML Eq. 4-6)"}
 
     def _embed_relations(self, variables: dict, ids: jax.Array) -> jax.Array:
-        return self.model.apply(variables, ids, method="relation").astype(jnp.float32)
+        relation: Any = self.model.apply(variables, ids, method="relation")
+        return relation.astype(jnp.float32)
 
     def _pool_items(
         self,
@@ -195,7 +196,7 @@ class RCMLMethod(RelationalMethod):
         intra: jax.Array,
     ) -> jax.Array:
         """z_T or z_I with the relations first, (R, n, d)."""
-        out = self.model.apply(variables, inputs, relation, intra, method=pool)
+        out: Any = self.model.apply(variables, inputs, relation, intra, method=pool)
         return _relations_first(out)
 
 

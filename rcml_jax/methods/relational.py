@@ -123,7 +123,7 @@ class RelationalMethod(Method):
                 inputs, digest = image_inputs(task.graph.images, task.images.size)
             key = hashlib.sha256(digest + params_digest(params) + str(self.dtype).encode())
             name = f"{task.graph.name}-{modality}-{key.hexdigest()[:16]}.npy"
-            apply = functools.partial(
+            apply: Callable[..., Any] = functools.partial(
                 build_backbone(own, self.dtype).apply,
                 {"params": params},
                 project=lambda x: x,
@@ -163,7 +163,8 @@ class RelationalMethod(Method):
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the towers of another run. Raises UserError where their sizes differ."""
         ours, theirs = params["towers"], found.get("towers")
-        same = jax.tree.structure(ours) == jax.tree.structure(theirs) and all(
+        structure: Callable[[Any], Any] = jax.tree.structure
+        same = structure(ours) == structure(theirs) and all(
             a.shape == b.shape
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
         )
@@ -346,7 +347,7 @@ class RelationalMethod(Method):
 
         def encoder(name: str) -> Callable:
             def encode(x: Any) -> jax.Array:
-                states = towers.apply(variables, x, projected=came.joint, method=name)
+                states: Any = towers.apply(variables, x, projected=came.joint, method=name)
                 return l2_normalize(states.pooled)
 
             return jax.jit(encode)
@@ -545,8 +546,8 @@ def _best_name(variants: dict, task: str) -> str:
 
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
-    fields = (getattr(gallery, name) for name in ("items", "texts", "query", "relation"))
-    return gallery_retrieval(table, *fields, gallery.right, gallery.hidden)
+    g = gallery
+    return gallery_retrieval(table, g.items, g.texts, g.query, g.relation, g.right, g.hidden)
 
 
 def _needed(
@@ -557,7 +558,10 @@ def _needed(
     every: whether all relations of the pairs are asked for.
     """
     needed = np.zeros((relations, len(items)), bool)
-    row = functools.partial(np.searchsorted, items)
+
+    def row(some: np.ndarray) -> np.ndarray:
+        return np.searchsorted(items, some)
+
     for asked in queries.values():
         needed[asked.relation, row(asked.query)] = True
         needed[asked.relation[:, None], row(asked.candidates)] = True

@@ -52,11 +52,11 @@ def from_checkpoint(model: Any) -> Came:
     text, image = _given(model)
     own_text, own_image = _own(model)
     joint = bool(model.pretrained) and not (text or image or own_text or own_image)
-    found = (
-        bool(given or (model.pretrained and not own))
-        for given, own in ((text, own_text), (image, own_image))
+    return Came(
+        text=bool(text or (model.pretrained and not own_text)),
+        image=bool(image or (model.pretrained and not own_image)),
+        joint=joint,
     )
-    return Came(*found, joint)
 
 
 def inputs(model: Any) -> Inputs:

@@ -48,7 +48,8 @@ class Members(Method):
     def load(cls, config: Any, workdir: pathlib.Path) -> Method:
         """Build the models that `config.seeds` and `config.data.folds` ask for.
 
-        A single model is returned as an `M3CoLMethod`."""
+        A single model is returned as an `M3CoLMethod`.
+        """
         if config.seeds < 1:
             raise UserError(f"config.seeds={config.seeds} must be at least 1")
         single = M3CoLMethod.load(config, workdir)
@@ -84,9 +85,9 @@ class Members(Method):
 
     def phases(self) -> list[tuple[int, Method]]:
         """As for a single model."""
-        found = []
+        found: list[tuple[int, Method]] = []
         for first, single in self.single.phases():
-            phase = copy.copy(self)
+            phase: Any = copy.copy(self)
             phase.single = single
             found.append((first, phase))
         return found
@@ -205,5 +206,5 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         held_out = fold == seed % config.data.folds
         keep.append(~held_out)
         validation[place] = np.flatnonzero(held_out)
-    names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
-    return jnp.asarray(np.stack(keep)), Models(tuple(names), tuple(range(len(seeds))), validation)
+    names = tuple(f"{which}-seed{seed}" for which in ("all", "held-out") for seed in seeds)
+    return jnp.asarray(np.stack(keep)), Models(names, tuple(range(len(seeds))), validation)

@@ -1,7 +1,7 @@
 """Scorings of two towers without a pooling head: items only, and two ways to add the sentence."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,10 @@ class TowerTables:
 
     def __init__(self, method: Any, model: TwoTowers):
         self._method = method
-        self._texts = jax.jit(lambda towers, ids: model.apply({"params": towers}, ids)["text"])
+        apply: Callable[..., Any] = model.apply
+        self._texts = jax.jit(lambda towers, ids: apply({"params": towers}, ids)["text"])
         self._images = jax.jit(
-            lambda towers, images: model.apply({"params": towers}, None, images)["image"]
+            lambda towers, images: apply({"params": towers}, None, images)["image"]
         )
         self._weights: tuple[Params, dict[float, float]] = None, {}
 
@@ -58,7 +59,7 @@ class TowerTables:
                 with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
                 tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
             weights = self.weights_tried(towers)
-            weight = max(weights, key=weights.get)
+            weight = max(weights, key=weights.__getitem__)
             tables["added"] = EmbeddingTable(items, text, image, relation, weight)
         return tables
 
