@@ -6,7 +6,7 @@ scores or measures out, no model. `LABELS` names the controls, in the order of e
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -179,7 +179,7 @@ def headline(values: dict[str, float] | float) -> tuple[str, float]:
     return next((name, values[name]) for name in ("avg", "tt", "ii") if name in values)
 
 
-def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:
+def rows_of(results: Mapping[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:
     """Rows of controls for a table: (method, label, rows) from the `eval.json` of several methods.
 
     results: the results of each method, one for each seed. A row has the control's measures under

@@ -141,7 +141,7 @@ _NETWORK = {
     "learning_rate": (1e-4, 1e-2),
 }
 #: Search space of each learner: choices (a list) or bounds (a tuple).
-SPACES = {
+SPACES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(MLPS, _NETWORK),
     "two_tower": _NETWORK | {"depth": (0, 2)},
     "attention": {k: v for k, v in _NETWORK.items() if k != "depth"} | {"tokens": [1, 2, 4, 8]},

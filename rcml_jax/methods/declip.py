@@ -156,7 +156,8 @@ class DeCLIPMethod(BaselineMethod):
         if not isinstance(images, TokenStates):
             return image_view(images, key, flip=flip)
         rows = images.pooled_index.shape
-        view = _state_view(flat_images(images), key)
+        states: Any = flat_images(images)
+        view = _state_view(states, key)
         return TokenStates(*(x.reshape(*rows, *x.shape[1:]) for x in view))
 
     def _text_view(self, params: Params, ids: Any, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -179,7 +180,7 @@ class DeCLIPMethod(BaselineMethod):
         masked, positions, labels, chosen = mask_tokens(
             tokens, self._body(tokens, ends), jax.random.fold_in(key, 1), mask_id=self.mask_id
         )
-        second: Any = PackedTexts(masked, ends) if packed else masked
+        second: Any = PackedTexts._make((masked, ends)) if packed else masked
         states: Any = self.model.apply({"params": params["towers"]}, second, method="text_states")
         before = states.states.shape[1] - masked.shape[1]  # a pooled state before the tokens
         found = jnp.take_along_axis(states.states, positions[..., None] + before, axis=1)
@@ -198,7 +199,7 @@ class DeCLIPMethod(BaselineMethod):
 
     def _body(self, ids: jax.Array, ends: jax.Array) -> jax.Array:
         """(n, T) bool: the tokens of texts, without start, end and padding."""
-        special = ids == self.task.tokenizer.end_id
+        special: Any = ids == self.task.tokenizer.end_id
         if self.task.tokenizer.start_id is not None:
             special |= ids == self.task.tokenizer.start_id
         return ~special & (jnp.arange(ids.shape[1]) < ends[:, -1:])

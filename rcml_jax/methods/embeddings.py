@@ -95,7 +95,9 @@ class EmbeddingsMethod(RelationalMethod):
         graph = load_graph(config.data)
         splits = make_splits(graph, config.data)
         found = read_item_embeddings(path, len(graph.relations), len(graph.held_out_sentences()))
-        return cls(config, RelationTask(config, graph, splits, None, graph.images, 0), found)
+        tokenizer: Any = None  # nothing is tokenized or resized
+        images: Any = graph.images
+        return cls(config, RelationTask(config, graph, splits, tokenizer, images, 0), found)
 
     # Tables
 

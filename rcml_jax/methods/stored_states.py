@@ -52,7 +52,7 @@ class StoredStates:
         return TokenStates(self._states[items], mask[items], pooled_index[items])
 
 
-def text_inputs(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Inputs, bytes]:
+def text_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Inputs, bytes]:
     """Token ids of texts, all of one length, and a digest of them."""
     ids, _ = tokenizer.encode(texts, max_length)
     return ids.__getitem__, hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).digest()
@@ -104,9 +104,9 @@ def check_storable(config: Any, modalities: Sequence[str]) -> None:
 class _Blocks:
     """Rows as `stored_rows` takes them."""
 
-    dtype = np.float16
+    dtype: type = np.float16
 
-    def __init__(self, count: int, shape: tuple, rows: Callable[[np.ndarray], jax.Array]):
+    def __init__(self, count: int, shape: tuple[int, ...], rows: Callable[[np.ndarray], jax.Array]):
         self.shape, self._count, self._rows = shape, count, rows
 
     def __len__(self) -> int:
