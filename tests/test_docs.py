@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import re
 
+from rcml_jax.cli.commands import load_config_file
 from rcml_jax.losses import clip
 from tests.toy import ROOT
 
@@ -44,3 +45,28 @@ def test_every_public_module_has_its_place():
         found = re.findall(rf"automodule:: rcml_jax\.{re.escape(package)}\.(\w+)\n", text)
         assert set(found) == modules
         assert f"api/{package.replace('.', '-')}" in (ROOT / "docs/reference/api.md").read_text()
+
+
+def has(config, name):
+    """Whether a configuration has an option, or a section, of a dotted name."""
+    for part in name.split("."):
+        if not hasattr(config, "get") or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def test_named_options_exist():
+    recipes = ("rcml", "rcml:amazon", "rcml:hm,path=x", "m3col", "alignment")
+    configs = [load_config_file(recipe) for recipe in recipes]
+    assert has(configs[0], "model.gate")
+    assert not has(configs[0], "model.gait")
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if "api" not in path.parts]
+    named = {
+        (path.name, name.rstrip("."))
+        for path in pages
+        for name in re.findall(r"\bconfig\.([a-z_][\w.]*)", path.read_text())
+    }
+    assert len(named) > 50
+    named = {(page, name) for page, name in named if name != "json"}  # the file config.json
+    assert not {(page, name) for page, name in named if not any(has(c, name) for c in configs)}
