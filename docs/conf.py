@@ -35,6 +35,7 @@ nitpicky = True
 # Types of other packages and type variables have no page here; no inventory is fetched.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!rcml_jax\b).*"),
+    (r"py:class", r".*\._\w+"),  # private protocols in signatures
 ]
 
 html_theme = "furo"
