@@ -246,7 +246,7 @@ def _reordered(plan: dict, order: np.ndarray) -> dict:
     return {**plan, **pairs, "items": plan["items"][order]}
 
 
-def batch_iterator(sampler: RelationSampler, collate: Callable[[dict], dict], threads: int = 1):
+def batch_iterator(sampler: Any, collate: Callable[[dict], dict], threads: int = 1):
     """A grain iterator over batches, whose state is its place; `threads` read ahead."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
     dataset = grain.MapDataset.source(sampler).map(collate)

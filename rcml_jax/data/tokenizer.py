@@ -48,7 +48,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str = "tokenizer"):
         for names in _KNOWN:
-            ids = [tokenizer.token_to_id(name) if name else -1 for name in names]
+            ids: list = [tokenizer.token_to_id(name) if name else -1 for name in names]
             if None not in ids:
                 break
         else:
@@ -61,9 +61,8 @@ class Tokenizer:
         # A text that spells "<end>" gets the signs' ids, not the token's.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.start_id, self.end_id, self.pad_id = ids
-        if self.start_id < 0:
-            self.start_id = None
+        start, self.end_id, self.pad_id = ids
+        self.start_id: int | None = start if start >= 0 else None
         self._memo: dict[str, np.ndarray] = {}
 
     @property

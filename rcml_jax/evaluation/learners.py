@@ -1,7 +1,7 @@
-"""The networks behind `evaluation.learned`: parameters, scores and losses of prepared embeddings.
+"""The networks of `evaluation.learned_similarity`: parameters, scores and losses.
 
-Images are x (n, d) and texts y (m, d′); what "prepared" means is in `prepared`. Functions take the
-learner's name, one of `LEARNERS`, and its parameters, a dict of arrays.
+Images are x (n, d) and texts y (m, d′), prepared by `prepared`. Functions take the learner's name,
+one of `LEARNERS`, and its parameters, a dict of arrays.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ PAIR_NUMBERS = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the learners; each uses those that it has a meaning for.
+    """Options of the learners; each learner uses those that apply to it.
 
     width: of hidden layers, of the two-tower embedding, of a token; for cca the number of variates,
     cut to the narrower width. depth: hidden layers (0 unless given for two_tower). dropout: of the
@@ -56,7 +56,7 @@ class Options:
 
 
 def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
-    """The options of a learner; UserError for an unknown name and for values that cannot be."""
+    """The options of a learner. Raises UserError for unknown names and invalid values."""
     if name not in LEARNERS:
         raise UserError(f"learner {name!r} is unknown; choose one of {', '.join(LEARNERS)}")
     known = {field.name: field.type for field in dataclasses.fields(Options)}
@@ -90,12 +90,12 @@ def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
 
 
 def prepared(preparation: dict, x: jax.Array) -> jax.Array:
-    """Rows of length one, less the training mean, over the training scale: {"mean", "scale"}."""
+    """Prepare rows: length one, minus the training mean, divided by the training scale."""
     return (l2_normalize(x) - preparation["mean"]) / preparation["scale"]
 
 
 def unit(preparation: dict, x: jax.Array) -> jax.Array:
-    """The rows of length one that prepared rows were."""
+    """Undo `prepared`: the rows of length one."""
     return x * preparation["scale"] + preparation["mean"]
 
 
@@ -209,7 +209,7 @@ def _attention(a, b):
 
 @partial(jax.jit, static_argnames="name")
 def score(name: str, params: Any, prepare: dict, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Scores (n, m) of rows as they come, images (n, d) with texts (m, d′).
+    """Scores (n, m) of unprepared rows, images (n, d) with texts (m, d′).
 
     A network of pairs goes over the images in blocks: beyond the scores it holds at most
     `PAIR_NUMBERS` numbers, or those of one image with all m texts.
@@ -229,7 +229,7 @@ def score(name: str, params: Any, prepare: dict, x: jax.Array, y: jax.Array) -> 
 
 @partial(jax.jit, static_argnames=("name", "modality"))
 def embedding(name: str, modality: str, params: Any, prepare: dict, x: jax.Array) -> jax.Array:
-    """Embeddings (n, k) of rows as they come, for the learners of `EMBEDDING`."""
+    """Embeddings (n, k) of unprepared rows, for the learners of `EMBEDDING`."""
     return _embed(name, modality, params, prepared(prepare[modality], x))
 
 
@@ -261,7 +261,7 @@ def loss(
             targets = unit(prepare["image"], x) @ unit(prepare["text"], y).T
         a, b = _pair_features(name, params, drop(x), drop(y))
         return jnp.mean((_mlp(params, a, b[text], drop) - targets[image, text]) ** 2)
-    scale = 1.0
+    scale: float | jax.Array = 1.0
     if "log_scale" in params:
         scale = jnp.exp(jnp.minimum(params["log_scale"], math.log(100)))
     logits = scale * matrix(name, params, x, y, drop)

@@ -5,6 +5,7 @@ All are pure functions of arrays, computed in float32 at least, and right as the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def declip(
     L_MVS is the mean CLIP loss of the three pairs of views beside the plain one. L_NNS is the mean
     of `neighbor_supervision` over the four pairs of views.
     """
-    options = {"temperature": temperature, "where": where, "block": block}
-    terms = {"clip": clip(text[0], image[0], **options)}
+    options: dict[str, Any] = {"temperature": temperature, "where": where, "block": block}
+    terms: dict[str, Any] = {"clip": clip(text[0], image[0], **options)}
     value = (1 - self_supervision - multi_view - nearest_neighbor) * terms["clip"]
     if self_supervision:
         value += self_supervision * self_supervised

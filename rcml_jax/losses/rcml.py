@@ -216,6 +216,6 @@ def _live(anchor, positive, pair_valid, valid):
     return pair_valid & valid[anchor] & valid[positive]
 
 
-def _mean(sums, counts, where=None):
+def _mean(sums, counts, *, where=None):
     """The mean over all relations, or 0 if nothing was counted."""
     return jnp.sum(sums, where=where) / jnp.maximum(jnp.sum(counts, where=where), 1)

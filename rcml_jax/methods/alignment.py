@@ -1,4 +1,4 @@
-"""The alignment study of a configuration: embeddings from its sources, and what is said of them."""
+"""The alignment study of a configuration: read or compute embeddings, and measure them."""
 
 import functools
 import hashlib
@@ -58,7 +58,9 @@ _SHARES = (0.6, 0.2, 0.2)
 
 
 def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits]]:
-    """By name, what reads a source's splits; the runs of `config.runs` are trained already.
+    """Functions that read the splits of each source, by name.
+
+    The runs in `config.runs` have to be trained already.
 
     Raises UserError for two sources of one name, and towers that cannot be read.
     """
@@ -78,13 +80,13 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
-        found[label] = lambda name=name: _towers(name, data_once(), config.towers, workdir)
+        found[label] = functools.partial(_embedded, name, data_once, config.towers, workdir)
     return found
 
 
 def _npz(config: Any) -> Splits:
     pairs = read_npz(config.data.path)
-    # Looked at as a whole, so that what is wrong with it is said by the file's own rows.
+    # Checked before it is split, so that errors name rows of the file.
     whole = project_to_narrower(Pairs(*gap.check_pairs(*pairs.arrays())), 0)
     asked = config.evaluation.similarity
     known = tuple(SIMILARITIES) if asked == "all" else tuple(asked.split(","))
@@ -100,9 +102,13 @@ def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
     if len(set(names)) < len(names):
         raise UserError("two of the work directories have the same name; rename one")
     return {
-        name: lambda directory=directory: _run(directory, workdirs.load_config(directory))
+        name: functools.partial(_loaded_run, directory)
         for name, directory in zip(names, directories, strict=True)
     }
+
+
+def _loaded_run(directory: pathlib.Path) -> Splits:
+    return _run(directory, workdirs.load_config(directory))
 
 
 def _run(directory: pathlib.Path, config: Any) -> Splits:
@@ -128,7 +134,7 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
     for modality in ("image", "text"):
         name = f"apart_{modality}"
         directory = workdir / "runs" / name
-        method = build(config.runs[name], directory)
+        method: Any = build(config.runs[name], directory)
         params = jax.tree.map(jax.numpy.asarray, read_params(directory))
         sides[modality] = [
             method.embeddings(params, method.task.data.rows(split))[modality][0] for split in SPLITS
@@ -157,13 +163,19 @@ def _captioned(config: Any) -> CaptionedImages:
     return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
 
 
+def _embedded(
+    name: str, data: Callable[[], CaptionedImages], asked: Any, workdir: pathlib.Path
+) -> Splits:
+    return _towers(name, data(), asked, workdir)
+
+
 def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
     """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
     from rcml_jax.models.frozen import load_towers
 
     image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
     length = min(text.size, asked.max_length)
-    blocks = {
+    blocks: dict[str, Any] = {
         "image": ImageBlocks(image, data.images),
         "text": TextBlocks(text, data.texts, length),
     }
@@ -201,7 +213,7 @@ def _fingerprints(name: str) -> list:
 
 
 class ImageBlocks:
-    """The embeddings of images, computed as they are asked for: a source of rows."""
+    """Embeddings of images, computed on demand; a source of rows."""
 
     dtype = np.float32
 
@@ -218,7 +230,7 @@ class ImageBlocks:
 
 
 class TextBlocks:
-    """The embeddings of texts of at most `max_length` tokens, computed as they are asked for."""
+    """Embeddings of texts of at most `max_length` tokens, computed on demand."""
 
     dtype = np.float32
 
@@ -245,10 +257,10 @@ ARRAYS = "similarities.npz"
 def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """Compare similarities, gaps and learned similarities on every source; writes `eval.json`.
 
-    Beside it `similarities.npz` has what pictures are drawn from: for each source the histograms of
-    cosines and, for each calibration, the plane of `evaluation.histograms`. Runs that `config.runs`
-    names and the work directory lacks are trained first, under <workdir>/runs. Returns None where a
-    signal ended one of them. Raises UserError for what a user can mend.
+    `similarities.npz` beside it has the data of the figures: for each source the histograms of
+    cosines and, for each calibration, the plane of `evaluation.modality_gap`. Runs in `config.runs`
+    that the work directory lacks are trained first, under <workdir>/runs. Returns None if a signal
+    stopped one of them. Raises UserError for a mistake of the user.
     """
     workdir = user_path(workdir)
     validate(config)
@@ -271,7 +283,8 @@ def _study(
     workdirs.prepare(workdir, config)
     if not train_missing(config, workdir):
         return None
-    found, arrays = {}, {}
+    found: dict[str, dict] = {}
+    arrays: dict[str, np.ndarray] = {}
     with jax.default_device(device):
         for name, read in readers.items():
             found[name], drawn = _study_source(read(), config, similarities, learners)
@@ -290,7 +303,7 @@ def _study(
 
 
 def train_missing(config: Any, workdir: pathlib.Path) -> bool:
-    """Train the configuration's runs that are not finished; false where a signal ended one."""
+    """Train the runs that are not finished. Returns false if a signal stopped one."""
     for name, run in config.runs.items():
         directory = workdir / "runs" / name
         run = _with_data_dir(run, config.data.dir)
@@ -314,7 +327,7 @@ def _names(value: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return known if value == "all" else tuple(name for name in value.split(",") if name)
 
 
-# What is said of a source
+# Measuring a source
 
 
 def _study_source(
@@ -382,16 +395,15 @@ def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> di
     log_line(f"fitting {name}")
     options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
     if asked.search_trials and name in SPACES:
-        found = search(
+        learned = search(
             name, *train, validation, trials=asked.search_trials, options=options, seed=seed
-        )
-        learned = found.best
+        ).best
     else:
         learned = fit(name, *train, validation, options=options, seed=seed)
     if learned.embeds:
         moved = np.asarray(learned.embed_image(test[0])), np.asarray(learned.embed_text(test[1]))
-        found = score((*moved, test[2]), ("dot",))
-        found = {direction: measures["dot"] for direction, measures in found.items()}
+        measured = score((*moved, test[2]), ("dot",))
+        found = {direction: measures["dot"] for direction, measures in measured.items()}
     else:
         memory = config.evaluation.memory_mb * 2**20
         found = pair_retrieval(learned.score, *test, memory=memory)

@@ -60,10 +60,10 @@ class BaselineMethod(RelationalMethod):
         return found, takes & {"temperature", "where", "bias", "labels", "block"}
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """The towers' own embeddings of the items, (N, d) each; in rows of k (N/k, k, d)."""
+        """Embeddings of the items by the towers, (N, d) each; (N/k, k, d) in rows of k texts."""
         del key  # The towers have no dropout.
         towers, items = self.stop_frozen(params)["towers"], batch["items"]
-        out = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
+        out: Any = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
         return out | {"image": in_rows(out["image"], items["images"])}
 
     def objective(
@@ -104,12 +104,12 @@ class BaselineMethod(RelationalMethod):
         return self.scored.tables(params["towers"], items, needed, sentences)
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The towers' own."""
+        """Embeddings of the towers."""
         table = self.tables(params, items)["plain"]
         return table.image[0], table.text[0]
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """The towers' own; for a relation the sentence is appended to the text, as in `tables`."""
+        """Embeddings of the towers; the sentence of a relation is appended to the text."""
         towers, task = params["towers"], self.task
 
         def text(texts: Sequence[str]) -> np.ndarray:
@@ -128,7 +128,7 @@ class BaselineMethod(RelationalMethod):
         return Embedder(text, image, {"text": (1 + len(sentences), width), "image": (1, width)})
 
     def describe(self) -> dict:
-        """The ways to score; each task reports the best of them."""
+        """The scorings; each task reports the best of them."""
         tried = {f"{weight:g}": found for weight, found in self.scored.tried.items()}
         return {
             "plain": "the items alone; validity always in this way",

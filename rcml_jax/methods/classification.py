@@ -43,9 +43,9 @@ def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationTask:
-    """What the method needs of its data: inputs of rows by modality, and training batches.
+    """Classification data for a method: inputs by modality, and training batches.
 
-    The input of a table is (features,), of images (uint8 pixels,), of text (ids, mask).
+    The input of a table is (features,), that of images (uint8 pixels,), that of text (ids, mask).
     """
 
     config: Any
@@ -92,8 +92,8 @@ class ClassificationTask:
     def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:
         """The arrays of rows (n,) by modality.
 
-        With a generator they are augmented and degraded at random, for training; without, degraded
-        in a way that depends on the row alone.
+        With a generator, for training, they are augmented and degraded at random. Without one they
+        are degraded in a way that depends on the row only.
         """
         return {
             modality.name: self._input(modality, rows, rng) for modality in self.data.modalities
@@ -109,6 +109,7 @@ class ClassificationTask:
         if share:
             noise = [rng or self._noise(row) for row in rows]
             texts = [drop_words(t, r, share=share) for t, r in zip(texts, noise, strict=True)]
+        assert self.tokenizer is not None  # there is one wherever there are texts
         return self.tokenizer.encode(texts, self.max_length)
 
     def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
@@ -156,7 +157,7 @@ def _texts(data: ClassificationData) -> list[str]:
     return [m.values[row] for m in data.modalities if m.kind == "text" for row in rows]
 
 
-# What a classification method says of its models: looks in training, `eval.json` at the end.
+# Figures of a classification method: looks during training, `eval.json` at the end.
 
 
 _NOISE_ROWS = 2048
@@ -166,8 +167,8 @@ _NOISE_ROWS = 2048
 class Models:
     """The models that are trained together.
 
-    names: of each; reported: the places of those trained on all there is to train on; validation:
-    place → rows (of the data) that it was not trained on and selects by.
+    names: name of each model; reported: indices of the models trained on the whole training split;
+    validation: index of a model → rows of the data held out from it, by which it is selected.
     """
 
     names: tuple[str, ...]
@@ -176,12 +177,22 @@ class Models:
 
 
 class Classifier(Protocol):
-    """What the report needs of a method; leading axes are the models'."""
+    """The interface between `report` and a method; arrays have a leading axis of models."""
 
     config: Any
     task: ClassificationTask
     kinds: Mapping[str, str]
     evaluated: str
+
+    @property
+    def steps(self) -> int:
+        """The number of steps to train."""
+        ...
+
+    @property
+    def validate_every(self) -> int:
+        """The number of steps between two validations."""
+        ...
 
     def models(self) -> Models:
         """The models trained together."""
@@ -245,7 +256,7 @@ def _asked(method: Classifier) -> np.ndarray:
 def report(
     method: Classifier, params: Params, split: str, history: Sequence[Mapping[str, float]]
 ) -> Metrics:
-    """Everything in `eval.json`: the protocols from the looks, the analyses from the checkpoint."""
+    """The content of `eval.json`: protocols from the looks, analyses from the checkpoint."""
     models, data, config = method.models(), method.task.data, method.config
     result: Metrics = {
         "method": config.method,

@@ -19,7 +19,7 @@ from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import as_float, l2_normalize
 from rcml_jax.ops.views import drop_states, drop_tokens, image_view, mask_tokens
 
-# The heads that DeCLIP trains beside the towers and leaves behind afterwards.
+# Heads that DeCLIP trains beside the towers; evaluation does not use them.
 
 
 _EPSILON = 1e-5
@@ -134,7 +134,8 @@ class DeCLIPMethod(BaselineMethod):
         first = super().embed(params, batch, key)
         flip = self.config.batch.image_flip
         view = self._image_view(images, jax.random.fold_in(key, 0), flip)
-        second = in_rows(self.model.apply(towers, None, flat_images(view))["image"], images)
+        out: Any = self.model.apply(towers, None, flat_images(view))
+        second = in_rows(out["image"], images)
         text, more = self._text_view(params, items["ids"], key)
         return first | {"text_view": text, "image_view": second} | more
 
@@ -142,7 +143,8 @@ class DeCLIPMethod(BaselineMethod):
         if not isinstance(images, TokenStates):
             return image_view(images, key, flip=flip)
         rows = images.pooled_index.shape
-        view = _state_view(flat_images(images), key)
+        states: Any = flat_images(images)
+        view = _state_view(states, key)
         return TokenStates(*(x.reshape(*rows, *x.shape[1:]) for x in view))
 
     def _text_view(self, params: Params, ids: Any, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -150,8 +152,8 @@ class DeCLIPMethod(BaselineMethod):
         if isinstance(ids, TokenStates):
             view = _state_view(ids, jax.random.fold_in(key, 1))
             nothing = jnp.zeros(len(view.mask), jnp.float32)
-            found = self.model.apply({"params": params["towers"]}, view)["text"]
-            return found, {"token_loss": nothing, "token_count": nothing}
+            out: Any = self.model.apply({"params": params["towers"]}, view)
+            return out["text"], {"token_loss": nothing, "token_count": nothing}
         tokenizer, packed = self.task.tokenizer, isinstance(ids, PackedTexts)
         tokens, ends = ids if packed else (ids, _first(ids, tokenizer.end_id))
         key = jax.random.fold_in(key, 1)
@@ -165,12 +167,13 @@ class DeCLIPMethod(BaselineMethod):
         masked, positions, labels, chosen = mask_tokens(
             tokens, self._body(tokens, ends), jax.random.fold_in(key, 1), mask_id=self.mask_id
         )
-        view = PackedTexts(masked, ends) if packed else masked
-        states = self.model.apply({"params": params["towers"]}, view, method="text_states")
+        second: Any = PackedTexts._make((masked, ends)) if packed else masked
+        states: Any = self.model.apply({"params": params["towers"]}, second, method="text_states")
         before = states.states.shape[1] - masked.shape[1]  # a pooled state before the tokens
         found = jnp.take_along_axis(states.states, positions[..., None] + before, axis=1)
         head = self._token_head(params)
-        hidden, bias = head.apply({"params": params["token_head"]}, as_float(found))
+        out = head.apply({"params": params["token_head"]}, as_float(found))
+        hidden, bias = out
         costs = masked_tokens(hidden, _token_table(params["towers"]), bias, labels)
         # The text of a row that each masked token belongs to.
         owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1, dtype=jnp.int32)
@@ -184,7 +187,7 @@ class DeCLIPMethod(BaselineMethod):
 
     def _body(self, ids: jax.Array, ends: jax.Array) -> jax.Array:
         """(n, T) bool: the tokens of texts, without start, end and padding."""
-        special = ids == self.task.tokenizer.end_id
+        special: Any = ids == self.task.tokenizer.end_id
         if self.task.tokenizer.start_id is not None:
             special |= ids == self.task.tokenizer.start_id
         index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]

@@ -1,4 +1,4 @@
-"""What RCML and its baselines share: the towers and the protocol of the evaluation."""
+"""The base of RCML and its baselines: two towers, and the evaluation protocol."""
 
 import abc
 import dataclasses
@@ -58,11 +58,11 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """Embeds any texts and pictures: first as what they are, then under relation sentences.
+    """Functions that embed any texts and images: first without a relation, then under R sentences.
 
-    text: n texts → unit vectors (1 + R, n, d); image: pictures (n, H, W, 3) uint8 → the same, or
-    (1, n, d) where the method's pictures depend on no relation. shapes: of each the number of
-    relations and d.
+    text: n texts → unit vectors (1 + R, n, d); image: images (n, H, W, 3) uint8 → the same, or
+    (1, n, d) where image embeddings do not depend on the relation. shapes: modality → (number of
+    relations, d).
     """
 
     text: Callable[[Sequence[str]], np.ndarray]
@@ -108,7 +108,7 @@ class RelationalMethod(Method):
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredStates]:
-        """By modality the states of frozen towers (see `config.model.store_frozen`)."""
+        """Stored states of frozen towers by modality (see `config.model.store_frozen`)."""
         if not self.stored_modalities:
             return {}
         task, towers = self.task, self.towers_config
@@ -124,7 +124,7 @@ class RelationalMethod(Method):
                 inputs, digest = image_inputs(task.graph.images, task.images.framing)
             key = hashlib.sha256(digest + params_digest(params) + str(self.dtype).encode())
             name = f"{task.graph.name}-{modality}-{key.hexdigest()[:16]}.npy"
-            apply = functools.partial(
+            apply: Callable[..., Any] = functools.partial(
                 build_backbone(own, self.dtype).apply,
                 {"params": params},
                 project=lambda x: x,
@@ -143,9 +143,9 @@ class RelationalMethod(Method):
         """Random parameters, the towers under "towers"."""
 
     def init(self, key: jax.Array, batch: Batch) -> Params:
-        """Random parameters, those of a tower from its checkpoint where one is named.
+        """Initial parameters: random, or from a checkpoint for towers that have one.
 
-        Where the temperature is learned its logarithm is one of them.
+        A learned temperature is among them, as its logarithm.
         """
         params = self.init_params(key, batch)
         if self.config.loss.learn_temperature:
@@ -164,7 +164,8 @@ class RelationalMethod(Method):
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the towers of another run. Raises UserError where their sizes differ."""
         ours, theirs = params["towers"], found.get("towers")
-        same = jax.tree.structure(ours) == jax.tree.structure(theirs) and all(
+        structure: Callable[[Any], Any] = jax.tree.structure
+        same = structure(ours) == structure(theirs) and all(
             a.shape == b.shape
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
         )
@@ -187,7 +188,7 @@ class RelationalMethod(Method):
         )
 
     def stop_frozen(self, params: Params) -> Params:
-        """Cut the gradient of frozen towers, so that no backward pass is made through them."""
+        """Stop the gradient of frozen towers, so that there is no backward pass through them."""
         if not self.frozen_parts:
             return params
         frozen = self.frozen(params)
@@ -203,26 +204,26 @@ class RelationalMethod(Method):
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
     ) -> dict[str, EmbeddingTable]:
-        """Embeddings of items under all relations, one table for each way to score the method.
+        """Embeddings of items under all relations, one table for each scoring of the method.
 
-        needed: (relations, items) bool, what will be asked for; a table may leave the rest empty.
-        sentences: other sentences for the relations than the task's.
+        needed: (relations, items) bool, the entries that will be read; a table may leave the others
+        empty. sentences: sentences to use in place of the task's.
         """
 
     @abc.abstractmethod
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images and texts of items, (n, d) each, as what they are and under no other relation."""
+        """Embeddings of images and texts, (n, d) each, without an inter-sample relation."""
 
     @abc.abstractmethod
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """What embeds texts and pictures that need not be the task's, under R sentences."""
+        """An `Embedder` for any texts and images, under R sentences."""
 
     @abc.abstractmethod
     def describe(self) -> dict:
-        """What the protocol says of this method's scoring."""
+        """A description of this method's scoring, for the protocol in `eval.json`."""
 
     def validate(self, params: Params) -> Metrics:
-        """Retrieval and relation type on validation, in the method's first way of scoring."""
+        """Retrieval and relation type on validation, in the method's first scoring."""
         asked, types, items = self._asked("validation")
         by_gallery = self.selection.startswith("retrieval_all/")
         if by_gallery:
@@ -250,7 +251,7 @@ class RelationalMethod(Method):
     def evaluate(
         self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
     ) -> Metrics:
-        """The protocol of the README on a split; what `eval.json` holds."""
+        """Run the evaluation protocol on a split; returns the content of `eval.json`."""
         del history
         task, config = self.task, self.config
         queries, types, items = self._asked(split, "random")
@@ -336,10 +337,10 @@ class RelationalMethod(Method):
     def checkpoint_states(
         self, params: Params, items: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """What the towers that came from a checkpoint make of items before any training.
+        """Embeddings of items by the checkpoint's towers, before any training.
 
-        Unit vectors (n, d) of "text" and "image", and of the relation sentences (R, d): in the
-        joint space where both towers came from one checkpoint, else in the tower's own width.
+        Unit vectors (n, d) of "text" and "image", and (R, d) of the relation sentences. They are in
+        the joint space if both towers are from one checkpoint, else in the tower's own width.
         """
         came = from_checkpoint(self.config.model)
         towers = build_towers(self.towers_config, self.dtype)
@@ -347,7 +348,7 @@ class RelationalMethod(Method):
 
         def encoder(name: str) -> Callable:
             def encode(x: Any) -> jax.Array:
-                states = towers.apply(variables, x, projected=came.joint, method=name)
+                states: Any = towers.apply(variables, x, projected=came.joint, method=name)
                 return l2_normalize(states.pooled)
 
             return jax.jit(encode)
@@ -426,24 +427,24 @@ class RelationalMethod(Method):
 
     @functools.cached_property
     def relation_ids(self) -> np.ndarray:
-        """Tokens of all relation sentences."""
+        """Token ids of all relation sentences."""
         return self.task.encode(self.task.sentences)
 
     def packed(
         self, ids: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | PackedTexts]:
-        """Places (N,) in padded texts, ids and mask (n, T), and what the tower takes of those.
+        """Pack padded texts, ids and mask (n, T), for the tower: their indices (N,), and its input.
 
-        They are packed as in training (see `pack_texts`), unless they do not fill a row.
+        Texts are packed as in training (see `pack_texts`), unless they do not fill a row.
         """
         if self.examples_per_row == 1 or len(ids) < self.examples_per_row:
             return np.arange(len(ids)), ids
         return pack_texts(ids, mask, self.examples_per_row)
 
     def chunks(self, items: np.ndarray) -> Iterator[tuple]:
-        """Yield (rows, texts, images) of items: places in `items`, and what is there.
+        """Yield (rows, texts, images) of items in chunks; rows: indices into `items`.
 
-        All chunks are of one size: in the last one the last item is repeated.
+        All chunks have one size: the last one is padded with its last item.
         """
         size = min(_CHUNK, 1 << (len(items) - 1).bit_length())
         images, texts = self.stored.get("image", self.task.images), self.stored.get("text")
@@ -461,7 +462,7 @@ class RelationalMethod(Method):
 
 
 def flat_images(images: jax.Array | TokenStates) -> jax.Array | TokenStates:
-    """Images (N, H, W, 3), or in rows (N/k, k, H, W, 3) → (N, H, W, 3); so with stored states."""
+    """Flatten images in rows, (N/k, k, H, W, 3) → (N, H, W, 3); also stored states."""
     if isinstance(images, TokenStates):
         rows = images.pooled_index.ndim
         return TokenStates(*(x.reshape(-1, *x.shape[rows:]) for x in images))
@@ -509,7 +510,7 @@ def _measured(
 
 
 def best_of(variants: dict) -> dict:
-    """Of each task the variant that does best in it."""
+    """The best variant of each task."""
     tasks = [m.task for m in main_measures() if any(m.task in x for x in variants.values())]
     return {task: variants[_best_name(variants, task)][task] for task in tasks}
 
@@ -520,8 +521,8 @@ def _best_name(variants: dict, task: str) -> str:
 
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
-    fields = (getattr(gallery, name) for name in ("items", "texts", "query", "relation"))
-    return gallery_retrieval(table, *fields, gallery.right, gallery.hidden)
+    g = gallery
+    return gallery_retrieval(table, g.items, g.texts, g.query, g.relation, g.right, g.hidden)
 
 
 def _needed(
@@ -532,7 +533,10 @@ def _needed(
     every: whether all relations of the pairs are asked for.
     """
     needed = np.zeros((relations, len(items)), bool)
-    row = functools.partial(np.searchsorted, items)
+
+    def row(some: np.ndarray) -> np.ndarray:
+        return np.searchsorted(items, some)
+
     for asked in queries.values():
         needed[asked.relation, row(asked.query)] = True
         needed[asked.relation[:, None], row(asked.candidates)] = True

@@ -28,7 +28,7 @@ _FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "ima
 
 
 class Inputs(NamedTuple):
-    """What the towers take.
+    """Sizes of the towers' inputs, and their tokenizer.
 
     tokenizer: the checkpoint whose tokenizer it is, "" for one of our own; kind: what an error
     calls that checkpoint; framing: how an image becomes the tower's input; max_length: of texts, in
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 class Came(NamedTuple):
-    """Which towers came from a checkpoint, and whether both came from one, with a joint space."""
+    """Which towers are from a checkpoint, and whether both are from one, with a joint space."""
 
     text: bool
     image: bool
@@ -50,19 +50,19 @@ class Came(NamedTuple):
 
 
 def from_checkpoint(model: Any) -> Came:
-    """The towers of `config.model` that a checkpoint is named for."""
+    """The towers of `config.model` that start from a checkpoint."""
     text, image = _given(model)
     own_text, own_image = _own(model)
     joint = bool(model.pretrained) and not (text or image or own_text or own_image)
-    found = (
-        bool(given or (model.pretrained and not own))
-        for given, own in ((text, own_text), (image, own_image))
+    return Came(
+        text=bool(text or (model.pretrained and not own_text)),
+        image=bool(image or (model.pretrained and not own_image)),
+        joint=joint,
     )
-    return Came(*found, joint)
 
 
 def inputs(model: Any) -> Inputs:
-    """What the towers of `config.model` take; no text is longer than its `max_length`."""
+    """The inputs of the towers of `config.model`; texts are cut at its `max_length`."""
     (text, image), (_, own_image) = _given(model), _own(model)
     kind, tokenizer = "CLIP", model.pretrained
     image_size, longest = model.image_size, model.max_length
@@ -99,7 +99,7 @@ def preprocessing(model: Any) -> dict[str, Any]:
 
 
 def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
-    """The towers of `config.model`: CLIP's, each of them replaced where another is named.
+    """The configuration of the towers of `config.model`: CLIP's, or the ones named instead.
 
     `pretrained` names a CLIP or SigLIP checkpoint, without which CLIP's towers are small ones;
     `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower;
@@ -146,9 +146,9 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
 
 
 def load_checkpoints(model: Any, towers: Params) -> Params:
-    """The towers' parameters, replaced by those of the checkpoints that `config.model` names.
+    """Replace the towers' parameters by those of the checkpoints that `config.model` names.
 
-    The projection of a tower that is not CLIP's is in no checkpoint and stays as it is.
+    A tower other than CLIP's has no projection in its checkpoint; its projection stays random.
     """
     text, image = _given(model)
     towers = dict(towers)
@@ -189,9 +189,9 @@ def checkpoint_tower(model: Any, modality: str) -> Params:
 
 
 def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
-    """Names under "towers" of what `config.model.freeze`, text, image or both, keeps as it is.
+    """Names under "towers" of the parameters that `config.model.freeze` keeps fixed.
 
-    The projections of a pair are trained in any case: the two towers have not met before.
+    The projections of two separate towers are always trained: they have no joint space yet.
     """
     modalities = frozen_modalities(freeze)
     parts = {_TOWER[modality] for modality in modalities}

@@ -1,4 +1,4 @@
-"""Several M3CoL models in one compiled step: one for each seed, and one for each seed and fold."""
+"""Train several M3CoL models in one compiled step: one for each seed, or for each seed and fold."""
 
 import copy
 import pathlib
@@ -40,9 +40,9 @@ class Members(Method):
     """M3CoL models trained in one compiled step, every leaf of their parameters stacked.
 
     The seeds are `config.seed` and the ones after it. On data without a validation split there are
-    two models of each seed: one is trained on all of train, the other without a stratified fold of
-    it, which is its validation split; seed s leaves out fold s modulo their number. All see the
-    same batches; initial values, mixing and dropout are each one's own.
+    two models of each seed. One is trained on the whole training split. The other is trained
+    without a stratified fold of it, its validation split; seed s holds out fold s modulo their
+    number. All models see the same batches. Initial values, mixing and dropout differ.
     """
 
     family = "classification"
@@ -74,7 +74,10 @@ class Members(Method):
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> Method:
-        """As many models as `config.seeds` and `config.data.folds` ask for; of one, itself."""
+        """Build the models that `config.seeds` and `config.data.folds` ask for.
+
+        A single model is returned as an `M3CoLMethod`.
+        """
         single = M3CoLMethod.load(config, workdir)
         declared = len(single.task.data.rows("validation")) > 0
         alone = config.seeds == 1 and (declared or config.data.folds < 2)
@@ -87,12 +90,12 @@ class Members(Method):
 
     @property
     def steps(self) -> int:
-        """As one model alone."""
+        """As for a single model."""
         return self.single.steps
 
     @property
     def validate_every(self) -> int:
-        """As one model alone."""
+        """As for a single model."""
         return self.single.validate_every
 
     def batches(self) -> Any:
@@ -100,10 +103,10 @@ class Members(Method):
         return self.single.batches()
 
     def phases(self) -> list[tuple[int, Method]]:
-        """As one model alone."""
-        found = []
+        """As for a single model."""
+        found: list[tuple[int, Method]] = []
         for first, single in self.single.phases():
-            phase = copy.copy(self)
+            phase: Any = copy.copy(self)
             phase.single = single
             found.append((first, phase))
         return found
@@ -115,27 +118,27 @@ class Members(Method):
         return jax.vmap(one)(self._seeds, self._keep)
 
     def frozen(self, params: Params) -> Any:
-        """As one model alone."""
+        """As for a single model."""
         return self.single.frozen(params)
 
     def decayed(self, params: Params) -> Any:
-        """As one model alone, whose arrays have one axis less."""
+        """As for a single model, whose arrays have one axis less."""
         return jax.tree.map(lambda p: p.ndim > 2, params)
 
     def loss(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The sum of the models' losses, whose gradient is each one's own; the mean is logged."""
+        """Sum of the models' losses, whose gradient is that of each model; the mean is logged."""
         one = self._one(batch, key, progress)
         return _summed(*jax.vmap(one)(params, self._keep, self._seeds))
 
     def value_and_grad(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[tuple[jax.Array, Metrics], Params]:
-        """`loss` and its gradient, on a CPU one model after the other.
+        """`loss` and its gradient; on a CPU one model after the other.
 
-        There products of stacks of matrices are slower than those of the matrices, and one model's
-        arrays stay in the cache.
+        On a CPU batched products are slower than single ones, and one model's arrays stay in the
+        cache.
         """
         if (self.config.platform or jax.default_backend()) != "cpu":
             return super().value_and_grad(params, batch, key, progress)
@@ -155,11 +158,11 @@ class Members(Method):
         return one
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
-        """Not split in two: `loss` is the whole."""
+        """Not used: `loss` is not split into two steps."""
         raise NotImplementedError("several models have one loss, not an embedding and an objective")
 
     def objective(self, params: Params, embedded: Any, batch: Batch, progress: jax.Array) -> Any:
-        """Not split in two: `loss` is the whole."""
+        """Not used: `loss` is not split into two steps."""
         raise NotImplementedError("several models have one loss, not an embedding and an objective")
 
     # Evaluation

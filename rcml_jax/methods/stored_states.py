@@ -22,15 +22,15 @@ Inputs = Callable[[np.ndarray], Any]
 class StoredStates:
     """The token states of a frozen tower, in its own width, for items 0 to count − 1.
 
-    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays, the states in
-    float16: within 0.1% of what the tower computes. Those of all items lie in a memory-mapped file,
-    so that a batch costs a copy and not a pass through the tower.
+    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays. The states are in
+    float16, within 0.1% of what the tower computes. All states are in a memory-mapped file, so that
+    a batch costs a copy instead of a pass through the tower.
     """
 
     def __init__(
         self, path: pathlib.Path, apply: Callable[[Any], TokenStates], inputs: Inputs, count: int
     ):
-        """Open the file, or compute what it lacks.
+        """Open the file, and compute the states that it lacks.
 
         apply: inputs → token states. Raises UserError where the file cannot be written.
         """
@@ -52,7 +52,7 @@ class StoredStates:
         return TokenStates(self._states[items], mask[items], pooled_index[items])
 
 
-def text_inputs(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Inputs, bytes]:
+def text_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Inputs, bytes]:
     """Token ids of texts, all of one length, and a digest of them."""
     ids, _ = tokenizer.encode(texts, max_length)
     return ids.__getitem__, hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).digest()
@@ -88,9 +88,9 @@ def check_storable(modalities: Sequence[str]) -> None:
 class _Blocks:
     """Rows as `stored_rows` takes them."""
 
-    dtype = np.float16
+    dtype: type = np.float16
 
-    def __init__(self, count: int, shape: tuple, rows: Callable[[np.ndarray], jax.Array]):
+    def __init__(self, count: int, shape: tuple[int, ...], rows: Callable[[np.ndarray], jax.Array]):
         self.shape, self._count, self._rows = shape, count, rows
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.registry import resolve
 
-#: Up to so many relations, all of them are also ranked.
+#: Largest number of relations for which relation type is also measured among all of them.
 MOST_RELATIONS = 20
 
 
@@ -54,7 +54,7 @@ def _first_equal(rows: np.ndarray) -> np.ndarray | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RelationTask:
-    """What every method on a relation graph shares: the same items, splits, texts and queries."""
+    """Data shared by every method on a relation graph: items, splits, texts and queries."""
 
     config: Any
     graph: RelationGraph
@@ -92,7 +92,7 @@ class RelationTask:
     def sentence(self, relation: int, drawn: int = 0) -> str:
         """The sentence of a relation; −1 is the intra-sample one.
 
-        drawn: any number, which picks one of the paraphrases for training; 0: the first.
+        drawn: any number; selects one of the training paraphrases, 0 the first.
         """
         if relation < 0:
             return self.graph.intra_relation
@@ -111,10 +111,10 @@ class RelationTask:
         return self.tokenizer.encode(texts, self.max_length)[0]
 
     def known_graph(self) -> RelationGraph:
-        """The graph as training may know it: its masks and links hold no pair of another split.
+        """The graph that training may see: no pair of another split is in its masks and links.
 
-        Where no item is in two splits those pairs are of other items anyway. Without inter-sample
-        pairs every item is related to itself alone.
+        With item-disjoint splits this is the whole graph: pairs of other splits have other items.
+        Without inter-sample pairs every item is related to itself only.
         """
         if not self.config.batch.inter_pairs:
             return self.graph.without_pairs()
@@ -188,14 +188,14 @@ class RelationTask:
 
     @functools.cache  # noqa: B019
     def gallery_queries(self, split: str) -> queries.GalleryQueries:
-        """The split's queries over all of its items, for which every linked one is right."""
+        """The split's queries over all of its items; every linked item is relevant."""
         return queries.gallery_queries(self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def relation_queries(self, split: str) -> queries.RelationQueries:
-        """The split's pairs with the relations to choose among."""
+        """The split's pairs with their candidate relations."""
         total = len(self.graph.relations)
-        # Of few relations half are drawn, so that frequent ones need not always be among them.
+        # Of few relations half are candidates; else frequent ones would be among all candidates.
         candidates = 10 if total > MOST_RELATIONS else max(2, total // 2)
         return queries.relation_candidates(
             self.graph, self.splits, split, candidates=candidates, **self._draw()
