@@ -216,7 +216,12 @@ def test_the_command_without_torch_into_an_empty_directory(runs, tmp_path):
     target = tmp_path / "empty"
     target.mkdir()
     code = (
-        "import sys; sys.modules['torch'] = None\n"
+        "import importlib.abc, sys\n"
+        "class NoTorch(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
         "from rcml_jax.cli.export import main\n"
         "status = main(sys.argv)\n"
         "assert 'tensorflow' not in sys.modules\n"
@@ -297,7 +302,7 @@ def test_another_method_and_a_run_that_is_not_finished(capsys, copy, tmp_path):
     (copy / "eval.json").unlink()
     assert "not finished: it stands at step 1 of 12" in fails(capsys, "--workdir", copy, *to)
     change(copy, steps=1, method="m3col")
-    assert "is a run of m3col" in fails(capsys, "--workdir", copy, *to)
+    assert "config.method='m3col' is unknown" in fails(capsys, "--workdir", copy, *to)
     change(copy, method="rcml")
     shutil.rmtree(copy / "checkpoints" / "1")
     assert "no whole checkpoint" in fails(capsys, "--workdir", copy, *to)

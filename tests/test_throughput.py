@@ -344,7 +344,7 @@ def test_a_part_of_a_batch_keeps_the_relations():
         ([*options(CONFIG, {}), "--devices", "9"], "--devices 9: JAX sees 8"),
         ([*options(CONFIG, {}), "--devices", "some"], "give all or a number"),
         ([*options(CONFIG, {}), "--devices", "3"], "64 examples (rcml) cannot be split over 3"),
-        ([*options(CONFIG, {"batch.size": 12})], "raise config.batch.size (12)"),
+        ([*options(CONFIG, {"batch.size": 12})], "cannot be split over 8 devices"),
         ([*options(CONFIG, {"batch.sise": 12})], "sise"),
         ([*options(CONFIG, {}), "--parallel", "jit,tpu"], "--parallel: 'tpu' is unknown"),
         ([*options(CONFIG, {}), "--only", "train"], "--only: 'train' is unknown"),

@@ -286,6 +286,8 @@ class Models:
     def _try(self, run: Run) -> Opened | LeftOutError:
         if run.config.method == EMBEDDINGS:
             return LeftOutError(f"{run.label} is of a file of embeddings and has no model")
+        if not (run.path / "checkpoints").is_dir():  # building a model would write a tokenizer
+            return LeftOutError(f"the model of {run.label} cannot be opened: it has no checkpoints")
         config = run.config.copy_and_resolve_references()
         for name, value in self._options.items():
             if value:

@@ -138,7 +138,7 @@ def test_the_form_follows_the_temperature(monkeypatch):
     """Without a shift at a known temperature that allows it, else as the paper writes it."""
     used = []
     for name in ("_bidirectional", "_bidirectional_without_shift"):
-        monkeypatch.setattr(losses, name, lambda *_, name=name: used.append(name) or 0.0)
+        monkeypatch.setattr(losses, name, lambda *_, name=name: used.append(name) or jnp.float32(0))
     logits = jnp.zeros((N, N))
     for temperature in (0.1, 0.025, 0.024, None):
         losses.bidirectional(logits, logits, None, temperature)

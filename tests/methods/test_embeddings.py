@@ -359,7 +359,7 @@ def test_wrong_command_lines(catalogue, graph, tmp_path, capsys):
     args = [f"--config={ROOT / 'configs' / 'm3col.py'}", f"--embeddings={path}", workdir]
     fails(commands.evaluate, args, capsys, "are scored on a relation graph")
     args = arguments(catalogue, path, tmp_path / "run", **{"data.split_seed": -1})
-    fails(commands.evaluate, args, capsys, "split_seed=-1 must not be negative")
+    fails(commands.evaluate, args, capsys, "split_seed=-1 must be from 0")
     args = [*arguments(catalogue, path, tmp_path / "run"), "--split=tests"]
     fails(commands.evaluate, args, capsys, "--split=tests is unknown")
     args = arguments(catalogue, path, tmp_path / "run", **{"evaluation.similarity": "cosin"})

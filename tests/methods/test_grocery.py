@@ -59,12 +59,6 @@ def test_the_official_test_split_is_scored(copy, tmp_path, method):
         assert found["map"]["avg"] == max(variant["map"]["avg"] for variant in scored)
 
 
-@pytest.mark.parametrize("name", ["hit@5", "hit@7/avg", "retrieval_all/mrr/it", "map/it", "ii"])
-def test_an_unknown_selection_is_said(copy, tmp_path, name):
-    with pytest.raises(UserError, match=f"config.selection='{name}' is unknown; write MEASURE/SC"):
-        build(tiny(copy, selection=name), tmp_path)
-
-
 def test_photographs_of_a_product_are_not_each_others_negatives(copy, tmp_path):
     task = RelationTask.load(tiny(copy), tmp_path)
     batches = task.batches()
@@ -87,7 +81,10 @@ def test_what_the_sources_are_loaded_with(copy, tmp_path, monkeypatch):
     from rcml_jax.data.sources import amazon
 
     given = []
-    monkeypatch.setattr(amazon, "load", lambda *args, **options: given.append((args, options)))
+    graph = load_graph(tiny(copy).data)
+    monkeypatch.setattr(
+        amazon, "load", lambda *args, **options: given.append((args, options)) or graph
+    )
     config = load_config_file(f"{CONFIG}:amazon,domain=Baby_Products,path=raw,pretrained=none")
     config.data.dir = str(tmp_path)
     load_graph(config.data)

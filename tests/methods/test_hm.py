@@ -68,7 +68,8 @@ def test_what_the_source_is_loaded_with(copy, tmp_path, monkeypatch):
     from rcml_jax.data.sources import hm
 
     given = []
-    monkeypatch.setattr(hm, "load", lambda *args, **options: given.append((args, options)))
+    graph = load_graph(tiny(copy).data)
+    monkeypatch.setattr(hm, "load", lambda *args, **options: given.append((args, options)) or graph)
     config = load_config_file(f"{CONFIG}:hm,path=raw")
     config.data.dir = str(tmp_path)
     load_graph(config.data)

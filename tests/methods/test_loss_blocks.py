@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.errors import UserError
 from rcml_jax.losses import clip, siglip, unicl
 from rcml_jax.methods import build, declip, m3col, rcml
 from tests.methods.m3col_data import omics_config, write_tables
@@ -98,13 +97,3 @@ def test_of_m3col(tables, tmp_path, name, given):
 
     calls = 1 if name != "clip" else 3  # CLIP compares two of the three modalities at a time.
     check(config, z, loss, seen, [(0,), (7,)], [(None, None)] * calls + [(7, None)] * calls)
-
-
-def test_a_block_that_cannot_be(tables, catalogue, tmp_path):
-    with pytest.raises(UserError, match=r"config.loss.block=-1 must not be negative"):
-        build(omics_config(tables, loss__block=-1), tmp_path)
-    for name in ("block", "pair_block"):
-        config = tiny_config(catalogue, method="rcml")
-        config.loss.update({name: -1})
-        with pytest.raises(UserError, match=rf"config.loss.{name}=-1 must not be negative"):
-            build(config, tmp_path)

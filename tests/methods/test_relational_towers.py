@@ -87,7 +87,7 @@ def test_the_checkpoints_say_what_the_towers_take(checkpoints):
     assert ask() == Inputs("", "CLIP", Framing(16), 16)
     assert ask(pretrained="clip") == Inputs(clip, "CLIP or SigLIP", Framing(24), 12)
     assert ask(text_pretrained="bert") == Inputs(bert, "BERT or RoBERTa", Framing(16), 14)
-    assert ask(text_pretrained="roberta")[2:] == (16, 12)
+    assert ask(text_pretrained="roberta")[2:] == (Framing(16), 12)
     assert ask(image_pretrained="vit") == Inputs("", "CLIP", Framing(12), 16)
     both = {"pretrained": "clip", "text_pretrained": "bert"}
     assert ask(**both) == Inputs(bert, "BERT or RoBERTa", Framing(24), 14)
@@ -271,9 +271,3 @@ def test_towers_of_clip_are_not_taken_for_a_pair(catalogue, checkpoints, tmp_pat
     ours = jax.eval_shape(method.init_params, jax.random.key(0), next(method.batches()))
     with pytest.raises(UserError, match="its towers have other sizes"):
         method.adopt(ours, shapes)
-
-
-def test_a_configuration_from_before_pairs_is_read(catalogue, tmp_path):
-    config = tiny_config(catalogue)
-    del config.model.text_pretrained, config.model.image_pretrained
-    assert not isinstance(build(config, tmp_path).towers_config, PairConfig)

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import RobertaConfig
 
-from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.models.bert import Bert, small_bert_config
 from rcml_jax.models.clip import small_clip_config
@@ -205,18 +204,6 @@ def test_the_configuration_says_it(catalogue, tmp_path):
         built = build_method(tiny_config(catalogue, method=method, model__remat="dots"), tmp_path)
         model = built.model.bind({})
         assert (model.towers if method == "rcml" else model).remat == "dots"
-        config = tiny_config(catalogue, method=method, model__remat="everything")
-        with pytest.raises(UserError, match=r"config.model.remat='everything' is unknown; choose"):
-            build_method(config, tmp_path)
     news = write_news(tmp_path / "news")
     built = build_method(news_config(news, model__remat="layers"), tmp_path)
     assert [encoder.remat for encoder in built.model.encoders.values()] == ["layers", "layers"]
-    with pytest.raises(UserError, match=r"config.model.remat='everything' is unknown"):
-        build_method(news_config(news, model__remat="everything"), tmp_path)
-    with pytest.raises(UserError, match="choose layers or dots, or leave it empty"):
-        build_towers(clip_config(), remat="all")
-    # As in the configuration of an older run.
-    config = tiny_config(catalogue)
-    with config.unlocked():
-        del config.model.remat
-    assert build_method(config, tmp_path).model.remat == ""

@@ -116,7 +116,7 @@ def test_bfloat16_is_near_float32():
 def test_what_is_refused():
     with pytest.raises(UserError, match=r"takes images of 3 channels, not 1; give"):
         ResNet(config()).init(jax.random.key(0), PIXELS[..., :1])
-    with pytest.raises(UserError, match=r"hidden_act='mish' of the ResNet is unknown"):
+    with pytest.raises(UserError, match=r"the activation 'mish' is unknown"):
         ResNet(ResNetConfig(**SIZES, hidden_act="mish")).init(jax.random.key(0), PIXELS)
 
 

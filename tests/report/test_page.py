@@ -113,7 +113,7 @@ def test_what_is_left_out_has_its_reason(report):
     left_out = re.findall(r'left-out"><b>(.*?)</b>, left out: (.*?)</figure>', text)
     reasons = dict(left_out)
     assert "evaluation.similarity=all" in reasons["Relation type: Top-3 by similarity"]
-    assert "of another version" in reasons["Embeddings of each modality and fused"]
+    assert "has no checkpoints" in reasons["Embeddings of each modality and fused"]
     for title in ("The same items under one relation", "Case studies", "Latency and parameters"):
         assert "the model of rcml cannot be opened" in reasons[title]
     assert "similarities.npz" in reasons["Alignment of two modalities"]

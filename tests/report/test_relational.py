@@ -267,10 +267,3 @@ def test_a_run_without_checkpoint_has_no_model(rcml_dir, opened, tmp_path):
             LeftOutError, match=r"the model of rcml cannot be opened: .* no checkpoints"
         ):
             models.open(run)
-
-
-def test_a_configuration_of_another_version_is_said(opened, tmp_path):
-    config = opened.run.config.copy_and_resolve_references()
-    del config.model.vocab_size
-    with pytest.raises(LeftOutError, match="of another version of this library"):
-        Models().open(Run("old", tmp_path, config, None))

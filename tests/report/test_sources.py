@@ -86,7 +86,7 @@ def test_differences_are_those_of_nested_options(tmp_path):
 def test_a_run_without_an_evaluation_is_kept(tmp_path):
     (run,) = read_sources([write_run(tmp_path / "run", small_config())]).runs
     assert run.result is None
-    assert run.dataset == "folder"
+    assert run.dataset == "openmoji"
 
 
 BAD = {

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from rcml_jax import files
 from rcml_jax.data.sources import omics
 from rcml_jax.errors import UserError
 from tests.data.sources.test_omics import made_up, read, write
@@ -189,7 +190,7 @@ def test_interrupted_while_writing(server, cache, monkeypatch, call):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(omics.os, call, interrupted)
+        patch.setattr(files.os, call, interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(cache)
     folder = cache / "omics" / "ROSMAP"
