@@ -407,6 +407,10 @@ def _check_name(
     name: str, values: Mapping[str, Any], options: Sequence[Option], prefix: str
 ) -> None:
     """Raise UserError for a name that no option has."""
+    if name in _WRITTEN:  # as a section it has names of its own, and none where it is empty
+        raise UserError(
+            f"config.{prefix}{name} must be a section, which a run fills itself; leave it out"
+        )
     if any(name == own or name.startswith(f"{own}.") for own in (*OPEN, *_WRITTEN)):
         return
     option, source = _find(name, options), values.get("data.name", "")

@@ -263,6 +263,12 @@ def test_what_options_have_to_be_together(recipe, values, text):
     assert text in refusal(recipe, values)
 
 
+@pytest.mark.parametrize("value", [3, "x", None])
+def test_a_section_that_a_run_fills_is_no_value(value):
+    text = refusal("rcml", {"model.preprocessing": value})
+    assert text.startswith("config.model.preprocessing must be a section")
+
+
 def test_every_rule_is_of_a_recipe_and_is_tested():
     for rule in schema.RULES:
         recipes = [r for r in RECIPES if set(rule.names) <= {o.name for o in RECIPES[r]}]

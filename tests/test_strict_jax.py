@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from transformers import ResNetConfig, RobertaConfig
 
+from rcml_jax.evaluation.relation_probes import fit_classifier
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.declip import declip, masked_tokens, simsiam
 from rcml_jax.losses.m3co import m3co
@@ -36,6 +37,7 @@ from rcml_jax.models.vit import small_vit_config
 from rcml_jax.ops import mixup, ranking, similarity, views
 from rcml_jax.training import optimizer, sharding
 from rcml_jax.training.gradcache import accumulated
+from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.step import create, make_step
 from tests.methods.m3col_data import omics_config, write_tables
 from tests.models.test_checkpoints import tiny_siglip
@@ -335,6 +337,24 @@ def test_a_step(name, catalogue, tmp_path):
         assert not wide(state)
         found = jax.eval_shape(functools.partial(step, axis=None), state, batch)
     assert not wide(found)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_probe(kind):
+    labels = (TEXT[:, 0] > 0).astype(np.int32)
+    with strict():
+        assert set(fit_classifier(TEXT, labels, kind=kind, steps=3)(TEXT)) <= {0, 1}
+
+
+@pytest.mark.parametrize("recipe", ["rcml", "m3col"])
+def test_a_whole_run(recipe, catalogue, tmp_path):
+    """As an environment has it that sets all of them; the guard is for the steps alone."""
+    if recipe == "rcml":
+        config = tiny_config(catalogue)
+    else:
+        config = omics_config(write_tables(tmp_path / "tables"), seeds=1, epochs=3, data__folds=2)
+    with strict(), jax.transfer_guard("disallow"):
+        assert train_and_evaluate(config, tmp_path / "run")
 
 
 def test_accumulation_in_parts():

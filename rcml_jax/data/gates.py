@@ -93,12 +93,15 @@ def text_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError where it is malformed, or has NaN or Infinity."""
+def read_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """The value of a JSON text. Raises ValueError where it is malformed, or has NaN or Infinity.
+
+    unique: names that come twice in an object are malformed, too; without it the last one counts.
+    """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
     try:
-        return _JSON.decode(text)
+        return (_JSON_UNIQUE if unique else _JSON).decode(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -114,7 +117,17 @@ def _finite(digits: str) -> float:
     return value
 
 
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in an object")
+    return found
+
+
 _JSON = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+_JSON_UNIQUE = json.JSONDecoder(
+    parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_no_twins
+)
 _limit_lock = threading.Lock()
 
 

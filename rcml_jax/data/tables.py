@@ -1,7 +1,8 @@
 """Tables of people's own data: `.csv` with a header or `.jsonl`, UTF-8, read row by row."""
 
+import collections
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rcml_jax.data.gates import CsvRows, TextGate, read_json
@@ -66,6 +67,7 @@ def _of_csv(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             _, header = next(rows, (1, []))
             columns = [column.strip().lower() for column in header]
+            _check_names(filter(None, columns), path.name)
             for number, values in rows:
                 where = f"{path.name}, line {number}"
                 if len(values) > len(columns):
@@ -80,6 +82,13 @@ def _of_csv(path: Path) -> Iterator[tuple[str, dict]]:
             ) from error
 
 
+def _check_names(names: Iterable[str], where: str) -> None:
+    """Raise UserError for a name that comes twice: one value would hide the other."""
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{where}: the column '{twice[0]}' comes twice; rename or remove one.")
+
+
 def _of_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -87,7 +96,7 @@ def _of_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 continue
             where = f"{path.name}, line {number}"
             try:
-                row = read_json(line)
+                row = read_json(line, unique=True)
             except ValueError as error:
                 raise UserError(f"{where}: malformed JSON ({error}); correct the line.") from error
             if not isinstance(row, dict):

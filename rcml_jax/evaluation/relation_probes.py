@@ -98,7 +98,7 @@ def _first_linear(width_in: int, width: int, seed: int) -> dict:
 
 
 def _linear(p: dict, x: jax.Array) -> jax.Array:
-    return (x @ p["w"] + p["b"])[:, 0]
+    return (x @ p["w"] + p["b"][None])[:, 0]
 
 
 def _first_mlp(width_in: int, width: int, seed: int) -> dict:
@@ -113,7 +113,8 @@ def _first_mlp(width_in: int, width: int, seed: int) -> dict:
 
 
 def _mlp(p: dict, x: jax.Array) -> jax.Array:
-    return (jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])[:, 0]
+    hidden = jax.nn.relu(x @ p["w1"] + p["b1"][None])
+    return (hidden @ p["w2"] + p["b2"][None])[:, 0]
 
 
 def relation_type(

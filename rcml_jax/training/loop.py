@@ -29,6 +29,9 @@ from rcml_jax.training.gradcache import check, parts_of
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import MetricsWriter, read_history
 
+#: JAX_TRANSFER_GUARD is for the steps: what stands between them moves numbers as it needs to.
+_HOST = jax.transfer_guard("allow")
+
 # Batches on the devices, one ahead of the step, at the place of the batches that were taken.
 
 
@@ -149,6 +152,7 @@ def evaluate(config: Any, workdir: pathlib.Path | str, split: str = "test") -> d
         return _evaluate(config, workdir, split)
 
 
+@_HOST
 def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | None = None) -> dict:
     device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
@@ -210,6 +214,7 @@ def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:
     return workdirs.prepare(workdir, config)
 
 
+@_HOST
 def _build(config: Any, workdir: pathlib.Path) -> Method:
     """The primary process makes what all share on the disk, as a tokenizer; then the others."""
     if sharding.is_primary():
@@ -221,6 +226,7 @@ def _build(config: Any, workdir: pathlib.Path) -> Method:
 class Run:
     """One run in a work directory; `train` may be called once."""
 
+    @_HOST
     def __init__(self, config: Any, workdir: pathlib.Path, method: Method, devices: Any):
         self.config, self.method, self.devices = config, method, devices
         self.steps, self.validate_every = method.steps, method.validate_every
@@ -349,6 +355,7 @@ class Run:
         """Wait for the latest pending metrics; the others have been numbers since their turn."""
         self.pending[-1:] = jax.tree.map(_scalar, jax.device_get(self.pending[-1:]))
 
+    @_HOST
     def _log(self, step: int) -> None:
         """Write the mean of the pending metrics; stop the run where a loss is not finite."""
         if not self.pending:
@@ -373,6 +380,7 @@ class Run:
             self.writer.write(step, "train", mean | {"learning_rate": rate})
             self.pending = []
 
+    @_HOST
     def _validate(self, step: int) -> None:
         metrics = self.method.validate(self.devices.local(self.state.params))
         value = metrics
@@ -393,6 +401,7 @@ class Run:
         if self.stopped or step == self.steps or not every or step % every == 0:
             self._save(step, value)
 
+    @_HOST
     def _save(self, step: int, selection: float | None = None) -> None:
         """Take what a checkpoint holds; it is written while the next step runs, or at the end."""
         counters = {"best": self.best, "bad": self.bad, "stopped": self.stopped}

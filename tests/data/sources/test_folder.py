@@ -205,7 +205,12 @@ def test_a_missing_column_is_named(data, table, column):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("{", "malformed JSON"), ("[1]", "no JSON object"), ('{"id": ["x"]}', "a list or an object")],
+    [
+        ("{", "malformed JSON"),
+        ("[1]", "no JSON object"),
+        ('{"id": ["x"]}', "a list or an object"),
+        ('{"id": "x", "text": "a", "text": "b"}', "comes twice"),
+    ],
 )
 def test_malformed_json_lines(tmp_path, line, reason):
     make(tmp_path, "jsonl")
@@ -223,6 +228,14 @@ def test_malformed_csv_lines(tmp_path, line, reason):
     path = tmp_path / "relations.csv"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=rf"relations\.csv, line 4: .*{reason}"):
+        folder.load(tmp_path, log=quiet)
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    make(tmp_path)
+    path = tmp_path / "items.csv"
+    path.write_text(path.read_text().replace("label", "Text ", 1))
+    with pytest.raises(UserError, match=r"items\.csv: the column 'text' comes twice"):
         folder.load(tmp_path, log=quiet)
 
 
