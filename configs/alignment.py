@@ -5,13 +5,15 @@
     python eval.py --config configs/alignment.py:runs,path=runs/rcml --workdir runs/study
     python eval.py --config configs/alignment.py:flickr30k,path=flickr30k \
         --config.towers.names=openai/clip-vit-base-patch32 --workdir runs/flickr
+    python eval.py --config configs/alignment.py:flickr8k,path=flickr8k \
+        --config.towers.names=efficientnet-lite0+minilm --workdir runs/flickr8k
 
 `openmoji` (the default) compares towers trained by configs/rcml.py, by its CLIP baseline, and apart
 from each other on the groups of configs/m3col.py; runs that the work directory lacks are trained
 first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,). `runs` takes
 work directories of configs/rcml.py, with commas between, and the items that they were trained for.
-`flickr30k` and `coco` are local copies in their published layouts, embedded by the towers named,
-which `openmoji` takes besides its own.
+`flickr8k`, `flickr30k` and `coco` are local copies in their published layouts, embedded by the
+towers named, which `openmoji` takes besides its own.
 """
 
 import importlib.util
@@ -25,7 +27,9 @@ from rcml_jax.config import parse_argument
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a source, "openmoji" or "npz,path=FILE" and the like."""
     source, options = parse_argument(
-        arg, sources=("openmoji", "npz", "runs", "flickr30k", "coco"), options=("path", "towers")
+        arg,
+        sources=("openmoji", "npz", "runs", "flickr8k", "flickr30k", "coco"),
+        options=("path", "towers"),
     )
     config = ml_collections.ConfigDict()
     config.method = "alignment"

@@ -49,7 +49,8 @@ from rcml_jax.training.checkpoint import read_params
 # Where the alignment study's embeddings come from: runs of ours, towers of checkpoints, files.
 
 
-NAMES = ("openmoji", "npz", "flickr30k", "coco", "runs")
+_CAPTIONED = ("flickr8k", "flickr30k", "coco")
+NAMES = ("openmoji", "npz", *_CAPTIONED, "runs")
 #: Train, validation and test pairs of a source.
 Splits = list[Pairs]
 _SHARES = (0.6, 0.2, 0.2)
@@ -154,7 +155,7 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
 def _captioned(config: Any) -> CaptionedImages:
     """The pictures and texts that towers of checkpoints embed."""
     data = config.data
-    if data.name in ("flickr30k", "coco"):
+    if data.name in _CAPTIONED:
         return getattr(captions, data.name)(data.path, seed=data.split_seed)
     graph = openmoji.load(cache_directory(data.dir))
     run = config.runs.rcml.data  # its items, so that all sources are asked the same
