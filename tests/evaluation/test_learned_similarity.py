@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import learned_similarity, learners
+from rcml_jax.evaluation import learned_similarity, learners, maps
 from rcml_jax.evaluation.learned_similarity import LEARNERS, fit, search
 
 NETWORKS = tuple(name for name in LEARNERS if name not in learners.CLOSED)
@@ -92,7 +92,7 @@ def test_cca_finds_the_canonical_correlations(texts_each):
 def test_moments_are_added_up_in_blocks(monkeypatch):
     data = planted(width=(5, 4), texts_each=2)
     whole = fit("cca", *data)
-    monkeypatch.setattr("rcml_jax.evaluation.learned_similarity.BLOCK", 7)
+    monkeypatch.setattr("rcml_jax.evaluation.maps.CHUNK", 7)
     parts = fit("cca", *data)
     np.testing.assert_allclose(parts.score(*data[:2]), whole.score(*data[:2]), atol=1e-5)
 
@@ -113,7 +113,7 @@ def untrained(name, image, text, rows):
     options = learners.read_options(name, TINY | {"tokens": 2})
     widths = image.shape[1], text.shape[1]
     params = learners.initial(name, jax.random.key(0), *widths, options)
-    prepare = learned_similarity.fit_preparation(image, text, rows)
+    prepare = maps.fit_preparation(image, text, rows)
     return learned_similarity.Learned(name, options, params, prepare, [], None)
 
 
@@ -192,8 +192,8 @@ def test_gradients_are_finite_and_not_zero(name, dropout):
 @pytest.mark.parametrize("name", ["mlp_mse", "mlp_cosine"])
 def test_squared_errors_are_against_their_targets(name):
     image, text, rows = planted(images=3, texts_each=2)
-    prepare = learned_similarity.fit_preparation(image, text, rows)
-    x, y = (learners.prepared(prepare[k], v) for k, v in (("image", image[rows]), ("text", text)))
+    prepare = maps.fit_preparation(image, text, rows)
+    x, y = (maps.prepared(prepare[k], v) for k, v in (("image", image[rows]), ("text", text)))
     params = untrained(name, image, text, rows).params
     same = rows[:, None] == rows
     # As many negatives as it takes to have seen each shift about equally often.
