@@ -59,10 +59,17 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.memory_mb = 512  # that a block of scores may take
     config.evaluation.wasserstein = "gaussian"  # sinkhorn or sliced, with the extra `alignment`
     # Similarities learned on the training split: all, names with commas between, or none of them.
-    config.evaluation.learned = "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive"
+    config.evaluation.learned = (
+        "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive,attention"
+    )
     config.evaluation.learner_steps = 500  # of training, at most
     config.evaluation.learner_batch = 64
     config.evaluation.search_trials = 0  # of Optuna for each learner, with the extra `search`
+    config.evaluation.learner_seeds = 1  # fits of each learner, whose mean and deviation are told
+    # Numbers of training pairs that the learners are compared on, with commas between; empty: all.
+    config.evaluation.pair_counts = ""
+    config.evaluation.negative_level = 0.99  # share of unrelated pairs that is to be negative
+    config.evaluation.bootstrap = 1000  # samples for intervals over queries; 0: no intervals
 
     config.runs = ml_collections.ConfigDict()
     if source == "openmoji":

@@ -43,6 +43,8 @@ from rcml_jax.evaluation.learners import LEARNERS as LEARNERS
 from rcml_jax.evaluation.modality_gap import check_pairs
 from rcml_jax.ops.ranking import retrieval_metrics
 
+# Closed forms: of options, preparation, images, texts, the image of each text and a seed.
+
 
 def _procrustes(options, prepare, image, text, rows, seed):
     *_, cross = maps.moments(_prepared_chunks(prepare, image, text, rows))
@@ -335,6 +337,28 @@ def _some(image, text, rows, count, seed):
         return image, text, rows
     chosen = np.sort(np.random.default_rng(seed).choice(len(text), count, replace=False))
     images, rows = np.unique(rows[chosen], return_inverse=True)
+    return image[images], text[chosen], rows
+
+
+def draw_pairs(
+    image: np.ndarray, text: np.ndarray, image_of_text: np.ndarray, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`count` pairs drawn by the seed: as many images as possible, then their further texts.
+
+    More pairs of the same seed contain the fewer. Returns images, texts and the image of each text,
+    the images without a drawn text left out. Raises UserError if there are fewer pairs.
+    """
+    if not 2 <= count <= len(text):
+        raise UserError(f"{count} pairs cannot be drawn from {len(text)}; ask for 2 at least")
+    order = np.random.default_rng(seed).permutation(len(text))
+    own = image_of_text[order]
+    # How many texts of the same image come before each one.
+    by_image = np.argsort(own, kind="stable")
+    first = np.searchsorted(own[by_image], own[by_image])
+    before = np.empty(len(own), int)
+    before[by_image] = np.arange(len(own)) - first
+    chosen = np.sort(order[np.argsort(before, kind="stable")[:count]])
+    images, rows = np.unique(image_of_text[chosen], return_inverse=True)
     return image[images], text[chosen], rows
 
 
