@@ -673,11 +673,14 @@ def shrunk(covariance, shrinkage):
 
 
 def canonical_correlations(x, y, shrinkage=0.0):
-    """Of matched rows (n, d), (n, d′): roots of the eigenvalues of Cx⁻¹ C Cy⁻¹ Cᵀ, falling."""
+    """Of matched rows (n, d), (n, d′): roots of the eigenvalues of Cx⁻¹ C Cy⁻¹ Cᵀ, falling.
+
+    All blocks of the joint covariance are shrunk, those between the two towards 0.
+    """
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     n = len(x)
     c_x, c_y = shrunk(x.T @ x / n, shrinkage), shrunk(y.T @ y / n, shrinkage)
-    cross = x.T @ y / n
+    cross = (1 - shrinkage) * x.T @ y / n
     product = np.linalg.inv(c_x) @ cross @ np.linalg.inv(c_y) @ cross.T
     values = np.sort(np.linalg.eigvals(product).real)[::-1][: min(x.shape[1], y.shape[1])]
     return np.sqrt(np.maximum(values, 0))

@@ -23,7 +23,8 @@ from rcml_jax.evaluation.measures import (
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
-ALIGNMENT = ("p@1", "p@5", "r@5", "r@10", "mrr", "median_rank")
+ALIGNMENT = ("p@1", "p@5", "r@5", "r@10", "mrr", "map@10", "median_rank")
+_DIRECTIONS = ("image_to_text", "text_to_image")
 GAP = {
     "centroid": "centroid",
     "wasserstein2": "W2",
@@ -67,7 +68,7 @@ def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 def _print_alignment(result: dict, console: Console) -> None:
     """A table for each direction, sources and similarities as rows; then the gap of each source."""
-    for direction in ("image_to_text", "text_to_image"):
+    for direction in _DIRECTIONS:
         table = Table(title=f"{direction.replace('_', ' ')} on {result['dataset']}")
         table.add_column("source, similarity", no_wrap=True)
         for name in ALIGNMENT:
@@ -95,6 +96,62 @@ def _print_alignment(result: dict, console: Console) -> None:
         cells = (f"{gap[name]:.3f}" for name in GAP)
         table.add_row(source, *cells, ranks, ", ".join(gap["collapsed"]) or "no")
     console.print(table)
+    for source, found in result["sources"].items():
+        _print_alignments(source, found, console)
+
+
+def _print_alignments(source: str, found: dict, console: Console) -> None:
+    """Of one source: the gap before and after each alignment, signs, and figures by pairs."""
+    moved = {**found["calibration"], **found["learned"]}
+    table = Table(title=f"{source}: gap before and after each alignment")
+    for name in ("alignment", "centroid", "W2", "R@10 image to text", "R@10 text to image"):
+        table.add_column(name, justify="left" if name == "alignment" else "right")
+    for name, row in moved.items():
+        if "wasserstein2" in row:
+            cells = (f"{row[key]:.3f}" for key in ("centroid", "wasserstein2"))
+            table.add_row(name.replace("_", "-"), *cells, *_recalls(row))
+    console.print(table)
+    signed = {k: v for k, v in found.get("signed", {}).items() if "left_out" not in v}
+    if signed:
+        table = Table(
+            title=f"{source}: unrelated pairs below zero, matched pairs above (%)",
+            caption="as it is, and with zero fitted on validation pairs; ECE: calibration error",
+        )
+        table.add_column("similarity")
+        heads = ("below", "above", "below, fitted", "above, fitted", "ECE sigmoid", "ECE isotonic")
+        for name in (*heads, "R@10 i→t", "R@10 t→i"):
+            table.add_column(name, justify="right")
+        for name, row in signed.items():
+            shares = [
+                _percent(row[key][how])
+                for how in ("plain", "shifted")
+                for key in ("unrelated_negative", "matched_positive")
+            ]
+            errors = row["calibration_error"]
+            cells = [_percent(errors[k]) if k in errors else "–" for k in ("sigmoid", "isotonic")]
+            table.add_row(name.replace("_", "-"), *shares, *cells, *_recalls(row))
+        console.print(table)
+    by_pairs = found.get("by_pairs", {})
+    for direction in _DIRECTIONS if by_pairs else ():
+        table = Table(title=f"{source}: R@10 {direction.replace('_', ' ')} by training pairs (%)")
+        table.add_column("map")
+        for count in next(iter(by_pairs.values())):
+            table.add_column(f"{int(count):,}", justify="right")
+        for name, rows in by_pairs.items():
+            table.add_row(
+                name.replace("_", "-"), *(_recall(row[direction]) for row in rows.values())
+            )
+        console.print(table)
+
+
+def _recalls(row: dict) -> list[str]:
+    return [_recall(row[direction]) for direction in _DIRECTIONS]
+
+
+def _recall(measures: dict) -> str:
+    """R@10 in percent, with its deviation over seeds where there are several."""
+    mean = _percent(measures["r@10"])
+    return f"{mean} ± {_percent(measures['std']['r@10'])}" if "std" in measures else mean
 
 
 def _percent(rate: float) -> str:

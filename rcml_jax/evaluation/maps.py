@@ -104,12 +104,15 @@ def cca(
     """Canonical directions (d, k) and (d′, k) and their correlations (k,), largest first.
 
     x_x, y_y, cross: second moments of centred rows, over their number. Variates have a variance of
-    one. shrinkage s: covariances are (1 − s) C + s tr(C)/d I. k is the narrower width, or `width`
-    if that is less. Raises UserError if a covariance is singular.
+    one. shrinkage s: covariances are (1 − s) C + s tr(C)/d I and the cross-covariance is (1 − s)
+    XᵀY, which is the shrinkage of both modalities' joint covariance, so that no correlation exceeds
+    1. k is the narrower width, or `width` if that is less. Raises UserError if a covariance is
+    singular.
     """
     whiten_x = inverse_root(x_x, shrinkage, "image")
     whiten_y = inverse_root(y_y, shrinkage, "text")
-    u, correlations, vt = np.linalg.svd(whiten_x @ cross @ whiten_y, full_matrices=False)
+    joint = (1 - shrinkage) * whiten_x @ cross @ whiten_y
+    u, correlations, vt = np.linalg.svd(joint, full_matrices=False)
     kept = slice(0, width)
     found = whiten_x @ u, whiten_y @ vt.T
     return found[0][:, kept], found[1][:, kept], np.minimum(correlations[kept], 1)

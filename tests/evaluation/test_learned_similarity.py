@@ -257,6 +257,35 @@ def test_validation_takes_some_texts_with_their_images():
         np.testing.assert_array_equal(x[row], image[rows[place]])
 
 
+def test_pairs_are_drawn_images_first_and_more_contain_fewer():
+    image, text, rows = planted(images=10, texts_each=3)
+    found = {
+        n: learned_similarity.draw_pairs(image, text, rows, n, seed=1) for n in (4, 10, 14, 30)
+    }
+    texts = {n: {tuple(t) for t in y} for n, (_, y, _) in found.items()}
+    assert texts[4] < texts[10] < texts[14] < texts[30]
+    assert [len(x) for x, _, _ in found.values()] == [4, 10, 10, 10]
+    for n, (x, y, own) in found.items():
+        assert len(y) == len(own) == n
+        for vector, row in zip(y, own, strict=True):
+            (place,) = np.flatnonzero((text == vector).all(axis=1))
+            np.testing.assert_array_equal(x[row], image[rows[place]])
+    assert texts[4] != {tuple(t) for t in draw(4, seed=2)[1]}
+    with pytest.raises(UserError, match="31 pairs cannot be drawn from 30"):
+        draw(31, seed=0)
+
+
+def test_the_sigmoid_learner_scores_its_logit():
+    model = untrained("two_tower_sigmoid", *planted())
+    image, text, _ = planted()
+    towers = untrained("two_tower", *planted())
+    params = {k: v for k, v in model.params.items() if k != "bias"}
+    cosines = learners.score("two_tower", params, towers.prepare, image, text)
+    expected = np.exp(params["log_scale"]) * np.asarray(cosines) - 10
+    np.testing.assert_allclose(model.score(image, text), expected, atol=1e-4)
+    assert (expected < 0).mean() > 0.5
+
+
 def test_batches_go_through_all_pairs():
     batches = learned_similarity._endless_batches(np.random.default_rng(0), 10, 3)
     passes = [np.concatenate([next(batches) for _ in range(3)]) for _ in range(2)]

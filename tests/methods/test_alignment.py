@@ -15,6 +15,7 @@ from tests.toy import ROOT, TINY, arguments, write_catalogue
 CONFIG = ROOT / "configs" / "alignment.py"
 SIMILARITIES = {"cosine", "dot", "euclidean", "manhattan", "chi_square"}
 DIRECTIONS = {"image_to_text", "text_to_image"}
+INTERVALS = {"r@1", "r@5", "r@10", "mrr", "map@10", "median_rank"}
 MEASURES = {"p@1", "p@5", "p@10", "r@1", "r@5", "r@10", "mrr", "map@10", "median_rank", "queries"}
 
 
@@ -38,7 +39,8 @@ def run(file, workdir, *more):
 
 
 def check_measures(measures):
-    assert set(measures) == MEASURES
+    assert set(measures) == MEASURES | {"interval"}
+    assert set(measures["interval"]) == INTERVALS
     assert all(0 <= measures[name] <= 1 for name in MEASURES - {"median_rank", "queries"})
 
 
@@ -74,6 +76,50 @@ def test_a_file_of_embeddings(file, tmp_path, capsys):
     assert result["learned"]["procrustes"]["image_to_text"]["r@1"] > fixed + 0.3
     assert result["precision"]["image_to_text"]["cosine"]["queries"] == 12
     assert result["precision"]["text_to_image"]["cosine"]["queries"] == 24
+
+
+def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
+    options = {
+        "learned": "procrustes,two_tower_sigmoid",
+        "pair_counts": "20,40,9999",
+        "learner_seeds": 2,
+        "learner_steps": 20,
+        "bootstrap": 0,
+        "similarity": "cosine",
+        "negative_level": 0.9,
+    }
+    assert run(file, tmp_path, *(f"--config.evaluation.{k}={v}" for k, v in options.items())) == 0
+    out = capsys.readouterr().out
+    for text in ("before and after", "unrelated pairs below zero", "training pairs", "± "):
+        assert text in out, text
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert set(result["by_pairs"]) == {"procrustes", "two_tower_sigmoid"}
+    for name, found in result["by_pairs"].items():
+        assert set(found) == {"20", "40"}
+        for row in found.values():
+            assert row["seeds"] == [42, 43]
+            for direction in DIRECTIONS:
+                values = row[direction]["values"]["mrr"]
+                assert len(values) == 2
+                assert row[direction]["mrr"] == pytest.approx(np.mean(values))
+                assert row[direction]["std"]["mrr"] == pytest.approx(np.std(values, ddof=1))
+        assert {"centroid", "wasserstein2"} < set(result["learned"][name])
+    # In closed form all pairs give one result; 20 of them are enough for 8 dimensions.
+    assert result["learned"]["procrustes"]["seeds"] == [42]
+    assert result["by_pairs"]["procrustes"]["20"]["text_to_image"]["r@1"] > 0.8
+    apart = result["calibration"]["none"]["wasserstein2"]
+    assert result["learned"]["procrustes"]["wasserstein2"] < 0.5 * apart
+    signed = result["signed"]
+    spaces = {"cosine", "centred", "whitened", "csls", "centred_csls"}
+    assert set(signed) == spaces | {"procrustes", "two_tower_sigmoid"}
+    for name, row in signed.items():
+        assert row["unrelated_negative"]["shifted"] == pytest.approx(0.9, abs=0.08), name
+        assert row["text_to_image"]["r@10"] > 0
+    assert signed["cosine"]["unrelated_negative"]["plain"] < 0.9
+    assert signed["procrustes"]["matched_positive"]["shifted"] > 0.9
+    for direction in DIRECTIONS:
+        same = result["precision"][direction]["cosine"]["r@10"]
+        assert signed["cosine"][direction]["r@10"] == same
 
 
 def evaluate(source, workdir, **options):
@@ -151,6 +197,7 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
         ((tmp_path / "none.npz", tmp_path / "b"), "there is no file"),
         ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all or from"),
         ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all or from"),
+        ((file, tmp_path / "f", "--config.evaluation.pair_counts=50,no"), "whole numbers above 1"),
         ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
     ):
         assert run(*args) == 2
