@@ -259,9 +259,8 @@ def test_validation_takes_some_texts_with_their_images():
 
 def test_pairs_are_drawn_images_first_and_more_contain_fewer():
     image, text, rows = planted(images=10, texts_each=3)
-    found = {
-        n: learned_similarity.draw_pairs(image, text, rows, n, seed=1) for n in (4, 10, 14, 30)
-    }
+    draw = partial(learned_similarity.draw_pairs, image, text, rows)
+    found = {n: draw(n, seed=1) for n in (4, 10, 14, 30)}
     texts = {n: {tuple(t) for t in y} for n, (_, y, _) in found.items()}
     assert texts[4] < texts[10] < texts[14] < texts[30]
     assert [len(x) for x, _, _ in found.values()] == [4, 10, 10, 10]
