@@ -5,15 +5,15 @@
     python eval.py --config configs/alignment.py:runs,path=runs/rcml --workdir runs/study
     python eval.py --config configs/alignment.py:flickr30k,path=flickr30k \
         --config.towers.names=openai/clip-vit-base-patch32 --workdir runs/flickr
-    python eval.py --config configs/alignment.py:flickr8k,path=flickr8k \
-        --config.towers.names=efficientnet-lite0+minilm --workdir runs/flickr8k
+    python eval.py --config configs/alignment.py:flickr8k,path=flickr8k --workdir runs/flickr8k
 
 `openmoji` (the default) compares towers trained by configs/rcml.py, by its CLIP baseline, and apart
 from each other on the groups of configs/m3col.py; runs that the work directory lacks are trained
 first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,). `runs` takes
 work directories of configs/rcml.py, with commas between, and the items that they were trained for.
 `flickr8k`, `flickr30k` and `coco` are local copies in their published layouts, embedded by the
-towers named, which `openmoji` takes besides its own.
+towers named, which `openmoji` takes besides its own; of `flickr8k` they are EfficientNet-Lite0 and
+MiniLM unless others are named.
 """
 
 import importlib.util
@@ -48,7 +48,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     # Towers of checkpoints, with commas between: CLIP, or IMAGE+TEXT for two that were trained
     # apart (ViT, ResNet or CLIP; BERT, RoBERTa, CLIP or minilm); directories or names on the hub.
     config.towers = ml_collections.ConfigDict()
-    config.towers.names = options.get("towers", "")
+    frozen = "efficientnet-lite0+minilm" if source == "flickr8k" else ""
+    config.towers.names = options.get("towers", frozen)
     config.towers.layer = "projected"  # of CLIP: to the joint space; or penultimate, before it
     config.towers.pooling = "auto"  # of other towers' tokens: first, mean; auto: the checkpoint's
     config.towers.max_length = 77  # tokens of a text
@@ -70,6 +71,15 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.pair_counts = ""
     config.evaluation.negative_level = 0.99  # share of unrelated pairs that is to be negative
     config.evaluation.bootstrap = 1000  # samples for intervals over queries; 0: no intervals
+
+    if source == "flickr8k":
+        # How far towers that were trained apart can be aligned, and by how many pairs.
+        config.evaluation.learned += (
+            ",kernel_cca,relative,optimal_transport,two_tower_mlp,two_tower_sigmoid"
+        )
+        config.evaluation.pair_counts = "50,200,1000,6000"
+        config.evaluation.learner_steps = 1000
+        config.evaluation.learner_batch = 128
 
     config.runs = ml_collections.ConfigDict()
     if source == "openmoji":
