@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from rcml_jax.cli import commands
+from rcml_jax.methods import alignment
+from rcml_jax.models.frozen import load_towers
 from tests.data.sources.test_captions import write_flickr
 from tests.models import towers
 from tests.toy import ROOT, TINY, arguments, write_catalogue
@@ -163,6 +165,20 @@ def test_captions_through_towers_of_checkpoints(checkpoints, tmp_path, capsys):
     assert whole["precision"]["text_to_image"]["cosine"]["queries"] == 80
     assert whole["sources"]["clip"]["calibration"] == result["sources"]["clip"]["calibration"]
     assert "figures" in capsys.readouterr().out or not importlib.util.find_spec("matplotlib")
+
+
+@pytest.mark.parametrize("names", ["clip", "vit+bert"])
+def test_texts_without_their_padding_embed_the_same(checkpoints, names, monkeypatch):
+    monkeypatch.setattr(alignment, "_LENGTH_STEP", 2)
+    paths = "+".join(str(checkpoints / name) for name in names.split("+"))
+    tower = load_towers(paths)[1]
+    texts = ["a man", "a man is eating food", "food"]
+    blocks = alignment.TextBlocks(tower, texts, tower.size)
+    ids, mask = blocks._tokenizer.encode(texts, tower.size)
+    assert 0 < mask.sum() < mask.size
+    found = blocks.block(0, 3)
+    assert found.shape == (3, tower.width)
+    np.testing.assert_allclose(found, tower.embed(ids, mask), atol=1e-5)
 
 
 def test_a_run_of_ours_is_a_source(tmp_path):
