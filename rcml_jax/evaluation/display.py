@@ -23,7 +23,7 @@ from rcml_jax.evaluation.measures import (
 from rcml_jax.evaluation.scores import SCORES
 
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
-ALIGNMENT = ("p@1", "p@5", "r@5", "r@10", "mrr", "map@10", "median_rank")
+ALIGNMENT = ("p@1", "r@5", "r@10", "mrr", "map@10", "median_rank")
 _DIRECTIONS = ("image_to_text", "text_to_image")
 GAP = {
     "centroid": "centroid",
@@ -115,21 +115,22 @@ def _print_alignments(source: str, found: dict, console: Console) -> None:
     if signed:
         table = Table(
             title=f"{source}: unrelated pairs below zero, matched pairs above (%)",
-            caption="as it is, and with zero fitted on validation pairs; ECE: calibration error",
+            caption="with zero as it is, and fitted on validation pairs; ECE: expected calibration "
+            "error by sigmoid, isotonic; R@10: image to text, text to image",
         )
         table.add_column("similarity")
-        heads = ("below", "above", "below, fitted", "above, fitted", "ECE sigmoid", "ECE isotonic")
-        for name in (*heads, "R@10 i→t", "R@10 t→i"):
+        for name in ("below, above", "fitted", "ECE", "R@10"):
             table.add_column(name, justify="right")
         for name, row in signed.items():
             shares = [
-                _percent(row[key][how])
+                ", ".join(_percent(row[k][how]) for k in ("unrelated_negative", "matched_positive"))
                 for how in ("plain", "shifted")
-                for key in ("unrelated_negative", "matched_positive")
             ]
             errors = row["calibration_error"]
-            cells = [_percent(errors[k]) if k in errors else "–" for k in ("sigmoid", "isotonic")]
-            table.add_row(name.replace("_", "-"), *shares, *cells, *_recalls(row))
+            error = ", ".join(
+                _percent(errors[k]) if k in errors else "–" for k in ("sigmoid", "isotonic")
+            )
+            table.add_row(name.replace("_", "-"), *shares, error, ", ".join(_recalls(row)))
         console.print(table)
     by_pairs = found.get("by_pairs", {})
     for direction in _DIRECTIONS if by_pairs else ():

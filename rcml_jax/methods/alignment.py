@@ -518,7 +518,10 @@ def _learned(
         learners.append(learned)
         runs.append(_scored(learned, test, config, score))
     if learners[0].embeds and not pairs:
-        runs[0] |= _gap_left(_embedded(learners[0], test), config)
+        moved = _embedded(learners[0], test)
+        if name == "two_tower_sigmoid":  # whose last entry is the bias of the logit
+            moved = moved[0][:, :-1], moved[1][:, :-1], moved[2]
+        runs[0] |= _gap_left(moved, config)
     values = {
         direction: {k: [run[direction][k] for run in runs] for k in runs[0][direction]}
         for direction in ("image_to_text", "text_to_image")

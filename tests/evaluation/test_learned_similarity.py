@@ -157,10 +157,11 @@ def test_an_embedding_gives_the_score(name):
     scores = model.score(image, text)
     assert scores.shape == (5, 7)
     assert scores.dtype == jnp.float32
-    np.testing.assert_allclose(jax.jit(model.score)(image, text), scores, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(model.score)(image, text), scores, atol=1e-5)
     if model.embeds:
         product = model.embed_image(image) @ model.embed_text(text).T
-        np.testing.assert_allclose(product, scores, atol=1e-6)
+        # The inverse root of a kernel makes rounding larger.
+        np.testing.assert_allclose(product, scores, atol=1e-5 if name == "kernel_cca" else 1e-6)
     else:
         with pytest.raises(UserError, match=f"{name} scores pairs and has no embedding"):
             model.embed_image(image)

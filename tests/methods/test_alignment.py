@@ -110,12 +110,14 @@ def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
     assert result["learned"]["procrustes"]["seeds"] == [42]
     assert result["by_pairs"]["procrustes"]["20"]["text_to_image"]["r@1"] > 0.8
     apart = result["calibration"]["none"]["wasserstein2"]
-    assert result["learned"]["procrustes"]["wasserstein2"] < 0.5 * apart
+    for name in result["by_pairs"]:
+        assert result["learned"][name]["wasserstein2"] < 0.7 * apart
     signed = result["signed"]
     spaces = {"cosine", "centred", "whitened", "csls", "centred_csls"}
     assert set(signed) == spaces | {"procrustes", "two_tower_sigmoid"}
     for name, row in signed.items():
-        assert row["unrelated_negative"]["shifted"] == pytest.approx(0.9, abs=0.08), name
+        # Fitted and looked at on twelve images each.
+        assert row["unrelated_negative"]["shifted"] == pytest.approx(0.9, abs=0.15), name
         assert row["text_to_image"]["r@10"] > 0
     assert signed["cosine"]["unrelated_negative"]["plain"] < 0.9
     assert signed["procrustes"]["matched_positive"]["shifted"] > 0.9
