@@ -110,8 +110,9 @@ def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
     assert result["learned"]["procrustes"]["seeds"] == [42]
     assert result["by_pairs"]["procrustes"]["20"]["text_to_image"]["r@1"] > 0.8
     apart = result["calibration"]["none"]["wasserstein2"]
-    for name in result["by_pairs"]:
-        assert result["learned"][name]["wasserstein2"] < 0.7 * apart
+    assert result["learned"]["procrustes"]["wasserstein2"] < 0.5 * apart
+    # Means are taken out before the maps; the logit's bias, -10, is no part of the gap.
+    assert result["learned"]["two_tower_sigmoid"]["centroid"] < 0.8
     signed = result["signed"]
     spaces = {"cosine", "centred", "whitened", "csls", "centred_csls"}
     assert set(signed) == spaces | {"procrustes", "two_tower_sigmoid"}
