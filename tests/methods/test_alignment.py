@@ -181,7 +181,8 @@ def test_texts_without_their_padding_embed_the_same(checkpoints, names, monkeypa
     assert 0 < mask.sum() < mask.size
     found = blocks.block(0, 3)
     assert found.shape == (3, tower.width)
-    np.testing.assert_allclose(found, tower.embed(ids, mask), atol=1e-5)
+    # Sums over fewer terms round otherwise.
+    np.testing.assert_allclose(found, tower.embed(ids, mask), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_of_ours_is_a_source(tmp_path):
