@@ -123,6 +123,14 @@ SPACES = {
 }
 
 
+#: What `fit_best` tries of each closed form: how much to regularise depends on the number of pairs.
+GRIDS = {
+    "cca": {"shrinkage": (0.01, 0.1, 0.3, 0.6, 0.9)},
+    "kernel_cca": {"shrinkage": (0.01, 0.1, 0.3, 0.6, 0.9)},
+    "relative": {"power": (1.0, 2.0, 4.0), "kept": (0, 100)},
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Learned:
     """A learned similarity.
@@ -338,6 +346,38 @@ def _some(image, text, rows, count, seed):
     chosen = np.sort(np.random.default_rng(seed).choice(len(text), count, replace=False))
     images, rows = np.unique(rows[chosen], return_inverse=True)
     return image[images], text[chosen], rows
+
+
+def fit_best(
+    name: str,
+    image: np.ndarray,
+    text: np.ndarray,
+    image_of_text: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Learned:
+    """Of the fits with every combination of `GRIDS[name]`, the best on validation by MRR.
+
+    What `options` sets is not varied; a learner without a grid is fitted once. Raises UserError as
+    `fit` does.
+    """
+    given = dict(options or {})
+    grid = {k: v for k, v in GRIDS.get(name, {}).items() if k not in given}
+    fits = (
+        fit(
+            name,
+            image,
+            text,
+            image_of_text,
+            validation,
+            options=given | dict(zip(grid, values, strict=True)),
+            seed=seed,
+        )
+        for values in itertools.product(*grid.values())
+    )
+    return max(fits, key=lambda learned: learned.best["mrr"])
 
 
 def draw_pairs(

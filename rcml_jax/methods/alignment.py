@@ -32,11 +32,12 @@ from rcml_jax.evaluation.calibration import SPACES as SIGNED
 from rcml_jax.evaluation.calibration import fit_space, pair_scores, score_measures
 from rcml_jax.evaluation.cross_modal import check_pairs, pair_retrieval, retrieval
 from rcml_jax.evaluation.learned_similarity import (
+    GRIDS,
     LEARNERS,
     SPACES,
     Learned,
     draw_pairs,
-    fit,
+    fit_best,
     search,
 )
 from rcml_jax.evaluation.learners import CLOSED
@@ -492,7 +493,7 @@ def _learned(
 
     pairs: training pairs to draw by each seed, or None for all; chosen: options that a search on
     all pairs found. A closed form is searched again, as its best shrinkage depends on the number of
-    pairs. Returns means over the seeds, their deviations and values, and the first seed's learner.
+    pairs; without a search it takes the best of a grid (`learned_similarity.GRIDS`). Returns means over the seeds, their deviations and values, and the first seed's learner.
     """
     train, validation, test = splits
     asked = config.evaluation
@@ -514,7 +515,7 @@ def _learned(
             best = max(found.trials, key=lambda trial: trial["mrr"])["options"]
             options, learned = base | best, found.best
         else:
-            learned = fit(name, *drawn, validation, options=options, seed=seed)
+            learned = fit_best(name, *drawn, validation, options=options, seed=seed)
         learners.append(learned)
         runs.append(_scored(learned, test, config, score))
     if learners[0].embeds and not pairs:
@@ -529,6 +530,7 @@ def _learned(
     result: dict[str, Any] = {
         "validation": learners[0].best,
         "options": {k: v for k, v in options.items() if k not in ("steps", "batch_size")},
+        "grid": {k: getattr(learners[0].options, k) for k in GRIDS.get(name, {})},
         "seeds": seeds,
         **{k: v for k, v in runs[0].items() if k not in values},
     }
@@ -567,7 +569,8 @@ def _protocol(config: Any, first: str) -> dict:
         "ranks": "exact, over the whole gallery of the split",
         "precision": "p@k: share of the top k that is right; r@k: any of the top k is right",
         "calibration": "means and whitening of each modality, fitted on the training split",
-        "learned": "fitted on the training split, stopped by validation; means over the seeds",
+        "learned": "fitted on the training split, stopped by validation; means over the seeds; "
+        "closed forms take shrinkage, power and kept entries from a grid by validation",
         "by_pairs": "as learned, on so many training pairs drawn by each seed, images first",
         "signed": "zero and probabilities fitted on validation pairs; probabilities at equal shares"
         " of matched and unrelated pairs; both maps rise strictly, so that the order is that of "

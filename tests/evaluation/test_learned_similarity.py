@@ -260,6 +260,19 @@ def test_validation_takes_some_texts_with_their_images():
         np.testing.assert_array_equal(x[row], image[rows[place]])
 
 
+def test_the_best_of_a_grid_is_kept(monkeypatch):
+    data, validation = planted(width=(8, 6), noise=0.5), planted(seed=1, width=(8, 6), noise=0.5)
+    monkeypatch.setitem(learned_similarity.GRIDS, "cca", {"shrinkage": (0.999, 0.01)})
+    tried = [fit("cca", *data, validation, options={"shrinkage": s}) for s in (0.999, 0.01)]
+    figures = [model.best["mrr"] for model in tried]
+    assert figures[0] != figures[1]
+    best = tried[int(np.argmax(figures))].options
+    assert learned_similarity.fit_best("cca", *data, validation).options == best
+    given = learned_similarity.fit_best("cca", *data, validation, options={"shrinkage": 0.5})
+    assert given.options.shrinkage == 0.5
+    assert learned_similarity.fit_best("procrustes", *data, validation).best["mrr"] > 0
+
+
 def test_pairs_are_drawn_images_first_and_more_contain_fewer():
     image, text, rows = planted(images=10, texts_each=3)
     draw = partial(learned_similarity.draw_pairs, image, text, rows)
