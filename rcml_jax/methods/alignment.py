@@ -493,7 +493,8 @@ def _learned(
 
     pairs: training pairs to draw by each seed, or None for all; chosen: options that a search on
     all pairs found. A closed form is searched again, as its best shrinkage depends on the number of
-    pairs; without a search it takes the best of a grid (`learned_similarity.GRIDS`). Returns means over the seeds, their deviations and values, and the first seed's learner.
+    pairs; without a search it takes the best of a grid (`learned_similarity.GRIDS`). Returns means
+    over the seeds, their deviations and values, and the first seed's learner.
     """
     train, validation, test = splits
     asked = config.evaluation
