@@ -13,7 +13,7 @@ first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text`
 work directories of configs/rcml.py, with commas between, and the items that they were trained for.
 `flickr8k`, `flickr30k` and `coco` are local copies in their published layouts, embedded by the
 towers named, which `openmoji` takes besides its own; of `flickr8k` they are EfficientNet-Lite0 and
-MiniLM unless others are named.
+MiniLM unless others are named. `rcml-eval --help --config alignment` explains each option.
 """
 
 import importlib.util
@@ -22,58 +22,50 @@ import pathlib
 import ml_collections
 
 from rcml_jax.config import parse_argument
+from rcml_jax.data.sources import STUDY_SOURCES
+from rcml_jax.options import ARGUMENTS
 
 
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a source, "openmoji" or "npz,path=FILE" and the like."""
-    source, options = parse_argument(
-        arg,
-        sources=("openmoji", "npz", "runs", "flickr8k", "flickr30k", "coco"),
-        options=("path", "towers"),
-    )
+    source, options = parse_argument(arg, sources=STUDY_SOURCES, options=ARGUMENTS["alignment"])
     config = ml_collections.ConfigDict()
     config.method = "alignment"
     config.seed = 42
     config.steps = 0  # nothing is trained but the runs below
     config.parallel = "jit"
-    config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
+    config.platform = ""
 
     config.data = ml_collections.ConfigDict()
     config.data.name = source
-    config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
-    config.data.path = options.get("path", "")  # of the file, the runs or the local copy
-    # Of the split where the source declares none: 60 % train, 20 % validation, 20 % test.
+    config.data.dir = ""
+    config.data.path = options.get("path", "")
     config.data.split_seed = 0
 
-    # Towers of checkpoints, with commas between: CLIP, or IMAGE+TEXT for two that were trained
-    # apart (ViT, ResNet or CLIP; BERT, RoBERTa, CLIP or minilm); directories or names on the hub.
     config.towers = ml_collections.ConfigDict()
     frozen = "efficientnet-lite0+minilm" if source == "flickr8k" else ""
     config.towers.names = options.get("towers", frozen)
-    config.towers.layer = "projected"  # of CLIP: to the joint space; or penultimate, before it
-    config.towers.pooling = "auto"  # of other towers' tokens: first, mean; auto: the checkpoint's
-    config.towers.max_length = 77  # tokens of a text
+    config.towers.layer = "projected"
+    config.towers.pooling = "auto"
+    config.towers.max_length = 77
 
     config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.gallery = "test"  # or all: similarities and gap on every split together
-    config.evaluation.similarity = "all"  # or one of cosine, dot, euclidean, manhattan, chi_square
-    config.evaluation.memory_mb = 512  # that a block of scores may take
-    config.evaluation.wasserstein = "gaussian"  # sinkhorn or sliced, with the extra `alignment`
-    # Similarities learned on the training split: all, names with commas between, or none of them.
+    config.evaluation.gallery = "test"
+    config.evaluation.similarity = "all"
+    config.evaluation.memory_mb = 512
+    config.evaluation.wasserstein = "gaussian"
     config.evaluation.learned = (
         "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive,attention"
     )
-    config.evaluation.learner_steps = 500  # of training, at most
+    config.evaluation.learner_steps = 500
     config.evaluation.learner_batch = 64
-    config.evaluation.search_trials = 0  # of Optuna for each learner, with the extra `search`
-    config.evaluation.learner_seeds = 1  # fits of each learner, whose mean and deviation are told
-    # Numbers of training pairs that the learners are compared on, with commas between; empty: all.
+    config.evaluation.search_trials = 0
+    config.evaluation.learner_seeds = 1
     config.evaluation.pair_counts = ""
-    config.evaluation.negative_level = 0.99  # share of unrelated pairs that is to be negative
-    config.evaluation.bootstrap = 1000  # samples for intervals over queries; 0: no intervals
+    config.evaluation.negative_level = 0.99
+    config.evaluation.bootstrap = 1000
 
     if source == "flickr8k":
-        # How far towers that were trained apart can be aligned, and by how many pairs.
         config.evaluation.learned += (
             ",kernel_cca,relative,optimal_transport,two_tower_mlp,two_tower_sigmoid"
         )

@@ -8,64 +8,66 @@
 The argument after the colon names the data: `openmoji` (the default, embedded), `rosmap`, `brca`
 (fetched once), `n24news`, `food101` (local copies, path=DIRECTORY), or an import path of your own,
 `my_package.my_source:load`, a function (config.data, cache directory) -> ClassificationData.
-`paper=True` is the paper's recipe for ROSMAP, whose tuned one is the default. Every value can be
-overridden: --config.loss.contrastive_weight=0.2.
+`paper=True` is the paper's recipe for ROSMAP, whose tuned one is the default; `quick=True` gives
+BRCA and tables like it that one, in a fraction of the time. Every value can be overridden:
+--config.loss.contrastive_weight=0.2. `rcml-train --help --config m3col` explains each.
 """
 
 import ml_collections
 
 from rcml_jax.config import parse_argument
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
-
-_OPTIONS = ("path", "paper")
+from rcml_jax.options import ARGUMENTS
 
 
 def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     """The configuration of a data set, e.g. "n24news,path=DIRECTORY"."""
-    source, options = parse_argument(arg, sources=CLASSIFICATION_SOURCES, options=_OPTIONS)
+    source, options = parse_argument(
+        arg, sources=CLASSIFICATION_SOURCES, options=ARGUMENTS["m3col"]
+    )
     config = ml_collections.ConfigDict()
     config.method = "m3col"
     config.seed = 42
-    config.seeds = 1  # so many models at once, with this seed and the ones after it
-    config.steps = 0  # 0: as many as config.epochs have
+    config.seeds = 1
+    config.steps = 0
     config.epochs = 30
-    config.validate_every = 0  # steps; 0: config.validate_epochs
+    config.validate_every = 0
     config.validate_epochs = 1
-    config.checkpoint_every = 0  # steps; 0: at every validation
-    config.patience = 0  # validations without a better accuracy before stopping; 0: never
+    config.checkpoint_every = 0
+    config.patience = 0
     config.log_every = 10
-    config.micro_batch = 0  # so many examples are embedded at a time; 0: the whole batch
-    config.accumulation = "exact"  # or micro, a mean over batches of that size: the authors' way
-    config.parallel = "jit"  # jit, pmap, or fsdp: jit with the state split over the devices
-    config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
-    config.devices = 0  # 0: all of them
+    config.micro_batch = 0
+    config.accumulation = "exact"
+    config.parallel = "jit"
+    config.platform = ""
+    config.devices = 0
     config.tensorboard = False
 
     config.data = ml_collections.ConfigDict()
     config.data.name = source
-    config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
-    config.data.path = options.get("path", "")  # of a local copy
-    config.data.text = "headline"  # of N24News: headline, caption, abstract or article
-    config.data.modalities = ""  # "text", "image,text"; empty: all of them
-    config.data.strict = False  # a missing picture is an error, not counted and skipped
+    config.data.dir = ""
+    config.data.path = options.get("path", "")
+    config.data.text = "headline"
+    config.data.modalities = ""
+    config.data.strict = False
     config.data.split_seed = 0
-    config.data.folds = 5  # without a validation split, one of so many folds of train is held out
-    config.data.patches_hidden = 0.0  # share of each picture that is turned grey
+    config.data.folds = 5
+    config.data.patches_hidden = 0.0
     config.data.patch_size = 8
-    config.data.words_dropped = 0.0  # share of the words of a text that are lost
-    config.data.threads = 1  # that read batches ahead
+    config.data.words_dropped = 0.0
+    config.data.threads = 1
 
     config.batch = ml_collections.ConfigDict()
-    config.batch.size = 128  # 0: the whole training split
-    config.batch.image_shift = 0  # augmentation: moved by up to so many pixels
-    config.batch.image_flip = False  # augmentation: half of the images mirrored
+    config.batch.size = 128
+    config.batch.image_shift = 0
+    config.batch.image_flip = False
 
     config.model = ml_collections.ConfigDict()
-    config.model.image_pretrained = ""  # a ViT, and
-    config.model.text_pretrained = ""  # a BERT or RoBERTa: directories or names on the hub
-    config.model.dtype = "float32"  # of the computation, or bfloat16
-    # Less memory, more time: "layers" computes each layer of a tower again for the backward pass,
-    # "dots" all of it but the products with weights.
+    # Size, crop, mean and deviation of images: a run writes here what its checkpoint's files say.
+    config.model.preprocessing = ml_collections.ConfigDict()
+    config.model.image_pretrained = ""
+    config.model.text_pretrained = ""
+    config.model.dtype = "float32"
     config.model.remat = ""
     config.model.width = 128
     config.model.layers = 3
@@ -76,44 +78,45 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.max_length = 32
     config.model.dropout = 0.0
     config.model.classifier_layers = 2
-    config.model.hidden = 0  # of the classifiers; 0: config.model.width
+    config.model.hidden = 0
 
     config.mixup = ml_collections.ConfigDict()
     config.mixup.alpha = 0.15
-    config.mixup.fraction = 1.0  # share of the samples that are mixed
-    config.mixup.place = "input"  # or embedding; a text's embedding is mixed in any case
-    config.mixup.labels = False  # vanilla mixup: mixed samples with mixed labels
+    config.mixup.fraction = 1.0
+    config.mixup.place = "input"
+    config.mixup.labels = False
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.contrastive = "scheduled"  # m3co, multi_soft_clip, clip, none
+    config.loss.contrastive = "scheduled"
     config.loss.contrastive_weight = 0.1  # β
-    config.loss.unimodal_weight = 1.0  # 0: no uni-modal supervision
-    config.loss.m3co_share = 1 / 3  # of the steps have M3Co, the others MultiSClip
+    config.loss.unimodal_weight = 1.0
+    config.loss.m3co_share = 1 / 3
     config.loss.temperature = 0.1
-    config.loss.soft_temperature = 0.1  # of MultiSClip
+    config.loss.soft_temperature = 0.1
     config.loss.stop_gradient_targets = False
-    config.loss.block = 0  # samples compared at a time, for less memory; 0: all of them
+    config.loss.block = 0
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"  # or adam, with weight decay added to the gradient
-    config.optimizer.schedule = "cosine"  # step, plateau or constant
+    config.optimizer.name = "adamw"
+    config.optimizer.schedule = "cosine"
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.rates = ml_collections.ConfigDict()  # of parts: encoders_text, heads, ...
+    config.optimizer.rates = ml_collections.ConfigDict()
     config.optimizer.warmup_steps = 20
-    config.optimizer.step_size = 250  # of the step schedule, in steps
-    config.optimizer.factor = 0.2  # of the step and plateau schedules
-    config.optimizer.plateau_patience = 2  # validations without a better accuracy
+    config.optimizer.step_size = 250
+    config.optimizer.factor = 0.2
+    config.optimizer.plateau_patience = 2
     config.optimizer.weight_decay = 0.1
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
-    config.optimizer.clip_norm = 0.0  # 0: no clipping
+    config.optimizer.clip_norm = 0.0
 
     if source == "openmoji":
         _openmoji(config)
     elif _is_omics(source):
         _omics(config)
-        if source == "rosmap" and options.get("paper") != "True":
-            _tuned_rosmap(config)
+        tuned = source == "rosmap" and options.get("paper") != "True"
+        if tuned or options.get("quick") == "True":
+            _quick_omics(config)
     elif source in ("n24news", "food101"):
         _image_text(config)
     return config
@@ -121,7 +124,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
 
 def get_ablations(arg: str = "openmoji") -> dict[str, str]:
     """Variants by name, as options of `--variant`: the ablations and baselines of the paper."""
-    source, _ = parse_argument(arg, sources=CLASSIFICATION_SOURCES, options=_OPTIONS)
+    source, _ = parse_argument(arg, sources=CLASSIFICATION_SOURCES, options=ARGUMENTS["m3col"])
     modalities = ("mrna", "methylation", "mirna") if _is_omics(source) else ("image", "text")
     vanilla = "mixup.labels=True,mixup.alpha=0.2,loss.contrastive=none"
     return {
@@ -163,8 +166,11 @@ def _omics(config: ml_collections.ConfigDict) -> None:
     config.optimizer.weight_decay = 1e-4
 
 
-def _tuned_rosmap(config: ml_collections.ConfigDict) -> None:
-    """What did best on held-out folds: a fifth of the width, dropout, and 200 epochs."""
+def _quick_omics(config: ml_collections.ConfigDict) -> None:
+    """What did best on held-out folds of ROSMAP: a fifth of the width, dropout, and 200 epochs.
+
+    On BRCA it was not tuned.
+    """
     config.epochs = 200
     config.validate_epochs = 5
     config.checkpoint_every = 100

@@ -20,13 +20,14 @@ towers from scratch. `text=NAME` puts a BERT or RoBERTa in the place of CLIP's t
 pip install "rcml_jax[minilm]", `image=efficientnet-lite0` the EfficientNet-Lite0 of
 pip install "rcml_jax[efficientnet]". They are frozen; --config.model.freeze="" trains them, too,
 which wants a lower learning rate. Every value can be overridden:
---config.optimizer.learning_rate=1e-4.
+--config.optimizer.learning_rate=1e-4. `rcml-train --help --config rcml` explains each of them.
 """
 
 import ml_collections
 
 from rcml_jax.config import parse_argument
 from rcml_jax.data.sources import SOURCES
+from rcml_jax.options import ARGUMENTS
 
 _VIT_B32 = "openai/clip-vit-base-patch32"
 
@@ -36,33 +37,30 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     source, options = parse_argument(
         arg,
         sources=SOURCES,
-        options=("path", "domain", "pretrained", "text", "image"),
+        options=ARGUMENTS["rcml"],
     )
     pretrained = options.get("pretrained", _VIT_B32 if source == "amazon" else "none")
     # What was chosen on the validation splits of these two; elsewhere the paper's form.
     chosen = source in ("openmoji", "hm")
     config = ml_collections.ConfigDict()
-    # rcml, or the baselines clip, siglip, unicl, declip; or an import path "package.module:NAME".
     config.method = "rcml"
     config.seed = 42
     config.steps = 500
     config.validate_every = 50
-    config.selection = "hit@5/avg"  # the validation measure that picks the checkpoint
-    config.patience = 6  # validations without a better one before stopping; 0: never
+    config.selection = "hit@5/avg"
+    config.patience = 6
     config.log_every = 25
-    # So many examples are embedded at a time, for the gradient of the whole batch all the same, at
-    # the price of one more forward pass; 0: all of them.
     config.micro_batch = 0
-    config.parallel = "jit"  # jit, pmap, or fsdp: jit with the state split over the devices
-    config.platform = ""  # cpu, gpu, tpu; empty: what JAX finds
-    config.devices = 0  # 0: all of them
+    config.parallel = "jit"
+    config.platform = ""
+    config.devices = 0
     config.tensorboard = False
 
     config.data = ml_collections.ConfigDict()
     config.data.name = source
-    config.data.dir = ""  # where data sets are cached; empty: the user's cache directory
-    config.data.path = options.get("path", "")  # of the folder source, or a copy of another one
-    config.data.strict = False  # a corrupt image is an error, not counted and skipped
+    config.data.dir = ""
+    config.data.path = options.get("path", "")
+    config.data.strict = False
     if source == "amazon":
         config.data.domain = options.get("domain", "")
     if source in ("amazon", "hm"):
@@ -74,47 +72,40 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         config.data.min_purchases = 5  # of a customer who is of a kind
         config.data.pairs_per_respect = 20_000
     config.data.split_seed = 0
-    # item: test items are never seen; pair: test pairs are not; relation: test items and sentences.
     config.data.disjoint = "item"
-    config.data.domain_split = ""  # labels to test on, the others to train on, e.g. "food-*"
+    config.data.domain_split = ""
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
-    config.data.queries = 10_000  # at most, for each task of the evaluation
+    config.data.queries = 10_000
     # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.
     few = source in ("openmoji", "grocery", "hm")
     config.data.pairs_per_relation = 100 if few else 0
-    config.data.threads = 1  # that read batches ahead
+    config.data.threads = 1
 
     config.batch = ml_collections.ConfigDict()
     config.batch.relations = 8 if source == "openmoji" else 16
     config.batch.pairs_per_relation = 16 if source == "openmoji" else 8
     config.batch.intra_pairs = 32
-    config.batch.size = 256  # distinct items; what the pairs leave free are more negatives
-    # So many texts share a row of tokens, which is as long as they are together: less padding where
-    # lengths differ much, with the same losses.
+    config.batch.size = 256
     config.batch.texts_per_row = 1
-    config.batch.image_shift = 3  # augmentation: moved by up to so many pixels
-    config.batch.image_flip = False  # augmentation: half of the images mirrored
-    # Augmentation: noise in the embeddings of sentences, in multiples of their length.
+    config.batch.image_shift = 3
+    config.batch.image_flip = False
     config.batch.sentence_noise = 0.0
     config.batch.inter_pairs = True  # False: self pairs only (ablation)
 
     config.model = ml_collections.ConfigDict()
     config.model.pretrained = "" if pretrained == "none" else pretrained
-    # In the place of one tower: a BERT or RoBERTa ("minilm": the packaged one), and a ViT.
     config.model.text_pretrained = options.get("text", "")
     config.model.image_pretrained = options.get("image", "")
-    # In the place of one tower, trained from scratch: a flax module by its import path,
-    # "package.module:NAME" (see rcml_jax.models.backbones.Backbone).
+    # Size, crop, mean and deviation of images, and the pooling of texts: a run writes here what the
+    # files of its checkpoints say.
+    config.model.preprocessing = ml_collections.ConfigDict()
     config.model.text_tower = ""
     config.model.image_tower = ""
-    config.model.towers = ""  # hf: Hugging Face's own Flax CLIP, of transformers before 5
-    config.model.init_from = ""  # a work directory of ours whose towers to start from
-    config.model.freeze = ""  # text, image, both
-    # The token states of frozen towers are computed once and kept beside the prepared data.
+    config.model.towers = ""
+    config.model.init_from = ""
+    config.model.freeze = ""
     config.model.store_frozen = False
-    config.model.dtype = "float32"  # of the computation, or bfloat16
-    # Less memory, more time: "layers" computes each layer of a tower again for the backward pass,
-    # "dots" all of it but the products with weights.
+    config.model.dtype = "float32"
     config.model.remat = ""
     config.model.width = 128
     config.model.layers = 3
@@ -124,7 +115,6 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.patch_size = 8
     config.model.vocab_size = 4096
     config.model.max_length = 32
-    # The pooling head (Eq. 5): see RelationPooling.
     config.model.beta = 0.6
     config.model.summary_logit = 1.0
     config.model.summary_prior = 0.0
@@ -133,24 +123,17 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.head_init = "identity"
 
     config.loss = ml_collections.ConfigDict()
-    # Of a baseline: clip, siglip, unicl, or an import path "package.module:NAME"; empty: its own.
     config.loss.function = ""
     config.loss.temperature = 0.1
     config.loss.learn_temperature = False
     config.loss.intra_modal_weight = 0.5  # λ; 0: no intra-modal loss (ablation)
-    # Of a pair: items unrelated to it under any relation, as in the paper, or those unlinked under
-    # the pair's own, so that what is linked to it otherwise is told apart, too.
     config.loss.negatives = "unlinked" if chosen else "unrelated"
-    # Of a baseline: what is related to an item is no negative of it, either.
     config.loss.mask_related = False
     config.loss.identification_weight = 1.0  # beyond the paper, which has 0
-    # Of DeCLIP alone: the weights of its further terms; what is left to 1 is CLIP's.
     config.loss.declip = ml_collections.ConfigDict()
-    config.loss.declip.self_supervision = 0.2  # α: SimSiam and masked tokens
-    config.loss.declip.multi_view = 0.2  # β: the other pairs of views
-    config.loss.declip.nearest_neighbor = 0.2  # γ: the nearest text in the batch
-    # Less memory, more time: relations at a time, and pairs of each; rows at a time of a baseline's
-    # loss. 0: all of them.
+    config.loss.declip.self_supervision = 0.2
+    config.loss.declip.multi_view = 0.2
+    config.loss.declip.nearest_neighbor = 0.2
     config.loss.block = 0
     config.loss.pair_block = 0
 
@@ -160,11 +143,11 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.optimizer.clip_norm = 0.0  # 0: no clipping
+    config.optimizer.clip_norm = 0.0
 
     config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.similarity = "cosine"  # or all: a sweep over every similarity
-    config.evaluation.validity_probe = "linear"  # or mlp
+    config.evaluation.similarity = "cosine"
+    config.evaluation.validity_probe = "linear"
 
     if source in ("grocery", "amazon", "hm"):
         _photographs(config)

@@ -21,7 +21,7 @@ from rcml_jax.data.sources import openmoji
 from rcml_jax.data.sources.openmoji import SENTENCES, colours, outline
 from rcml_jax.methods.task import cache_directory
 from rcml_jax.report import page
-from rcml_jax.report.relational import box, frame
+from rcml_jax.report.page import box, frame
 
 PARTNERS, WRONG = 3, 2
 FIGURE = pathlib.Path(__file__).parent / "figures" / "openmoji.png"

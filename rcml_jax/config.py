@@ -1,16 +1,23 @@
-"""Reading configurations: the argument of a file, and names that stand for other things."""
+"""Reading configurations: recipes by name or file, their arguments, and values of options."""
 
-from collections.abc import Collection, Sequence
+import importlib.util
+import pathlib
+from collections.abc import Collection
 from typing import Any
 
-import jax.numpy as jnp
+import ml_collections
 
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.registry import is_path
 
+_PACKAGE = pathlib.Path(__file__).parent
+#: The folder of the recipes: a wheel has it inside the package, a clone beside the package.
+RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
 
 def parse_argument(
-    arg: str, *, sources: Collection[str], options: Sequence[str]
+    arg: str, *, sources: Collection[str], options: Collection[str]
 ) -> tuple[str, dict[str, str]]:
     """ "source,name=value,..." → the source and its options; an empty source is the first one.
 
@@ -39,19 +46,70 @@ def parse_argument(
     return source, found
 
 
-def block_size(loss: Any, name: str = "block") -> int | None:
-    """`config.loss.block`, or another of its kind, as the losses take it: None for all at once.
+def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
+    """The configuration of a recipe, "NAME[:ARGUMENT]" or "FILE.py[:ARGUMENT]".
 
-    The configurations of older runs have none. Raises UserError for a negative one.
+    NAME is that of a packaged recipe. Raises UserError where `get_config` cannot be called.
     """
-    size = loss.get(name, 0)
-    if size < 0:
-        raise UserError(f"config.loss.{name}={size} must not be negative; 0 compares all at once")
-    return size or None
+    config = call_config_file(path_and_argument, "get_config")
+    if not isinstance(config, ml_collections.ConfigDict):
+        path = path_and_argument.partition(":")[0]
+        raise UserError(f"get_config of {path} must return an ml_collections.ConfigDict")
+    return config
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The type that `config.model.dtype` names. Raises UserError for another than two."""
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"config.model.dtype={name!r} is unknown; choose float32 or bfloat16")
-    return jnp.dtype(name)
+def recipe_path(name: str) -> str:
+    """The file of a packaged recipe such as "rcml"; any other name is a path and is returned as is.
+
+    Raises UserError where there is no such file.
+    """
+    path = str(RECIPES / f"{name}.py" if name.isidentifier() else user_path(name))
+    if not pathlib.Path(path).is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py")))
+        kind = "packaged recipe" if name.isidentifier() else "configuration file"
+        raise UserError(
+            f"there is no {kind} {name}; give a packaged recipe ({known}) or the path of a Python "
+            "file"
+        )
+    return path
+
+
+def call_config_file(path_and_argument: str, function: str) -> Any:
+    """What a function of a recipe returns, which is named as for `load_config_file`.
+
+    Raises UserError where it fails.
+    """
+    name, _, argument = path_and_argument.partition(":")
+    path = recipe_path(name)
+    spec = importlib.util.spec_from_file_location("rcml_jax_config_file", path)
+    module = importlib.util.module_from_spec(spec) if spec else None
+    if module is None:
+        raise UserError(f"{path} is no Python file; give one with a function {function}")
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise UserError(f"{path} has no function {function}; {RECIPES / 'rcml.py'} has one")
+        call = getattr(module, function)
+        return call(argument) if argument else call()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
+
+
+def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted names → values."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= leaves(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def fold_seed(seed: int) -> int:
+    """A seed of up to 63 bits → one of 32, which random keys take; smaller seeds are unchanged."""
+    return (seed & 0xFFFFFFFF) ^ (seed >> 32)

@@ -737,3 +737,24 @@ def calibration_error(probability, matched, weight, bins):
             gap = sum(weight[i] * (probability[i] - matched[i]) for i in own) / w
             total += w / sum(weight) * abs(gap)
     return total
+
+
+# --- Training batches -----------------------------------------------------------------------------
+
+
+def relation_batch(rng, items, pairs, relations, each, size):
+    """Relations, pairs of each and the items that fill a batch, drawn from lists of all of them.
+
+    items: the training split's; pairs: its (a, b, relation) triples. Returns the drawn triples and
+    all items, the filling ones last.
+    """
+    known = sorted({e for _, _, e in pairs})
+    drawn = []
+    for e in rng.choice(known, relations, replace=False):
+        own = [pair for pair in pairs if pair[2] == e]
+        chosen = rng.choice(len(own), min(each, len(own)), replace=False)
+        drawn += [own[i] for i in chosen]
+    paired = sorted({item for a, b, _ in drawn for item in (a, b)})
+    rest = [item for item in items if item not in paired]
+    fill = rng.choice(len(rest), size - len(paired), replace=False)
+    return drawn, paired + [rest[i] for i in fill]

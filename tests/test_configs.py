@@ -2,8 +2,9 @@
 
 import pytest
 
-from rcml_jax.cli.commands import call_config_file, load_config_file, parse_flags
+from rcml_jax.cli.commands import parse_flags
 from rcml_jax.cli.sweep import read_variants
+from rcml_jax.config import call_config_file, load_config_file
 from rcml_jax.errors import UserError
 from tests.toy import ROOT
 
@@ -34,6 +35,15 @@ def test_m3col_knows_its_sources(source):
     assert (config.data.name, config.data.path) == (source, "copy")
     names = {"seed", "steps", "method", "parallel", "data"}
     assert names < set(config)
+
+
+def test_the_quick_recipe_of_brca_is_rosmaps():
+    quick, whole = (load_config_file(f"{M3COL}:brca{more}") for more in (",quick=True", ""))
+    tuned = load_config_file(f"{M3COL}:rosmap")
+    assert (quick.epochs, quick.model.width, quick.model.dropout) == (200, 200, 0.5)
+    assert (whole.epochs, whole.model.width, whole.model.dropout) == (500, 768, 0.0)
+    assert quick.model == tuned.model
+    assert quick.optimizer.step_size == tuned.optimizer.step_size == 100
 
 
 def test_the_papers_rosmap():

@@ -15,12 +15,13 @@ PACKAGE = ROOT / "rcml_jax"
 # Layers from the ground up; a module may import those of its own layer and of the ones before.
 LAYERS = (
     ("errors",),
-    ("registry",),
+    ("registry", "files"),
     ("ops",),
     ("losses",),
     ("models", "data", "config"),
     ("evaluation",),
     ("methods",),
+    ("options", "schema"),
     ("training",),
     ("methods.alignment", "search"),
     ("cli", "export", "report"),

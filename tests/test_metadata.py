@@ -53,6 +53,9 @@ def third_party(source, *, late=True):
 
 SOURCES = [path for name in ("rcml_jax", "configs") for path in sorted((ROOT / name).rglob("*.py"))]
 
+#: The report's page and the model card.
+TEMPLATES = sorted((ROOT / "rcml_jax").rglob("*.jinja"))
+
 
 def test_no_dependency_has_an_upper_bound():
     """So that the library installs beside the newest version of whatever else needs them."""
@@ -110,9 +113,10 @@ def test_a_wheel_holds_the_package_its_recipes_and_nothing_else(wheel):
     files = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
     metadata = f"rcml_jax-{PROJECT['version']}.dist-info/"
     ours = {name for name in files if not name.startswith(metadata)}
-    expected = {str(path.relative_to(ROOT)) for path in SOURCES} | {"rcml_jax/py.typed"}
+    expected = {str(path.relative_to(ROOT)) for path in (*SOURCES, *TEMPLATES)}
+    expected.add("rcml_jax/py.typed")
     assert ours == {re.sub(r"^configs/", "rcml_jax/configs/", name) for name in expected}
-    assert {"rcml_jax/configs/rcml.py", "rcml_jax/losses/rcml.py"} < ours
+    assert {"rcml_jax/configs/rcml.py", "rcml_jax/report/page.html.jinja"} < ours
     assert f"{metadata}licenses/LICENSE" in files
 
 
@@ -132,7 +136,8 @@ def test_the_console_scripts(wheel):
 def test_an_installed_package_finds_its_recipes_by_name(wheel, tmp_path):
     code = (
         "import sys\n"
-        "from rcml_jax.cli.commands import RECIPES, load_config_file, train\n"
+        "from rcml_jax.cli.commands import train\n"
+        "from rcml_jax.config import RECIPES, load_config_file\n"
         "print(RECIPES)\n"
         "for recipe in ('rcml', 'm3col:rosmap', 'alignment'):\n"
         "    print(load_config_file(recipe).data.name)\n"

@@ -32,7 +32,7 @@ def test_named_files_exist():
 
 def test_named_commands_exist():
     root = README.parent
-    for path in (README, *root.glob("docs/*.md"), *root.glob("configs/*.py")):
+    for path in (README, *root.glob("docs/**/*.md"), *root.glob("configs/*.py")):
         text = path.read_text()
         assert set(re.findall(r"\brcml-[a-z]+\b(?=[ `])", text)) <= set(PROJECT["scripts"])
         assert "python -m rcml_jax" not in text

@@ -11,10 +11,10 @@ from rcml_jax.cli import commands
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import display, measures
 from rcml_jax.evaluation.scores import SCORES
-from rcml_jax.export.card import _evaluation
+from rcml_jax.export.card import figures
 from rcml_jax.methods import EMBEDDINGS, LOSSES, METHODS, build, family_of, method_class
-from rcml_jax.methods.relational import _selection
 from rcml_jax.registry import resolve
+from rcml_jax.schema import validate
 from tests.cli.test_commands import fails
 from tests.toy import CONFIG, ROOT, TINY, arguments, cache_of, read_metrics, tiny_config
 
@@ -190,7 +190,7 @@ def test_one_more_line_in_the_list_of_measures(parts, catalogue, tmp_path, monke
     """It is computed, printed, tabulated, put on the card and can pick the checkpoint."""
     measure = importlib.import_module(parts).MEASURE
     with pytest.raises(UserError, match=r"config\.selection='hit@10/avg' is unknown"):
-        _selection(tiny_config(catalogue, selection="hit@10/avg"))
+        validate(tiny_config(catalogue, selection="hit@10/avg"))
     monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, measure))
     workdir = tmp_path / "run" / "seed42"
     result = train(catalogue, workdir, "folder", method="clip", selection="hit@10/avg")
@@ -205,7 +205,7 @@ def test_one_more_line_in_the_list_of_measures(parts, catalogue, tmp_path, monke
     table = display.markdown(display.collect(tmp_path, {"one": "run"}, [42]))
     assert table.splitlines()[0].endswith(" | Hit@10 AVG |")
     assert f"| {100 * rate:.1f} |" in table.splitlines()[2]
-    assert "| Hit@10 AVG |" in _evaluation(result)
+    assert figures(result)["Hit@10 AVG"] == f"{100 * rate:.1f}"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,14 +4,11 @@ Status 0 means done, or stopped by a signal with everything saved; 2 a mistake t
 sentence tells how to mend.
 """
 
-import contextlib
-import importlib.util
 import inspect
 import logging as python_logging
 import os
-import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -19,11 +16,10 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
+from rcml_jax.config import load_config_file
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 
-_PACKAGE = pathlib.Path(__file__).parents[1]
-#: The folder of the recipes: a wheel has it inside the package, a clone beside the package.
-RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 #: Options that leave the model unchanged; they may be overridden at evaluation.
 _OF_EVALUATION = ("evaluation.", "data.dir", "data.path", "data.threads", "platform")
 
@@ -37,9 +33,10 @@ def train(argv: Sequence[str] | None = None) -> int:
 
     --config names a packaged recipe, such as rcml or m3col, or a Python file with a function
     get_config. The argument after the colon is the recipe's: the data source and its options.
-    --config.NAME=VALUE overrides any value of the configuration.
+    --config.NAME=VALUE overrides any value of the configuration. --help prints every option with
+    its default; --help --config rcml:hm the defaults of that recipe.
     """
-    return guard(_train, argv, train.__doc__)
+    return guard(_train, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -52,9 +49,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
     The second form runs the alignment study; the third scores the vectors of a file. Both make the
     work directory. The last writes the items, images and relation sentences of a source, so that
-    another model can embed them.
+    another model can embed them. --help prints the options that may be overridden; --help --config
+    alignment those of the study.
     """
-    return guard(_evaluate, argv, evaluate.__doc__)
+    return guard(_evaluate, argv)
 
 
 def guard(
@@ -67,7 +65,7 @@ def guard(
     stderr and status 2.
     """
     argv = sys.argv if argv is None else argv
-    if usage and {"--help", "-h"} & set(argv[1:]):
+    if usage and wants_help(argv):
         print(inspect.cleandoc(usage))
         return 0
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
@@ -75,6 +73,9 @@ def guard(
     # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an ASCII locale cannot print every title
+            stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _quiet_about_orbax(sys.unraisablehook)
     try:
         return command(argv)
@@ -99,7 +100,14 @@ def _quiet_about_orbax(hook: Callable) -> Callable:
     return quiet
 
 
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a command line, the program's name first, asks for help."""
+    return bool({"--help", "-h"} & set(argv[1:]))
+
+
 def _train(argv: Sequence[str]) -> int:
+    if wants_help(argv):
+        return _help(train.__doc__, argv)
     config_path, rest = take_option(argv, "config")
     if config_path is None:
         raise UserError("training needs --config, for example --config rcml")
@@ -117,7 +125,23 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
+def _help(usage: str, argv: Sequence[str], only: Callable[[str], bool] = lambda _: True) -> int:
+    """Print how a command is used, and the options of its --config (rcml without one).
+
+    only: which options are shown where there is no --config.
+    """
+    from rcml_jax.schema import help_text
+
+    path, _ = take_option(argv, "config")
+    print(inspect.cleandoc(usage))
+    print()
+    print(help_text(path) if path else help_text("rcml", only))
+    return 0
+
+
 def _evaluate(argv: Sequence[str]) -> int:
+    if wants_help(argv):
+        return _help(evaluate.__doc__, argv, lambda name: name.startswith(_OF_EVALUATION))
     workdir, rest = take_option(argv, "workdir")
     path, rest = take_option(["", *rest], "config")
     listing, rest = take_option(["", *rest], "list")
@@ -146,11 +170,10 @@ def _evaluate(argv: Sequence[str]) -> int:
                 "configuration: leave --config out"
             )
         return _study(config, workdir, rest)
-    config = load_config(pathlib.Path(workdir))
-    with _naming(complete(config), workdir):
-        if config.method == "alignment":
-            return _study(config, workdir, rest)
-        return _evaluate_run(config, workdir, rest)
+    config = load_config(user_path(workdir))
+    if config.method == "alignment":
+        return _study(config, workdir, rest)
+    return _evaluate_run(config, workdir, rest)
 
 
 def _evaluate_run(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
@@ -188,70 +211,14 @@ def _check_split(split: str) -> None:
 def _list(config: ml_collections.ConfigDict, directory: str, rest: Sequence[str]) -> int:
     values = parse_flags(rest, config)
     from rcml_jax.methods.task import load_graph
+    from rcml_jax.schema import validate
     from rcml_jax.search.items import write_listing
 
+    validate(values.config)
     graph = load_graph(values.config.data)
     write_listing(graph, directory)
     print(f"{directory}: {len(graph):,} items, {len(graph.relations)} relations")
     return 0
-
-
-def complete(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Give the configuration of an older run, in place, the options that came after it.
-
-    Those that are off by default, or that make no other model, take the default of the current
-    configuration file of the method. Returns the others that it lacks, as dotted names → today's
-    defaults: what the run had in their place is not known.
-    """
-    from flax.traverse_util import unflatten_dict
-
-    from rcml_jax.training.workdir import leaves
-
-    defaults = leaves(_current_defaults(config).to_dict())
-    has = leaves(config.to_dict())
-    lacking = {name: value for name, value in defaults.items() if name not in has}
-    known = {n: v for n, v in lacking.items() if not v or n.startswith(_OF_EVALUATION)}
-    with config.unlocked():
-        config.update(unflatten_dict(known, sep="."))
-    return {name: value for name, value in lacking.items() if name not in known}
-
-
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """A work directory's configuration, with the options that came after it: see `complete`.
-
-    Raises UserError where there is none.
-    """
-    from rcml_jax.training.workdir import load_config
-
-    config = load_config(workdir)
-    complete(config)
-    return config
-
-
-def _current_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Today's configuration of the method and its data source."""
-    recipe = config.method if config.method in ("m3col", "alignment") else "rcml"
-    try:
-        return load_config_file(f"{recipe}:{config.data.get('name', '')}")
-    except UserError:  # a source of the user's own
-        return load_config_file(recipe)
-
-
-@contextlib.contextmanager
-def _naming(unknown: dict[str, Any], workdir: str) -> Iterator[None]:
-    """Where an option that `complete` left out is needed, say so in a sentence."""
-    try:
-        yield
-    except (AttributeError, KeyError) as error:
-        missing = [name for name in unknown if repr(name.split(".")[-1]) in str(error)]
-        if not missing:
-            raise
-        name = missing[0]
-        raise UserError(
-            f"{workdir} was trained by an older version, without config.{name}: write the value "
-            f"that it had into {pathlib.Path(workdir) / 'config.json'} (the default is "
-            f"{unknown[name]!r} now), or train anew"
-        ) from error
 
 
 def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str]) -> int:
@@ -264,7 +231,7 @@ def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str])
     if result is None:
         return 0
     print_evaluation(result)
-    directory = pathlib.Path(workdir)
+    directory = user_path(workdir)
     try:
         with np.load(directory / ARRAYS) as arrays:
             paths = draw(result, arrays, directory / "figures")
@@ -299,59 +266,6 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
         else:
             rest.append(argument)
     return value, rest
-
-
-def load_config_file(path_and_argument: str) -> ml_collections.ConfigDict:
-    """The configuration of a recipe, "NAME[:ARGUMENT]" or "FILE.py[:ARGUMENT]".
-
-    NAME is that of a packaged recipe. Raises UserError where `get_config` cannot be called.
-    """
-    config = call_config_file(path_and_argument, "get_config")
-    if not isinstance(config, ml_collections.ConfigDict):
-        path = path_and_argument.partition(":")[0]
-        raise UserError(f"get_config of {path} must return an ml_collections.ConfigDict")
-    return config
-
-
-def recipe_path(name: str) -> str:
-    """The file of a packaged recipe such as "rcml"; any other name is a path and is returned as is.
-
-    Raises UserError where there is no such file.
-    """
-    path = str(RECIPES / f"{name}.py") if name.isidentifier() else name
-    if not pathlib.Path(path).is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py")))
-        kind = "packaged recipe" if name.isidentifier() else "configuration file"
-        raise UserError(
-            f"there is no {kind} {name}; give a packaged recipe ({known}) or the path of a Python "
-            "file"
-        )
-    return path
-
-
-def call_config_file(path_and_argument: str, function: str) -> Any:
-    """What a function of a recipe returns, which is named as for `load_config_file`.
-
-    Raises UserError where it fails.
-    """
-    name, _, argument = path_and_argument.partition(":")
-    path = recipe_path(name)
-    spec = importlib.util.spec_from_file_location("rcml_jax_config_file", path)
-    module = importlib.util.module_from_spec(spec) if spec else None
-    if module is None:
-        raise UserError(f"{path} is no Python file; give one with a function {function}")
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise UserError(f"{path} has no function {function}; {RECIPES / 'rcml.py'} has one")
-        call = getattr(module, function)
-        return call(argument) if argument else call()
-    except UserError:
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # whatever the user's own code raises
-        raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
 
 
 def parse_flags(

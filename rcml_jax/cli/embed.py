@@ -13,11 +13,12 @@ float16` halves the files; `--shard N` sets how many items are between two point
 import argparse
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from rcml_jax.cli.commands import guard, parse_flags, read_config
+from rcml_jax.cli.commands import guard, parse_flags
+from rcml_jax.data.gates import argument_text, user_path
+from rcml_jax.data.log import Progress
 from rcml_jax.errors import UserError
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
@@ -50,30 +51,31 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
                 f"--{name} would make another model of {workdir}; only "
                 f"{', '.join(f'--{free}' for free in _FREE)} can be given"
             )
-    return parse_flags(overrides, read_config(workdir)).config
+    # Imported here: a wrong option is reported before the models' classes are loaded.
+    from rcml_jax.training.workdir import load_config
+
+    return parse_flags(overrides, load_config(workdir)).config
 
 
 def _embed(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-embed", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    parser.add_argument("--items", type=pathlib.Path)
-    parser.add_argument("--relation", action="append", default=[])
-    parser.add_argument("--to", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=user_path)
+    parser.add_argument("--items", type=user_path)
+    parser.add_argument("--relation", action="append", default=[], type=argument_text)
+    parser.add_argument("--to", required=True, type=user_path)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--shard", default=1024, type=int)
     parser.add_argument("--strict", action="store_true")
     args, overrides = parser.parse_known_args(argv[1:])
-    # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.catalogue import embed_catalogue, open_model
 
     config = model_config(args.workdir, overrides)
     # Read before the model, so that a mistake in it is said at once.
-    items = None if args.items is None else read_items(args.items)
+    items = None if args.items is None else read_items(args.items, strict=args.strict)
     model = open_model(args.workdir, config)
     if items is None:
         items = from_graph(model.method.task.graph)
-    line = _Line()
-    try:
+    with Progress(len(items)) as progress:
         embeddings = embed_catalogue(
             model,
             items,
@@ -82,10 +84,8 @@ def _embed(argv: Sequence[str]) -> int:
             dtype=args.dtype,
             shard=args.shard,
             strict=args.strict,
-            note=line.show,
+            note=lambda done, _: progress.update(done),
         )
-    finally:
-        line.end()
     _report(embeddings)
     return 0
 
@@ -103,36 +103,6 @@ def _report(embeddings: Embeddings) -> None:
         if count:
             listed = ", ".join(ids) + (", ..." if count > len(ids) else "")
             print(f"warning: {what}: {count:,} ({listed})", file=sys.stderr)
-
-
-class _Line:
-    """One live line on a terminal, else a line every tenth of the way."""
-
-    def __init__(self):
-        self._live = sys.stderr.isatty()
-        self._start, self._first, self._tenth = time.perf_counter(), None, 0
-
-    def show(self, done: int, total: int) -> None:
-        """Show how many items are done; the first chunk's compilation is left out of the rate."""
-        now = time.perf_counter()
-        rate = ""
-        if self._first is None:
-            self._first, self._start = done, now
-        else:
-            rate = f"  {(done - self._first) / (now - self._start):,.0f} items/s"
-        text = f"{done:,} of {total:,} items{rate}"
-        tenth = 10 * done // total
-        if self._live:
-            sys.stderr.write(f"\r\x1b[K{text}")
-        elif tenth > self._tenth:
-            sys.stderr.write(f"{text}\n")
-        self._tenth = tenth
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        """End the live line."""
-        if self._live and self._first is not None:
-            sys.stderr.write("\n")
 
 
 if __name__ == "__main__":

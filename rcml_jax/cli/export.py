@@ -23,13 +23,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import processors
 
-from rcml_jax.cli.commands import guard, read_config, take_option
+from rcml_jax.cli.commands import guard, take_option
+from rcml_jax.data.gates import user_path
 from rcml_jax.data.relation_graph import INTRA_RELATION
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.training.checkpoint import read_params
+from rcml_jax.training.workdir import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def _export(argv: Sequence[str]) -> int:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; the export takes --workdir and --to only")
     export_run(workdir, target)
-    files = ", ".join(sorted(path.name for path in pathlib.Path(target).iterdir()))
+    files = ", ".join(sorted(path.name for path in user_path(target).iterdir()))
     print(f"{target}: {files}")
     return 0
 
@@ -113,8 +115,8 @@ def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
     Raises UserError for a run of another method or of towers that are not CLIP's, for one that is
     not finished, and where the target is not empty or cannot be written.
     """
-    workdir, target = pathlib.Path(workdir), pathlib.Path(target).resolve()
-    config = read_config(workdir)
+    workdir, target = user_path(workdir), user_path(target).resolve()
+    config = load_config(workdir)
     if config.method not in RELATIONAL:
         raise UserError(
             f"{workdir} is a run of {config.method}; only the towers of {', '.join(RELATIONAL)} "
@@ -178,8 +180,9 @@ def _write_files(
     from rcml_jax.methods.relational_towers import inputs, towers_config
 
     temperature = _temperature(config, params)
-    max_length = inputs(config.model).max_length
-    tokenizer = write_tokenizer_files(directory, workdir / "tokenizer.json", max_length)
+    taken = inputs(config.model)
+    path = workdir / "tokenizer.json"
+    tokenizer = write_tokenizer_files(directory, path, taken.max_length)
     save_clip(
         directory,
         towers_config(config.model, tokenizer),
@@ -188,11 +191,12 @@ def _write_files(
         end_id=tokenizer.end_id,
         pad_id=tokenizer.pad_id,
         temperature=temperature,
+        framing=taken.framing,
     )
     if config.method == "rcml":
         _save_head(directory / "relation_pooling.safetensors", config.model, params["head"])
     card = model_card(config, params, result, temperature=temperature)
-    (directory / "README.md").write_text(card, "utf-8")
+    card.save(directory / "README.md")
     # safetensors lets nobody else read its files.
     mode = (directory / "README.md").stat().st_mode
     for path in directory.iterdir():

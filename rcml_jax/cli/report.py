@@ -6,12 +6,12 @@
 
 --workdir takes the work directory of a run, the directory of a sweep, or that of an alignment
 study, as often as it is given; runs that are given together are shown side by side. The page is
-<out>/index.html, the numbers are under <out>/data. A figure that cannot be drawn is named on the
-page with the reason. Nothing is trained, and the work directories are not changed.
+<out>/index.html, the numbers are under <out>/data. A new report replaces the files of an older one
+in <out> and leaves all others alone. A figure that cannot be drawn is named on the page with the
+reason. Nothing is trained, and the work directories are not changed.
 """
 
-import argparse
-import html
+import contextlib
 import os
 import pathlib
 import shlex
@@ -21,9 +21,12 @@ import time
 from collections.abc import Sequence
 
 from rcml_jax.cli.commands import guard
+from rcml_jax.cli.embed import Parser
+from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.report import common, page
-from rcml_jax.report.page import Folder, Section, is_ours, write_page
+from rcml_jax.report.page import Folder, Paragraph, Section, write_page, written_files
 from rcml_jax.report.runs import Sources, groups, read_sources
 
 
@@ -33,13 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rcml-report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", action="append", default=[], type=pathlib.Path)
-    parser.add_argument("--out", default="report", type=pathlib.Path, help="folder of the page")
+    parser = Parser(prog="rcml-report", description=__doc__)
+    parser.add_argument("--workdir", action="append", default=[], type=user_path)
+    parser.add_argument("--out", default="report", type=user_path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
     parser.add_argument("--relation", default="", help="of the t-SNE: (a part of) its sentence")
     parser.add_argument("--data-dir", default="", help="in place of the runs' config.data.dir")
@@ -75,20 +74,22 @@ def write_report(
 ) -> pathlib.Path:
     """Collect, draw and write the page `<out>/index.html`; an older report there is replaced.
 
-    Raises UserError for an `out` that holds anything else, or cannot be written.
+    Other files in the folder of an older report stay. Raises UserError for an `out` that holds no
+    report but something else, or cannot be written.
     """
     out = pathlib.Path(out)
-    _check_free(out)
+    older = _older_report(out)
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        folder = Folder(part, lambda line: print(line, file=sys.stderr, flush=True))
+        folder = Folder(part, log_line)
         options = {"seed": seed, "relation": relation, "data_dir": data_dir, "data_path": data_path}
         sections = _sections(folder, sources, **options)
-        write_page(part / "index.html", _title(sources), _intro(sources, command), sections)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(part, out)
+        page, title = part / "index.html", _title(sources)
+        files = [p.relative_to(part).as_posix() for p in sorted(part.rglob("*")) if p.is_file()]
+        files.append(page.name)
+        write_page(page, title, _intro(sources, command), sections, files)
+        _replace(out, older, part, files)
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror or error}") from error
     finally:
@@ -96,19 +97,53 @@ def write_report(
     return out / "index.html"
 
 
-def _check_free(out: pathlib.Path) -> None:
-    if not out.exists():
-        return
-    made = out / "index.html"
-    if not out.is_dir() or (any(out.iterdir()) and not (made.is_file() and is_ours(made))):
+def _older_report(out: pathlib.Path) -> list[str]:
+    """Names of the files of the report in a folder; nothing where the folder is empty or missing.
+
+    Raises UserError where the folder holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return []
+    page = out / "index.html"
+    files = written_files(page) if page.is_file() else None
+    if files is None:
         raise UserError(f"{out} holds something else than a report; give another --out")
+    if not files:
+        raise UserError(
+            f"the report in {out} has no list of its files, as those of older versions; remove it "
+            "or give another --out"
+        )
+    return files
+
+
+def _replace(
+    out: pathlib.Path, older: Sequence[str], part: pathlib.Path, files: Sequence[str]
+) -> None:
+    """Move a report to its folder and remove what is left of the older one, and nothing else.
+
+    Raises UserError, with nothing changed, where a file of others is in the way.
+    """
+    taken = [name for name in files if (out / name).exists() and name not in older]
+    if taken:
+        raise UserError(
+            f"{out / taken[0]} is no file of the older report and would be replaced; move it or "
+            "give another --out"
+        )
+    for name in files:  # the page, which has the list, is the last of them
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / name, out / name)
+    for name in set(older) - set(files):
+        (out / name).unlink(missing_ok=True)
+    for folder in {(out / name).parent for name in older} - {out}:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            folder.rmdir()
 
 
 def _sections(
     folder: Folder, sources: Sources, *, seed: int, relation: str, data_dir: str, data_path: str
 ) -> list[Section]:
     # Imported here: what is wrong with the arguments is said before the models' classes are loaded.
-    from rcml_jax.report import classification, relational
+    from rcml_jax.report import alignment, classification, relational
     from rcml_jax.report.runs import Models
 
     models, sections = Models(data_dir, data_path), []
@@ -120,7 +155,7 @@ def _sections(
     for runs, sweeps in groups(sources, "classification").values():
         sections.append(classification.section(folder, runs, sweeps, models, seed=seed))
     sections += [common.sweep(folder, sweep) for sweep in sources.sweeps]
-    sections += [common.study(folder, study) for study in sources.studies]
+    sections += [alignment.study(folder, x.label, x.path, x.result) for x in sources.studies]
     if sources.runs:
         sections.append(common.training(folder, sources.runs))
     return sections
@@ -131,14 +166,11 @@ def _title(sources: Sources) -> str:
     return f"Report: {', '.join(names[:4])}{' and more' if len(names) > 4 else ''}"
 
 
-def _intro(sources: Sources, command: str) -> list[str]:
+def _intro(sources: Sources, command: str) -> list[Paragraph]:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     where = [x.path for x in (*sources.runs, *sources.sweeps, *sources.studies)]
-    listed = ", ".join(f"<code>{html.escape(str(path))}</code>" for path in where)
-    parts = [f"Made {made} from {listed}."]
-    if command:
-        parts.append(f"<code>{html.escape(command)}</code>")
-    return parts
+    intro = [Paragraph(f"Made {made} from", tuple(map(str, where)))]
+    return intro + [Paragraph("", (command,))] * bool(command)
 
 
 if __name__ == "__main__":

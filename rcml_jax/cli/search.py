@@ -14,21 +14,22 @@ import base64
 import dataclasses
 import html
 import io
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
+from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation.display import make_console
+from rcml_jax.files import write_whole
 from rcml_jax.methods.task import load_graph
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
 
@@ -150,23 +151,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _search(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-search", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--embeddings", required=True, type=pathlib.Path)
-    parser.add_argument("--workdir", type=pathlib.Path)
+    parser.add_argument("--embeddings", required=True, type=user_path)
+    parser.add_argument("--workdir", type=user_path)
     query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--item")
-    query.add_argument("--image", type=pathlib.Path)
-    query.add_argument("--text")
-    parser.add_argument("--relation")
+    query.add_argument("--item", type=argument_text)
+    query.add_argument("--image", type=user_path)
+    query.add_argument("--text", type=argument_text)
+    parser.add_argument("--relation", type=argument_text)
     parser.add_argument("--k", default=10, type=int)
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
-    parser.add_argument("--html", type=pathlib.Path)
+    parser.add_argument("--html", type=user_path)
     args, overrides = parser.parse_known_args(argv[1:])
     # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.catalogue import open_model, related, relation_number
 
     embeddings = open_embeddings(args.embeddings)
     relation = embeddings.relations[relation_number(embeddings, args.relation)]
-    workdir = args.workdir or pathlib.Path(embeddings.model["workdir"])
+    workdir = args.workdir or user_path(embeddings.model["workdir"])
     # An item needs no model, but a mistyped option must not pass.
     config = model_config(workdir, overrides) if overrides or args.item is None else None
     model = open_model(workdir, config) if args.item is None else None
@@ -187,7 +188,7 @@ def _search(argv: Sequence[str]) -> int:
         cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
         step, method = embeddings.model["step"], embeddings.model["method"]
         note = f"{len(embeddings.items):,} items, embedded by {method} after step {step}"
-        _write(args.html, page(relation, query, cards, note))
+        write_whole(args.html, page(relation, query, cards, note))
     return 0
 
 
@@ -200,7 +201,7 @@ def _print(relation: str, found: "Sequence[Match]") -> None:
     for number, match in enumerate(found, 1):
         words = (Text(_printable(value)) for value in (match.id, match.text))
         table.add_row(str(number), f"{match.score:.3f}", *words)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def _printable(text: str) -> str:
@@ -231,7 +232,7 @@ def _query_card(
         index = embeddings.items.ids.index(args.item)
         return Card(args.item, embeddings.items.texts[index], _bytes(read, index))
     if args.image is not None:
-        return Card(text=args.image.name, picture=args.image.read_bytes())
+        return Card(text=args.image.name, picture=read_file(args.image))
     return Card(text=args.text)
 
 
@@ -240,15 +241,6 @@ def _bytes(read: Callable[[int], bytes], index: int) -> bytes | None:
         return read(index)
     except DECODE_ERRORS:
         return None
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, "utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -9,29 +9,33 @@
 `--vary NAME=a,b,c` makes a variant of each value; `--variant LABEL:NAME=VALUE,NAME=VALUE` one of
 its own; `--ablations` those that `get_ablations` of the configuration file lists. Each run has the
 work directory <workdir>/<variant>/seed<k>; what is finished is not run again, what was interrupted
-goes on. `table.md` and `table.json` hold means and deviations over the seeds of all that is
-finished; for classifiers also the error analysis, where each modality was trained alone.
+goes on. A variant whose label is no safe folder name, such as one with a path in it, has a short
+name there; `variants.json` says which folder is which variant. `table.md` and `table.json` hold
+means and deviations over the seeds of all that is finished; for classifiers also the error
+analysis, where each modality was trained alone.
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import ml_collections
 
-from rcml_jax.cli.commands import (
-    call_config_file,
-    guard,
-    load_config_file,
-    parse_flags,
-    read_config,
-)
+from rcml_jax.cli.commands import guard, parse_flags, take_option, wants_help
+from rcml_jax.config import call_config_file, load_config_file
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
+from rcml_jax.files import write_whole
+from rcml_jax.schema import help_text, validate
 from rcml_jax.training.loop import train_and_evaluate
-from rcml_jax.training.workdir import write_json
+from rcml_jax.training.workdir import load_config, write_json
+
+_LONGEST = 80  # characters of a folder's name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,38 +50,65 @@ def _sweep(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=user_path)
     parser.add_argument("--vary", default="")
     parser.add_argument("--variant", action="append", default=[])
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--seeds", default="42")
+    if wants_help(argv):
+        print(parser.format_help())
+        print(help_text(take_option(argv, "config")[0] or "rcml"))
+        return 0
     args, overrides = parser.parse_known_args(argv[1:])
     listed = call_config_file(args.config, "get_ablations") if args.ablations else {}
     named = [f"{label}:{options}" for label, options in listed.items()]
     variants = read_variants(args.vary, [*named, *args.variant])
     seeds = _seeds(args.seeds)
-    # Every configuration is read before the first run, so that a mistyped one costs nothing.
+    folders = folders_of(variants)
+    # Every configuration is read and checked before the first run: a mistyped one costs nothing.
     runs = [
         (label, seed, _config(args.config, [*overrides, *options], seed))
         for label, options in variants.items()
         for seed in seeds
     ]
+    for _, _, config in runs:
+        validate(config)
     for label, seed, config in runs:
-        directory = args.workdir / folder(label) / f"seed{seed}"
+        directory = args.workdir / folders[label] / f"seed{seed}"
         if not _finished(directory, config):
             print(f"{label}, seed {seed}", file=sys.stderr, flush=True)
             if train_and_evaluate(config, directory) is None:
                 return 0
-        table = collect(args.workdir, {label: folder(label) for label in variants}, seeds)
+        table = collect(args.workdir, folders, seeds)
         write_json(args.workdir / "table.json", table)
-        (args.workdir / "table.md").write_text(markdown(table))
+        known = {folders[label]: _described(label, given) for label, given in variants.items()}
+        write_json(args.workdir / "variants.json", known)
+        write_whole(args.workdir / "table.md", markdown(table))
     print((args.workdir / "table.md").read_text(), end="")
     return 0
 
 
-def folder(label: str) -> str:
-    """The directory of a variant's runs."""
-    return label.replace(" ", "_")
+def folders_of(labels: Collection[str]) -> dict[str, str]:
+    """Labels of variants → names of their folders, unique also where upper case is lower case.
+
+    Spaces become underscores. Where anything else has to change, or two names are the same, the
+    name ends in a digest of the label.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in labels:
+        name = label.replace(" ", "_")
+        safe = re.sub(r"[^\w=.,+-]+", "-", name, flags=re.ASCII).lstrip(".-")[:_LONGEST]
+        if safe != name or safe.lower() in taken:
+            digest = hashlib.sha256(label.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+            safe = f"{safe[: _LONGEST - 9]}-{digest}"
+        taken.add(safe.lower())
+        found[label] = safe
+    return found
+
+
+def _described(label: str, options: Sequence[str]) -> dict:
+    return {"variant": label, "options": [o.removeprefix("--config.") for o in options]}
 
 
 def read_variants(vary: str, variants: Sequence[str]) -> dict[str, list[str]]:
@@ -91,8 +122,8 @@ def read_variants(vary: str, variants: Sequence[str]) -> dict[str, list[str]]:
             found[f"{name}={value}"] = [f"--config.{name}={value}"]
     for variant in variants:
         label, _, options = variant.partition(":")
-        if not label or label in found or "/" in label:
-            raise UserError(f"--variant {variant!r} needs a label of its own, without a slash")
+        if not label or label in found:
+            raise UserError(f"--variant {variant!r} needs a label of its own")
         found[label] = [f"--config.{option}" for option in options.split(",") if option]
     if not found:
         raise UserError(
@@ -118,7 +149,7 @@ def _finished(directory: pathlib.Path, config: ml_collections.ConfigDict) -> boo
     """Whether the very same configuration was already run to its end there."""
     if not (directory / "eval.json").is_file():
         return False
-    return read_config(directory).to_dict() == json.loads(json.dumps(config.to_dict()))
+    return load_config(directory).to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from rcml_jax.data.images import DECODE_ERRORS, check_decodes, storable
-from rcml_jax.data.log import log_line
+from rcml_jax.data.gates import text_lines, user_path
+from rcml_jax.data.images import (
+    ImageError,
+    TooManyPixelsError,
+    UnknownFormatError,
+    check_decodes,
+    storable,
+)
+from rcml_jax.data.log import Progress, log_line
 from rcml_jax.errors import UserError
 
 Log = Callable[[str], None]
@@ -36,7 +41,6 @@ HEADERS = {"User-Agent": "rcml_jax", "Accept-Encoding": "identity"}
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 #: Seconds; a server that asks for more is left for the next run.
 LONGEST_WAIT = 120.0
-PROGRESS_SECONDS = 10.0
 
 
 class Temporary(Exception):
@@ -69,7 +73,7 @@ def download(
       UserError: the server cannot be reached, has no such file or gives another one, the disk is
         full or cannot be written, or another process downloads the same file.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.exists():
         return path
     httpx = load_httpx()
@@ -149,7 +153,10 @@ class _Download:
                 if have and response.status_code == 416 and total == f"bytes */{have}":
                     return  # nothing is missing
                 self._receive(response, self._begin(response, have))
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects) as error:
+        except (
+            *(httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects),
+            *(ValueError, OverflowError),  # a port beyond 65535, a name that IDNA refuses
+        ) as error:
             raise UserError(f"{self.url} cannot be fetched ({error}); correct it.") from error
         except httpx.TransportError as error:
             raise Temporary(str(error) or type(error).__name__) from error
@@ -189,19 +196,23 @@ class _Download:
         return "wb"
 
     def _receive(self, response: Any, mode: str) -> None:
-        shown = start = time.monotonic()
-        with open(self.part, mode, buffering=2**20) as file:
-            first = file.tell()
+        with open(self.part, mode, buffering=2**20) as file, self._progress(file.tell()) as shown:
+            have = file.tell()
             # Raw: a .gz that a server declares as compressed transfer stays a .gz.
             for chunk in response.iter_raw():
                 file.write(chunk)
-                if time.monotonic() - shown > PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    have = file.tell()
-                    self.log(
-                        f"{self.part.stem}: {bytes_text(have)} of {bytes_text(self.length)}, "
-                        f"{bytes_text((have - first) / (shown - start))}/s"
-                    )
+                have += len(chunk)
+                shown.update(have)
+
+    def _progress(self, have: int) -> Progress:
+        """The bar or the lines of this file."""
+        return Progress(
+            self.length,
+            done=have,
+            count=lambda n, _: f"{self.part.stem}: {bytes_text(n)} of {bytes_text(self.length)}",
+            rate=lambda speed: f"{bytes_text(speed)}/s",
+            log=self.log,
+        )
 
     def _gave_up(self, error: Exception) -> str:
         have = self.have() if self.validator else 0
@@ -317,9 +328,11 @@ def bytes_text(count: float | None) -> str:
 
 __all__ = ["JOURNAL", "OUTCOMES", "FetchReport", "download", "fetch_images", "image_path"]
 
-OUTCOMES = ("ok", "cached", "not_found", "truncated", "oversized", "no_image", "failed")
+OUTCOMES = (
+    *("ok", "cached", "not_found", "truncated", "oversized", "no_image", "bad_address", "failed"),
+)
 #: What the journal remembers, so that later runs do not ask again.
-PERMANENT = ("not_found", "oversized", "no_image")
+PERMANENT = ("not_found", "oversized", "no_image", "bad_address")
 JOURNAL = "journal.jsonl"
 _GONE = (404, 410)
 _SLOWEST = 6  # a picture may take so many times `timeout` in all
@@ -336,7 +349,8 @@ class FetchReport:
 
     paths: for each URL asked for, in their order, the picture's file or None; counts: for each of
     OUTCOMES the number of distinct URLs. "cached" were there already; "failed" is whatever may go
-    better in the next run (no answer, an error of the server, too many requests).
+    better in the next run (no answer, an error of the server, too many requests); "bad_address" is
+    what no request can be sent to.
     """
 
     paths: list[Path | None]
@@ -361,16 +375,17 @@ def fetch_images(
     At most `concurrency` requests run at a time, `per_host` to one host. A picture is stored when
     Pillow reads the whole of it: PNG or JPEG, its longer side `max_size` at most, in a file named
     by the URL's hash (`image_path`). What is there is not asked for again, nor what `journal.jsonl`
-    there knows to be missing, no picture or over `max_bytes`. Other failures are tried again
-    `retries` times, after about `backoff` seconds, doubled each time, or what Retry-After says, and
-    then in the next run. A run that was interrupted or killed goes on when it is started again.
+    there knows to be missing, no picture, over `max_bytes` or no address. Other failures are tried
+    again `retries` times, after about `backoff` seconds, doubled each time, or what Retry-After
+    says, and then in the next run. A run that was interrupted or killed goes on when it is started
+    again.
     `max_size` counts when a picture is stored; those that are there keep their size.
 
     Raises:
       UserError: the disk is full or cannot be written, or another process fetches into the
         directory.
     """
-    directory = Path(directory).expanduser()
+    directory = user_path(directory)
     httpx = load_httpx()
     options = {"concurrency": concurrency, "per_host": per_host, "max_bytes": max_bytes}
     for name, value in options.items():
@@ -427,7 +442,6 @@ class _Fetch:
         self.hosts: dict[str, _Host] = {}
         self.counts: Counter[str] = Counter()  # of what was asked for in this run
         self.left = 0
-        self.shown = 0.0  # when a line of progress was last put out
 
     def prepare(self, urls: Sequence[str]) -> None:
         """Sort out what is there and what the journal knows; the rest by host."""
@@ -458,7 +472,7 @@ class _Fetch:
         tokens = deque(
             host for host in self.hosts.values() for _ in range(min(per_host, len(host.urls)))
         )
-        workers, self.shown = min(concurrency, len(tokens)), time.monotonic()
+        workers = min(concurrency, len(tokens))
         limits = {"max_connections": workers, "max_keepalive_connections": workers}
         client = self.httpx.AsyncClient(
             limits=self.httpx.Limits(**limits),
@@ -466,8 +480,9 @@ class _Fetch:
             follow_redirects=True,
             headers=HEADERS,
         )
+        self.progress = Progress(self.left, unit="images", count=self._said, log=self.log)
         try:
-            with self.journal, ThreadPoolExecutor(os.cpu_count()) as self.pool:
+            with self.journal, self.progress, ThreadPoolExecutor(os.cpu_count()) as self.pool:
                 async with client, asyncio.TaskGroup() as group:
                     for _ in range(workers):
                         group.create_task(self._work(client, tokens))
@@ -489,11 +504,11 @@ class _Fetch:
         self.left -= 1
         if outcome in PERMANENT:
             self.journal.write(_key(url), outcome, self.max_bytes)
-        if time.monotonic() - self.shown > PROGRESS_SECONDS or not self.left:
-            self.shown = time.monotonic()
-            done = self.counts.total()
-            parts = [f"{n:,} {k.replace('_', ' ')}" for k in OUTCOMES if (n := self.counts[k])]
-            self.log(f"Pictures: {done:,} of {done + self.left:,}: {', '.join(parts)}")
+        self.progress.update(self.counts.total())
+
+    def _said(self, done: int, total: int) -> str:
+        parts = [f"{n:,} {k.replace('_', ' ')}" for k in OUTCOMES if (n := self.counts[k])]
+        return f"Images: {done:,} of {total:,}: {', '.join(parts)}"
 
     async def _fetch(self, client: Any, host: _Host, url: str) -> str:
         """The outcome of a URL, all tries included."""
@@ -536,6 +551,8 @@ class _Fetch:
     async def _ask(self, client: Any, url: str) -> tuple[str, bytes]:
         """The outcome of one request, and the body where it is "ok"; or raises Temporary."""
         httpx, begun = self.httpx, False
+        if not _is_address(url):
+            return "bad_address", b""
         try:
             async with (
                 asyncio.timeout(_SLOWEST * self.timeout),
@@ -549,12 +566,21 @@ class _Fetch:
                     return ("not_found" if status in _GONE else "failed"), b""
                 begun = True
                 return await self._read(response)
+        except Temporary:
+            raise
         except (TimeoutError, httpx.TimeoutException) as error:
             raise Temporary("no answer in time") from error
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects):
-            return "failed", b""
+        except httpx.UnsupportedProtocol:
+            return "bad_address", b""
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise (_CutShort if begun else Temporary)(str(error)) from error
+        except (httpx.InvalidURL, ValueError, OverflowError):
+            # Names that IDNA refuses and ports beyond 65535 among them: no try mends an address.
+            return "bad_address", b""
+        except OSError as error:  # too many open files, for instance
+            raise Temporary(str(error)) from error
+        except Exception:  # one address must not end the fetch of all the others
+            return "failed", b""
 
     async def _read(self, response: Any) -> tuple[str, bytes]:
         length = response.headers.get("Content-Length", "")
@@ -572,11 +598,11 @@ class _Fetch:
         try:
             check_decodes(body)
             stored = storable(body, self.max_size)
-        except Image.DecompressionBombError:
+        except TooManyPixelsError:
             return "oversized"
-        except UnidentifiedImageError:
+        except UnknownFormatError:
             return "no_image" if body else "truncated"
-        except DECODE_ERRORS:
+        except ImageError:
             return "truncated"
         path = image_path(self.directory, url)
         part = self.directory / "part" / path.name
@@ -596,7 +622,7 @@ class _Journal:
         """Outcomes by hash, but for pictures that the limit of today may let in."""
         known = {}
         if self.path.exists():
-            for line in self.path.read_text("utf-8", "replace").splitlines():
+            for line in text_lines(self.path.read_text("utf-8", "replace")):
                 try:
                     entry = json.loads(line)
                     if entry["outcome"] in PERMANENT and entry.get("limit", max_bytes) >= max_bytes:
@@ -632,6 +658,15 @@ def _host(url: str) -> str:
         return urllib.parse.urlsplit(url).netloc.lower()
     except ValueError:
         return ""
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL names a host and, where it has one, a port that there can be."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535 among others
+        return False
 
 
 def _is_stored(path: Path) -> bool:

@@ -1,85 +1,182 @@
-"""Pictures to arrays: decoding, CLIP's resize and crop, and a memory cache of the results."""
+"""Images to arrays: the one decoder, CLIP's resize and crop, and a memory cache of the results."""
 
+import contextlib
+import dataclasses
+import functools
+import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rcml_jax.data.relation_graph import ItemImages
 from rcml_jax.errors import UserError
 
 # Of strips longer than this many times their width only the centre is resized.
 _LONGEST_RATIO = 8
-# What Pillow raises for bytes that are no picture, are cut short or are too large.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+#: The formats that are read, by Pillow's names; of several frames the first. None of them starts
+#: another program, as Pillow's EPS does.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_JPEGS = ("JPEG", "MPO")  # MPO: a JPEG that is followed by others, as of many phones
+_ORIENTATION = 0x0112
+
+
+class ImageError(ValueError):
+    """Bytes that are no image of `FORMATS`, are damaged, or have more pixels than allowed."""
+
+
+class UnknownFormatError(ImageError):
+    """Bytes that are no image of `FORMATS`."""
+
+
+class TooManyPixelsError(ImageError):
+    """An image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`: a decompression bomb."""
+
+
+#: What reading and decoding an image may raise: the file (OSError, and ValueError for a name that
+#: is none), or its content (ImageError, which is a ValueError).
+DECODE_ERRORS = (OSError, ValueError)
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Turns whatever a decoder raises into an ImageError: of damaged files they raise anything."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnknownFormatError(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixelsError(str(error)) from error
+    except Exception as error:
+        raise ImageError(str(error) or type(error).__name__) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _open(encoded: bytes) -> Image.Image:
+    """The image, of which the header alone is read."""
+    image = Image.open(io.BytesIO(encoded), formats=_formats())
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise TooManyPixelsError(
+            f"{image.width} x {image.height} pixels are more than the {most:,} that are allowed"
+        )
+    return image
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether the image must be turned to be upright; damaged EXIF data say nothing."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # of many kinds
+        return False
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The whole image, upright and as RGB, transparent parts white."""
+    turned = _turned(image)
+    image.load()
+    if turned:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _from_16_bits(image)
+    if image.mode in ("I", "F"):
+        if image.format != "PNG":  # a PNG of this mode has 16 bits
+            raise ImageError(f"the grey values of mode {image.mode} have no known range")
+        return _from_16_bits(image)
+    return flatten(image)
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as RGB: the high byte, as Pillow has it of 16-bit colour."""
+    values = np.asarray(image).astype(np.int64)
+    bits = 16
+    if image.format == "TIFF":  # 12 bits of a camera or a scanner come in the same mode
+        bits = min(16, max(8, int(image.tag_v2.get(258, (16,))[0])))
+    grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def open_rgb(encoded: bytes) -> Image.Image:
-    """An RGB picture from its file's bytes; transparent parts turn white.
+    """An upright RGB image from its file's bytes; transparent parts turn white.
 
     A JPEG's pixels are not read yet, so that `to_array` can decode it at a smaller scale.
 
     Raises:
-      OSError, ValueError: the bytes are no picture.
+      ImageError: the bytes are no image.
     """
-    picture = Image.open(io.BytesIO(encoded))
-    return picture if picture.mode == "RGB" else flatten(picture)
+    with _decoding():
+        image = _open(encoded)
+        if image.format in _JPEGS and image.mode == "RGB" and not _turned(image):
+            return image
+        return _upright_rgb(image)
 
 
-def flatten(picture: Image.Image) -> Image.Image:
-    """The picture as RGB, transparent parts white."""
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        canvas = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(canvas, picture).convert("RGB")
-    return picture.convert("RGB")
+def flatten(image: Image.Image) -> Image.Image:
+    """The image as RGB, transparent parts white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
 
 
 def storable(encoded: bytes, max_size: int | None) -> bytes:
-    """PNG or JPEG bytes for the store: as they are where possible, else encoded anew.
+    """PNG or JPEG bytes for the store: as they are where possible, unchecked, else encoded anew.
 
     Anew: other formats or modes, transparency, an orientation tag, or a longer side beyond
     `max_size`.
 
     Raises:
-      OSError, ValueError: the bytes are no picture.
+      ImageError: the bytes are no image.
     """
-    picture = Image.open(io.BytesIO(encoded))
-    kind = picture.format
-    turned = picture.getexif().get(0x0112, 1) != 1
-    large = max_size is not None and max(picture.size) > max_size
-    plain = not picture.has_transparency_data and picture.mode == "RGB"
-    if kind in ("PNG", "JPEG") and plain and not large and not turned:
-        return encoded
-    if large and kind == "JPEG":
-        picture.draft("RGB", (max_size, max_size))
-    if turned:
-        picture = ImageOps.exif_transpose(picture)
-    picture = flatten(picture)
-    if large:
-        picture.thumbnail((max_size, max_size), Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    if kind == "JPEG":
-        picture.save(out, "JPEG", quality=90)
-    else:
-        picture.save(out, "PNG")
-    return out.getvalue()
+    with _decoding():
+        image = _open(encoded)
+        kind = image.format
+        large = max_size is not None and max(image.size) > max_size
+        plain = not image.has_transparency_data and image.mode == "RGB"
+        if kind in ("PNG", *_JPEGS) and plain and not large and not _turned(image):
+            return encoded
+        if large and kind in _JPEGS:
+            image.draft("RGB", (max_size, max_size))
+        image = _upright_rgb(image)
+        if large:
+            image.thumbnail((max_size, max_size), Image.Resampling.BICUBIC)
+        # What the file says beside its pixels, such as a colour profile, may be damaged, too.
+        image.info = {}
+        out = io.BytesIO()
+        if kind in _JPEGS:
+            image.save(out, "JPEG", quality=90)
+        else:
+            image.save(out, "PNG")
+        return out.getvalue()
 
 
 def check_decodes(encoded: bytes) -> None:
-    """Reads the whole picture at the smallest scale; raises OSError or ValueError if it cannot."""
-    picture = Image.open(io.BytesIO(encoded))
-    if picture.format == "JPEG":
-        picture.draft("RGB", (1, 1))
-    picture.load()
+    """Reads the whole image, a JPEG at the smallest scale; raises ImageError if it cannot."""
+    with _decoding():
+        image = _open(encoded)
+        if image.format in _JPEGS:
+            image.draft("RGB", (1, 1))
+        _upright_rgb(image)
 
 
 def decode_problems(read: Sequence[Callable[[], bytes]]) -> list[str]:
-    """What is wrong with each picture, "" where nothing is; read: functions that give its bytes."""
+    """What is wrong with each image, "" where nothing is; read: functions that give its bytes."""
 
     def problem(one: Callable[[], bytes]) -> str:
         try:
@@ -92,32 +189,62 @@ def decode_problems(read: Sequence[Callable[[], bytes]]) -> list[str]:
         return list(pool.map(problem, read))
 
 
-def to_array(picture: Image.Image, size: int) -> np.ndarray:
-    """The picture as CLIP's processor makes it: uint8 (size, size, 3).
+def image_states(images: ItemImages) -> list:
+    """A JSON value for each image that changes when the image does.
 
-    The short side is resized to `size` (bicubic) and the centre is cut out. JPEGs are decoded at
-    a smaller scale, of twice the size at least, which changes a photograph by a grey level or two
-    on average. What is not scaled so comes out exactly as from `CLIPImageProcessor`, or within two
-    grey levels where it is a long strip.
+    Images that know it themselves have a method `states`; of the others the content is hashed.
+    """
+    own = getattr(images, "states", None)
+    if own is not None:
+        return own()
+    return [hashlib.sha256(images.encoded(index)).hexdigest() for index in range(len(images))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """How an image becomes a square: it is resized, and the centre is cut out.
+
+    size: side of the square in pixels. resize: what the short side is resized to before the cut, 0
+    for `size`. squash: both sides are resized to that, whatever the proportions. resample: Pillow's
+    number of the filter, bicubic by default.
+    """
+
+    size: int
+    resize: int = 0
+    squash: bool = False
+    resample: int = int(Image.Resampling.BICUBIC)
+
+
+def to_array(picture: Image.Image, framing: int | Framing) -> np.ndarray:
+    """The picture as Hugging Face's processors make it: uint8 (size, size, 3).
+
+    framing: as of a checkpoint; a number is that of CLIP, whose short side is resized to it. JPEGs
+    are decoded at a smaller scale, of twice the size at least, which changes a photograph by a
+    grey level or two on average. What is not scaled so comes out exactly as from the processor, or
+    within two grey levels where it is a long strip.
 
     Raises:
-      OSError: the picture's bytes are damaged.
+      ImageError: the image's bytes are damaged.
     """
+    framing = Framing(framing) if isinstance(framing, int) else framing
+    size, short = framing.size, framing.resize or framing.size
     width, height = picture.size
-    # The smaller scale rounds both sides up; the box says where in it the picture ends.
-    drafted = picture.draft("RGB", (2 * size, 2 * size))
-    picture = picture.convert("RGB")
+    with _decoding():
+        # The smaller scale rounds both sides up; the box says where in it the picture ends.
+        drafted = picture.draft("RGB", (2 * short, 2 * short))
+        picture = picture.convert("RGB")
     box = drafted[1] if drafted else (0, 0, *picture.size)
-    long = int(size * max(width, height) / min(width, height))
-    width, height = (long, size) if width > height else (size, long)
+    long = short if framing.squash else int(short * max(width, height) / min(width, height))
+    width, height = (long, short) if width > height else (short, long)
     left, top = (width - size) // 2, (height - size) // 2
     crop = (left, top, left + size, top + size)
-    if long > _LONGEST_RATIO * size:
+    filter_ = Image.Resampling(framing.resample)
+    if long > _LONGEST_RATIO * short:
         scales = 2 * ((box[2], width), (box[3], height))
         centre = [place * old / new for place, (old, new) in zip(crop, scales, strict=True)]
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=centre)
+        picture = picture.resize((size, size), filter_, box=centre)
         return np.array(picture)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    picture = picture.resize((width, height), filter_, box=box)
     return np.array(picture.crop(crop))
 
 
@@ -148,12 +275,13 @@ class ImageBank:
     def __init__(
         self,
         images: ItemImages,
-        size: int,
+        framing: int | Framing,
         *,
         cache_bytes: int = 512 * 2**20,
         threads: int | None = None,
     ):
-        self.images, self.size, self.cache_bytes = images, size, cache_bytes
+        self.framing = Framing(framing) if isinstance(framing, int) else framing
+        self.images, self.size, self.cache_bytes = images, self.framing.size, cache_bytes
         self.threads = threads or min(8, os.cpu_count() or 1)
         self._reset()
 
@@ -205,7 +333,7 @@ class ImageBank:
 
     def _decode(self, index: int) -> np.ndarray:
         try:
-            return to_array(self.images[int(index)], self.size)
+            return to_array(self.images[int(index)], self.framing)
         except DECODE_ERRORS as error:
             raise UserError(self._undecodable(int(index), error)) from error
 

@@ -1,18 +1,22 @@
 """What the image-text sources share: records with a picture file, a text and a class."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.images import DECODE_ERRORS, open_rgb
+from rcml_jax.data.gates import TextGate, read_file, user_path
+from rcml_jax.data.images import DECODE_ERRORS, FORMATS, decode_problems, open_rgb
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, split_index
+from rcml_jax.data.stages import Stages, file_state, pack, unpack
 from rcml_jax.errors import UserError
 
 
@@ -55,13 +59,32 @@ class ImageFiles:
             ) from error
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of one file, of any format that Pillow reads."""
+        """The bytes of one file, of any format that the library reads."""
         try:
-            return Path(self.paths[index]).read_bytes()
-        except OSError as error:
+            return read_file(self.paths[index])
+        except DECODE_ERRORS as error:
             raise UserError(
                 f"The image {self.paths[index]} cannot be read ({error}); restore it."
             ) from error
+
+    def states(self) -> list:
+        """A JSON value for each file that changes when the file does."""
+        return [[path, *file_state(Path(path))[1:]] for path in self.paths]
+
+
+def image_problems(paths: Sequence[str], cache: str | Path | None) -> list[str]:
+    """What is wrong with each image file, "" where nothing is.
+
+    All of them are decoded, once as long as they stay as they are: the result is kept in `cache`.
+    """
+    read = [functools.partial(read_file, path) for path in paths]
+    if cache is None:
+        return decode_problems(read)
+    # Another Pillow may read more files, or fewer.
+    key = [PIL.__version__, FORMATS, ImageFiles(paths).states()]
+    stages = Stages(user_path(cache) / "image_checks")
+    checked = stages.get("images", key, lambda: {"problems": pack(decode_problems(read))})
+    return unpack(checked["problems"])
 
 
 def require_files(directory: str | Path, files: Sequence[str], *, title: str, remedy: str) -> Path:
@@ -72,7 +95,7 @@ def require_files(directory: str | Path, files: Sequence[str], *, title: str, re
     """
     if not str(directory):
         raise UserError(f"No directory of {title} is given; {remedy}")
-    folder = Path(directory).expanduser()
+    folder = user_path(directory)
     if not os.path.isdir(folder):
         raise UserError(f"There is no directory {folder}; {remedy}")
     for name in files:
@@ -99,17 +122,18 @@ def assemble(
     label_field: str,
     pictures: str,
     texts: str,
-    strict: bool,
+    gate: TextGate,
+    cache: str | Path | None,
     log: Callable[[str], None] | None,
 ) -> ClassificationData:
-    """The records with a picture file and a text, in order: modalities "image" and "text".
+    """The records with an image and a text, in order: modalities "image" and "text".
 
-    The classes are the labels of the training records, sorted. The others, without a picture or a
-    text, are skipped, and one line with their number and the first one goes to `log` (default: to
-    standard error); with `strict` the first one is an error.
+    The classes are the labels of the training records, sorted. The others, without a text or an
+    image that can be decoded, are skipped, and one line with their number and the first one goes to
+    `log` (default: to standard error); if the gate is strict the first one is an error.
 
-    label_field, pictures, texts: the class's field and where pictures and texts are expected, for
-    messages.
+    gate: what the texts came through; cache: as of `image_problems`. label_field, pictures, texts:
+    the class's field and where pictures and texts are expected, for messages.
 
     Raises:
       UserError: a class that no training record has; most of a split's pictures or texts are
@@ -124,25 +148,41 @@ def assemble(
                 "correct it or remove the record."
             )
     split = np.array([record.split for record in records], np.int8)
+    log = log or log_line
+    gate.report(lambda line: log(f"{name}: {line}"))
     no_picture = np.array([not os.path.isfile(record.image) for record in records], bool)
+    there = np.flatnonzero(~no_picture)
+    damaged = np.zeros(len(records), bool)
+    problems = dict(
+        zip(there, image_problems([records[i].image for i in there], cache), strict=True)
+    )
+    damaged[there] = [problem != "" for problem in problems.values()]
     no_text = np.array([not record.text for record in records], bool)
     _check_most(name, records, split, no_picture, f"picture; pictures are expected as {pictures}.")
     _check_most(name, records, split, no_text, f"text; texts are expected {texts}.")
-    skipped = np.flatnonzero(no_picture | no_text)
+    _check_most(name, records, split, damaged, "picture that can be decoded; get them anew.")
+    keep = ~(no_picture | no_text | damaged)
+    skipped = np.flatnonzero(~keep)
     if skipped.size:
-        first = records[skipped[0]]
-        lacks = f"picture {first.image}" if no_picture[skipped[0]] else f"text in {first.text_from}"
-        if strict:
+        i, first = skipped[0], records[skipped[0]]
+        lacks = f"there is no text in {first.text_from}"
+        if no_picture[i]:
+            lacks = f"there is no picture {first.image}"
+        elif damaged[i]:
+            lacks = f"the picture {first.image} cannot be decoded ({problems[i]})"
+        if gate.strict:
             raise UserError(
-                f"{first.where}: there is no {lacks}; add it, or leave `strict` off, so that the "
+                f"{first.where}: {lacks}; mend or add it, or leave `strict` off, so that the "
                 "record is skipped."
             )
-        (log or log_line)(
-            f"{name}: {len(skipped):,} of {len(records):,} records are skipped "
-            f"({np.sum(no_picture):,} without a picture, {np.sum(no_text & ~no_picture):,} without "
-            f"a text); the first is {first.where}: there is no {lacks}"
+        counts = f"{np.sum(no_picture):,} without a picture"
+        if damaged.any():
+            counts += f", {np.sum(damaged):,} with a damaged one"
+        log(
+            f"{name}: {len(skipped):,} of {len(records):,} records are skipped ({counts}, "
+            f"{np.sum(no_text & ~no_picture & ~damaged):,} without a text); the first is "
+            f"{first.where}: {lacks}"
         )
-    keep = ~(no_picture | no_text)
     kept = [record for record, good in zip(records, keep, strict=True) if good]
     return ClassificationData(
         name=name,

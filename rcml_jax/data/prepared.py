@@ -8,6 +8,7 @@ that layout is a whole data set. The graph (all but the pictures) is kept beside
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import shutil
@@ -21,11 +22,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rcml_jax.data.images import open_rgb
+from rcml_jax.data.gates import user_path
+from rcml_jax.data.images import ImageError, open_rgb
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
-from rcml_jax.data.stages import load_arrays, save_arrays
+from rcml_jax.data.stages import disk_errors, load_arrays, save_arrays
 from rcml_jax.errors import UserError
+from rcml_jax.files import exclusive
 
 _SPLIT = "items"
 _GRAPH_FILE = "graph.npz"
@@ -66,6 +69,7 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
         metadata = {
             "graph_name": graph.name,
             "relations": list(graph.relations),
+            "relation_ids": list(graph.relation_ids),
             "intra_relation": graph.intra_relation,
             "label_names": list(graph.label_names),
             "paraphrases": [list(sentences) for sentences in graph.paraphrases],
@@ -137,8 +141,15 @@ class StoredImages:
         encoded = self.encoded(index)
         try:
             return open_rgb(encoded)
-        except (OSError, SyntaxError, ValueError) as error:
+        except ImageError as error:
             raise _damaged(self._folder, error) from error
+
+    def states(self) -> list:
+        """A JSON value for each image: the folder's fingerprint and sizes, and its position."""
+        sizes = sorted((p.name, p.stat().st_size) for p in self._folder.iterdir() if p.is_file())
+        records = [self._folder.parents[1].name, [x for x in sizes if _SPLIT in x[0]]]
+        state = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+        return [f"{state} {position}" for position in self._positions.tolist()]
 
     def encoded(self, index: int) -> bytes:
         """The PNG or JPEG bytes of one item's picture."""
@@ -163,7 +174,7 @@ class StoredImages:
 def folder_of(data_dir: str | Path, name: str, fingerprint: str = "") -> Path:
     """Where a prepared graph lies; the fingerprint tells one state of its source from another."""
     config = f"{name}-{fingerprint[:12]}" if fingerprint else name
-    root = Path(data_dir).expanduser().absolute() / config
+    root = user_path(data_dir).absolute() / config
     return root / RelationGraphBuilder.name / str(RelationGraphBuilder.VERSION)
 
 
@@ -228,17 +239,25 @@ def load_or_prepare(
     log: Callable[[str], None] | None = None,
     **about: str,
 ) -> RelationGraph:
-    """The prepared graph, made by `build` and stored the first time; one line says so to `log`."""
-    if not is_prepared(data_dir, name, fingerprint):
-        start = time.perf_counter()
-        graph = build()
-        folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
-        if log is None:
-            log = log_line
-        log(
-            f"Prepared {name}: {len(graph):,} items, {len(graph.relations):,} relations, "
-            f"{len(graph.pairs):,} pairs in {time.perf_counter() - start:.1f} s ({folder})."
-        )
+    """The prepared graph, made by `build` and stored the first time; one line says so to `log`.
+
+    While another process prepares the same, it waits and then loads that; `log` is told.
+    """
+    if is_prepared(data_dir, name, fingerprint):
+        return load(data_dir, name, fingerprint=fingerprint)
+    log = log or log_line
+    folder = folder_of(data_dir, name, fingerprint).parents[1]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock", f"is preparing {name}", wait=True, log=log):
+        if not is_prepared(data_dir, name, fingerprint):
+            start = time.perf_counter()
+            graph = build()
+            folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
+            log(
+                f"Prepared {name}: {len(graph):,} items, {len(graph.relations):,} relations, "
+                f"{len(graph.pairs):,} pairs in {time.perf_counter() - start:.1f} s ({folder})."
+            )
     return load(data_dir, name, fingerprint=fingerprint)
 
 
@@ -339,6 +358,7 @@ def _read_graph(folder: Path) -> RelationGraph:
             attributes=attributes,
             paraphrases=tuple(map(tuple, metadata.get("paraphrases", ()))),
             held_out=metadata.get("held_out", 0),
+            relation_ids=tuple(metadata.get("relation_ids", ())),
         )
         missing = [f.name for f in _shards(folder, counts) if not f.is_file()]
         if missing:

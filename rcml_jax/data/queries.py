@@ -491,8 +491,10 @@ def gallery_queries(
         right = _linked_classes(graph, query, relation, items)
         hidden = scipy.sparse.csr_array(right.shape, dtype=bool)
     else:
-        right = _agreeing(graph, query, relation, items) + _partners(pairs, query, relation, items)
-        hidden = _partners(graph.pairs, query, relation, items) > right
+        pairs, every = (_by_sentence(graph, some) for some in (pairs, graph.pairs))
+        asked = graph.first_with_sentence(relation)
+        right = _agreeing(graph, query, relation, items) + _partners(pairs, query, asked, items)
+        hidden = _partners(every, query, asked, items) > right
     place = np.searchsorted(items, query)
     own = _matrix(np.arange(len(query)), place, right.shape)
     first: dict[str, int] = {}
@@ -506,6 +508,14 @@ def gallery_queries(
         hidden=hidden + own,
         left_out=len(queries) - len(chosen),
     )
+
+
+def _by_sentence(graph: RelationGraph, pairs: np.ndarray) -> np.ndarray:
+    """Pairs (p, 3) under the first relation with the same sentence, each once."""
+    if graph.same_sentence is None:
+        return pairs
+    found = np.column_stack([pairs[:, :2], graph.same_sentence[pairs[:, 2]]])
+    return np.unique(found, axis=0)
 
 
 def _paired(pairs: np.ndarray) -> np.ndarray:

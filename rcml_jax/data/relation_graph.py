@@ -54,6 +54,11 @@ class RelationGraph:
     `item_group` (N,) int32 numbers groups of items that no split may part, such as the colours of
     one product: items are then drawn into splits group by group.
 
+    `relation_ids`, if there are any, are the source's names of the relations, for messages.
+    `same_sentence` (R,) int32, where some relations have one and the same sentence as the towers
+    take it, is the first relation with the sentence of each: what links two items under one of them
+    links them under the others, since no model can tell these apart.
+
     `paraphrases`, if there are any, has for each relation its sentences, the one in `relations`
     first; the last `held_out` of each are for the test alone.
     """
@@ -74,6 +79,8 @@ class RelationGraph:
     attributes: np.ndarray | None = None
     paraphrases: tuple[tuple[str, ...], ...] = ()
     held_out: int = 0
+    relation_ids: tuple[str, ...] = ()
+    same_sentence: np.ndarray | None = None
 
     def training_sentences(self, relation: int) -> tuple[str, ...]:
         """The sentences of a relation that training may see, its own one first."""
@@ -91,8 +98,13 @@ class RelationGraph:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @functools.cached_property
-    def _related(self) -> scipy.sparse.csr_array:
+    def related(self) -> scipy.sparse.csr_array:
+        """Whether two items are paired under any relation: sparse (N, N) bool, true diagonal.
+
+        With class links, also whether they have the same label. Links that `pairs` leave out do not
+        count: one as wide as a department would leave no negatives to learn kinds from. What is
+        true of two items is `linked` and `linked_any`.
+        """
         n = len(self)
         pairs = self.pairs[:, :2]
         if self.class_links is not None:
@@ -106,43 +118,65 @@ class RelationGraph:
         matrix.sort_indices()
         return matrix
 
-    def related(self) -> scipy.sparse.csr_array:
-        """Whether two items are paired under any relation: sparse (N, N) bool, true diagonal.
+    @functools.cached_property
+    def _adjacency(self) -> "_Adjacency":
+        return _Adjacency(self.pairs, len(self))
 
-        With class links, also whether they have the same label. Links that `pairs` leave out do not
-        count: one as wide as a department would leave no negatives to learn kinds from. What is
-        true of two items is `linked` and `linked_any`.
-        """
-        return self._related
+    @functools.cached_property
+    def _unit_adjacency(self) -> "_Adjacency":
+        if self.class_links is None:
+            return self._adjacency
+        return _Adjacency(self.class_links, self._units)
 
     def related_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Rows (n,) against columns (m,) of `related()`, dense (n, m) bool; cost ~ rows' pairs."""
         rows, cols = np.asarray(rows), np.asarray(cols)
-        if len(rows) == 0 or len(cols) == 0:
-            return np.zeros((len(rows), len(cols)), bool)
-        return np.asarray(self._related[rows][:, cols].todense(), bool)
+        if not len(cols):
+            return np.zeros((len(rows), 0), bool)
+        names, column = np.unique(cols, return_inverse=True)
+        found, place, _ = self._adjacency.meet(rows, names)
+        own, known = _find(names, rows)
+        found = np.concatenate([found, np.flatnonzero(known)])
+        place = np.concatenate([place, own[known]])
+        block = np.zeros((len(rows), len(names)), bool)
+        if len(names) == len(cols):
+            block[found, np.argsort(column)[place]] = True
+        else:  # a column comes twice
+            block[found, place] = True
+            block = block[:, column]
+        return block if self.class_links is None else block | self._one_label(rows[:, None], cols)
 
     def related_values(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """`related()` at single places: two index arrays of one shape to bool of that shape."""
         rows, cols = np.asarray(rows), np.asarray(cols)
-        if rows.size == 0:
-            return np.zeros(rows.shape, bool)
-        values = self._related[rows.ravel(), cols.ravel()]
-        return np.asarray(values, bool).reshape(rows.shape)
+        start, stop = self._adjacency.between(rows.ravel(), cols.ravel())
+        values = (start < stop).reshape(rows.shape) | (rows == cols)
+        return values if self.class_links is None else values | self._one_label(rows, cols)
 
     def related_to(self, item: int) -> np.ndarray:
         """The items, sorted, that `related()` has in one row; the item itself is one of them."""
-        start, stop = self._related.indptr[item : item + 2]
-        return self._related.indices[start:stop]
+        found = self._adjacency.around(item)
+        if self.class_links is None:
+            return found
+        return np.union1d(found, np.flatnonzero(self.labels == self.labels[item]))
+
+    def _one_label(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return self.labels[a] == self.labels[b]
 
     def linked(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
         """Whether items a and b are linked by a relation: indices that broadcast → bool.
 
         With class links this goes by their labels, else by the pairs and the attributes.
         """
-        keys = self._unit_keys(a, b) * max(len(self.relations), 1) + relation
-        paired = _contains(self._link_keys, keys)
+        keys = self._unit_keys(a, b) * max(len(self.relations), 1) + self.first_with_sentence(
+            relation
+        )
+        paired = _contains(self._sentence_keys, keys)
         return paired if self.attributes is None else paired | self.agree(a, b, relation)
+
+    def first_with_sentence(self, relation: np.ndarray) -> np.ndarray:
+        """The first relation that has the same sentence, for relations of any shape."""
+        return relation if self.same_sentence is None else self.same_sentence[relation]
 
     def agree(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray | int) -> np.ndarray:
         """Whether items have one value under a relation of attributes: broadcasts → bool."""
@@ -164,7 +198,7 @@ class RelationGraph:
         if self.class_links is None:
             return self._or_agreeing(self.related_values(*np.broadcast_arrays(a, b)), a, b)
         linked = _contains(self._unit_links, self._unit_keys(a, b))
-        return linked | (self.labels[a] == self.labels[b])
+        return linked | self._one_label(a, b)
 
     def linked_any_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Rows (n,) against columns (m,) of `linked_any`, dense (n, m) bool."""
@@ -173,18 +207,39 @@ class RelationGraph:
             return self._or_agreeing(self.related_block(rows, cols), a, b)
         return self.linked_any(a, b)
 
-    def linked_inter(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray) -> np.ndarray:
-        """`linked` where a relation may be −1, the intra-sample one, which links no two items."""
-        return self.linked(a, b, relation.clip(min=0)) & (relation >= 0)
+    def linked_under(self, a: np.ndarray, b: np.ndarray, relations: np.ndarray) -> np.ndarray:
+        """Whether items a and b, of one shape S, are linked by each of R relations: (*S, R) bool.
+
+        The relations are distinct. Relation −1, the intra-sample one, links no two items.
+        """
+        order = np.argsort(relations)
+        row, relation = self.links_of(np.stack([np.ravel(a), np.ravel(b)], axis=1))
+        place, known = _find(relations[order], relation)
+        linked = np.zeros((np.size(a), len(relations)), bool)
+        linked[row[known], order[place[known]]] = True
+        return linked.reshape(*np.shape(a), len(relations))
 
     def linked_blocks(self, items: np.ndarray, relations: np.ndarray) -> np.ndarray:
         """Whether items are linked under each of R relations: (R, n, n) bool, true diagonals.
 
-        Relation −1, the intra-sample one, links an item to itself alone.
+        Items and relations are distinct. Relation −1, the intra-sample one, links an item to itself
+        alone.
         """
-        a, b = np.nonzero(self.linked_any_block(items, items))
+        if self.class_links is None:
+            order = np.argsort(items)
+            row, place, relation = self._adjacency.meet(items, items[order])
+            column = order[place]
+        else:
+            a, b = np.nonzero(self.linked_any_block(items, items))
+            among, relation = self.links_of(np.stack([items[a], items[b]], axis=1))
+            row, column = a[among], b[among]
+        by_number = np.argsort(relations)
+        place, known = _find(relations[by_number], relation)
         blocks = np.zeros((len(relations), len(items), len(items)), bool)
-        blocks[:, a, b] = self.linked_inter(items[a], items[b], relations[:, None])
+        blocks[by_number[place[known]], row[known], column[known]] = True
+        for block, relation in zip(blocks, relations.tolist(), strict=True):
+            if relation in self.respects:
+                block |= self.agree(items[:, None], items, relation)
         blocks[:, np.arange(len(items)), np.arange(len(items))] = True
         return blocks
 
@@ -195,20 +250,34 @@ class RelationGraph:
 
     def links_of(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The relations that link each of some pairs (p, 2): rows (k,) and relations (k,)."""
-        keys = self._unit_keys(pairs[:, 0], pairs[:, 1])
-        start = np.searchsorted(self._unit_links, keys, "left")
-        counts = np.searchsorted(self._unit_links, keys, "right") - start
-        rows = np.repeat(np.arange(len(pairs)), counts)
-        offset = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        relations = self._links[np.repeat(start, counts) + offset, 2]
+        a, b = pairs[:, 0], pairs[:, 1]
+        if self.class_links is not None:
+            a, b = self.labels[a], self.labels[b]
+        rows, link = _ranges(*self._unit_adjacency.between(a, b))
+        relations = self._links[link, 2]
         if not self.respects:
-            return rows, relations
+            return self._with_same_sentence(rows, relations)
         agree = self.agree(pairs[:, :1], pairs[:, 1:2], np.array(self.respects))
         more, column = np.nonzero(agree)
         found = np.concatenate(
             [np.stack([rows, relations]), [more, np.array(self.respects)[column]]], axis=1
         )
         rows, relations = np.unique(found, axis=1)
+        return self._with_same_sentence(rows, relations)
+
+    def _with_same_sentence(
+        self, rows: np.ndarray, relations: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and relations (k,), and the relations that have the sentences of these."""
+        if self.same_sentence is None:
+            return rows, relations
+        order = np.argsort(self.same_sentence, kind="stable")
+        first, wanted = self.same_sentence[order], self.same_sentence[relations]
+        start = np.searchsorted(first, wanted, "left")
+        counts = np.searchsorted(first, wanted, "right") - start
+        offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        more = order[np.repeat(start, counts) + offset]
+        rows, relations = np.unique(np.stack([np.repeat(rows, counts), more]), axis=1)
         return rows, relations
 
     @property
@@ -233,6 +302,15 @@ class RelationGraph:
     @functools.cached_property
     def _link_keys(self) -> np.ndarray:
         return _pair_keys(self._links, self._units, len(self.relations))
+
+    @functools.cached_property
+    def _sentence_keys(self) -> np.ndarray:
+        """The sorted keys of what is linked, by the first relation with the same sentence."""
+        if self.same_sentence is None:
+            return self._link_keys
+        links = self._links.copy()
+        links[:, 2] = self.same_sentence[links[:, 2]]
+        return np.unique(_pair_keys(links, self._units, len(self.relations)))
 
     def only(self, chosen: np.ndarray) -> "RelationGraph":
         """The graph of some of its pairs (P,) bool, with the class links that they are drawn from.
@@ -309,6 +387,7 @@ class RelationGraph:
         if self.class_links is not None:
             self._check_class_links(check)
         check(self.held_out >= 0, "held_out is negative")
+        check(len(self.relation_ids) in (0, r), f"{r} relations but other relation ids")
         if self.paraphrases:
             first = tuple(x[0] if x else "" for x in self.paraphrases)
             check(first == self.relations, "the first paraphrases are not the relations' sentences")
@@ -339,6 +418,105 @@ class RelationGraph:
                 f"Items '{self.ids[a]}' and '{self.ids[b]}' of '{self.name}' are a pair in two "
                 "splits; declare one split for all the relations of a pair."
             )
+
+
+#: A unit with so many links for each one that is looked for is searched, not gone through.
+_MANY_LINKS = 16
+
+
+class _Adjacency:
+    """Links (L, 3) between units, a <= b and sorted, as lists of neighbors.
+
+    Three arrays of L and two of the units, int32: looking something up costs the neighbors of what
+    is asked for, and no array of all units is made for it.
+    """
+
+    def __init__(self, links: np.ndarray, units: int):
+        self._relation = links[:, 2]
+        counts = np.bincount(links[:, 0], minlength=units)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._above = np.ascontiguousarray(links[:, 1])
+        self._units = units
+
+    @functools.cached_property
+    def _below(self) -> scipy.sparse.csc_array:
+        """Of each unit the lower neighbors, ascending, with the numbers of the links."""
+        numbers = np.arange(len(self._above), dtype=np.int32)
+        shape = (self._units, self._units)
+        return scipy.sparse.csr_array((numbers, self._above, self._first), shape=shape).tocsc()
+
+    def between(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The links of units (k,) with others (k,): numbers from start to before stop."""
+        low, high = np.minimum(a, b), np.maximum(a, b)
+        first, last = self._first[low], self._first[low + 1]
+        start = _lower_bound(self._above, first, last, high)
+        return start, _lower_bound(self._above, start, last, high + 1)
+
+    def around(self, unit: int) -> np.ndarray:
+        """A unit and its neighbors, ascending."""
+        below, above = self._below, self._above
+        lower = below.indices[below.indptr[unit] : below.indptr[unit + 1]]
+        upper = above[self._first[unit] : self._first[unit + 1]]
+        found = np.concatenate([lower, np.array([unit], above.dtype), upper])
+        new = np.ones(len(found), bool)
+        np.not_equal(found[1:], found[:-1], out=new[1:])
+        return found[new]
+
+    def meet(self, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All links of units (n,) with sorted, distinct units (m,): row, column and relation."""
+        ordered, below = cols.astype(self._above.dtype), self._below
+        row, column, link = _meet(self._above, self._first, rows, ordered)
+        lower_row, lower_column, entry = _meet(below.indices, below.indptr, rows, ordered)
+        link = np.concatenate([link, below.data[entry]])
+        row, column = np.concatenate([[row, column], [lower_row, lower_column]], axis=1)
+        return row, column, self._relation[link]
+
+
+def _meet(
+    neighbors: np.ndarray, bounds: np.ndarray, rows: np.ndarray, ordered: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where lists of neighbors have one of some sorted units: row, place in these and entry."""
+    start, stop = bounds[rows], bounds[rows + 1]
+    many = stop - start > _MANY_LINKS * len(ordered)
+    row, entry = _ranges(start, np.where(many, start, stop))
+    place, known = _find(ordered, neighbors[entry])
+    parts = [(row[known], place[known], entry[known])]
+    for i in np.flatnonzero(many):
+        own = neighbors[start[i] : stop[i]]
+        left, right = (np.searchsorted(own, ordered, side) for side in ("left", "right"))
+        place, entry = _ranges(start[i] + left, start[i] + right)
+        parts.append((np.full(len(place), i), place, entry))
+    row, place, entry = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return row, place, entry
+
+
+def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of k ranges one after the other: of which range each is, and the number."""
+    counts = stop - start
+    rows = np.repeat(np.arange(len(start)), counts)
+    offset = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows, np.repeat(start, counts) + offset
+
+
+def _find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where values are in a sorted array of one at least, and whether they are."""
+    place = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    return place, ordered[place] == values
+
+
+def _lower_bound(
+    values: np.ndarray, low: np.ndarray, high: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """The first place from low to before high whose value is no less than the key, else high.
+
+    low, high, keys (k,); values ascend in every such range.
+    """
+    while np.any(todo := low < high):
+        middle = np.where(todo, (low + high) // 2, 0)
+        smaller = values[middle] < keys
+        low = np.where(todo & smaller, middle + 1, low)
+        high = np.where(todo & ~smaller, middle, high)
+    return low
 
 
 def _contains(ordered: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -28,28 +28,11 @@ class BatchSizes:
     items: int
 
     def check(self, training_items: int) -> None:
-        """Raise UserError where a batch cannot be made of the data."""
-        if min(self.relations, self.pairs, self.intra_pairs, self.items) < 0:
-            raise UserError("the sizes in config.batch must not be negative")
-        if self.relations * self.pairs + self.intra_pairs == 0:
-            raise UserError(
-                "a batch without pairs: raise config.batch.pairs_per_relation or intra_pairs"
-            )
+        """Raise UserError where the data have too few items for a batch."""
         if self.items > training_items:
             raise UserError(
                 f"a batch of {self.items} items is larger than the training split, which has "
                 f"{training_items}; lower config.batch.size"
-            )
-        if self.items < 2 * self.relations * self.pairs:
-            raise UserError(
-                f"{self.relations} relations of {self.pairs} pairs need room for "
-                f"{2 * self.relations * self.pairs} items; raise config.batch.size "
-                f"({self.items}) or lower config.batch.relations or pairs_per_relation"
-            )
-        if self.intra_pairs > self.items:
-            raise UserError(
-                f"config.batch.intra_pairs={self.intra_pairs} exceeds config.batch.size="
-                f"{self.items}; lower it"
             )
 
 
@@ -60,18 +43,24 @@ class RelationSampler:
     in the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is padded, with
     `pair_valid` false there. `noise` seeds the batch's augmentation, `paraphrase` (R,) draws one of
     each relation's sentences.
+
+    Relations, the pairs of each, and the items that fill the batch are uniform draws without
+    replacement. A plan costs what the batch holds, however large the graph is; kept are the
+    training pairs, sorted by relation, and the training items, in int32.
     """
 
     def __init__(self, graph: RelationGraph, splits: Splits, sizes: BatchSizes, seed: int):
-        self._items = splits.items("train")
+        self._items = splits.items("train").astype(np.int32)
         self._sizes = sizes
         self._seed = seed
         pairs = splits.pairs("train")
-        order = np.argsort(pairs[:, 2], kind="stable")
-        self._pairs = pairs[order]
-        bounds = np.searchsorted(self._pairs[:, 2], np.arange(len(graph.relations) + 1))
-        self._bounds = bounds
-        self._relations = np.flatnonzero(np.diff(bounds))
+        counts = np.bincount(pairs[:, 2], minlength=len(graph.relations))
+        self._bounds = np.concatenate([[0], np.cumsum(counts)])
+        self._relations = np.flatnonzero(counts)
+        # Pairs hold places in the split's items, so that the rest are the numbers they leave out.
+        place = np.zeros(len(graph), np.int32)
+        place[self._items] = np.arange(len(self._items), dtype=np.int32)
+        self._pairs = place[pairs[np.argsort(pairs[:, 2], kind="stable"), :2]]
         if sizes.relations > len(self._relations):
             raise UserError(
                 f"config.batch.relations={sizes.relations}, but only {len(self._relations)} "
@@ -79,34 +68,31 @@ class RelationSampler:
             )
 
     def __len__(self) -> int:
-        """As good as endless: every place is a new draw."""
+        """Effectively infinite; every index is an independent draw."""
         return 2**31 - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self._seed, int(index)))
         sizes = self._sizes
-        relations = rng.choice(self._relations, sizes.relations, replace=False)
-        groups = [self._draw_pairs(rng, relation) for relation in relations]
-        drawn = np.concatenate([np.zeros((0, 2), int), *groups])
-        rest = np.setdiff1d(self._items, drawn, assume_unique=False)
-        paired = np.unique(drawn)
-        fill = rng.choice(rest, sizes.items - len(paired), replace=False)
-        items = np.concatenate([paired, fill]).astype(np.int64)
-        place = {item: i for i, item in enumerate(items.tolist())}
+        chosen = rng.choice(len(self._relations), sizes.relations, replace=False)
+        relations = self._relations[chosen]
+        rows = [self._draw_pairs(rng, relation) for relation in relations]
+        drawn = self._pairs[np.concatenate([np.zeros(0, np.int64), *rows])]
+        paired, place = np.unique(drawn, return_inverse=True)
+        free = sizes.items - len(paired)
+        ranks = rng.choice(len(self._items) - len(paired), free, replace=False)
+        items = self._items[np.concatenate([paired, _not_among(paired, ranks)])]
         itself = rng.choice(sizes.items, sizes.intra_pairs, replace=False)
 
         width = max(sizes.intra_pairs, sizes.pairs)
-        anchor = np.zeros((sizes.relations + 1, width), np.int32)
-        positive = np.zeros_like(anchor)
-        pair_valid = np.zeros(anchor.shape, bool)
-        anchor[0, : len(itself)] = positive[0, : len(itself)] = itself
-        pair_valid[0, : len(itself)] = True
-        for row, group in enumerate(groups, start=1):
-            anchor[row, : len(group)] = [place[a] for a in group[:, 0].tolist()]
-            positive[row, : len(group)] = [place[b] for b in group[:, 1].tolist()]
-            pair_valid[row, : len(group)] = True
+        counts = np.array([len(itself), *map(len, rows)])
+        pair_valid = np.arange(width) < counts[:, None]
+        anchor, positive = np.zeros((2, *pair_valid.shape), np.int32)
+        first, second = place.reshape(-1, 2).T
+        anchor[pair_valid] = np.concatenate([itself, first])
+        positive[pair_valid] = np.concatenate([itself, second])
         return {
-            "items": items,
+            "items": items.astype(np.int64),
             "relations": np.concatenate([[-1], relations]),
             "anchor": anchor,
             "positive": positive,
@@ -116,10 +102,14 @@ class RelationSampler:
         }
 
     def _draw_pairs(self, rng: np.random.Generator, relation: int) -> np.ndarray:
+        """Rows of some pairs of a relation; `choice` of a number draws without listing them all."""
         start, stop = self._bounds[relation], self._bounds[relation + 1]
-        count = min(self._sizes.pairs, stop - start)
-        rows = start + rng.choice(stop - start, count, replace=False)
-        return self._pairs[rows, :2]
+        return start + rng.choice(stop - start, min(self._sizes.pairs, stop - start), replace=False)
+
+
+def _not_among(taken: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """The numbers of some ranks, from 0, among the whole numbers that `taken`, sorted, lacks."""
+    return ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
 
 
 class EpochSampler:
@@ -137,18 +127,17 @@ class EpochSampler:
                 f"{len(rows)}; set config.batch.size between 1 and that, or 0 for all of them"
             )
         self._rows, self._seed = rows, seed
+        self._order = -1, rows  # of the latest epoch: made once for all of its batches
         self.size = size or len(rows)
         self.per_epoch = -(-len(rows) // self.size)
 
     def __len__(self) -> int:
-        """As good as endless."""
+        """Effectively infinite."""
         return 2**31 - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(int(index), self.per_epoch)
-        rows = self._rows
-        if self.per_epoch > 1:
-            rows = np.random.default_rng((self._seed, epoch)).permutation(rows)
+        rows = self._rows if self.per_epoch == 1 else self._rows_of(epoch)
         rows = rows[place * self.size : (place + 1) * self.size]
         padding = self.size - len(rows)
         rng = np.random.default_rng((self._seed, int(index), 1))
@@ -157,6 +146,13 @@ class EpochSampler:
             "valid": np.arange(self.size) < self.size - padding,
             "noise": rng.integers(2**63, size=2),
         }
+
+    def _rows_of(self, epoch: int) -> np.ndarray:
+        known, rows = self._order
+        if known != epoch:
+            rows = np.random.default_rng((self._seed, epoch)).permutation(self._rows)
+            self._order = epoch, rows
+        return rows
 
 
 def collator(
@@ -170,12 +166,14 @@ def collator(
     negatives: str = "unrelated",
     stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
     sentence_noise: Callable[[np.random.Generator, int], np.ndarray] | None = None,
+    encoded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
     `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
     "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
     draws what is added to the embeddings of so many sentences, `shared["sentence_noise"]`.
+    `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
 
     `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -192,6 +190,8 @@ def collator(
     def collate(plan: dict) -> dict:
         if "text" in stored:
             ids = stored["text"](plan["items"])
+        elif encoded is not None:
+            ids, mask = encoded(plan["items"])
         else:
             ids, mask = tokenizer.encode([graph.texts[i] for i in plan["items"]], max_length)
         if texts_per_row > 1:
@@ -199,7 +199,7 @@ def collator(
             plan = _reordered(plan, order)
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
-        linked = graph.linked_inter(anchor[..., None], positive[..., None], relations)
+        linked = graph.linked_under(anchor, positive, relations)
         pictures = images(items)
         if augment is not None:
             pictures = augment(pictures, np.random.default_rng(plan["noise"]))
@@ -246,7 +246,7 @@ def _reordered(plan: dict, order: np.ndarray) -> dict:
     return {**plan, **pairs, "items": plan["items"][order]}
 
 
-def batch_iterator(sampler: RelationSampler, collate: Callable[[dict], dict], threads: int = 1):
+def batch_iterator(sampler: Any, collate: Callable[[dict], dict], threads: int = 1):
     """A grain iterator over batches, whose state is its place; `threads` read ahead."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
     dataset = grain.MapDataset.source(sampler).map(collate)

@@ -4,10 +4,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rcml_jax import files
+from rcml_jax.data.log import Progress
 from rcml_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -95,21 +96,14 @@ def load_arrays(path: Path) -> Arrays | None:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a `.npz` file whole or not at all, whatever other processes do."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"incomplete.{path.stem}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with files.atomic_file(path, shared=True) as file:
+        np.savez(file, **arrays)
 
 
 # Rows that are slow to compute, kept in a memory-mapped `.npy` as they come.
 
 
 _STEP = 1024
-_SECONDS = 10.0
 
 
 class _Blocks(Protocol):
@@ -127,29 +121,17 @@ def stored_rows(
     """The rows of `blocks`, (n, *shape), mapped read-only from an `.npy` file.
 
     What the file lacks is computed, once, in steps; killed in the middle, the next call goes on
-    after the last whole step. `log` is told now and then how far it is. Raises UserError where the
-    file cannot be written.
+    after the last whole step. Another process that wants the same file waits for it. `log` is told
+    now and then how far it is. Raises UserError where the file cannot be written.
     """
     if path.is_file():
         return np.load(path, mmap_mode="r")
-    part, done = path.with_name(path.name + ".part"), path.with_name(path.name + ".rows")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        start = int(done.read_text()) if done.is_file() and part.is_file() else 0
-        options = {"mode": "r+"} if start else _new(blocks)
-        values = np.lib.format.open_memmap(part, **options)
-        told = time.monotonic()
-        for first in range(start, len(blocks), _STEP):
-            last = min(first + _STEP, len(blocks))
-            values[first:last] = blocks.block(first, last)
-            values.flush()
-            done.write_text(str(last))
-            if log and time.monotonic() - told > _SECONDS:
-                log(f"{path.stem}: {last:,} of {len(blocks):,} rows")
-                told = time.monotonic()
-        del values
-        os.replace(part, path)
-        done.unlink(missing_ok=True)
+        lock = path.with_name(path.name + ".lock")
+        with files.exclusive(lock, f"is writing {path}", wait=True, log=log):
+            if not path.is_file():
+                _write_rows(path, blocks, log)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); make room, then start the same "
@@ -158,5 +140,31 @@ def stored_rows(
     return np.load(path, mmap_mode="r")
 
 
-def _new(blocks: _Blocks) -> dict:
-    return {"mode": "w+", "dtype": blocks.dtype, "shape": (len(blocks), *blocks.shape)}
+def _write_rows(path: Path, blocks: _Blocks, log: Callable[[str], None] | None) -> None:
+    """Write what `<path>.part` lacks; `<path>.rows` holds the number of its rows."""
+    part, done = path.with_name(path.name + ".part"), path.with_name(path.name + ".rows")
+    start = int(done.read_text()) if done.is_file() and part.is_file() else 0
+    shape, dtype = (len(blocks), *blocks.shape), np.dtype(blocks.dtype)
+    # By ordinary calls: where the disk is full a write to a map would kill the process.
+    with part.open("r+b" if start else "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+        file.seek(start * math.prod(blocks.shape) * dtype.itemsize, os.SEEK_CUR)
+        told = Progress(
+            len(blocks),
+            done=start,
+            count=lambda n, total: f"{path.stem}: {n:,} of {total:,} rows",
+            unit="rows",
+            log=log or (lambda _: None),
+        )
+        with told as progress:
+            for first in range(start, len(blocks), _STEP):
+                last = min(first + _STEP, len(blocks))
+                file.write(np.ascontiguousarray(blocks.block(first, last), dtype))
+                file.flush()
+                os.fsync(file.fileno())
+                with files.atomic_file(done) as count:
+                    count.write(str(last).encode())
+                progress.update(last)
+    os.replace(part, path)
+    done.unlink(missing_ok=True)

@@ -1,20 +1,31 @@
 """Tables of people's own data: `.csv` with a header or `.jsonl`, UTF-8, read row by row."""
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from rcml_jax.data.gates import CsvRows, TextGate, read_json
 from rcml_jax.errors import UserError
 
 
-def rows_of(table: Path) -> Iterator[tuple[str, dict]]:
-    """(file and line, row) of a table; UserError, with file and line, for what is malformed."""
+def rows_of(table: Path, gate: TextGate | None = None) -> Iterator[tuple[str, dict]]:
+    """(file and line, row) of a table; UserError, with file and line, for what is malformed.
+
+    gate: what its texts go through, by default one that is not strict.
+    """
+    gate = gate or TextGate()
     readers = {".csv": _of_csv, ".jsonl": _of_jsonl}
     if table.suffix.lower() not in readers:
         raise UserError(f"{table} is neither .csv nor .jsonl; save it as one of them.")
     try:
-        yield from readers[table.suffix.lower()](table)
+        for where, row in readers[table.suffix.lower()](table):
+            yield (
+                where,
+                {
+                    key: gate(value, where) if isinstance(value, str) else value
+                    for key, value in row.items()
+                },
+            )
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 text ({error}); save it as UTF-8.") from error
     except OSError as error:
@@ -51,31 +62,32 @@ def table_of(folder: Path, name: str) -> Path:
 
 def _of_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey=None, strict=True)
+        rows = CsvRows(file)
         try:
-            for row in reader:
-                where = f"{path.name}, line {reader.line_num}"
-                if None in row:
+            _, header = next(rows, (1, []))
+            columns = [column.strip().lower() for column in header]
+            for number, values in rows:
+                where = f"{path.name}, line {number}"
+                if len(values) > len(columns):
                     raise UserError(
                         f"{where}: there are more values than columns; put values with commas "
                         "in double quotes."
                     )
-                yield where, {key.strip().lower(): value for key, value in row.items()}
+                yield where, dict.fromkeys(columns) | dict(zip(columns, values, strict=False))
         except csv.Error as error:
             raise UserError(
-                f"{path.name}, line {reader.reader.line_num}: malformed CSV ({error}); correct "
-                "the line."
+                f"{path.name}, line {rows.line}: malformed CSV ({error}); correct the line."
             ) from error
 
 
 def _of_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path.name}, line {number}"
             try:
-                row = json.loads(line)
+                row = read_json(line)
             except ValueError as error:
                 raise UserError(f"{where}: malformed JSON ({error}); correct the line.") from error
             if not isinstance(row, dict):

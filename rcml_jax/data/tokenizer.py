@@ -1,5 +1,6 @@
 """Texts to token ids: a small trainable tokenizer, and those of pretrained checkpoints."""
 
+import hashlib
 import importlib.util
 import json
 import string
@@ -10,8 +11,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from rcml_jax.data.log import log_line
 from rcml_jax.data.packing import LENGTHS
+from rcml_jax.data.stages import stored_rows
 from rcml_jax.errors import UserError
+from rcml_jax.files import write_whole
 
 # The end id must not be 2: Hugging Face's CLIP takes `eos_token_id == 2` for an old checkpoint
 # and then looks for the highest id instead of the end token.
@@ -30,6 +34,7 @@ _KNOWN = (
 _MASKS = ("[MASK]", "<mask>", "<unused>", "<|startoftext|>", "<unk>")
 _BY_TRANSFORMERS = ("siglip",)  # model types whose normalisation is not in tokenizer.json alone
 _MEMO_TEXTS = 500_000
+_TEXTS_AT_ONCE = 10_000  # of which a digest is made
 # CLIP's split into words, contractions, single digits and runs of signs.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -43,7 +48,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str = "tokenizer"):
         for names in _KNOWN:
-            ids = [tokenizer.token_to_id(name) if name else -1 for name in names]
+            ids: list = [tokenizer.token_to_id(name) if name else -1 for name in names]
             if None not in ids:
                 break
         else:
@@ -56,9 +61,8 @@ class Tokenizer:
         # A text that spells "<end>" gets the signs' ids, not the token's.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.start_id, self.end_id, self.pad_id = ids
-        if self.start_id < 0:
-            self.start_id = None
+        start, self.end_id, self.pad_id = ids
+        self.start_id: int | None = start if start >= 0 else None
         self._memo: dict[str, np.ndarray] = {}
 
     @property
@@ -120,8 +124,12 @@ class Tokenizer:
         return cls(_clip_tokenizer(vocab, merges), source=str(folder))
 
     def save(self, path: str | Path) -> None:
-        """Writes a `tokenizer.json` that `load` reads back."""
-        Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
+        """Write a `tokenizer.json` that `load` reads back, whole or not at all."""
+        write_whole(Path(path), self._tokenizer.to_str(pretty=True))
+
+    def digest(self) -> str:
+        """Changes with whatever this tokenizer makes of a text."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the special tokens."""
@@ -141,21 +149,51 @@ class Tokenizer:
         (those above `max_length` are dropped, and `max_length` is always one) that fits the
         longest of the texts.
         """
+        return self.frame(*self.bodies(texts, max_length), max_length, lengths)
+
+    def bodies(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of texts without special tokens, padded with 0 (n, m), and their numbers (n,).
+
+        m is what fits into `max_length` beside the start and end tokens.
+        """
         if max_length < 2:
             raise UserError(f"A text length of {max_length} has no room for start and end tokens.")
-        start = [] if self.start_id is None else [self.start_id]
-        around = len(start) + 1
-        bodies = [body[: max_length - around] for body in self._bodies(texts)]
-        longest = max((len(body) for body in bodies), default=0) + around
+        bodies = np.zeros((len(texts), max_length - (1 if self.start_id is None else 2)), np.int32)
+        found = [body[: bodies.shape[1]] for body in self._bodies(texts)]
+        for row, body in zip(bodies, found, strict=True):
+            row[: len(body)] = body
+        return bodies, np.array([len(body) for body in found], int)
+
+    def frame(
+        self,
+        bodies: np.ndarray,
+        counts: np.ndarray,
+        max_length: int,
+        lengths: Sequence[int] = LENGTHS,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `encode` returns for texts of which `bodies` (n, m) has the first `counts` (n,) ids.
+
+        None has more than fit into `max_length`.
+        """
+        start = 0 if self.start_id is None else 1
+        ends = counts + start
+        longest = int(ends.max(initial=start)) + 1
         fixed = sorted({length for length in lengths if length < max_length} | {max_length})
         width = next(length for length in fixed if length >= longest)
         ids = np.full((len(bodies), width), self.pad_id, np.int32)
-        mask = np.zeros((len(bodies), width), np.int32)
-        for row, body in enumerate(bodies):
-            end = len(start) + len(body)
-            ids[row, : end + 1] = [*start, *body, self.end_id]
-            mask[row, : end + 1] = 1
-        return ids, mask
+        columns = np.arange(width)
+        # Both run through texts and their tokens in the same order.
+        own = (columns >= start) & (columns < ends[:, None])
+        ids[own] = bodies[np.arange(bodies.shape[1]) < counts[:, None]]
+        if start:
+            ids[:, 0] = self.start_id
+        ids[np.arange(len(ids)), ends] = self.end_id
+        return ids, (columns <= ends[:, None]).astype(np.int32)
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Number of tokens of each text (n,) int64, uncut, with its start and end tokens."""
+        around = 1 if self.start_id is None else 2
+        return np.array([len(body) + around for body in self._bodies(texts)], np.int64)
 
     def encode_with_suffix(
         self,
@@ -195,6 +233,55 @@ class Tokenizer:
         self.__init__(tokenizers.Tokenizer.from_str(state["tokenizer"]))
 
 
+class StoredTexts:
+    """Token ids of a task's texts, made once and mapped from a file, for items 0 to N − 1.
+
+    Called with item numbers (n,) it returns what `Tokenizer.encode` does of their texts.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        max_length: int,
+    ):
+        """Open the file, or write what it lacks; its name has a digest of tokenizer and texts.
+
+        Raises UserError where it cannot be written.
+        """
+        self._tokenizer, self._max_length = tokenizer, max_length
+        rows = _TextRows(tokenizer, texts, max_length)
+        digest = hashlib.sha256(f"{tokenizer.digest()} {max_length} {len(texts)}".encode())
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            part = texts[start : start + _TEXTS_AT_ONCE]
+            digest.update(json.dumps(part).encode())
+        path = directory / f"{name}-{digest.hexdigest()[:16]}.npy"
+        self._rows = stored_rows(path, rows, log=log_line)
+
+    def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of the texts of items (n,), both (n, T) int32."""
+        rows = self._rows[items]
+        return self._tokenizer.frame(rows[:, 1:], rows[:, 0].astype(int), self._max_length)
+
+
+class _TextRows:
+    """Of each text the number of its own tokens and their ids, as `stored_rows` takes rows."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], max_length: int):
+        self._tokenizer, self._texts, self._max_length = tokenizer, texts, max_length
+        self.shape = (1 + tokenizer.bodies([], max_length)[0].shape[1],)
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        bodies, counts = self._tokenizer.bodies(self._texts[start:stop], self._max_length)
+        return np.concatenate([counts[:, None], bodies], axis=1)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer learned from texts: lower case, white space cleaned.
 
@@ -231,44 +318,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _clip_tokenizer(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
-    """CLIP's lower-cased BPE with "</w>" at the end of words, as in transformers' conversion."""
+    """CLIP's tokenizer, as transformers makes it of its two files."""
+    from transformers import CLIPTokenizerFast
+
     try:
-        vocab = json.loads(vocab_path.read_text("utf-8"))
-        lines = merges_path.read_text("utf-8").strip().splitlines()
-        merges = [tuple(x.split()) for x in lines if x and not x.startswith("#version")]
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(
-                vocab=vocab,
-                merges=merges,
-                unk_token="<|endoftext|>",
-                end_of_word_suffix="</w>",
-                continuing_subword_prefix="",
-                fuse_unk=False,
-            )
-        )
+        is_clip = "<|startoftext|>" in json.loads(vocab_path.read_text("utf-8"))
+        fast = CLIPTokenizerFast(str(vocab_path), str(merges_path)) if is_clip else None
     except Exception as error:  # the Rust library raises plain Exception
         raise _damaged(vocab_path.parent, error) from error
-    if "<|startoftext|>" not in vocab:
+    if fast is None:
         raise UserError(
             f"{vocab_path} is not CLIP's vocabulary, and only CLIP's is read without a "
             "tokenizer.json; save the tokenizer again with save_pretrained."
         )
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    return tokenizer
+    # A copy: transformers changes how its own one decodes.
+    return tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
 
 
 def _model_type(folder: Path) -> str:

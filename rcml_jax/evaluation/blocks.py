@@ -1,8 +1,8 @@
-"""Similarities of two blocks of rows, the fast forward-only forms that a streamed search needs.
+"""Similarities of two blocks of rows: fast forms without gradients, for a streamed search.
 
-A similarity is done in two steps: `prepare` once for every row, `scores` for every pair of blocks.
-A score depends on its two rows alone: wherever they stand in blocks of a given shape, it has the
-same bits, so that equal rows tie. `rcml_jax.ops.similarity` has the forms with gradients.
+Two steps: `prepare` runs once for each row, `scores` for each pair of blocks. A score depends on
+its two rows only. In blocks of a given shape it is the same to the bit at every position, so that
+equal rows tie. `rcml_jax.ops.similarity` has the forms with gradients.
 """
 
 import functools
@@ -19,7 +19,7 @@ _TILE, _UNROLL = 128, 16
 
 
 def prepare(similarity: str, rows: jax.Array) -> jax.Array:
-    """What can be done for each row (n, d) by itself: float32, and length one for "cosine"."""
+    """Rows (n, d) as `scores` takes them: float32, and of length one for "cosine"."""
     return l2_normalize(rows) if similarity == "cosine" else as_float(rows)
 
 

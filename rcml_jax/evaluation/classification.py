@@ -1,4 +1,4 @@
-"""Measures of classification, the three protocols and the error analysis."""
+"""Classification: measures, the three protocols of reporting, and the error analysis."""
 
 import itertools
 from collections.abc import Mapping, Sequence

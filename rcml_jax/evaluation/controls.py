@@ -1,12 +1,12 @@
-"""Controls: scores that leave out a part of the question, to stand beside every method.
+"""Controls: scores that leave out a part of the question. Every method is compared with them.
 
-A figure is a gain over the best control, never over chance. The functions are pure: arrays in,
-scores or measures out; nothing here knows a model. `LABELS` names the controls in tables, in order.
+A gain is measured over the best control, never over chance. The functions are pure: arrays in,
+scores or measures out, no model. `LABELS` names the controls, in the order of every table.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -71,7 +71,7 @@ def sparse_products(x: scipy.sparse.csr_array, a: np.ndarray, b: np.ndarray) -> 
 def relation_means(
     side: np.ndarray, rows: np.ndarray, relation: np.ndarray, relations: int
 ) -> np.ndarray:
-    """Mean embedding (R, d), normalised, of some items under each relation; zero where none is.
+    """Normalised mean embedding (R, d) of given items under each relation; zero without any item.
 
     side (R, n, d), or (1, n, d) where nothing depends on the relation; rows (m,), relation (m,):
     item `rows[k]` of the embeddings counts for `relation[k]`.
@@ -88,7 +88,7 @@ def query_scores(
     candidates: np.ndarray,
     relation: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The five cosines (q, c) of given query vectors with candidates under a relation.
+    """Five scores (q, c): cosines of given query vectors with candidates under a relation.
 
     text, image (q, d): what stands for the queries; candidates (q, c): item identifiers; relation
     (q,).
@@ -114,14 +114,14 @@ def query_scores(
 
 
 def frequency_scores(relations: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """How often each of some relations (p, c) is true, by counts (R,): a score (p, c)."""
+    """Score candidate relations (p, c) by how often each occurs; counts: (R,)."""
     return counts[relations].astype(np.float32)
 
 
 def one_hot_validity(
     train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], relations: int
 ) -> float:
-    """Accuracy of a linear probe that sees which relation it is, and nothing else.
+    """Accuracy of a linear probe whose only input is the one-hot of the relation.
 
     train, test: (relation (m,), label (m,)).
     """
@@ -131,7 +131,7 @@ def one_hot_validity(
 
 
 def chance(candidates: int, task: str) -> dict[str, float]:
-    """What a random order of so many candidates is expected to have in a task's measures."""
+    """Expected measures of a task for a random order of the candidates."""
     ranks = np.arange(candidates)
     return {name: float(np.mean(of(ranks))) for name, of in of_ranks(task).items()}
 
@@ -139,7 +139,7 @@ def chance(candidates: int, task: str) -> dict[str, float]:
 def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
     """The control with the highest value of a measure, and that value; None if none has it.
 
-    AVG counts; a control that has one modality alone enters with its TT or II.
+    Compared by AVG; a control with one modality only is compared by its TT or II.
     """
     found: dict[str, float] = {}
     for name, row in controls.items():
@@ -148,16 +148,16 @@ def best(controls: dict, task: str, measure: str) -> tuple[str, float] | None:
             found[name] = headline(values)[1]
     if not found:
         return None
-    name = max(found, key=found.get)
+    name = max(found, key=found.__getitem__)
     return name, found[name]
 
 
 def gains(result: dict) -> dict[str, dict]:
-    """By task what the method's AVG, or validity accuracy, is above that of the best control.
+    """Gain of the method over the best control, by task: in AVG, or in accuracy for validity.
 
-    Where the method has one modality alone its TT or II is in AVG's place.
+    A method with one modality only is compared by its TT or II.
 
-    result: an `eval.json`. Returns {"measure", "control", "gain"} a task, the gain as a fraction.
+    result: an `eval.json`. Returns {"measure", "control", "gain"} a task; gains are fractions.
     """
     found = {}
     for task, measure in ((m.task, m.name) for m in main_measures()):
@@ -170,7 +170,7 @@ def gains(result: dict) -> dict[str, dict]:
 
 
 def headline(values: dict[str, float] | float) -> tuple[str, float]:
-    """Of several scores the name and value of AVG, or of the one modality that there is.
+    """Name and value of AVG among several scores, or of the only modality's score.
 
     The name of a measure without scores is "".
     """
@@ -179,12 +179,12 @@ def headline(values: dict[str, float] | float) -> tuple[str, float]:
     return next((name, values[name]) for name in ("avg", "tt", "ii") if name in values)
 
 
-def rows_of(results: dict[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:
-    """(method, label, rows) of the controls of some `eval.json`, by the name of their method.
+def rows_of(results: Mapping[str, Sequence[dict]]) -> list[tuple[str, str, list[dict]]]:
+    """Rows of controls for a table: (method, label, rows) from the `eval.json` of several methods.
 
-    results: for each method its results, one or several seeds. A row has a control's measures under
-    the paths that the result itself has. A control that has the same measures for a later method,
-    because it knows no model, is listed once.
+    results: the results of each method, one for each seed. A row has the control's measures under
+    the same paths as the method's. A control that does not depend on the model has the same
+    measures for each method and is listed once.
     """
     found, seen = [], []
     for method, runs in results.items():

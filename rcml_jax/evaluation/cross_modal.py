@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from rcml_jax.evaluation import blocks
 from rcml_jax.evaluation.top_k import Direction, Found
 from rcml_jax.ops.similarity import SIMILARITIES, get
 
-# Which rows of a gallery are right for which query, as pairs of indices.
+# Which rows of a gallery are relevant for which query, as pairs of indices.
 
 
 Positives = np.ndarray | Sequence[Sequence[int]]
@@ -27,7 +27,7 @@ _NAMED = 5
 
 
 def named(kind: str, index: np.ndarray) -> str:
-    """What an error message calls some of many: "row 3", or "rows 3, 7, 8, 9, 12 and 40 more"."""
+    """Name rows in an error message: "row 3", or "rows 3, 7, 8, 9, 12 and 40 more"."""
     listed = ", ".join(str(i) for i in index[:_NAMED])
     more = f" and {len(index) - _NAMED} more" if len(index) > _NAMED else ""
     plural = "queries" if kind == "query" else f"{kind}s"
@@ -35,7 +35,7 @@ def named(kind: str, index: np.ndarray) -> str:
 
 
 def pairs_of_positives(positives: Positives, queries: int, gallery: int) -> np.ndarray:
-    """The distinct pairs (p, 2) of query and right answer, sorted.
+    """Distinct pairs (p, 2) of a query and a relevant item, sorted.
 
     positives: (q,) for one right answer each, (q, p), or q sequences. Raises UserError for an index
     that is out of range and for a query without a right answer.
@@ -44,7 +44,8 @@ def pairs_of_positives(positives: Positives, queries: int, gallery: int) -> np.n
         raise UserError(f"positives has {len(positives)} rows for {queries} queries")
     rows = [np.reshape(row, -1) for row in positives]
     query = np.repeat(np.arange(queries), [len(row) for row in rows])
-    answers = _integers("positives", np.concatenate([row for row in rows if len(row)] or [[]]))
+    answers = [row for row in rows if len(row)] or [np.empty(0)]
+    answers = _integers("positives", np.concatenate(answers))
     _check_range("positives", answers, gallery, "gallery rows", "query", query)
     pairs = np.unique(np.stack([query, answers], axis=1), axis=0)
     _check_answers(pairs, queries, "query")
@@ -92,14 +93,14 @@ def _check_answers(pairs, queries, kind):
         raise UserError(f"a query with no right answer: {named(kind, without)}")
 
 
-# Rows of embeddings to search: arrays, memory-mapped files, or a model that embeds as it goes.
+# Rows of embeddings to search: arrays, memory-mapped files, or a model that embeds on demand.
 
 
 _CHUNK_BYTES = 8 * 2**20
 
 
 class Blocks(Protocol):
-    """Rows that come in blocks: `len()`, a `width` and `block(start, stop)` in any float type."""
+    """Rows that are read in blocks: `len()`, `width` and `block(start, stop)` in any float type."""
 
     width: int
 
@@ -111,7 +112,7 @@ class Blocks(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A matrix (n, d), in memory or mapped, under the name that error messages use."""
+    """A matrix (n, d), in memory or memory-mapped; error messages call it by its name."""
 
     name: str
     values: np.ndarray
@@ -125,7 +126,7 @@ class Rows:
         return self.values.shape[1]
 
     def take(self, index: np.ndarray | slice, size: int) -> np.ndarray:
-        """The rows of an index or a slice in float32, with zeros after them up to `size` rows."""
+        """Rows of an index or a slice in float32, padded with zeros up to `size` rows."""
         values = self.values[index]
         block = np.zeros((size, self.width), np.float32)
         block[: len(values)] = values
@@ -136,7 +137,7 @@ Source = np.ndarray | jax.Array | Blocks | Rows
 
 
 def open_rows(name: str, source: Source, *, memory: int) -> Rows:
-    """The rows of a source; UserError if it is no matrix of numbers or is empty.
+    """Open a source of rows. Raises UserError if it is empty or not a matrix of numbers.
 
     A `Blocks` is asked for each of its rows once, in order. They are kept in memory if they need at
     most `memory` bytes, else in a temporary file.
@@ -144,7 +145,7 @@ def open_rows(name: str, source: Source, *, memory: int) -> Rows:
     if isinstance(source, Rows):
         return source
     if hasattr(source, "block"):
-        values = _collect(name, source, memory)
+        values = _collect(name, cast(Blocks, source), memory)
     else:
         values = source if isinstance(source, np.ndarray) else np.asarray(source)
     if values.ndim != 2 or not (values.dtype.kind in "fiu" or values.dtype == jnp.bfloat16):
@@ -160,8 +161,8 @@ def open_rows(name: str, source: Source, *, memory: int) -> Rows:
 def check_rows(rows: Rows, similarity: str) -> None:
     """Raise UserError, naming them, for rows that have no score under a similarity.
 
-    These are rows with NaN or infinite entries, zero vectors under "cosine", and under the other
-    similarities entries so large that a score could overflow.
+    Such rows have NaN or infinite entries, are zero vectors under "cosine", or, under the other
+    similarities, have entries so large that a score could overflow.
     """
     limits = np.finfo(np.float32)
     cosine = similarity == "cosine"
@@ -216,7 +217,7 @@ def _collect(name: str, source: Blocks, memory: int) -> np.ndarray:
 # Exact search of a gallery in blocks: top-K lists and ranks; queries × gallery is never held.
 
 
-#: Bytes that a search plans with unless told.
+#: Default memory of a search, in bytes.
 MEMORY = 2**30
 _LARGEST, _SMALLEST = (1024, 2048), 64
 #: Bytes a score needs while two blocks are in work: itself, its mark, copies, partial counts.
@@ -237,7 +238,7 @@ def search(
     memory: int = MEMORY,
     signed: str = "absolute",
 ) -> Found:
-    """The best k of the gallery for each query, and the rank of the best of its right answers.
+    """Top-k results of the gallery for each query, and the rank of its best relevant item.
 
     queries (q, d), gallery (n, d): arrays, memory-mapped files or `rows.Blocks`, computed in
     float32. positives: the places in the gallery of each query's right answers, (q,) for one each,
@@ -261,11 +262,11 @@ def search_both(
     memory: int = MEMORY,
     signed: str = "absolute",
 ) -> tuple[Found, Found]:
-    """Texts searched for each image and images for each text, from one pass over the scores.
+    """Search texts by image and images by text, in one pass over the scores.
 
-    image (n, d), text (m, d); image_of_text: (m,) index of each text's image. Returns what was
-    found for the images, among the texts, and for the texts, among the images. Options and errors
-    as in `search`; an image without a text is a query without a right answer.
+    image (n, d), text (m, d); image_of_text: (m,) index of each text's image. Returns the
+    results of image queries among the texts, then those of text queries among the images. Options
+    and errors are those of `search`; an image without a text is a query without a right answer.
     """
     x, y = _open(("image", image), ("text", text), similarity, memory)
     pairs = pairs_of_texts(image_of_text, len(x), len(y))
@@ -274,9 +275,9 @@ def search_both(
 
 
 def block_shape(queries: int, gallery: int, width: int, memory: int) -> tuple[int, int]:
-    """Rows and columns of the blocks: powers of two, at least 64, for which memory has room.
+    """Rows and columns of a block: powers of two, at least 64, that fit into memory.
 
-    Raises UserError if it has none for the smallest.
+    Raises UserError if not even the smallest block fits.
     """
     rows, columns = (
         min(largest, max(_SMALLEST, 1 << (length - 1).bit_length()))
@@ -322,7 +323,7 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
     if both:
         directions.append(Direction(pairs[:, ::-1], scores, *lengths[::-1], k, shape[1]))
 
-    # As many queries as there is room for are held, prepared, while the gallery goes by.
+    # Hold as many prepared queries as fit, and stream the gallery past them.
     held = max(1, memory // 4 // (4 * queries.width * shape[0])) * shape[0]
 
     def of_blocks():
@@ -367,7 +368,7 @@ class _RightPairs:
         order = np.argsort(number, kind="stable")
         self._numbers, self._places = number[order], (pairs % shape)[order]
         self._across = across
-        most = np.bincount(number).max()
+        most = np.max(np.bincount(number))
         #: What stands for no pair: places outside of a block.
         self.none = np.tile(np.array(shape, np.int32), (1 << int(most - 1).bit_length(), 1))
 
@@ -575,7 +576,7 @@ def check_pairs(
     *,
     similarities: Iterable[str] = tuple(SIMILARITIES),
 ) -> None:
-    """Raise UserError, with the rows, unless images and texts can be searched for each other.
+    """Raise UserError, with the row numbers, unless images and texts can search each other.
 
     Refused are widths that differ, rows with NaN or infinite entries, an index in `image_of_text`
     (m,) that is out of range, an image without a text, and rows that have no score under one of the
@@ -609,11 +610,11 @@ def retrieval(
     UserError as `check_pairs` does.
     """
     similarities = tuple(similarities)
-    # Opened once: a model that embeds as it goes is not asked again for every similarity.
+    # Opened once, so that a model that embeds on demand runs once for all similarities.
     image = open_rows("image", image, memory=memory // 4)
     text = open_rows("text", text, memory=memory // 4)
     check_pairs(image, text, image_of_text, similarities=similarities)
-    result = {"image_to_text": {}, "text_to_image": {}}
+    result: dict[str, dict] = {"image_to_text": {}, "text_to_image": {}}
     for similarity in similarities:
         found = search_both(
             image,
@@ -632,7 +633,7 @@ def retrieval(
     return result
 
 
-# Search with a similarity of pairs that is no product of embeddings, strip by strip.
+# Search with a score of pairs that is not a product of embeddings, strip by strip.
 
 
 #: Bytes a score needs in work: itself, its order, whether it is right.
@@ -640,7 +641,7 @@ _QUERY_BYTES = 32
 
 
 def pair_retrieval(
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    score: Callable[[Any, Any], Any],
     image: np.ndarray,
     text: np.ndarray,
     image_of_text: np.ndarray,
@@ -648,7 +649,7 @@ def pair_retrieval(
     memory: int = 2**29,
     bootstrap: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """The measures of both directions, as `retrieval` has them, under a learned score.
+    """Measures of both directions under a learned score, in the form of `retrieval`.
 
     score: (n, d), (m, d) → (n, m), larger for more similar. Of queries × gallery only a strip that
     fits `memory` bytes is held. Raises UserError for an image without a text.

@@ -1,8 +1,9 @@
-"""What the terminal shows of an evaluation."""
+"""Tables of an evaluation for the terminal, and tables of sweeps."""
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from rcml_jax.evaluation.measures import (
 )
 from rcml_jax.evaluation.scores import SCORES
 
+#: Columns of what is no terminal: more than any table has.
+_WIDEST = 1000
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
 ALIGNMENT = ("p@1", "r@5", "r@10", "mrr", "map@10", "median_rank")
 _DIRECTIONS = ("image_to_text", "text_to_image")
@@ -33,9 +36,16 @@ GAP = {
 }
 
 
+def make_console(stream: Any = None) -> Console:
+    """A console on a stream, by default stdout; tables are cut to the width of a terminal alone."""
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else _WIDEST
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
 def print_evaluation(result: dict, stream: Any = None) -> None:
     """Print the figures of an `eval.json`, rates in percent."""
-    console = Console(file=stream, highlight=False)
+    console = make_console(stream)
     if result["method"] == "alignment":
         _print_alignment(result, console)
     elif "checkpoint" in result:
@@ -46,14 +56,24 @@ def print_evaluation(result: dict, stream: Any = None) -> None:
         _print_numbers(result, console)
 
 
+def _table(
+    title: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str = ""
+) -> Table:
+    """A table of labels on the left and figures on the right; in need the labels are folded."""
+    table = Table(title=title, caption=note or None, caption_justify="left")
+    table.add_column(header[0], overflow="fold", min_width=min(16, len(header[0])))
+    for name in header[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _print_numbers(result: dict, console: Console) -> None:
     """Of a method with measures of its own: every number of the evaluation."""
-    table = Table(title=f"{result.get('method', '')} on {result.get('dataset', '')}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    for path, value in _numbers(result):
-        table.add_row(path, f"{value:.4g}")
-    console.print(table)
+    title = f"{result.get('method', '')} on {result.get('dataset', '')}"
+    rows = [(path, f"{value:.4g}") for path, value in _numbers(result)]
+    console.print(_table(title, ("measure", "value"), rows))
 
 
 def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -68,11 +88,9 @@ def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 def _print_alignment(result: dict, console: Console) -> None:
     """A table for each direction, sources and similarities as rows; then the gap of each source."""
+    header = ["source, similarity", *(name.replace("_", " ") for name in ALIGNMENT)]
     for direction in _DIRECTIONS:
-        table = Table(title=f"{direction.replace('_', ' ')} on {result['dataset']}")
-        table.add_column("source, similarity", no_wrap=True)
-        for name in ALIGNMENT:
-            table.add_column(name.replace("_", " "), justify="right")
+        table = _table(f"{direction.replace('_', ' ')} on {result['dataset']}", header, ())
         for source, found in result["sources"].items():
             rows = dict(found["precision"][direction])
             names = {"centred": "cosine, centred", "whitened": "cosine, whitened"}
@@ -85,17 +103,14 @@ def _print_alignment(result: dict, console: Console) -> None:
                 table.add_row(f"{source}, {label.replace('_', '-')}", *cells)
             table.add_section()
         console.print(table)
-    table = Table(title="modality gap", caption="rank: effective rank of images, of texts")
-    table.add_column("source")
-    for name in (*GAP.values(), "rank"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("collapsed")
+    rows = []
     for source, found in result["sources"].items():
         gap = found["modality_gap"]
         ranks = ", ".join(f"{gap['effective_rank'][m]:.1f}" for m in ("image", "text"))
         cells = (f"{gap[name]:.3f}" for name in GAP)
-        table.add_row(source, *cells, ranks, ", ".join(gap["collapsed"]) or "no")
-    console.print(table)
+        rows.append((source, *cells, ranks, ", ".join(gap["collapsed"]) or "no"))
+    header = ("source", *GAP.values(), "rank", "collapsed")
+    console.print(_table("modality gap", header, rows, "rank: effective rank of images, of texts"))
     for source, found in result["sources"].items():
         _print_alignments(source, found, console)
 
@@ -103,9 +118,8 @@ def _print_alignment(result: dict, console: Console) -> None:
 def _print_alignments(source: str, found: dict, console: Console) -> None:
     """Of one source: the gap before and after each alignment, signs, and figures by pairs."""
     moved = {**found["calibration"], **found["learned"]}
-    table = Table(title=f"{source}: gap before and after each alignment")
-    for name in ("alignment", "centroid", "W2", "R@10 image to text", "R@10 text to image"):
-        table.add_column(name, justify="left" if name == "alignment" else "right")
+    header = ("alignment", "centroid", "W2", "R@10 image to text", "R@10 text to image")
+    table = _table(f"{source}: gap before and after each alignment", header, ())
     for name, row in moved.items():
         if "wasserstein2" in row:
             cells = (f"{row[key]:.3f}" for key in ("centroid", "wasserstein2"))
@@ -113,14 +127,13 @@ def _print_alignments(source: str, found: dict, console: Console) -> None:
     console.print(table)
     signed = {k: v for k, v in found.get("signed", {}).items() if "left_out" not in v}
     if signed:
-        table = Table(
-            title=f"{source}: unrelated pairs below zero, matched pairs above (%)",
-            caption="with zero as it is, and fitted on validation pairs; ECE: expected calibration "
+        table = _table(
+            f"{source}: unrelated pairs below zero, matched pairs above (%)",
+            ("similarity", "below, above", "fitted", "ECE", "R@10"),
+            (),
+            "with zero as it is, and fitted on validation pairs; ECE: expected calibration "
             "error by sigmoid, isotonic; R@10: image to text, text to image",
         )
-        table.add_column("similarity")
-        for name in ("below, above", "fitted", "ECE", "R@10"):
-            table.add_column(name, justify="right")
         for name, row in signed.items():
             shares = [
                 ", ".join(_percent(row[k][how]) for k in ("unrelated_negative", "matched_positive"))
@@ -134,10 +147,9 @@ def _print_alignments(source: str, found: dict, console: Console) -> None:
         console.print(table)
     by_pairs = found.get("by_pairs", {})
     for direction in _DIRECTIONS if by_pairs else ():
-        table = Table(title=f"{source}: R@10 {direction.replace('_', ' ')} by training pairs (%)")
-        table.add_column("map")
-        for count in next(iter(by_pairs.values())):
-            table.add_column(f"{int(count):,}", justify="right")
+        header = ["map", *(f"{int(count):,}" for count in next(iter(by_pairs.values())))]
+        title = f"{source}: R@10 {direction.replace('_', ' ')} by training pairs (%)"
+        table = _table(title, header, ())
         for name, rows in by_pairs.items():
             table.add_row(
                 name.replace("_", "-"), *(_recall(row[direction]) for row in rows.values())
@@ -170,17 +182,16 @@ def _print_classification(result: dict, console: Console) -> None:
     every = [m.name.removeprefix("last/") for m in of_task("classification")]
     measures = [name for name in dict.fromkeys(every) if all(name in row for row in rows.values())]
     count, split = protocol["samples"][result["split"]], result["split"]
-    table = Table(
-        title=f"{result['method']} on {result['dataset']}: {split}, {count:,} samples, "
+    table = _table(
+        f"{result['method']} on {result['dataset']}: {split}, {count:,} samples, "
         f"{protocol['seeds']} seed{'s' * (protocol['seeds'] > 1)}",
-        caption="\n".join(f"{name}: {protocol[name]}" for name in result.get("classification", {})),
-        caption_justify="left",
+        ["measure (%)", *(name.replace("_", " ") for name in measures)],
+        [
+            (label.replace("_", " "), *(_spread(row[name]) for name in measures))
+            for label, row in rows.items()
+        ],
+        "\n".join(f"{name}: {protocol[name]}" for name in result.get("classification", {})),
     )
-    table.add_column("measure (%)")
-    for name in measures:
-        table.add_column(name.replace("_", " "), justify="right")
-    for label, row in rows.items():
-        table.add_row(label.replace("_", " "), *(_spread(row[name]) for name in measures))
     console.print(table)
     if "random_inputs" in result:
         mean = _spread(result["random_inputs"]["mean"])
@@ -192,8 +203,8 @@ def _print_classification(result: dict, console: Console) -> None:
 
 
 def _spread(measure: dict) -> str:
-    mean = f"{100 * measure['mean']:.1f}"
-    return f"{mean} ± {100 * measure['std']:.1f}" if len(measure["values"]) > 1 else mean
+    mean = _percent(measure["mean"])
+    return f"{mean} ± {_percent(measure['std'])}" if len(measure["values"]) > 1 else mean
 
 
 def _print_relational(result: dict, console: Console) -> None:
@@ -201,19 +212,17 @@ def _print_relational(result: dict, console: Console) -> None:
     method = result["method"]
     if method == "embeddings":
         method = f"embeddings of {result['embeddings']['file']}"
-    table = Table(
-        title=f"{method} on {result['dataset']}: {result['split']}, {queries:,} queries",
-        caption=f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
+    rows = []
+    for label, row, sign in _rows(result):
+        cells = (f"{100 * row[n]:{sign}.1f}" if n in row else "" for n in SCORES)
+        rows.append((label, *cells))
+    table = _table(
+        f"{method} on {result['dataset']}: {result['split']}, {queries:,} queries",
+        ["measure (%)", *(name.upper() for name in SCORES)],
+        rows,
+        f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
         "with a dash are controls; a gain is one over the best of them.",
-        caption_justify="left",
     )
-    table.add_column("measure (%)")
-    for name in SCORES:
-        table.add_column(name.upper(), justify="right")
-    for label, row in _rows(result):
-        form = "+.1f" if label.startswith("= ") else ".1f"
-        cells = (f"{100 * row[name]:{form}}" if name in row else "" for name in SCORES)
-        table.add_row(label, *cells)
     console.print(table)
     for name, reason in result.get("left_out", {}).items():
         console.print(f"Left out: {name.replace('_', ' ')} ({reason})")
@@ -221,23 +230,27 @@ def _print_relational(result: dict, console: Console) -> None:
         return
     validity = result["relation_validity"]
     beside = [
-        f"{label} {100 * row['relation_validity']['accuracy']:.1f}"
+        f"; {label} {_percent(row['relation_validity']['accuracy'])}"
         for _, label, (row,) in rows_of({"": [result]})
         if "relation_validity" in row
     ]
     console.print(
         f"Relation validity ({validity['probe']} probe, {validity['pairs']:,} triples): "
-        f"{100 * validity['accuracy']:.1f} %" + "".join(f"; {said}" for said in beside)
+        f"{_percent(validity['accuracy'])} %" + "".join(beside)
     )
 
 
-def _rows(result: dict) -> Iterator[tuple[str, dict]]:
-    """The lines of the table: a measure of the method first, then the controls' under it."""
+def _rows(result: dict) -> Iterator[tuple[str, dict, str]]:
+    """(label, rates by score, sign) of the table's lines: a measure, then the controls' under it.
+
+    sign: "+" where the rates are differences, which are shown with their sign.
+    """
     for measure in printed():
         values = at(result, measure.path)
         if values is not None:
-            title = measure.title.format_map(result[measure.task])
-            yield from _with_controls(result, measure, title) if measure.main else [(title, values)]
+            yield measure.title.format_map(result[measure.task]), values, ""
+            if measure.main:
+                yield from _controls(result, measure)
     for number, unseen in enumerate(result.get("unseen_sentences", []), 1):
         yield from _under(unseen, f"unseen sentence {number}")
     if product := result.get("training_free_product"):
@@ -250,27 +263,26 @@ def _rows(result: dict) -> Iterator[tuple[str, dict]]:
         yield from _under(scores, name)
 
 
-def _under(found: dict, how: str) -> Iterator[tuple[str, dict]]:
+def _under(found: dict, how: str) -> Iterator[tuple[str, dict, str]]:
     """The main measures of retrieval and relation type of another way to score."""
     for measure in (main_of("retrieval"), main_of("relation_type")):
         if measure.task in found:
-            yield f"{measure.label}, {how}", at(found, measure.path)
+            yield f"{measure.label}, {how}", at(found, measure.path), ""
 
 
-def _with_controls(result: dict, measure: Measure, title: str) -> Iterator[tuple[str, dict]]:
-    yield title, at(result, measure.path)
+def _controls(result: dict, measure: Measure) -> Iterator[tuple[str, dict, str]]:
     for _, label, (row,) in rows_of({"": [result]}):
         if values := at(row, measure.path):
-            yield f"– {label}", values
+            yield f"– {label}", values, ""
     if found := result.get("gain_over_best_control", {}).get(measure.task):
-        yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}
+        yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}, "+"
 
 
 # The table of a sweep: means and deviations over seeds, and the error analysis of classifiers.
 
 
 def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[int]) -> dict:
-    """The finished runs' rows, one for each variant, and the error analysis if it can be made.
+    """Collect a row of finished runs for each variant, and the error analysis where possible.
 
     folders: label → folder of the variant. A row has the number of seeds and, for each column that
     the results have, mean and standard deviation (n − 1) over the seeds; a run that trains several
@@ -313,37 +325,30 @@ def markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown, rates in percent."""
     rows = table["rows"]
     shown = [column for column in columns() if any(column in row for row in rows)]
-    lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    lines += [
-        f"| {row['variant']} | {row['seeds']} | "
-        + " | ".join(_cell(row.get(column), row["seeds"]) for column in shown)
-        + " |"
-        for row in rows
-    ]
-    analysis = table.get("error_analysis")
-    if analysis:
-        names = list(analysis[0])
-        lines += [
-            "",
-            "Shares of the test samples (%), each modality trained alone:",
-            "",
-            "| " + " | ".join(names) + " |",
-            "|---" * len(names) + "|",
-        ]
-        lines += [
-            "| "
-            + " | ".join(x if isinstance(x, str) else f"{100 * x:.1f}" for x in row.values())
-            + " |"
-            for row in analysis
-        ]
+    lines = _lines(
+        ["variant", "seeds", *shown],
+        [
+            [row["variant"], str(row["seeds"]), *(_cell(row.get(c), row["seeds"]) for c in shown)]
+            for row in rows
+        ],
+    )
+    if analysis := table.get("error_analysis"):
+        lines += ["", "Shares of the test samples (%), each modality trained alone:", ""]
+        cells = [[x if isinstance(x, str) else _percent(x) for x in r.values()] for r in analysis]
+        lines += _lines(list(analysis[0]), cells)
     return "\n".join(lines) + "\n"
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    return [first, "|---" * len(header) + "|", *rest]
 
 
 def _cell(measure: dict | None, seeds: int) -> str:
     if measure is None:
         return "–"
-    mean = f"{100 * measure['mean']:.1f}"
-    return f"{mean} ± {100 * measure['std']:.1f}" if seeds > 1 else mean
+    mean = _percent(measure["mean"])
+    return f"{mean} ± {_percent(measure['std'])}" if seeds > 1 else mean
 
 
 def _error_analysis(

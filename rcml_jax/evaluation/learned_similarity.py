@@ -4,9 +4,9 @@
     scores = learned.score(image, text)  # (n, d), (m, d′) → (n, m), for any other rows
 
 Embeddings are images (n, d) and texts (m, d′), whose widths may differ, and `image_of_text` (m,)
-int, the row of each text's image. Every learner first brings rows to length one, subtracts the mean
-of their modality over the training pairs, and divides by one number, the root mean square of what
-is left, so that angles stay.
+int, the row of each text's image. Every learner first scales rows to length one, subtracts the mean
+of their modality over the training pairs, and divides by one number, the root mean square of the
+result. Dividing by a single number keeps the angles.
 
 mlp_mse, mlp_cosine, mlp_contrastive: an MLP on [x; y] (Xu and Leiva, 2025). The first two have
     squared error on each pair and `negatives` others of its batch, against 1 for matched pairs and
@@ -20,8 +20,8 @@ procrustes: the cosine after the best rotation of images onto texts. cca: the co
     variates, each times its correlation. kernel_cca: the same of Gaussian-kernel features.
     relative: the cosine of the similarities with the training pairs. optimal_transport: as
     procrustes, after a matching that uses no pair (`evaluation.maps` has all of these).
-All other networks but the first two MLPs have the CLIP loss over the batch, in which texts of one
-image are positives of each other's images.
+All other networks are trained with the CLIP loss over the batch; all texts of an image are its
+positives. The closed forms are not trained.
 """
 
 import dataclasses
@@ -109,8 +109,8 @@ _NETWORK = {
     "learning_rate": (1e-4, 1e-2),
 }
 _CCA = {"width": [16, 32, 64, 128, 256, 512], "shrinkage": (1e-4, 0.9)}
-#: What `search` looks through for each learner: choices (a list) or bounds (a tuple).
-SPACES = {
+#: Search space of each learner: choices (a list) or bounds (a tuple).
+SPACES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(MLPS, _NETWORK),
     "two_tower": _NETWORK | {"depth": (0, 2)},
     "two_tower_mlp": _NETWORK | {"depth": (1, 3)},
@@ -137,7 +137,7 @@ class Learned:
 
     params and prepare: its arrays. history: a dict for each validation, with `step`, the mean
     training `loss` since the last one, and `mrr` and `recall@1` on the validation rows, averaged
-    over both directions; best: the entry whose parameters these are (None without validation).
+    over both directions; best: the history entry of these parameters (None without validation).
     """
 
     name: str
@@ -161,21 +161,21 @@ class Learned:
         """Whether the score is `embed_image(x) @ embed_text(y).T`."""
         return self.name in EMBEDDING
 
-    def embed_image(self, x: jax.Array) -> jax.Array:
+    def embed_image(self, x: jax.Array | np.ndarray) -> jax.Array:
         """Embeddings (n, k) of images (n, d); UserError if the learner has none."""
         return self._embed("image", x)
 
-    def embed_text(self, y: jax.Array) -> jax.Array:
+    def embed_text(self, y: jax.Array | np.ndarray) -> jax.Array:
         """Embeddings (m, k) of texts (m, d′); UserError if the learner has none."""
         return self._embed("text", y)
 
-    def _embed(self, modality: str, x: jax.Array) -> jax.Array:
+    def _embed(self, modality: str, x: Any) -> jax.Array:
         if not self.embeds:
             raise UserError(f"{self.name} scores pairs and has no embedding; use its score")
         self._check(**{modality: x})
         return learners.embedding(self.name, modality, self.params, self.prepare, x)
 
-    def _check(self, **arrays: jax.Array) -> None:
+    def _check(self, **arrays: Any) -> None:
         for modality, x in arrays.items():
             width = self.prepare[modality]["mean"].shape[0]
             if x.ndim != 2 or x.shape[1] != width:
@@ -194,14 +194,14 @@ def fit(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Learned:
-    """Fit one of `LEARNERS` to training pairs; `options` are those of `Options` that differ.
+    """Fit one of `LEARNERS` to training pairs; `options` override the defaults of `Options`.
 
-    validation: (image, text, image_of_text) of other pairs. Training (AdamW, constant rate) stops,
-    and takes its best parameters back, by the mean reciprocal rank among these rows, averaged over
-    both directions, ties against the model: one measure for every loss, and one that still moves
-    where recall@1 is 0. The closed forms use it for their figures alone and can do without.
-    Equal seeds give equal results. Raises UserError for input that cannot be, and if the loss is
-    not finite.
+    validation: (image, text, image_of_text) of other pairs. Training (AdamW, constant rate) stops
+    early by the mean reciprocal rank among these rows, averaged over both directions, and returns
+    the best parameters. MRR serves every loss, and still changes where recall@1 is 0. Ties count
+    against the model. The closed forms use validation for their figures only; it may be None there.
+    Equal seeds give equal results. Raises UserError for invalid input, and if the loss is not
+    finite.
     """
     settings = read_options(name, options)
     image, text, rows = check_pairs(image, text, image_of_text, same_width=name == "mlp_cosine")
@@ -377,7 +377,7 @@ def fit_best(
         )
         for values in itertools.product(*grid.values())
     )
-    return max(fits, key=lambda learned: learned.best["mrr"])
+    return max(fits, key=_validation_mrr)
 
 
 def draw_pairs(
@@ -402,8 +402,13 @@ def draw_pairs(
     return image[images], text[chosen], rows
 
 
+def _validation_mrr(learned: Learned) -> float:
+    assert learned.best is not None  # it was fitted with validation rows
+    return learned.best["mrr"]
+
+
 class Searched(NamedTuple):
-    """best: the learner of the best trial. trials: {"options", "mrr"} of each, in order."""
+    """best: the learner of the best trial. trials: {"options", "mrr"} of each trial, in order."""
 
     best: Learned
     trials: list[dict]
@@ -423,10 +428,11 @@ def search(
 ) -> Searched:
     """Fit a learner `trials` times with options by Optuna (TPE, seeded); the best on validation.
 
-    Looks through `SPACES[name]`, but for what `options` sets or `space` replaces, a dict of that
-    form: a list of choices, or a tuple of bounds (low, high), whole if both are, on a log scale if
-    low is a fraction above 0. A trial whose loss is not finite counts as 0. Raises UserError if
-    Optuna (extra `search`) is missing, as `fit` does, and if every trial diverged.
+    The search space is `SPACES[name]`, without the options that `options` fixes; `space`, a dict of
+    the same form, replaces entries: a list of choices, or a tuple of bounds (low, high), integers
+    if both are, on a log scale if low is a float above 0. A trial whose loss is not finite counts
+    as 0. Raises UserError if Optuna (extra `search`) is missing, if every trial diverged, and as
+    `fit` does.
     """
     read_options(name, options)
     if name not in SPACES:
@@ -434,7 +440,7 @@ def search(
     if trials < 1:
         raise UserError(f"trials={trials} must be at least 1")
     options = dict(options or {})
-    space = {k: v for k, v in SPACES[name].items() if k not in options} | dict(space or {})
+    free = {k: v for k, v in SPACES[name].items() if k not in options} | dict(space or {})
     try:
         import optuna
     except ImportError as error:
@@ -444,7 +450,7 @@ def search(
 
     def objective(trial) -> float:
         nonlocal best
-        chosen = {key: _suggest(trial, key, choices) for key, choices in space.items()}
+        chosen = {key: _suggest(trial, key, choices) for key, choices in free.items()}
         done.append({"options": chosen, "mrr": 0.0})
         try:
             learned = fit(
@@ -452,10 +458,10 @@ def search(
             )
         except Diverged:
             return 0.0
-        done[-1]["mrr"] = learned.best["mrr"]
-        if best is None or learned.best["mrr"] > best.best["mrr"]:
+        done[-1]["mrr"] = mrr = _validation_mrr(learned)
+        if best is None or mrr > _validation_mrr(best):
             best = learned
-        return learned.best["mrr"]
+        return mrr
 
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

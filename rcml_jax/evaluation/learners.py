@@ -1,7 +1,7 @@
-"""The networks behind `learned_similarity`: parameters, scores and losses of prepared embeddings.
+"""The networks of `evaluation.learned_similarity`: parameters, scores and losses.
 
-Images are x (n, d) and texts y (m, d′); what "prepared" means is in `maps`. Functions take the
-learner's name, one of `LEARNERS`, and its parameters, a dict of arrays.
+Images are x (n, d) and texts y (m, d′), prepared by `maps.prepared`. Functions take the learner's
+name, one of `LEARNERS`, and its parameters, a dict of arrays.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ PAIR_NUMBERS = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the learners; each uses those that it has a meaning for.
+    """Options of the learners; each learner uses those that apply to it.
 
     width: of hidden layers, of the two-tower embedding, of a token; for cca the number of variates,
     cut to the narrower width. depth: hidden layers (unless given 0 for two_tower and
@@ -66,7 +66,7 @@ class Options:
 
 
 def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
-    """The options of a learner; UserError for an unknown name and for values that cannot be."""
+    """The options of a learner. Raises UserError for unknown names and invalid values."""
     if name not in LEARNERS:
         raise UserError(f"learner {name!r} is unknown; choose one of {', '.join(LEARNERS)}")
     known = {field.name: field.type for field in dataclasses.fields(Options)}
@@ -100,7 +100,7 @@ def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
 
 
 def unit(preparation: dict, x: jax.Array) -> jax.Array:
-    """The rows of length one that prepared rows were."""
+    """Undo `prepared`: the rows of length one."""
     return x * preparation["scale"] + preparation["mean"]
 
 
@@ -234,7 +234,7 @@ def _attention(a, b):
 
 @partial(jax.jit, static_argnames="name")
 def score(name: str, params: Any, prepare: dict, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Scores (n, m) of rows as they come, images (n, d) with texts (m, d′).
+    """Scores (n, m) of unprepared rows, images (n, d) with texts (m, d′).
 
     A network of pairs goes over the images in blocks: beyond the scores it holds at most
     `PAIR_NUMBERS` numbers, or those of one image with all m texts.
@@ -254,7 +254,7 @@ def score(name: str, params: Any, prepare: dict, x: jax.Array, y: jax.Array) -> 
 
 @partial(jax.jit, static_argnames=("name", "modality"))
 def embedding(name: str, modality: str, params: Any, prepare: dict, x: jax.Array) -> jax.Array:
-    """Embeddings (n, k) of rows as they come, for the learners of `EMBEDDING`."""
+    """Embeddings (n, k) of unprepared rows, for the learners of `EMBEDDING`."""
     return _embed(name, modality, params, prepared(prepare[modality], x))
 
 
@@ -289,6 +289,6 @@ def loss(
     if name == "two_tower_sigmoid":
         x, y = (_embed(name, side, params, v, drop) for side, v in (("image", x), ("text", y)))
         return sigmoid(y, x, temperature=1, bias=0, targets=same, normalize=False)
-    scale = _scale(params) if "log_scale" in params else 1.0
+    scale: float | jax.Array = _scale(params) if "log_scale" in params else 1.0
     logits = scale * matrix(name, params, x, y, drop)
     return (softmax_contrastive(logits, same) + softmax_contrastive(logits.T, same)) / 2

@@ -1,8 +1,8 @@
-"""The list of measures: what each is called, where it stands in `eval.json`, what is better.
+"""The list of measures: label, path in `eval.json`, direction, chance.
 
-The printed table, the tables of sweeps, the report, the model card, the choice of a checkpoint and
-the gains over controls read this list. A new measure of ranks is a line here: it is computed for
-the method and for every control. Any other has to be put under its path by an evaluation.
+The printed table, sweeps, the report, the model card, checkpoint selection and the gains over
+controls read this list. To add a measure of ranks, add a line here: it is computed for the method
+and for every control. Any other measure also needs an evaluation that writes it under its path.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ import numpy as np
 class Measure:
     """A measure of an evaluation.
 
-    path: its place in `eval.json`, "task/name" or longer. A relational one has a number for each of
-        `SCORES` there, but where `columns` has the key "". One of classification has the mean,
-        standard deviation and values over the models.
-    label: what figures and the printed table call it.
+    path: its path in `eval.json`, "task/name" or longer. A relational measure has a number for each
+        of `SCORES` there, except where `columns` has the key "". A classification measure has the
+        mean, standard deviation and values over the models.
+    label: its name in figures and the printed table.
     family: "relational" or "classification".
     title: its line in the printed table, a format of the task's part of `eval.json`, such as
         "Top-3 of {candidates}"; "": no line.
     columns: score → heading in the tables of sweeps, reports and model cards; "" for a measure
         without scores.
-    higher_is_better: whether more is better; the best of a table is marked by it.
-    chance: what a random order or guess has: a number, or a path in `eval.json` to it, below which
-        scores may stand; None where it is not known.
-    main: whether it is its task's first measure, by which ways to score and controls are compared.
+    higher_is_better: whether larger values are better; tables mark the best value by it.
+    chance: value of a random order or guess: a number, or its path in `eval.json`, where it may
+        have a value for each score; None where it is not known.
+    main: whether it is the main measure of its task: scorings and controls are compared by it.
     headline: whether figures of sweeps show it.
     of_ranks: 0-based ranks (q,) of the positive → the value of each query (q,).
     """
@@ -46,17 +46,17 @@ class Measure:
 
     @property
     def task(self) -> str:
-        """The first part of the path."""
+        """The first part of the path, such as "retrieval"."""
         return self.path.partition("/")[0]
 
     @property
     def name(self) -> str:
-        """What follows the task in the path, such as "hit@5" or "macro/hit@5"."""
+        """The path without the task, such as "hit@5" or "macro/hit@5"."""
         return self.path.partition("/")[2]
 
 
 def hit_at(k: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Whether each of some 0-based ranks is below k."""
+    """A function of 0-based ranks: whether each is below k."""
     return lambda ranks: ranks < k
 
 
@@ -68,9 +68,9 @@ def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
 _HITS = {"tt": "Hit@5 TT", "ii": "II", "ti": "TI", "it": "IT", "avg": "AVG"}
 
 
-def _ranked(path: str, *arguments: Any, **options: Any) -> Measure:
+def _ranked(path: str, label: str, **options: Any) -> Measure:
     """A measure of ranks, whose chance stands among the controls."""
-    return Measure(path, *arguments, chance=f"controls/chance/{path}", **options)
+    return Measure(path, label, chance=f"controls/chance/{path}", **options)
 
 
 def _gallery(name: str, label: str, **options: Any) -> Measure:
@@ -172,17 +172,17 @@ def of_task(task: str) -> list[Measure]:
 
 
 def main_of(task: str) -> Measure:
-    """The first measure of a task."""
+    """The main measure of a task."""
     return next(measure for measure in of_task(task) if measure.main)
 
 
 def main_measures() -> list[Measure]:
-    """The first measures of the tasks on relation graphs, in order."""
+    """The main measures of the relational tasks, in order."""
     return [measure for measure in MEASURES if measure.main]
 
 
 def headlines(family: str) -> dict[str, str]:
-    """Label → path in `eval.json` of what figures of sweeps show, by AVG where there are scores."""
+    """Label → path in `eval.json` of the headline measures; AVG where there are scores."""
     found = {}
     for measure in MEASURES:
         if measure.headline and measure.family == family:
@@ -198,7 +198,7 @@ def printed() -> list[Measure]:
 
 
 def of_ranks(task: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """By name what computes the measures of ranks of a task."""
+    """Name → function of ranks, for the rank measures of a task."""
     return {measure.name: measure.of_ranks for measure in of_task(task) if measure.of_ranks}
 
 
@@ -213,7 +213,7 @@ def columns(*families: str) -> dict[str, tuple[str, Measure]]:
 
 
 def at(result: Any, path: str) -> Any:
-    """What stands at a path of an `eval.json`; None where nothing does."""
+    """The value at a path of an `eval.json`; None where there is none."""
     for name in path.split("/"):
         if not isinstance(result, Mapping) or name not in result:
             return None
@@ -222,7 +222,7 @@ def at(result: Any, path: str) -> Any:
 
 
 def values_at(result: Mapping[str, Any], path: str) -> list[float]:
-    """A measure's value, or its values over models; none where the result lacks it."""
+    """A measure's value, or its values over models; an empty list if the result lacks it."""
     node = at(result, path)
     if isinstance(node, Mapping):
         return list(node.get("values", ()))
@@ -230,15 +230,15 @@ def values_at(result: Mapping[str, Any], path: str) -> list[float]:
 
 
 def chance_of(measure: Measure, result: Mapping[str, Any], score: str = "avg") -> float | None:
-    """What a random order or guess has under a score; None where it is not known."""
+    """The value of a random order or guess for a score; None where it is not known."""
     found = at(result, measure.chance) if isinstance(measure.chance, str) else measure.chance
     return found.get(score) if isinstance(found, Mapping) else found
 
 
 def selections() -> list[str]:
-    """What `config.selection` may name: "MEASURE/SCORE" as in `RelationalMethod.validate`.
+    """Valid values of `config.selection` without their scores, such as "hit@5" of "hit@5/avg".
 
-    Measures of "retrieval" stand without the task.
+    Measures of the task "retrieval" are named without the task.
     """
     tasks = ("retrieval", "retrieval_all", "relation_type")
     found = [m for task in tasks for m in of_task(task) if m.higher_is_better]

@@ -1,9 +1,9 @@
-"""The modality gap: where images and texts lie, how far apart, how narrow, and a calibration.
+"""The modality gap: how far apart images and texts lie, how narrow each cone is, and a calibration.
 
 Embeddings are two matrices, images (n, d) and texts (m, d), and `image_of_text` (m,) int, the row
-of each text's image. Unless `normalize` is false, rows are brought to length one first, as they are
-where similarity is the cosine (Liang et al., 2022, measure the gap so): towers of different scale
-can then be compared.
+of each text's image. Unless `normalize` is false, rows are scaled to length one first, as the
+cosine does and as Liang et al. (2022) measure the gap. Towers of different scale can then be
+compared.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def modality_gap(
     projections: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Distances between two modalities, and how narrow a cone each of them fills.
+    """Distances between two modalities, and how narrow the cone of each is.
 
     Returns a dict of JSON values:
     centroid: ‖μ_image − μ_text‖₂.
@@ -225,12 +225,12 @@ def calibrate(
     shrinkage: float = 0.01,
     normalize: bool = True,
 ) -> Calibration:
-    """Fit a calibration on training rows, images (n, d) and texts (m, d), to apply to any others.
+    """Fit a calibration on training rows, images (n, d) and texts (m, d).
 
     Each modality's own mean is subtracted, after rows are brought to length one (`normalize`).
     whiten: also multiply by C^(−½), C = (1 − s) Ĉ + s tr(Ĉ)/d I with s = `shrinkage`, of each
-    modality by itself. The symmetric root (ZCA) is the one that turns the axes least, so that what
-    the two modalities share stays shared. Raises UserError if s is not in [0, 1], or if C is
+    modality by itself. The symmetric root (ZCA) rotates the axes least, so that directions that the
+    two modalities share stay shared. Raises UserError if s is not in [0, 1], or if C is
     singular.
     """
     if not 0 <= shrinkage <= 1:
@@ -288,7 +288,7 @@ def inverse_root(covariance: np.ndarray, shrinkage: float, name: str) -> np.ndar
 def check_pairs(
     image: Any, text: Any, image_of_text: Any, *, same_width: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The three as arrays of float and int64; UserError for what cannot be embeddings and pairs."""
+    """Embeddings and indices as arrays. Raises UserError for invalid ones."""
     image, text = check_matrix("image", image), check_matrix("text", text)
     if same_width and image.shape[1] != text.shape[1]:
         _reject_widths(image.shape[1], text.shape[1])
@@ -308,7 +308,7 @@ def check_pairs(
 
 
 def check_matrix(name: str, x: Any) -> np.ndarray:
-    """A matrix of float32, or float64 if it is that; UserError for what is no embedding matrix."""
+    """A matrix in float32, or float64 if it is given so. Raises UserError for anything else."""
     x = np.asarray(x)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
         raise UserError(f"{name} holds {x.dtype}; it must be a matrix of real numbers")
@@ -352,7 +352,10 @@ def scaled_rows(x: np.ndarray, normalize: bool) -> np.ndarray:
 
 def _moments(x: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d), over n, in float64 by blocks of rows."""
-    mean = sum(scaled_rows(x[part], normalize).sum(axis=0) for part in _blocks(len(x))) / len(x)
+    mean = np.zeros(x.shape[1])
+    for part in _blocks(len(x)):
+        mean += scaled_rows(x[part], normalize).sum(axis=0)
+    mean /= len(x)
     covariance = np.zeros((x.shape[1],) * 2)
     for part in _blocks(len(x)):
         rows = scaled_rows(x[part], normalize) - mean
@@ -403,7 +406,7 @@ def _sample(x: np.ndarray, rows: int, rng: np.random.Generator) -> np.ndarray:
     return x if len(x) <= rows else x[np.sort(rng.choice(len(x), rows, replace=False))]
 
 
-# What the alignment study's pictures are drawn from: histograms of cosines, and a plane.
+# Data of the alignment study's figures: histograms of cosines, and a plane.
 
 
 BINS = 80

@@ -125,11 +125,11 @@ def relation_type(
     where: np.ndarray | None = None,
     similarity: str = "cosine",
 ) -> dict:
-    """Top-1 and Top-3 of the true relation among candidates, by the pair's score under each.
+    """Top-1 and Top-3 of the true relation, ranked by the pair's score under each candidate.
 
     a, b (p,): item identifiers; relations (p, c) with the true one in column 0; where (p, c) bool:
-    the candidates that count. Ties count against the model, so one that does not look at the
-    relation scores 0. Returns what `type_measures` does.
+    the candidates that count. Ties count against the model, so a model that ignores the
+    relation has 0. Returns what `type_measures` does.
     """
     scores = pair_scores(
         table,
@@ -144,10 +144,10 @@ def relation_type(
 def type_measures(
     scores: dict[str, np.ndarray], relations: np.ndarray, *, where: np.ndarray | None = None
 ) -> dict:
-    """Top-1 and Top-3 of scores (p, c) by name for relations (p, c), the true one in column 0.
+    """Top-1 and Top-3 from scores (p, c) by name; relations: (p, c), the true one in column 0.
 
-    Returns {"pairs", "candidates", "top1", "top3", "macro"}, for each score its rate as a fraction;
-    "macro" has means over true relations of each relation's mean.
+    Returns {"pairs", "candidates", "top1", "top3", "macro"}: rates as fractions, for each score.
+    "macro" averages the rates of the true relations, each with equal weight.
     """
     ranks = {name: np.asarray(candidate_ranks(x, where=where)) for name, x in scores.items()}
     found = rank_measures(ranks, relations[:, 0], of_ranks("relation_type"))

@@ -1,4 +1,4 @@
-"""Relation-guided retrieval: one positive among unrelated candidates, or all in a gallery."""
+"""Relation-guided retrieval: one positive among candidates, or all relevant items of a gallery."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ def retrieval(
     *,
     similarity: str = "cosine",
 ) -> dict:
-    """Hit@1, Hit@5, MRR and what else `MEASURES` has, for each of the five scores.
+    """Hit@1, Hit@5, MRR and further measures of ranks in `MEASURES`, for each of the five scores.
 
     query (q,), candidates (q, c) with the positive in column 0: item identifiers; relation (q,).
     Ties count against the model. Returns what `retrieval_measures` does.
@@ -42,10 +42,10 @@ def retrieval(
 
 
 def retrieval_measures(scores: dict[str, np.ndarray], relation: np.ndarray) -> dict:
-    """The measures of ranks of "retrieval" of scores (q, c), with the positive in column 0.
+    """The measures of ranks from scores (q, c), with the positive in column 0.
 
-    relation (q,). Returns {"queries", "hit@1", "hit@5", "mrr", "macro"}, for each score its rate as
-    a fraction; "macro" has the same measures as means over relations of each relation's mean.
+    relation (q,). Returns {"queries", "hit@1", "hit@5", "mrr", "macro"}: rates as fractions, for
+    each score. "macro" averages the rates of the relations, each with equal weight.
     """
     ranks = {name: np.asarray(candidate_ranks(x)) for name, x in scores.items()}
     return {"queries": len(relation), **rank_measures(ranks, relation, of_ranks("retrieval"))}
@@ -56,7 +56,7 @@ def rank_measures(
     relation: np.ndarray,
     measures: Mapping[str, Callable[[np.ndarray], np.ndarray]],
 ) -> dict:
-    """Means of measures of 0-based ranks (q,) by name, and under "macro" by relation (q,).
+    """Mean measures of 0-based ranks (q,) by name; "macro" averages over relations (q,).
 
     measures: by name a function of ranks, as of `Measure.of_ranks`. Raises ValueError if there is
     no query.
@@ -90,17 +90,18 @@ def gallery_retrieval(
 
     items (n,): identifiers of the gallery. texts (n,): the place of the first item with the same
         text, whose embedding stands for all of them.
-    query (q,): places in the gallery; relation (q,), sorted; right, hidden (q, n) sparse bool: what
-        answers the query, and what is not ranked.
+    query (q,): indices into the gallery; relation (q,), sorted; right, hidden (q, n) sparse bool:
+        the relevant items, and items that are not ranked.
 
-    Where texts are ranked (TT, IT), each distinct one is ranked once and is right if an item that
-    has it is; the query's own text is no answer to itself. Where texts ask (TT, TI), each is asked
-    once under each relation. Hit@5: an answer is among the first five; R-precision: the share of
-    answers among the first R, with R answers. Ties count against the model: wrong ones go first.
+    Where texts are ranked (TT, IT), each distinct text is ranked once. It is relevant if any item
+    with this text is; the query's own text is left out. Where texts are queries (TT, TI), each is
+    asked once under each relation. Hit@5: a relevant item is among the first five. R-precision: the
+    share of relevant items among the first R, where R items are relevant. Ties count against the
+    model: irrelevant items come first.
 
-    Returns {"gallery": {"items", "texts"}, "queries", "hit@5", "r_precision", "map", "chance"}, for
-    each score the number of queries and means as fractions; chance is the expectation over all
-    orders of the same galleries.
+    Returns {"gallery": {"items", "texts"}, "queries", "hit@5", "r_precision", "map", "chance"}: for
+    each score the number of queries and the means as fractions. "chance" has the expected means of
+    a random order.
     """
     rows, first = table.rows(items), np.unique(texts)
     text_of = np.searchsorted(first, texts)
@@ -137,7 +138,7 @@ def gallery_retrieval(
 
 def _blocks_of(relation: np.ndarray):
     """Yield the rows of queries in blocks of one relation each."""
-    bounds = np.flatnonzero(np.diff(relation, prepend=-1, append=-1))
+    bounds = np.flatnonzero(np.diff(relation, prepend=-1, append=-1)).tolist()
     for start, stop in itertools.pairwise(bounds):
         for low in range(start, stop, _BLOCK):
             yield np.arange(low, min(low + _BLOCK, stop))

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ class EmbeddingTable:
     items: (n,) identifiers, sorted; text, image: (R, n, d), or (1, n, d) where a modality does not
     depend on the relation; relation: (R, d) embeddings h_E of the sentences.
 
-    sentence_weight: w ≥ 0. A pair then scores s(a, b) + w (s(h_E, a) + s(h_E, b)). For a query a
-    under the cosine this orders candidates as the query vector a + w h_E does, and it is symmetric
-    in a and b, so that it also compares one pair under several relations.
+    sentence_weight: w ≥ 0. A pair then scores s(a, b) + w (s(h_E, a) + s(h_E, b)). With the
+    cosine, the order of candidates is that of the query vector a + w h_E. The score is symmetric in
+    a and b, so that it can also compare one pair under several relations.
     """
 
     items: np.ndarray
@@ -38,7 +39,7 @@ class EmbeddingTable:
     sentence_weight: float = 0.0
 
     def rows(self, items: np.ndarray) -> np.ndarray:
-        """Places of the given items in the table."""
+        """Row indices of the given items in the table."""
         rows = np.searchsorted(self.items, items)
         if np.any(self.items[np.minimum(rows, len(self.items) - 1)] != items):
             raise ValueError("an item is not in the embedding table")
@@ -53,7 +54,7 @@ def _take(embeddings: jax.Array, relation: jax.Array, items: jax.Array) -> jax.A
 @functools.partial(jax.jit, static_argnames="similarity")
 def _scores_of_blocks(text, image, sentence, weight, a, b, relation, similarity):
     """The five scores, (m · block, c) each, of indices (m, block, 1 or c), one block at a time."""
-    of_block = functools.partial(_similarity, similarity, weight)
+    of_block: Callable[..., dict] = functools.partial(_similarity, similarity, weight)
     if similarity == "product":
         of_block = _product
     shape = jnp.broadcast_shapes(a.shape, b.shape, relation.shape)
@@ -108,15 +109,15 @@ def pair_scores(
     a, b, relation: (q, 1) or (q, c), or with one row for all; rows of the table
     (`EmbeddingTable.rows`) and relation indices. similarity: a name of `rcml_jax.ops.similarity`,
     or "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E). Vectors are gathered for a few
-    queries at a time, so that (q, c, d) is never held. A score depends on its two vectors and its
-    relation alone: equal candidates of a query tie to the last bit. Raises ValueError for an
+    queries at a time, so that (q, c, d) is never in memory. A score depends on its two vectors and
+    its relation only: equal candidates of a query tie to the last bit. Raises ValueError for an
     unknown similarity.
     """
     queries = max(map(len, (a, b, relation)))
     index = [np.broadcast_to(x, (queries, x.shape[1])).astype(np.int32) for x in (a, b, relation)]
-    arrays = [jnp.asarray(x) for x in (table.text, table.image, table.relation)]
-    (device,) = arrays[0].devices()
-    arrays.append(table.sentence_weight or None)
+    text, image, sentence = (jnp.asarray(x) for x in (table.text, table.image, table.relation))
+    arrays = text, image, sentence, table.sentence_weight or None
+    (device,) = text.devices()
     on_cpu = device.platform == "cpu"
     # Each pair of a and b is a text and an image on both sides.
     vectors = 2 * sum(np.broadcast_shapes(x.shape, relation.shape)[1] for x in (a, b))

@@ -10,12 +10,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from rcml_jax.data.images import Framing
 from rcml_jax.errors import UserError
 from rcml_jax.models.checkpoints import to_torch
-from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD, end_token
+from rcml_jax.models.clip import end_token
+from rcml_jax.models.preprocessing import image_statistics
 from rcml_jax.models.two_towers import towers_shapes
-
-_BICUBIC = 3  # as Pillow numbers its filters
 
 
 def save_clip(
@@ -27,26 +27,31 @@ def save_clip(
     end_id: int,
     pad_id: int,
     temperature: float,
+    framing: Framing | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors` and `preprocessor_config.json` of a `CLIPModel`.
 
     params: those of `TwoTowers(config)`; the ids are the tokenizer's, and the logit scale is that
-    of the temperature. Torch is not needed. Raises UserError for towers that are not CLIP's, for
-    parameters of another configuration, and where PyTorch would look for another end token than
-    the tokenizer has.
+    of the temperature. framing: of the run's images, by default CLIP's. Torch is not needed. Raises
+    UserError for towers that are not CLIP's, for parameters of another configuration, and where
+    PyTorch would look for another end token than the tokenizer has.
     """
     _check_clip(config, params)
     _check_end(config.text_config, end_id)
+    framing = framing or Framing(config.vision_config.image_size)
+    processor = _processor(framing, *image_statistics(config.vision_config))
     config = copy.deepcopy(config)
     config.architectures = ["CLIPModel"]
     ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": pad_id}
     config.text_config.update(ids)
+    # In preprocessor_config.json, where others look for it.
+    vars(config.vision_config).pop("image_statistics", None)
     (directory / "config.json").write_text(config.to_json_string(), "utf-8")
     scale = np.float32(-math.log(temperature))
     tensors = to_torch({**params, "logit_scale": scale})
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    processor = json.dumps(_processor(config.vision_config.image_size), indent=2)
-    (directory / "preprocessor_config.json").write_text(processor + "\n", "utf-8")
+    text = json.dumps(processor, indent=2) + "\n"
+    (directory / "preprocessor_config.json").write_text(text, "utf-8")
 
 
 def _check_clip(config: Any, params: Any) -> None:
@@ -76,19 +81,20 @@ def _check_end(text: Any, end_id: int) -> None:
         )
 
 
-def _processor(size: int) -> dict:
+def _processor(framing: Framing, mean: tuple, std: tuple) -> dict:
     """What `data.images.to_array` and the towers do to a picture, for `CLIPImageProcessor`."""
+    side = framing.resize or framing.size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": _BICUBIC,
+        "size": {"height": side, "width": side} if framing.squash else {"shortest_edge": side},
+        "resample": framing.resample,
         "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": {"height": framing.size, "width": framing.size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }

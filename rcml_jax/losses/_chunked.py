@@ -46,7 +46,7 @@ def column_log_sums(logits: jax.Array, where: jax.Array) -> jax.Array:
 
 def lowest(dtype: jnp.dtype) -> float:
     """Large negative logit for masked entries; safe to add to itself."""
-    return jnp.finfo(dtype).min / 2
+    return float(jnp.finfo(dtype).min) / 2
 
 
 def all_valid(where: jax.Array | None, n: int) -> jax.Array:

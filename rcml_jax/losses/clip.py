@@ -38,7 +38,8 @@ def clip(
     check_paired(text, image)
     if block is not None:
         targets = checked_targets(targets, len(text), len(text))
-        return blocked_clip(*prepare(text, image, normalize), temperature, where, targets, block)
+        text, image = prepare(text, image, normalize)
+        return blocked_clip(text, image, temperature, where, targets, block)
     logits = scaled_similarities(text, image, temperature, normalize)
     targets = target_matrix(targets, logits)
     valid = all_valid(where, len(text))

@@ -5,11 +5,12 @@ All are pure functions of arrays, computed in float32 at least, and right as the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.losses._chunked import all_valid, map_rows, unstack
+from rcml_jax.losses._chunked import all_valid, lowest, map_rows, unstack
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.softmax import info_nce
 from rcml_jax.ops.similarity import as_float, cosine, l2_normalize, paired_cosine
@@ -37,8 +38,8 @@ def declip(
     L_MVS is the mean CLIP loss of the three pairs of views beside the plain one. L_NNS is the mean
     of `neighbor_supervision` over the four pairs of views.
     """
-    options = {"temperature": temperature, "where": where, "block": block}
-    terms = {"clip": clip(text[0], image[0], **options)}
+    options: dict[str, Any] = {"temperature": temperature, "where": where, "block": block}
+    terms: dict[str, Any] = {"clip": clip(text[0], image[0], **options)}
     value = (1 - self_supervision - multi_view - nearest_neighbor) * terms["clip"]
     if self_supervision:
         value += self_supervision * self_supervised
@@ -84,8 +85,8 @@ def neighbor_supervision(
         image,
         bank[neighbor],
         temperature=temperature,
-        targets=neighbor[:, None] == neighbor,
-        where=(some[:, None] & some) & (neighbor != everyone[:, None]),
+        targets=neighbor[:, None] == neighbor[None],
+        where=some[:, None] & some[None] & (neighbor[None] != everyone[:, None]),
         block=block,
     )
 
@@ -103,8 +104,9 @@ def nearest_rows(
     everyone = jnp.arange(len(text))
 
     def nearest(index, rows):
-        allowed = valid & (index[:, None] != everyone)
-        return jnp.argmax(jnp.where(allowed, cosine(rows, bank), -jnp.inf), axis=1)
+        allowed = valid[None] & (index[:, None] != everyone[None])
+        scores = cosine(rows, bank)
+        return jnp.argmax(jnp.where(allowed, scores, lowest(scores.dtype)), axis=1)
 
     if block is None:
         return nearest(everyone, text)
@@ -137,20 +139,21 @@ def masked_tokens(
     states: (n, k, d). table: (V, d). bias: (V,). labels: (n, k) ids. One position of all texts is
     predicted at a time, and again in the backward pass, so that (n, V) logits are held.
     """
-    table = as_float(table)
+    states = as_float(states)
+    table, bias = table.astype(states.dtype), bias.astype(states.dtype)
 
     @jax.checkpoint
     def one(position):
         states, labels = position
-        logits = states @ table.T + bias
+        logits = states @ table.T + bias[None]
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits, axis=1) - own
 
-    positions = jnp.swapaxes(as_float(states), 0, 1), jnp.swapaxes(labels, 0, 1)
+    positions = jnp.swapaxes(states, 0, 1), jnp.swapaxes(labels, 0, 1)
     return jax.lax.map(one, positions).T
 
 
 def masked_mean(x: jax.Array, where: jax.Array | None = None) -> jax.Array:
     """The mean of x (n,) over the rows that `where` keeps; 0 if there is none."""
     valid = all_valid(where, len(x))
-    return jnp.sum(jnp.where(valid, x, 0)) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sum(jnp.where(valid, x, 0)) / jnp.maximum(jnp.sum(valid, dtype=x.dtype), 1)

@@ -45,29 +45,39 @@ def m3co(
     samples = jnp.arange(len(clean[0]))
     pairs = list(itertools.permutations(range(len(clean)), 2))
     if block is None:
-        total = jnp.float32(0)
+        total = 0.0
         for a, b in pairs:
-            logits = mixed[a] @ clean[b].T / temperature
-            targets = _mixed_targets(coefficient, samples, partner[a], samples)
+            logits = over_temperature(mixed[a] @ clean[b].T, temperature)
+            targets = _mixed_targets(coefficient, samples, partner[a], logits)
             total += bidirectional(logits, targets, where, temperature) / 2
         return total
 
     def compare(index, own):
         mixed, coefficient, partner = own
         for a, b in pairs:
-            logits = mixed[a] @ clean[b].T / temperature
-            yield logits, _mixed_targets(coefficient, index, partner[a], samples)
+            logits = over_temperature(mixed[a] @ clean[b].T, temperature)
+            yield logits, _mixed_targets(coefficient, index, partner[a], logits)
 
     return blocked_bidirectional(compare, (mixed, coefficient, list(partner)), where, block) / 2
 
 
+def over_temperature(cosines: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """Cosines over a temperature, in the type of the cosines."""
+    return cosines / jnp.asarray(temperature, cosines.dtype)
+
+
 def _mixed_targets(
-    coefficient: jax.Array, index: jax.Array, partner: jax.Array, columns: jax.Array
+    coefficient: jax.Array, index: jax.Array, partner: jax.Array, logits: jax.Array
 ) -> jax.Array:
-    """Targets with λ_i at i and 1 − λ_i at the partner; they add up where the two are the same."""
-    share = jnp.asarray(coefficient, jnp.float32)[:, None]
-    own, other = index[:, None] == columns, jnp.asarray(partner)[:, None] == columns
-    return share * own + (1 - share) * other
+    """Targets with λ_i at i and 1 − λ_i at the partner; they add up where the two are the same.
+
+    index, partner: of each row of the logits (n, m); the targets have their shape and type.
+    """
+    share = jnp.asarray(coefficient, logits.dtype)[:, None]
+    columns = jnp.arange(logits.shape[1])[None]
+    own = index[:, None] == columns
+    other = jnp.asarray(partner, columns.dtype)[:, None] == columns
+    return jnp.where(own, share, 0) + jnp.where(other, 1 - share, 0)
 
 
 def bidirectional(
@@ -87,12 +97,12 @@ def bidirectional(
         total = _bidirectional_without_shift(logits, targets, valid)
     else:
         total = _bidirectional(logits, targets, valid)
-    return total / jnp.maximum(jnp.sum(valid), 1)
+    return total / jnp.maximum(jnp.sum(valid, dtype=total.dtype), 1)
 
 
 def _bidirectional(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
     """`bidirectional` times N, as the paper writes it."""
-    both = valid[:, None] & valid
+    both = valid[:, None] & valid[None]
     logits = jnp.where(both, logits, lowest(logits.dtype))
     log_p = jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0)
     return -jnp.sum(jnp.where(both, targets * log_p, 0))
@@ -134,8 +144,8 @@ def blocked_bidirectional(
 
     def parts(index, own):
         rows, rows_valid = own
-        both = rows_valid[:, None] & valid
-        total, columns = jnp.float32(0), []
+        both = rows_valid[:, None] & valid[None]
+        total, columns = 0.0, []
         for logits, targets in compare(index, rows):
             targets = jnp.where(both, targets, 0)
             log_sums = jax.nn.logsumexp(jnp.where(both, logits, lowest(logits.dtype)), axis=1)
@@ -147,7 +157,7 @@ def blocked_bidirectional(
     total = jnp.sum(totals)
     for log_sums, mass in columns:
         total += jnp.sum(jax.nn.logsumexp(log_sums, axis=0) * mass.sum(axis=0))
-    return total / jnp.maximum(jnp.sum(valid), 1)
+    return total / jnp.maximum(jnp.sum(valid, dtype=total.dtype), 1)
 
 
 def check_modalities(*groups: Sequence[jax.Array]) -> None:

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from rcml_jax.losses._chunked import all_valid, lowest, map_rows, unstack
-from rcml_jax.losses.m3co import bidirectional, blocked_bidirectional, check_modalities
+from rcml_jax.losses.m3co import (
+    bidirectional,
+    blocked_bidirectional,
+    check_modalities,
+    over_temperature,
+)
 from rcml_jax.ops.similarity import l2_normalize
 
 
@@ -35,13 +40,13 @@ def multi_soft_clip(
     if block is not None:
         return _blocked(units, temperature, where, stop_gradient_targets, block)
     valid = all_valid(where, len(units[0]))
-    weights = [_weights(_gram(x) / temperature, valid) for x in units]
+    weights = [_weights(over_temperature(_gram(x), temperature), valid) for x in units]
     if stop_gradient_targets:
         weights = jax.lax.stop_gradient(weights)
-    total = jnp.float32(0)
+    total = 0.0
     for a, b in itertools.combinations(range(len(units)), 2):
         # L² has the targets w² on these logits, and L¹ has w¹ on the transposed ones.
-        logits = units[a] @ units[b].T / temperature
+        logits = over_temperature(units[a] @ units[b].T, temperature)
         targets = weights[b] + weights[a].T
         total += bidirectional(logits, targets, where, temperature) / 2
     return total
@@ -49,7 +54,7 @@ def multi_soft_clip(
 
 def _weights(logits: jax.Array, valid: jax.Array) -> jax.Array:
     """Softmax of each row (n, n) over the valid columns."""
-    return jax.nn.softmax(jnp.where(valid, logits, lowest(logits.dtype)), axis=1)
+    return jax.nn.softmax(jnp.where(valid[None], logits, lowest(logits.dtype)), axis=1)
 
 
 @jax.custom_vjp
@@ -74,11 +79,12 @@ def _blocked(units, temperature, where, stop_gradient_targets, block):
     valid = all_valid(where, len(units[0]))
 
     def similarities(rows):
-        return [x @ y.T / temperature for x, y in zip(rows, units, strict=True)]
+        pairs = zip(rows, units, strict=True)
+        return [over_temperature(x @ y.T, temperature) for x, y in pairs]
 
     def log_sums(index, rows):
         del index
-        logits = (jnp.where(valid, s, lowest(s.dtype)) for s in similarities(rows))
+        logits = (jnp.where(valid[None], s, lowest(s.dtype)) for s in similarities(rows))
         return [jax.nn.logsumexp(s, axis=1) for s in logits]
 
     normalizers = [unstack(r, len(valid)) for r in map_rows(log_sums, units, block)]
@@ -86,13 +92,14 @@ def _blocked(units, temperature, where, stop_gradient_targets, block):
     def compare(index, own):
         del index
         rows, of_rows, rows_valid = own
-        both = rows_valid[:, None] & valid
+        both = rows_valid[:, None] & valid[None]
         # Masked before the exponential, which may be infinite at padding.
         within = [jnp.where(both, s, lowest(s.dtype)) for s in similarities(rows)]
         for a, b in itertools.combinations(range(len(units)), 2):
-            targets = jnp.exp(within[b] - of_rows[b][:, None]) + jnp.exp(within[a] - normalizers[a])
+            own = jnp.exp(within[b] - of_rows[b][:, None])
+            targets = own + jnp.exp(within[a] - normalizers[a][None])
             if stop_gradient_targets:
                 targets = jax.lax.stop_gradient(targets)
-            yield rows[a] @ units[b].T / temperature, targets
+            yield over_temperature(rows[a] @ units[b].T, temperature), targets
 
     return blocked_bidirectional(compare, (units, normalizers, valid), where, block) / 2

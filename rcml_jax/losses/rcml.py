@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rcml_jax.losses._chunked import lowest
 from rcml_jax.ops.similarity import as_float
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
@@ -99,19 +100,22 @@ def relation_terms(
     columns = jnp.concatenate([positive, anchor])
     live = _live(anchor, positive, pair_valid, valid)
     live = jnp.concatenate([live, live])
-    is_positive = columns[:, None] == jnp.arange(text.shape[0])
-    is_negative = valid & ~related[rows] & ~is_positive
+    is_positive = columns[:, None] == jnp.arange(text.shape[0], dtype=columns.dtype)[None]
+    is_negative = valid[None] & ~related[rows] & ~is_positive
 
     queries = jnp.concatenate([text[rows], image[rows]])
     logits = queries @ jnp.concatenate([text, image]).T / jnp.asarray(temperature, text.dtype)
     # (modality of the anchor, row, modality of the candidate, candidate)
     logits = logits.reshape(2, len(rows), 2, len(text))
-    is_positive, is_negative = is_positive[:, None], is_negative[:, None]
+    is_positive, is_negative, live_row = (
+        x[None, :, None] for x in (is_positive, is_negative, live)
+    )
+    masked = lowest(logits.dtype)
     target = jnp.sum(jnp.where(is_positive, logits, 0), axis=-1)
-    kept = jnp.where(is_positive | is_negative, logits, -jnp.inf)
-    losses = jnp.where(live[:, None], jax.nn.logsumexp(kept, axis=-1) - target, 0)  # Eq. 2
-    hardest = jnp.max(jnp.where(is_negative, logits, -jnp.inf), axis=-1)
-    wins = live[:, None] & (target > hardest)
+    kept = jnp.where(is_positive | is_negative, logits, masked)
+    losses = jnp.where(live_row, jax.nn.logsumexp(kept, axis=-1) - target, 0)  # Eq. 2
+    hardest = jnp.max(jnp.where(is_negative, logits, masked), axis=-1)
+    wins = live_row & (target > hardest)
 
     count = jnp.sum(live).astype(losses.dtype)
     sums = jnp.sum(losses, axis=1)
@@ -158,13 +162,16 @@ def relation_identification(
     logits = jnp.moveaxis(jax.lax.map(similarities, (text, image)), 0, -1)
     logits = logits / jnp.asarray(temperature, text.dtype)
     own = jnp.eye(len(text), dtype=bool)[:, None]
-    target = jnp.sum(jnp.where(own, logits, 0), axis=-1)
     other = ~linked & ~own
-    kept = jnp.where(other | own, logits, -jnp.inf)
+    own, other, live = own[None, None], other[None, None], live[None, None]
+    masked = lowest(logits.dtype)
+    target = jnp.sum(jnp.where(own, logits, 0), axis=-1)
+    kept = jnp.where(other | own, logits, masked)
     losses = jnp.where(live, jax.nn.logsumexp(kept, axis=-1) - target, 0)
-    wins = live & (target > jnp.max(jnp.where(other, logits, -jnp.inf), axis=-1))
-    count = jnp.maximum(4 * jnp.sum(live), 1)
-    return jnp.sum(losses) / count, {"relation_accuracy": jnp.sum(wins) / count}
+    wins = live & (target > jnp.max(jnp.where(other, logits, masked), axis=-1))
+    count = jnp.maximum(4 * jnp.sum(live, dtype=losses.dtype), 1)
+    accuracy = jnp.sum(wins, dtype=losses.dtype) / count
+    return jnp.sum(losses) / count, {"relation_accuracy": accuracy}
 
 
 def _terms_by_relation(states, pairs, terms, *, block, pair_block, remat):
@@ -209,6 +216,6 @@ def _live(anchor, positive, pair_valid, valid):
     return pair_valid & valid[anchor] & valid[positive]
 
 
-def _mean(sums, counts, where=None):
+def _mean(sums, counts, *, where=None):
     """The mean over all relations, or 0 if nothing was counted."""
     return jnp.sum(sums, where=where) / jnp.maximum(jnp.sum(counts, where=where), 1)

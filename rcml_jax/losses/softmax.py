@@ -12,7 +12,7 @@ instead of rows × candidates. Value and gradient are the same up to rounding.
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.losses._chunked import map_rows
+from rcml_jax.losses._chunked import lowest, map_rows
 from rcml_jax.ops.similarity import as_float, cosine, dot, l2_normalize
 
 
@@ -88,9 +88,9 @@ def info_nce(
 
 def softmax_sums(logits, targets, where, weights):
     """Numerator and denominator of `softmax_contrastive`."""
-    allowed = ~jnp.isneginf(logits)
+    allowed = ~(logits < jnp.finfo(logits.dtype).min)  # −∞; NaN is to be seen in the loss
     if where is not None:
-        allowed &= jnp.asarray(where, bool)
+        allowed &= jnp.atleast_2d(jnp.asarray(where, bool))
     targets = jnp.where(allowed, target_matrix(targets, logits), 0)
     mass = jnp.sum(targets, axis=1)
     if weights is None:
@@ -101,7 +101,7 @@ def softmax_sums(logits, targets, where, weights):
     # in the gradient.
     allowed |= ~live[:, None]
     logits = jnp.where(live[:, None], logits, 0)
-    log_sum = jax.nn.logsumexp(jnp.where(allowed, logits, -jnp.inf), axis=1)
+    log_sum = jax.nn.logsumexp(jnp.where(allowed, logits, lowest(logits.dtype)), axis=1)
     surprise = jnp.where(allowed, log_sum[:, None] - jnp.where(allowed, logits, 0), 0)
     losses = jnp.sum(targets * surprise, axis=1) / jnp.where(live, mass, 1)
     weights = jnp.where(live, weights, 0)
@@ -132,7 +132,7 @@ def target_matrix(targets, logits):
     """
     targets = checked_targets(targets, *logits.shape)
     if targets.ndim == 1:
-        targets = targets[:, None] == jnp.arange(logits.shape[1])
+        targets = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None]
     return targets.astype(logits.dtype)
 
 
@@ -154,7 +154,7 @@ def checked_targets(targets, n, m):
 
 def allowed_pairs(rows, valid):
     """Allowed pairs (m, n) bool of m rows of `valid`, which is (n,) or (n, n)."""
-    return rows if valid.ndim == 2 else rows[:, None] & valid
+    return rows if valid.ndim == 2 else rows[:, None] & valid[None]
 
 
 def check_paired(text, image):

@@ -27,7 +27,8 @@ def label_supervised(
     everyone = jnp.arange(len(labels))
 
     def same_label(index, own):
-        return (own[:, None] == labels) & (labels >= 0) | (index[:, None] == everyone)
+        same = (own[:, None] == labels[None]) & (labels >= 0)[None]
+        return same | (index[:, None] == everyone[None])
 
     if block is None:
         return clip(

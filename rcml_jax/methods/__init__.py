@@ -7,9 +7,9 @@ from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Method
 from rcml_jax.registry import is_path, resolve
 
-#: The method of `eval.py --embeddings`: vectors from a file, scored as the relational methods are.
+#: The method of `eval.py --embeddings`: vectors from a file, scored like the relational methods.
 EMBEDDINGS = "embeddings"
-#: Methods by the name in `config.method`; a new one is a subclass of `Method`, and a line.
+#: Methods by their name in `config.method`; to add one, add a subclass of `Method` and a line.
 METHODS = {
     "rcml": "rcml_jax.methods.rcml:RCMLMethod",
     **dict.fromkeys(LOSSES, "rcml_jax.methods.baselines:BaselineMethod"),
@@ -17,7 +17,7 @@ METHODS = {
     "m3col": "rcml_jax.methods.seeds:Members",
     EMBEDDINGS: "rcml_jax.methods.embeddings:EmbeddingsMethod",
 }
-#: Those that train towers on a relation graph.
+#: Methods that train towers on a relation graph.
 RELATIONAL = ("rcml", *LOSSES, "declip")
 
 
@@ -44,7 +44,7 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
 
 
 def family_of(name: str) -> str:
-    """Which measures a method has: "relational", "classification", "alignment"; else "".
+    """The family of a method's measures: "relational", "classification", "alignment", or "".
 
     Raises UserError for an import path that cannot be imported.
     """

@@ -1,4 +1,4 @@
-"""The alignment study of a configuration: embeddings from its sources, and what is said of them."""
+"""The alignment study of a configuration: read or compute embeddings, and measure them."""
 
 import functools
 import hashlib
@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rcml_jax.data.images import ImageBank
+from rcml_jax.config import fold_seed
+from rcml_jax.data.gates import checkpoint_name, user_path
+from rcml_jax.data.images import ImageBank, image_states
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_graph
 from rcml_jax.data.sources import captions, openmoji
@@ -24,7 +26,7 @@ from rcml_jax.data.sources.embeddings import (
     select_pairs,
     split_pairs,
 )
-from rcml_jax.data.stages import stored_rows
+from rcml_jax.data.stages import file_state, stored_rows
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import modality_gap as gap
@@ -54,6 +56,7 @@ from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.methods.stored_states import in_chunks
 from rcml_jax.methods.task import cache_directory
 from rcml_jax.ops.similarity import SIMILARITIES
+from rcml_jax.schema import validate
 from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import read_params
@@ -62,25 +65,20 @@ from rcml_jax.training.checkpoint import read_params
 
 
 _CAPTIONED = ("flickr8k", "flickr30k", "coco")
-NAMES = ("openmoji", "npz", *_CAPTIONED, "runs")
 #: Train, validation and test pairs of a source.
 Splits = list[Pairs]
 _SHARES = (0.6, 0.2, 0.2)
 
 
 def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits]]:
-    """By name, what reads a source's splits; the runs of `config.runs` are trained already.
+    """Functions that read the splits of each source, by name.
 
-    Raises UserError for an unknown name and for a source without a path or towers.
+    The runs in `config.runs` have to be trained already.
+
+    Raises UserError for two sources of one name, and towers that cannot be read.
     """
     data, towers = config.data, [t for t in config.towers.names.split(",") if t]
-    if data.name not in NAMES:
-        raise UserError(
-            f"config.data.name={data.name!r} is unknown; choose one of {', '.join(NAMES)}"
-        )
     if data.name in ("npz", "runs"):
-        if towers:
-            raise UserError(f"the source {data.name} takes no towers; leave towers out")
         return {"npz": lambda: _npz(config)} if data.name == "npz" else _runs(data.path)
     found: dict[str, Callable[[], Splits]] = {}
     if data.name == "openmoji":
@@ -89,24 +87,19 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
             "clip": lambda: _run(workdir / "runs" / "clip", config.runs.clip),
             "apart": lambda: _apart(config, workdir),
         }
-    elif not towers:
-        raise UserError(
-            f"the source {data.name} needs towers: --config.towers.names=CLIP, or IMAGE+TEXT for "
-            "two that were trained apart; directories or names on the Hugging Face hub"
-        )
     data_once = functools.cache(lambda: _captioned(config))  # the same for all towers
     for name in towers:
         _check_towers(name)
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
-        found[label] = lambda name=name: _towers(name, data_once(), config.towers, workdir)
+        found[label] = functools.partial(_embedded, name, data_once, config.towers, workdir)
     return found
 
 
 def _npz(config: Any) -> Splits:
     pairs = read_npz(config.data.path)
-    # Looked at as a whole, so that what is wrong with it is said by the file's own rows.
+    # Checked before it is split, so that errors name rows of the file.
     whole = project_to_narrower(Pairs(*gap.check_pairs(*pairs.arrays())), 0)
     asked = config.evaluation.similarity
     known = tuple(SIMILARITIES) if asked == "all" else tuple(asked.split(","))
@@ -115,16 +108,20 @@ def _npz(config: Any) -> Splits:
 
 
 def _runs(paths: str) -> dict[str, Callable[[], Splits]]:
-    directories = [pathlib.Path(path) for path in paths.split(",") if path]
+    directories = [user_path(path) for path in paths.split(",") if path]
     if not directories:
         raise UserError("name work directories: --config alignment:runs,path=DIRECTORY")
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         raise UserError("two of the work directories have the same name; rename one")
     return {
-        name: lambda directory=directory: _run(directory, workdirs.load_config(directory))
+        name: functools.partial(_loaded_run, directory)
         for name, directory in zip(names, directories, strict=True)
     }
+
+
+def _loaded_run(directory: pathlib.Path) -> Splits:
+    return _run(directory, workdirs.load_config(directory))
 
 
 def _run(directory: pathlib.Path, config: Any) -> Splits:
@@ -150,7 +147,7 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
     for modality in ("image", "text"):
         name = f"apart_{modality}"
         directory = workdir / "runs" / name
-        method = build(config.runs[name], directory)
+        method: Any = build(config.runs[name], directory)
         params = jax.tree.map(jax.numpy.asarray, read_params(directory))
         sides[modality] = [
             method.embeddings(params, method.task.data.rows(split))[modality][0] for split in SPLITS
@@ -168,7 +165,8 @@ def _captioned(config: Any) -> CaptionedImages:
     """The pictures and texts that towers of checkpoints embed."""
     data = config.data
     if data.name in _CAPTIONED:
-        return getattr(captions, data.name)(data.path, seed=data.split_seed)
+        load, cache = getattr(captions, data.name), cache_directory(data.dir)
+        return load(data.path, seed=data.split_seed, strict=data.get("strict", False), cache=cache)
     graph = openmoji.load(cache_directory(data.dir))
     run = config.runs.rcml.data  # its items, so that all sources are asked the same
     splits = split_graph(graph, seed=run.split_seed, disjoint=run.disjoint)
@@ -178,13 +176,19 @@ def _captioned(config: Any) -> CaptionedImages:
     return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
 
 
+def _embedded(
+    name: str, data: Callable[[], CaptionedImages], asked: Any, workdir: pathlib.Path
+) -> Splits:
+    return _towers(name, data(), asked, workdir)
+
+
 def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
     """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
     from rcml_jax.models.frozen import load_towers
 
     image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
     length = min(text.size, asked.max_length)
-    blocks = {
+    blocks: dict[str, Any] = {
         "image": ImageBlocks(image, data.images),
         "text": TextBlocks(text, data.texts, length),
     }
@@ -192,7 +196,7 @@ def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path)
     key |= {
         "files": _fingerprints(name),
         "texts": list(data.texts),
-        "images": _image_names(data.images),
+        "images": image_states(data.images),
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     directory = workdir / "embeddings" / digest
@@ -212,15 +216,13 @@ def _check_towers(name: str) -> None:
 
 
 def _fingerprints(name: str) -> list:
-    """Sizes and times of local checkpoints, so that another one in its place is embedded anew."""
-    files = [
-        f for side in name.split("+") for f in sorted(pathlib.Path(side).glob("*.safetensors"))
-    ]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """Sizes and times of local checkpoints, so that another one in its place is embedded anew.
 
-
-def _image_names(images: ItemImages) -> list:
-    return list(getattr(images, "paths", ())) or [len(images)]
+    Of all files: the tokenizer and the configurations make another embedding, too.
+    """
+    directories = [pathlib.Path(checkpoint_name(side)) for side in name.split("+")]
+    files = [sorted(d.rglob("*")) for d in directories if d.is_dir()]
+    return [file_state(file) for found in files for file in found if file.is_file()]
 
 
 #: Texts are cut to the longest of their chunk, in steps of so many tokens.
@@ -228,13 +230,13 @@ _LENGTH_STEP = 16
 
 
 class ImageBlocks:
-    """The embeddings of images, computed as they are asked for: a source of rows."""
+    """Embeddings of images, computed on demand; a source of rows."""
 
     dtype = np.float32
 
     def __init__(self, tower: Any, images: ItemImages):
         self.shape, self._embed = (tower.width,), tower.embed
-        self._bank = ImageBank(images, tower.size, cache_bytes=0)
+        self._bank = ImageBank(images, tower.framing, cache_bytes=0)
 
     def __len__(self) -> int:
         return len(self._bank.images)
@@ -245,7 +247,7 @@ class ImageBlocks:
 
 
 class TextBlocks:
-    """The embeddings of texts of at most `max_length` tokens, computed as they are asked for."""
+    """Embeddings of texts of at most `max_length` tokens, computed on demand."""
 
     dtype = np.float32
 
@@ -273,30 +275,40 @@ class TextBlocks:
 
 
 ARRAYS = "similarities.npz"
-GALLERIES = ("test", "all")
 
 
 def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     """Compare similarities, gaps and learned similarities on every source; writes `eval.json`.
 
-    Beside it `similarities.npz` has what pictures are drawn from: for each source the histograms of
-    cosines and, for each calibration, the plane of `evaluation.histograms`. Runs that `config.runs`
-    names and the work directory lacks are trained first, under <workdir>/runs. Returns None where a
-    signal ended one of them. Raises UserError for what a user can mend.
+    `similarities.npz` beside it has the data of the figures: for each source the histograms of
+    cosines and, for each calibration, the plane of `evaluation.modality_gap`. Runs in `config.runs`
+    that the work directory lacks are trained first, under <workdir>/runs. Returns None if a signal
+    stopped one of them. Raises UserError for a mistake of the user.
     """
-    workdir = pathlib.Path(workdir)
-    similarities = _names("similarity", config.evaluation.similarity, tuple(SIMILARITIES))
-    learners = _names("learned", config.evaluation.learned, LEARNERS)
+    workdir = user_path(workdir)
+    validate(config)
+    similarities = _names(config.evaluation.similarity, tuple(SIMILARITIES))
+    learners = _names(config.evaluation.learned, LEARNERS)
     _pair_counts(config)
-    gallery = config.evaluation.gallery
-    if gallery not in GALLERIES:
-        raise UserError(f"config.evaluation.gallery={gallery!r} is unknown; choose test or all")
     readers = sources(config, workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
+    with workdirs.hold(workdir):
+        return _study(config, workdir, device, readers, similarities, learners)
+
+
+def _study(
+    config: Any,
+    workdir: pathlib.Path,
+    device: jax.Device,
+    readers: dict[str, Callable],
+    similarities: tuple[str, ...],
+    learners: tuple[str, ...],
+) -> dict | None:
     workdirs.prepare(workdir, config)
     if not train_missing(config, workdir):
         return None
-    found, arrays = {}, {}
+    found: dict[str, dict] = {}
+    arrays: dict[str, np.ndarray] = {}
     with jax.default_device(device):
         for name, read in readers.items():
             found[name], drawn = _study_source(read(), config, similarities, learners)
@@ -315,14 +327,14 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
 
 
 def train_missing(config: Any, workdir: pathlib.Path) -> bool:
-    """Train the configuration's runs that are not finished; false where a signal ended one."""
+    """Train the runs that are not finished. Returns false if a signal stopped one."""
     for name, run in config.runs.items():
         directory = workdir / "runs" / name
         run = _with_data_dir(run, config.data.dir)
         if (directory / "eval.json").is_file():
             workdirs.prepare(directory, run)  # refuses what was trained otherwise
             continue
-        print(f"training {name}", file=sys.stderr, flush=True)
+        log_line(f"training {name}")
         if loop.train_and_evaluate(run, directory) is None:
             return False
     return True
@@ -334,17 +346,9 @@ def _with_data_dir(run: Any, directory: str) -> Any:
     return run
 
 
-def _names(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """ "all", or names with commas between, or nothing. Raises UserError for an unknown one."""
-    if value == "all":
-        return tuple(known)
-    names = tuple(name for name in value.split(",") if name)
-    unknown = [name for name in names if name not in known]
-    if unknown or (option == "similarity" and not names):
-        raise UserError(
-            f"config.evaluation.{option}={value!r}: choose all or from {', '.join(known)}"
-        )
-    return names
+def _names(value: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """ "all", or names with commas between, or nothing → names."""
+    return known if value == "all" else tuple(name for name in value.split(",") if name)
 
 
 def _pair_counts(config: Any) -> list[int]:
@@ -359,14 +363,14 @@ def _pair_counts(config: Any) -> list[int]:
     return sorted({int(x) for x in counts})
 
 
-# What is said of a source
+# Measuring a source
 
 
 def _study_source(
     splits: list[Pairs], config: Any, similarities: tuple[str, ...], learners: tuple[str, ...]
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Retrieval under each similarity, the gap, calibration, learned similarities; and arrays."""
-    options, seed = config.evaluation, config.seed
+    options, seed = config.evaluation, fold_seed(config.seed)
     widths = [splits[0].image.shape[1], splits[0].text.shape[1]]
     narrow = [project_to_narrower(pairs, seed) for pairs in splits]
     train, validation, test = (pairs.arrays() for pairs in narrow)
@@ -434,7 +438,7 @@ def _calibrations(train: tuple, test: tuple) -> dict[str, tuple]:
 def _calibrated(pairs: tuple, score: Callable, config: Any) -> dict:
     """Cosine retrieval, the gap that is left, and the share of unrelated pairs below 0."""
     return {
-        "negative_share": negative_share(*pairs, seed=config.seed),
+        "negative_share": negative_share(*pairs, seed=fold_seed(config.seed)),
         **_gap_left(pairs, config),
         **_of(score(pairs, ("cosine",)), "cosine"),
     }
@@ -448,7 +452,7 @@ def _gap_left(pairs: tuple, config: Any) -> dict[str, float]:
     if pairs[0].shape[1] > _WIDEST:
         return {}
     kind = config.evaluation.wasserstein
-    gap = modality_gap(*pairs, wasserstein=kind, pairs=1, seed=config.seed)
+    gap = modality_gap(*pairs, wasserstein=kind, pairs=1, seed=fold_seed(config.seed))
     return {name: gap[name] for name in ("centroid", "wasserstein2")}
 
 
@@ -469,7 +473,7 @@ def _signed(held_out: tuple, test: tuple, score: Callable, config: Any) -> dict:
     """
     scores = []
     for image, text, rows in (held_out, test):
-        unrelated = unmatched_pairs(len(image), rows, _SIGNED_PAIRS, config.seed)
+        unrelated = unmatched_pairs(len(image), rows, _SIGNED_PAIRS, fold_seed(config.seed))
         pairs = (rows, np.arange(len(text))), unrelated
         scores.append(tuple(pair_scores(image, text, *indices) for indices in pairs))
     level = config.evaluation.get("negative_level", 0.99)
@@ -499,8 +503,8 @@ def _learned(
     train, validation, test = splits
     asked = config.evaluation
     told = f" on {pairs:,} pairs" if pairs else ""
-    print(f"fitting {name}{told}", file=sys.stderr, flush=True)
-    seeds = [config.seed + i for i in range(asked.get("learner_seeds", 1))]
+    log_line(f"fitting {name}{told}")
+    seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
     if not pairs and name in CLOSED and name != "optimal_transport":
         seeds = seeds[:1]  # which does not depend on it
     options = {"steps": asked.learner_steps} | (chosen or {})

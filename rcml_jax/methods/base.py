@@ -1,4 +1,6 @@
-"""What the loop needs of a method; a new one is one file, and a line in `methods.METHODS`."""
+"""The interface between the training loop and a method.
+
+A new method is one file and one line in `methods.METHODS`."""
 
 import abc
 import pathlib
@@ -15,38 +17,47 @@ Metrics = dict[str, Any]
 class Method(abc.ABC):
     """A model, a loss, its batches and its evaluation.
 
-    A batch has two parts: `items`, whose leaves have the examples, or rows of so many, on their
-    leading axis and are split over devices, and `shared`, which every device holds whole. The loss
-    has two steps, so that it is right on any number of devices: `embed` looks at each example
-    alone, `objective` at the embeddings of the whole batch. What must see all raw examples goes
-    before both: `prepare`.
+    A batch has two parts. The leaves of `items` have examples (or rows of several) on their leading
+    axis and are split over the devices. Every device holds `shared` whole. The loss has two steps,
+    so that it is correct on any number of devices: `embed` sees each example alone, `objective`
+    sees the embeddings of the whole batch. `prepare` runs before both, for work that needs all raw
+    examples.
     """
 
     config: Any
 
-    #: Which measures of `rcml_jax.evaluation.measures` it has: "relational" or "classification"; ""
-    #: for those of its own.
+    #: Family of its measures in `rcml_jax.evaluation.measures`, "relational" or "classification";
+    #: "" for a method with measures of its own.
     family = ""
     #: The measure that early stopping maximises, a dotted path into what `validate` returns.
     selection: str
-    #: Which checkpoint is evaluated in the end: "best" by the selection measure, or "latest"; ""
-    #: for a method without parameters.
+    #: The checkpoint to evaluate: "best" by the selection measure, or "latest"; "" for a method
+    #: without parameters.
     evaluated = "best"
-    #: Whether `prepare` does anything.
+    #: Whether the method overrides `prepare`.
     prepares = False
-    #: Whether a step writes the new state over the old one on CPUs, too.
+    #: Whether the state is donated (updated in place) on CPUs, too.
     in_place = False
-    #: Of how many examples a row of a batch's items is.
+    #: Number of examples packed into one batch row.
     examples_per_row = 1
+
+    def __init__(self, config: Any):
+        self.config = config
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "Method":
-        """The method of a configuration, on the data that it names; here of that alone.
+        """Build the method of a configuration, on the data that it names.
 
-        workdir: for what has to stay the same from run to run, such as a tokenizer.
+        workdir: where files are kept that must not change between runs, such as a tokenizer. This
+        default needs neither data nor files.
         """
         del workdir
         return cls(config)
+
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """The configuration with what is read from checkpoints, to be kept in `config.json`."""
+        return config
 
     @property
     def steps(self) -> int:
@@ -67,20 +78,20 @@ class Method(abc.ABC):
         """Parameters, random or from a checkpoint."""
 
     def adopt(self, params: Params, found: Params) -> Params:
-        """`params` with what another run's parameters can give them."""
+        """Initialise `params` from the parameters of another run (`config.model.init_from`)."""
         del found
         return params
 
     def phases(self) -> "list[tuple[int, Method]]":
-        """(first step, method) of each part of the training whose loss is another, in order.
+        """Phases of the training with different losses: (first step, method), in order.
 
-        Each is compiled by itself, so that no step computes the loss of another phase. All have the
-        same parameters.
+        Each phase is compiled by itself, so that no step computes the loss of another phase. All
+        phases have the same parameters.
         """
         return [(0, self)]
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """The batch after what needs all of its raw examples, such as mixing them in pairs."""
+        """Change a batch by what needs all of its raw examples, such as mixup."""
         del key
         return batch
 
@@ -94,7 +105,7 @@ class Method(abc.ABC):
     ) -> tuple[jax.Array, Metrics]:
         """The scalar loss of the whole batch and its terms; `progress` runs from 0 to 1.
 
-        Of the batch only `shared` may be used: under `pmap` the items here are one device's part.
+        Use only `shared` of the batch: under `pmap`, `items` here are one device's part.
         """
 
     def loss(
@@ -107,7 +118,7 @@ class Method(abc.ABC):
     def value_and_grad(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[tuple[jax.Array, Metrics], Params]:
-        """`loss` and its gradient; to be overridden where there is a faster way to them."""
+        """`loss` and its gradient; override it where there is a faster way."""
         return jax.value_and_grad(self.loss, has_aux=True)(params, batch, key, progress)
 
     def frozen(self, params: Params) -> Any:
@@ -115,19 +126,19 @@ class Method(abc.ABC):
         return jax.tree.map(lambda _: False, params)
 
     def decayed(self, params: Params) -> Any:
-        """A tree of booleans like `params`: true where AdamW decays, on matrices and larger."""
+        """A tree of booleans like `params`: true where weights decay (matrices and up)."""
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     @abc.abstractmethod
     def validate(self, params: Params) -> Metrics:
-        """The measures of the validation split that the loop writes and selects by."""
+        """Measures of the validation split, for `metrics.jsonl` and checkpoint selection."""
 
     @abc.abstractmethod
     def evaluate(
         self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
     ) -> Metrics:
-        """Everything that goes into `eval.json`, the protocol beside the figures.
+        """The content of `eval.json`: figures and the protocol.
 
-        history: what `validate` returned in training, as flat names with slashes, in order. Arrays
-        under the key "predictions" go into `predictions.npz` instead.
+        history: the results of `validate` during training, in order, as flat names with slashes.
+        Arrays under the key "predictions" are written to `predictions.npz` instead.
         """

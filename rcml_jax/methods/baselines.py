@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcml_jax.config import block_size
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
-from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.two_towers import build_towers, joint_width
@@ -29,13 +27,11 @@ class BaselineMethod(RelationalMethod):
     `config.loss.function` names another loss: one of `LOSSES`, or an import path.
     """
 
-    takes_loss = True
-
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
         self.contrast, self.takes = self._loss_function()
         self.model = build_towers(
-            self.towers_config, self.dtype, remat(config.model), config.model.get("towers", "")
+            self.towers_config, self.dtype, config.model.remat, config.model.towers
         )
         self.scored = TowerTables(self, self.model)
 
@@ -51,8 +47,8 @@ class BaselineMethod(RelationalMethod):
 
         Raises UserError for one that has no `where`, the mask of items that fill up a batch.
         """
-        # The configurations of older runs do not name it; DeCLIP's is CLIP's, and more.
-        name = self.config.loss.get("function", "")
+        # DeCLIP's is CLIP's, and more.
+        name = self.config.loss.function
         option = "config.loss.function" if name else "config.method"
         own = self.config.method if self.config.method in LOSSES else "clip"
         found = resolve(name or own, LOSSES, option)
@@ -64,10 +60,10 @@ class BaselineMethod(RelationalMethod):
         return found, takes & {"temperature", "where", "bias", "labels", "block"}
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """The towers' own embeddings of the items, (N, d) each; in rows of k (N/k, k, d)."""
+        """Embeddings of the items by the towers, (N, d) each; (N/k, k, d) in rows of k texts."""
         del key  # The towers have no dropout.
         towers, items = self.stop_frozen(params)["towers"], batch["items"]
-        out = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
+        out: Any = self.model.apply({"params": towers}, items["ids"], flat_images(items["images"]))
         return out | {"image": in_rows(out["image"], items["images"])}
 
     def objective(
@@ -81,11 +77,11 @@ class BaselineMethod(RelationalMethod):
             "where": shared["valid"],
             "bias": params.get("bias"),
             "labels": shared["labels"],
-            "block": block_size(config.loss),
+            "block": config.loss.block or None,
         }
         # From rows of items to items.
         text, image = (x.reshape(-1, x.shape[-1]) for x in (embedded["text"], embedded["image"]))
-        if config.loss.get("mask_related", False):
+        if config.loss.mask_related:
             options["where"] = self._unrelated(shared)
         return self.contrast(text, image, **{name: options[name] for name in self.takes}), {}
 
@@ -94,8 +90,8 @@ class BaselineMethod(RelationalMethod):
         valid, labels = shared["valid"], shared["labels"]
         own = jnp.eye(len(valid), dtype=bool)
         if "labels" in self.takes:
-            own |= (labels[:, None] == labels) & (labels >= 0)
-        return valid[:, None] & valid & (own | ~shared["related"])
+            own |= (labels[:, None] == labels[None]) & (labels >= 0)[None]
+        return valid[:, None] & valid[None] & (own | ~shared["related"])
 
     def tables(
         self,
@@ -108,12 +104,12 @@ class BaselineMethod(RelationalMethod):
         return self.scored.tables(params["towers"], items, needed, sentences)
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The towers' own."""
+        """Embeddings of the towers."""
         table = self.tables(params, items)["plain"]
         return table.image[0], table.text[0]
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """The towers' own; for a relation the sentence is appended to the text, as in `tables`."""
+        """Embeddings of the towers; the sentence of a relation is appended to the text."""
         towers, task = params["towers"], self.task
 
         def text(texts: Sequence[str]) -> np.ndarray:
@@ -132,7 +128,7 @@ class BaselineMethod(RelationalMethod):
         return Embedder(text, image, {"text": (1 + len(sentences), width), "image": (1, width)})
 
     def describe(self) -> dict:
-        """The ways to score; each task reports the best of them."""
+        """The scorings; each task reports the best of them."""
         tried = {f"{weight:g}": found for weight, found in self.scored.tried.items()}
         return {
             "plain": "the items alone; validity always in this way",

@@ -9,34 +9,43 @@ from typing import Any, Protocol
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData
-from rcml_jax.data.images import ImageBank, augment, drop_words, hide_patches
+from rcml_jax.data.images import Framing, ImageBank, augment, drop_words, hide_patches
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
 from rcml_jax.methods.base import Metrics, Params
-from rcml_jax.methods.task import cache_directory, work_tokenizer
+from rcml_jax.methods.task import cache_directory, tell_cut_texts, work_tokenizer
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.registry import resolve
 
 
-def load_data(data: Any) -> ClassificationData:
+def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationData:
     """The data that `config.data` names, with the modalities that it names.
 
     Raises UserError for an unknown source or modality, and whatever the source finds wrong.
     """
     load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
-    found = load(data, cache_directory(data.dir))
+    found = load(data, cache_directory(data.dir, workdir))
     return found.select(data.modalities.split(",")) if data.modalities else found
+
+
+def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
+    """What the image checkpoint of `config.model` asks of its images, if one is named."""
+    name = model.image_pretrained
+    asked = (name, "vit") if name and name != EFFICIENTNET else None
+    return preprocessing_of(model, image=asked)["image"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationTask:
-    """What the method needs of its data: inputs of rows by modality, and training batches.
+    """Classification data for a method: inputs by modality, and training batches.
 
-    The input of a table is (features,), of images (uint8 pixels,), of text (ids, mask).
+    The input of a table is (features,), that of images (uint8 pixels,), that of text (ids, mask).
     """
 
     config: Any
@@ -49,10 +58,11 @@ class ClassificationTask:
     def load(cls, config: Any, workdir: pathlib.Path) -> "ClassificationTask":
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         model = config.model
-        data = load_data(config.data)
+        data = load_data(config.data, workdir)
         kinds = {modality.kind for modality in data.modalities}
-        tokenizer, max_length, image_size = None, model.max_length, model.image_size
+        tokenizer, max_length, framing = None, model.max_length, Framing(model.image_size)
         if "text" in kinds:
+            new = not (pathlib.Path(workdir) / "tokenizer.json").is_file()
             tokenizer = work_tokenizer(
                 pathlib.Path(workdir),
                 lambda: _texts(data),
@@ -63,18 +73,27 @@ class ClassificationTask:
             if model.text_pretrained:
                 sizes = encoder_config(model.text_pretrained, modality="text")
                 max_length = min(max_length, max_text_length(sizes))
+            if new:
+                for modality in data.modalities:
+                    if modality.kind == "text":
+                        tell_cut_texts(modality.values, tokenizer, max_length)
         if "image" in kinds and model.image_pretrained:
-            image_size = encoder_config(model.image_pretrained, modality="image").image_size
-        banks = {
-            m.name: ImageBank(m.values, image_size) for m in data.modalities if m.kind == "image"
-        }
+            size = encoder_config(model.image_pretrained, modality="image").image_size
+            framing = image_preprocessing_of(model) or Framing(size)
+        size = framing.size
+        if "image" in kinds and config.data.patches_hidden and size % config.data.patch_size:
+            raise UserError(
+                f"config.data.patch_size={config.data.patch_size} does not divide the images of "
+                f"{size} pixels; choose another"
+            )
+        banks = {m.name: ImageBank(m.values, framing) for m in data.modalities if m.kind == "image"}
         return cls(config, data, tokenizer, banks, max_length)
 
     def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:
         """The arrays of rows (n,) by modality.
 
-        With a generator they are augmented and degraded at random, for training; without, degraded
-        in a way that depends on the row alone.
+        With a generator, for training, they are augmented and degraded at random. Without one they
+        are degraded in a way that depends on the row only.
         """
         return {
             modality.name: self._input(modality, rows, rng) for modality in self.data.modalities
@@ -90,6 +109,7 @@ class ClassificationTask:
         if share:
             noise = [rng or self._noise(row) for row in rows]
             texts = [drop_words(t, r, share=share) for t, r in zip(texts, noise, strict=True)]
+        assert self.tokenizer is not None  # there is one wherever there are texts
         return self.tokenizer.encode(texts, self.max_length)
 
     def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
@@ -137,7 +157,7 @@ def _texts(data: ClassificationData) -> list[str]:
     return [m.values[row] for m in data.modalities if m.kind == "text" for row in rows]
 
 
-# What a classification method says of its models: looks in training, `eval.json` at the end.
+# Figures of a classification method: looks during training, `eval.json` at the end.
 
 
 _NOISE_ROWS = 2048
@@ -147,8 +167,8 @@ _NOISE_ROWS = 2048
 class Models:
     """The models that are trained together.
 
-    names: of each; reported: the places of those trained on all there is to train on; validation:
-    place → rows (of the data) that it was not trained on and selects by.
+    names: name of each model; reported: indices of the models trained on the whole training split;
+    validation: index of a model → rows of the data held out from it, by which it is selected.
     """
 
     names: tuple[str, ...]
@@ -157,12 +177,22 @@ class Models:
 
 
 class Classifier(Protocol):
-    """What the report needs of a method; leading axes are the models'."""
+    """The interface between `report` and a method; arrays have a leading axis of models."""
 
     config: Any
     task: ClassificationTask
     kinds: Mapping[str, str]
     evaluated: str
+
+    @property
+    def steps(self) -> int:
+        """The number of steps to train."""
+        ...
+
+    @property
+    def validate_every(self) -> int:
+        """The number of steps between two validations."""
+        ...
 
     def models(self) -> Models:
         """The models trained together."""
@@ -226,7 +256,7 @@ def _asked(method: Classifier) -> np.ndarray:
 def report(
     method: Classifier, params: Params, split: str, history: Sequence[Mapping[str, float]]
 ) -> Metrics:
-    """Everything in `eval.json`: the protocols from the looks, the analyses from the checkpoint."""
+    """The content of `eval.json`: protocols from the looks, analyses from the checkpoint."""
     models, data, config = method.models(), method.task.data, method.config
     result: Metrics = {
         "method": config.method,
@@ -291,6 +321,7 @@ def _protocol(method: Classifier) -> dict:
         "seeds": config.seeds,
         "models": list(models.names),
         "validation": chosen if models.validation else "none",
+        "steps": method.steps,
         "looks": f"one every {method.validate_every} steps of {method.steps}",
         **classification.PROTOCOLS,
     }

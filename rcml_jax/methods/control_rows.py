@@ -1,4 +1,4 @@
-"""The controls of a run: what a part of the question reaches on the method's own queries."""
+"""The controls of a run: scores from a part of the question, on the method's own queries."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.relational_towers import from_checkpoint
 from rcml_jax.ops.similarity import l2_normalize
 
-#: Training items of a relation that its mean embedding is made of, at most.
+#: Largest number of training items in a relation's mean embedding.
 ITEMS_OF_RELATION = 100
 
 
 def control_rows(
     method: Any, params: Any, table: EmbeddingTable, queries: dict, types: Any, validity: dict
 ) -> dict[str, dict]:
-    """Controls by name (see `controls.LABELS`); each has the tasks that it can answer.
+    """Results of each control by name (see `controls.LABELS`), for the tasks that it can answer.
 
     method: a `RelationalMethod`; table: its embeddings of the items that are asked for; queries:
     name of a retrieval task → `RetrievalQueries`; types: `RelationQueries`; validity: "train" and
@@ -29,19 +29,17 @@ def control_rows(
     rows["relation_only"] = _relation_only(method, params, table, queries)
     rows["query_only"] = _query_only(method, params, table.items, queries, validity)
     rows["relation_frequency"] = _frequency(method.task, types)
-    examples = validity["train"], validity["test"]
-    accuracy = controls.one_hot_validity(
-        *((x.relation, x.label) for x in examples), len(method.task.graph.relations)
-    )
+    train, test = ((x.relation, x.label) for x in (validity["train"], validity["test"]))
+    accuracy = controls.one_hot_validity(train, test, len(method.task.graph.relations))
     rows["relation_one_hot"] = {"relation_validity": {"accuracy": accuracy}}
     rows |= _words(method.task, table, queries, types)
     return rows | _frozen_towers(method, params, table, queries, types)
 
 
 def training_items(task: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items (m,) and relations (m,): of each relation the items of its training pairs.
+    """Items (m,) and relations (m,): the items of the training pairs of each relation.
 
-    At most so many of a relation, drawn by the split seed.
+    At most a fixed number of items of a relation, drawn by the split seed.
     """
     pairs = task.splits.pairs("train")
     both = np.unique(np.concatenate([pairs[:, [2, 0]], pairs[:, [2, 1]]]), axis=0)
@@ -144,10 +142,8 @@ def _words(task: Any, table: EmbeddingTable, queries: dict, types: Any) -> dict[
     }
     sides = table.rows(types.a)[:, None], table.rows(types.b)[:, None]
     for control, start in (("words_sentence", sentence), ("words_and_relation", means)):
-        scores = sum(
-            controls.sparse_products(vectors, start + types.relations, side) for side in sides
-        )
-        rows[control]["relation_type"] = type_measures({"tt": scores}, types.relations)
+        a, b = (controls.sparse_products(vectors, start + types.relations, x) for x in sides)
+        rows[control]["relation_type"] = type_measures({"tt": a + b}, types.relations)
     return rows
 
 
@@ -174,15 +170,15 @@ def _frozen_towers(
             result["frozen_towers_sentence"][name] = retrieval_measures(both, asked.relation)
     if came.text:
         e, rows = sentences[types.relations], (table.rows(types.a), table.rows(types.b))
-        scores = sum(np.sum(e * sides["text"][row][:, None], axis=-1) for row in rows)
-        measured = type_measures({"tt": scores}, types.relations)
+        first, second = (np.sum(e * sides["text"][row][:, None], axis=-1) for row in rows)
+        measured = type_measures({"tt": first + second}, types.relations)
         result["frozen_towers_sentence"]["relation_type"] = measured
     return {name: found for name, found in result.items() if found}
 
 
 def _cosines(sides: dict, a: np.ndarray, b: np.ndarray, joint: bool) -> dict[str, np.ndarray]:
     def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        # One query at a time, so that (q, c, d) is never held.
+        # One query at a time, so that (q, c, d) is never in memory.
         return np.stack([y[k] @ x[i] for (i,), k in zip(a, b, strict=True)])
 
     scores = {}

@@ -1,6 +1,6 @@
-"""Embeddings from a file, evaluated as the trained methods are: any frozen model can be compared.
+"""Embeddings of any frozen model, read from a file and evaluated like a trained method.
 
-Nothing is trained here. docs/embeddings.md says what the file holds and how to make it.
+Nothing is trained here. docs/embeddings.md describes the file and how to make it.
 """
 
 import functools
@@ -16,7 +16,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
-from rcml_jax.methods.relational import RelationalMethod, best_of, check_evaluation
+from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of
 from rcml_jax.methods.task import RelationTask, load_graph, make_splits
 from rcml_jax.methods.tower_tables import retrieval_items, weights_on_validation
 
@@ -58,7 +58,7 @@ class EmbeddingsMethod(RelationalMethod):
     def __init__(self, config: Any, task: RelationTask, found: ItemEmbeddings):
         # Not that of the base class, which builds towers.
         self.config, self.task, self.found = config, task, found
-        self.similarities = check_evaluation(config.evaluation)
+        self.similarities = similarities_of(config.evaluation)
         widths = {name: x.shape[-1] for name, x in found.vectors().items()}
         side = "text" if "text" in widths else "image"
         self.joint = len({widths[name] for name in ("text", "image") if name in widths}) == 1
@@ -95,7 +95,9 @@ class EmbeddingsMethod(RelationalMethod):
         graph = load_graph(config.data)
         splits = make_splits(graph, config.data)
         found = read_item_embeddings(path, len(graph.relations), len(graph.held_out_sentences()))
-        return cls(config, RelationTask(config, graph, splits, None, graph.images, 0), found)
+        tokenizer: Any = None  # nothing is tokenized or resized
+        images: Any = graph.images
+        return cls(config, RelationTask(config, graph, splits, tokenizer, images, 0), found)
 
     # Tables
 
@@ -129,20 +131,20 @@ class EmbeddingsMethod(RelationalMethod):
         """Table of some items; what is not given is as in the file, not under a relation."""
         rows, found = self._rows[items], self.found
         self._check(items)
-        sides = []
+        sides = {}
         for name, given in (("text", text), ("image", image)):
             own = getattr(found, name)
             if own is None:  # Zeros add nothing to the average of both.
-                sides.append(np.zeros((1, len(items), self._width), np.float32))
+                sides[name] = np.zeros((1, len(items), self._width), np.float32)
             else:
                 vectors = own[None] if given is None else given
-                sides.append(self._placed(name, vectors[:, rows]))
+                sides[name] = self._placed(name, vectors[:, rows])
         relation = found.relation if relation is None else relation
         if relation is None:
             sentences = np.zeros((len(self.task.graph.relations), self._width), np.float32)
         else:
             sentences = self._placed("relation", relation)
-        return EmbeddingTable(items, *sides, sentences, weight)
+        return EmbeddingTable(items, sides["text"], sides["image"], sentences, weight)
 
     def _placed(self, name: str, vectors: np.ndarray) -> np.ndarray:
         """Vectors in the dimensions of their space, zeros in the others."""
@@ -155,7 +157,7 @@ class EmbeddingsMethod(RelationalMethod):
         return out
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of the items as they are."""
+        """The file's plain vectors of the items."""
         table = self._table(items)
         return table.image[0], table.text[0]
 
@@ -167,8 +169,8 @@ class EmbeddingsMethod(RelationalMethod):
 
     @property
     def sentence_weight(self) -> float:
-        """The weight that is best on validation; the smallest of equal ones."""
-        return max(self.weights_tried, key=self.weights_tried.get)
+        """The weight with the best validation score; the smallest one if several are equal."""
+        return max(self.weights_tried, key=self.weights_tried.__getitem__)
 
     # Evaluation
 
@@ -272,7 +274,7 @@ class EmbeddingsMethod(RelationalMethod):
 
     def describe(self) -> dict:
         """The ways of scoring that the file has vectors for, and the weight of the sentence."""
-        said = {"plain": "the items as they are"}
+        said: dict[str, Any] = {"plain": "the items as they are"}
         if self.has_sentence:
             tried = {f"{w:g}": found for w, found in self.weights_tried.items()}
             said["sentence"] = (
@@ -318,7 +320,7 @@ class EmbeddingsMethod(RelationalMethod):
             "of the catalogue (rcml-eval --list writes them)"
         )
 
-    # What a file of embeddings has not
+    # Not available from a file of embeddings
 
     def batches(self) -> NoReturn:
         """Raises UserError: nothing is trained."""

@@ -4,26 +4,32 @@ import copy
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.errors import UserError
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.m3co import m3co
 from rcml_jax.losses.multi_soft_clip import multi_soft_clip
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
-from rcml_jax.methods.classification import ClassificationTask, Models, look, report
-from rcml_jax.methods.relational_towers import remat
+from rcml_jax.methods.classification import (
+    ClassificationTask,
+    Models,
+    image_preprocessing_of,
+    look,
+    report,
+)
 from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import Bert, small_bert_config
 from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.m3col import M3CoL, TableEncoder, column_range
+from rcml_jax.models.preprocessing import check_tokenizer, set_statistics, with_preprocessing
 from rcml_jax.models.vit import ViT, small_vit_config
 from rcml_jax.ops import mixup
 from rcml_jax.ops.similarity import l2_normalize
@@ -39,17 +45,17 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
 
     Raises UserError for sizes that do not fit: a contrastive loss needs embeddings of one width.
     """
-    model, dtype = config.model, compute_dtype(config.model.dtype)
-    encoders, widths = {}, {}
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
+    encoders: dict[str, nn.Module] = {}
+    widths: dict[str, int] = {}
     for modality in task.data.modalities:
         if modality.kind == "table":
-            sizes = (model.width, model.width)
-            encoders[modality.name] = TableEncoder(sizes, model.dropout, dtype)
+            encoders[modality.name] = TableEncoder((model.width,) * 2, model.dropout, dtype)
             widths[modality.name] = model.width
         else:
             sizes = _transformer(modality.kind, model, task)
-            encoder = ViT if modality.kind == "image" else Bert
-            encoders[modality.name] = encoder(sizes, dtype, remat(model))
+            encoder: Callable[..., nn.Module] = ViT if modality.kind == "image" else Bert
+            encoders[modality.name] = encoder(sizes, dtype, model.remat)
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(
@@ -69,10 +75,15 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
 
 
 def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
-    """The sizes of an image or text encoder: a checkpoint's, or small ones."""
+    """The configuration of an image or text encoder: a checkpoint's, or a small one."""
     name = model[_PRETRAINED[kind]]
     if name:
-        return encoder_config(name, modality=kind)
+        found = encoder_config(name, modality=kind)
+        if kind == "image":
+            set_statistics(found, image_preprocessing_of(model))
+        else:
+            check_tokenizer(name, found, task.tokenizer)
+        return found
     sizes = {"width": model.width, "layers": model.layers, "heads": model.heads}
     if kind == "image":
         return small_vit_config(
@@ -81,6 +92,7 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
             patch_size=model.patch_size,
             dropout=model.dropout,
         )
+    assert task.tokenizer is not None  # there is one wherever there are texts
     return small_bert_config(
         **sizes,
         vocab_size=task.tokenizer.vocab_size,
@@ -90,8 +102,8 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
     )
 
 
-def load_pretrained_parts(config: Any, kinds: dict[str, str], params: Params) -> Params:
-    """The parameters with those encoders replaced for which a checkpoint is named."""
+def load_pretrained_parts(config: Any, kinds: Mapping[str, str], params: Params) -> Params:
+    """Replace the parameters of encoders for which a checkpoint is named."""
     for name, kind in kinds.items():
         checkpoint = config.model[_PRETRAINED[kind]] if kind in _PRETRAINED else ""
         if checkpoint:
@@ -100,7 +112,6 @@ def load_pretrained_parts(config: Any, kinds: dict[str, str], params: Params) ->
     return params
 
 
-CONTRASTIVE = ("scheduled", "m3co", "multi_soft_clip", "clip", "none")
 _CHUNK = 256
 
 
@@ -117,8 +128,7 @@ class M3CoLMethod(Method):
     def __init__(self, config: Any, task: ClassificationTask):
         self.config, self.task = config, task
         self.names = tuple(modality.name for modality in task.data.modalities)
-        self.kinds = {modality.name: modality.kind for modality in task.data.modalities}
-        _check(config)
+        self.kinds: Mapping[str, str] = {m.name: m.kind for m in task.data.modalities}
         several = len(self.names) > 1
         self.contrastive = config.loss.contrastive if several else "none"
         if not config.loss.contrastive_weight:
@@ -138,19 +148,28 @@ class M3CoLMethod(Method):
         """One model on the data that `config.data` names."""
         return cls(config, ClassificationTask.load(config, workdir))
 
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """With the preprocessing that the image checkpoint's files ask for."""
+        model = config.model
+        if not model.get("image_pretrained", "") or "preprocessing" not in model:
+            return config
+        found = {"image": image_preprocessing_of(model), "pooling": ""}
+        return with_preprocessing(config, found)
+
     @property
     def steps(self) -> int:
-        """`config.steps`, or those of `config.epochs`."""
+        """`config.steps`, or the number of steps in `config.epochs`."""
         return self.config.steps or self.config.epochs * self.task.sampler.per_epoch
 
     @property
     def validate_every(self) -> int:
-        """`config.validate_every`, or those of `config.validate_epochs`."""
+        """`config.validate_every`, or the number of steps in `config.validate_epochs`."""
         config = self.config
         return config.validate_every or config.validate_epochs * self.task.sampler.per_epoch
 
     def phases(self) -> list[tuple[int, Method]]:
-        """M3Co for the first int(steps/3) steps, by default, and MultiSClip after them."""
+        """By default M3Co for the first int(steps/3) steps, then MultiSClip."""
         if self.contrastive != "scheduled":
             return [(0, self)]
         first, second = copy.copy(self), copy.copy(self)
@@ -192,7 +211,7 @@ class M3CoLMethod(Method):
     # One training step
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Draw λ and the partners, and mix what is mixed at the input (Eq. 2–3)."""
+        """Draw λ and the partners, and mix inputs where mixup is at the input (Eq. 2–3)."""
         # The classifiers' dropout is drawn in the objective, which is given no key.
         shared = batch["shared"] | {"dropout": jax.random.fold_in(key, 2)}
         if not self._mixes:
@@ -226,7 +245,7 @@ class M3CoLMethod(Method):
         return (self.model.encoders[name].normalize(inputs[0]),)
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """Raw embeddings by modality, (n, d) each: "clean" and, of mixed inputs, "mixed"."""
+        """Raw embeddings by modality, (n, d): "clean", and "mixed" for mixed inputs."""
         items = batch["items"]
         encode = functools.partial(self._encode, params, key=key)
         mixed = self.mixed_inputs if self._mixes else ()
@@ -238,10 +257,11 @@ class M3CoLMethod(Method):
         }
 
     def _encode(self, params: Params, name: str, inputs: tuple, *, key: jax.Array) -> jax.Array:
-        return self.model.apply(
+        found: Any = self.model.apply(
             {"params": params}, name, inputs, deterministic=False, rngs={"dropout": key},
             method="encode",
         )  # fmt: skip
+        return found
 
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
@@ -257,11 +277,11 @@ class M3CoLMethod(Method):
                     mixed[name] = mixup.mix(
                         clean[name], shared["coefficient"], shared["partner"][:, place]
                     )
-        targets = jax.nn.one_hot(labels, self.task.data.classes)
+        targets = jax.nn.one_hot(labels, self.task.data.classes, dtype=jnp.float32)
         if config.mixup.labels:
             targets = mixup.mix(targets, shared["coefficient"], shared["partner"][:, 0])
         seen = mixed if config.mixup.labels else clean
-        logits = self.model.apply(
+        logits: Any = self.model.apply(
             {"params": params}, seen, deterministic=False,
             rngs={"dropout": shared["dropout"]}, method="classify",
         )  # fmt: skip
@@ -276,14 +296,14 @@ class M3CoLMethod(Method):
             term = self._contrastive(clean, mixed, shared)
             value += config.loss.contrastive_weight * term
             metrics["contrastive"] = term
-        hit = jnp.argmax(logits["fused"], axis=1) == labels
+        hit = jnp.argmax(logits["fused"], axis=1).astype(labels.dtype) == labels
         return value, metrics | {"accuracy": _mean(hit.astype(jnp.float32), valid)}
 
     def _contrastive(self, clean: dict, mixed: dict, shared: dict) -> jax.Array:
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss = self.config.loss
-        options = {"where": shared["valid"], "block": block_size(loss)}
+        options: dict[str, Any] = {"where": shared["valid"], "block": loss.block or None}
         if self.contrastive == "m3co":
             return m3co(
                 z,
@@ -302,14 +322,15 @@ class M3CoLMethod(Method):
             )
         # Twice the average of both directions, which is M3Co at λ = 1.
         pairs = itertools.combinations([l2_normalize(x) for x in z], 2)
-        one = functools.partial(clip, temperature=loss.temperature, **options)
-        return 2 * sum((one(a, b) for a, b in pairs), start=jnp.float32(0))
+        terms = (clip(a, b, temperature=loss.temperature, **options) for a, b in pairs)
+        return 2 * sum(terms, start=jnp.float32(0))
 
     # Evaluation
 
     def encode(self, params: Params, name: str, inputs: tuple) -> jax.Array:
         """Embeddings (n, d) of one modality's inputs, without dropout."""
-        return self.model.apply({"params": params}, name, inputs, method="encode")
+        found: Any = self.model.apply({"params": params}, name, inputs, method="encode")
+        return found
 
     def probabilities(self, params: Params, embeddings: dict) -> dict[str, jax.Array]:
         """Class probabilities (n, classes) by head, "fused" and the modalities'."""
@@ -331,7 +352,7 @@ class M3CoLMethod(Method):
     def embeddings(
         self, params: Params, rows: np.ndarray, embed: Callable | None = None
     ) -> dict[str, np.ndarray]:
-        """Embeddings (models, n, d) of rows by modality, by `embed_all` or another like it."""
+        """Embeddings (models, n, d) of rows by modality."""
         embed = embed or self.embed_all
         parts = []
         size = min(_CHUNK, len(rows)) if "table" not in self.kinds.values() else len(rows)
@@ -358,23 +379,4 @@ class M3CoLMethod(Method):
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
-
-
-def _check(config: Any) -> None:
-    """Raise UserError for options that cannot be."""
-    if config.loss.contrastive not in CONTRASTIVE:
-        raise UserError(
-            f"config.loss.contrastive={config.loss.contrastive!r} is unknown; choose one of "
-            f"{', '.join(CONTRASTIVE)}"
-        )
-    if config.mixup.place not in ("input", "embedding"):
-        raise UserError(f"config.mixup.place={config.mixup.place!r}: choose input or embedding")
-    if not 0 <= config.mixup.fraction <= 1 or config.mixup.alpha <= 0:
-        raise UserError("config.mixup.fraction must be from 0 to 1 and config.mixup.alpha above 0")
-    block_size(config.loss)
-    if config.mixup.labels and config.loss.contrastive != "none":
-        raise UserError(
-            "config.mixup.labels=True is vanilla mixup, which has no contrastive term; set "
-            "config.loss.contrastive=none"
-        )
+    return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)

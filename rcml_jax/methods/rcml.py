@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
-from rcml_jax.config import block_size
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
-from rcml_jax.methods.relational_towers import remat
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.two_towers import joint_width
@@ -39,8 +37,8 @@ class RCMLMethod(RelationalMethod):
                 head_init=head.head_init,
             ),
             self.dtype,
-            remat(config.model),
-            config.model.get("towers", ""),
+            config.model.remat,
+            config.model.towers,
         )
         self._relations = jax.jit(self._embed_relations)
         self._pool = jax.jit(self._pool_items)
@@ -53,7 +51,7 @@ class RCMLMethod(RelationalMethod):
 
     @property
     def _noise_length(self) -> float:
-        return self.config.batch.get("sentence_noise", 0.0)
+        return self.config.batch.sentence_noise
 
     def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """(count, d) float32, of about the length `config.batch.sentence_noise` each."""
@@ -67,14 +65,14 @@ class RCMLMethod(RelationalMethod):
         return self.model.init(key, ids, ids, image)["params"]
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
-        """z_T and z_I, (N, R, d) each, of the items under the batch's relations.
+        """Embeddings z_T and z_I of the items under the batch's relations, (N, R, d) each.
 
-        Those of items in rows of k are (N/k, k, R, d).
+        (N/k, k, R, d) where items are in rows of k.
         """
         del key  # The towers have no dropout.
         items, shared = batch["items"], batch["shared"]
         params = self.stop_frozen(params)
-        out = self.model.apply(
+        out: Any = self.model.apply(
             {"params": {name: params[name] for name in ("towers", "head")}},
             shared["relation_ids"],
             items["ids"],
@@ -87,7 +85,7 @@ class RCMLMethod(RelationalMethod):
     def objective(
         self, params: Params, embedded: dict, batch: Batch, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Eq. 1–2 over the whole batch, and the identification of relations if it has a weight."""
+        """Eq. 1–2 over the whole batch, plus the identification term if its weight is not 0."""
         del progress
         shared, loss = batch["shared"], self.config.loss
         text, image = (_relations_first(embedded[name]) for name in ("text", "image"))
@@ -104,8 +102,8 @@ class RCMLMethod(RelationalMethod):
             *pairs,
             related=shared["related"],
             intra_modal_weight=loss.intra_modal_weight,
-            block=block_size(loss),
-            pair_block=block_size(loss, "pair_block"),
+            block=loss.block or None,
+            pair_block=loss.pair_block or None,
             **common,
         )
         if loss.identification_weight:
@@ -137,7 +135,7 @@ class RCMLMethod(RelationalMethod):
         return {"relation": table}
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pooled under the intra-sample relation."""
+        """Embeddings pooled under the intra-sample relation."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         relation = self._relations(variables, self.task.encode([self.task.sentence(-1)]))
         image, text = np.empty((2, len(items), relation.shape[1]), np.float32)
@@ -147,7 +145,7 @@ class RCMLMethod(RelationalMethod):
         return image, text
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """Pooled under the intra-sample relation, then under each sentence."""
+        """Embed under the intra-sample relation first, then under each sentence."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         task = self.task
         sentences = [task.sentence(-1), *sentences]
@@ -170,7 +168,8 @@ class RCMLMethod(RelationalMethod):
         return {"relation": "items pooled under the relation sentence (RCML Eq. 4-6)"}
 
     def _embed_relations(self, variables: dict, ids: jax.Array) -> jax.Array:
-        return self.model.apply(variables, ids, method="relation").astype(jnp.float32)
+        relation: Any = self.model.apply(variables, ids, method="relation")
+        return relation.astype(jnp.float32)
 
     def _pool_items(
         self,
@@ -195,7 +194,7 @@ class RCMLMethod(RelationalMethod):
         intra: jax.Array,
     ) -> jax.Array:
         """z_T or z_I with the relations first, (R, n, d)."""
-        out = self.model.apply(variables, inputs, relation, intra, method=pool)
+        out: Any = self.model.apply(variables, inputs, relation, intra, method=pool)
         return _relations_first(out)
 
 

@@ -1,4 +1,4 @@
-"""What RCML and its baselines share: the towers and the protocol of the evaluation."""
+"""The base of RCML and its baselines: two towers, and the evaluation protocol."""
 
 import abc
 import dataclasses
@@ -13,20 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from rcml_jax.config import block_size, compute_dtype
 from rcml_jax.data.packing import PackedTexts, pack_texts
 from rcml_jax.data.queries import every_relation
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.controls import gains
-from rcml_jax.evaluation.measures import main_measures, main_of, selections
+from rcml_jax.evaluation.measures import main_measures, main_of
 from rcml_jax.evaluation.relation_probes import (
-    PROBES,
     relation_type,
     relation_validity,
     validity_features,
 )
 from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.relational_towers import (
@@ -35,6 +33,7 @@ from rcml_jax.methods.relational_towers import (
     from_checkpoint,
     frozen_parts,
     load_checkpoints,
+    preprocessing,
     stored_modalities,
     towers_config,
 )
@@ -45,10 +44,11 @@ from rcml_jax.methods.stored_states import (
     params_digest,
     text_inputs,
 )
-from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory, texts_per_row
+from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
+from rcml_jax.models.preprocessing import with_preprocessing
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
@@ -58,11 +58,11 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """Embeds any texts and pictures: first as what they are, then under relation sentences.
+    """Functions that embed any texts and images: first without a relation, then under R sentences.
 
-    text: n texts → unit vectors (1 + R, n, d); image: pictures (n, H, W, 3) uint8 → the same, or
-    (1, n, d) where the method's pictures depend on no relation. shapes: of each the number of
-    relations and d.
+    text: n texts → unit vectors (1 + R, n, d); image: images (n, H, W, 3) uint8 → the same, or
+    (1, n, d) where image embeddings do not depend on the relation. shapes: modality → (number of
+    relations, d).
     """
 
     text: Callable[[Sequence[str]], np.ndarray]
@@ -74,34 +74,33 @@ class RelationalMethod(Method):
     """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
 
     family = "relational"
-    #: Whether `config.loss.function` may name another loss.
-    takes_loss = False
 
     def __init__(self, config: Any, task: RelationTask):
         self.config = config
         self.task = task
-        self.dtype = compute_dtype(config.model.dtype)
-        self.similarities = check_evaluation(config.evaluation)
-        self.selection = _selection(config)
-        if config.loss.get("function", "") and not self.takes_loss:
-            raise UserError(
-                f"config.loss.function is for the baselines, but {config.method} has a loss of its "
-                "own; leave it empty, or set config.method=clip"
-            )
-        for name in ("block", "pair_block"):
-            block_size(config.loss, name)
+        self.dtype = jnp.dtype(config.model.dtype)
+        self.similarities = similarities_of(config.evaluation)
+        self.selection = config.selection
         self.towers_config = towers_config(config.model, task.tokenizer)
         self.frozen_parts = frozen_parts(self.towers_config, config.model.freeze)
-        self.examples_per_row = texts_per_row(config.batch)
+        self.examples_per_row = config.batch.texts_per_row
         if self.examples_per_row > 1:
             check_packing(self.towers_config)
         self.stored_modalities = stored_modalities(config.model)
-        check_storable(config, self.stored_modalities)
+        check_storable(self.stored_modalities)
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "RelationalMethod":
         """The method on the relation graph that `config.data` names."""
         return cls(config, RelationTask.load(config, workdir))
+
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """With the preprocessing that the checkpoints' files ask for."""
+        came = from_checkpoint(config.model)
+        if not (came.text or came.image) or "preprocessing" not in config.model:
+            return config
+        return with_preprocessing(config, preprocessing(config.model))
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
@@ -109,7 +108,9 @@ class RelationalMethod(Method):
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredStates]:
-        """By modality the states of frozen towers (see `config.model.store_frozen`)."""
+        """Stored states of frozen towers by modality (see `config.model.store_frozen`)."""
+        if not self.stored_modalities:
+            return {}
         task, towers = self.task, self.towers_config
         directory = cache_directory(self.config.data.dir) / "token_states"
         found = {}
@@ -120,10 +121,10 @@ class RelationalMethod(Method):
                 inputs, digest = text_inputs(task.tokenizer, task.graph.texts, task.max_length)
             else:
                 own = towers.vision_config
-                inputs, digest = image_inputs(task.graph.images, task.images.size)
+                inputs, digest = image_inputs(task.graph.images, task.images.framing)
             key = hashlib.sha256(digest + params_digest(params) + str(self.dtype).encode())
             name = f"{task.graph.name}-{modality}-{key.hexdigest()[:16]}.npy"
-            apply = functools.partial(
+            apply: Callable[..., Any] = functools.partial(
                 build_backbone(own, self.dtype).apply,
                 {"params": params},
                 project=lambda x: x,
@@ -142,9 +143,9 @@ class RelationalMethod(Method):
         """Random parameters, the towers under "towers"."""
 
     def init(self, key: jax.Array, batch: Batch) -> Params:
-        """Random parameters, those of a tower from its checkpoint where one is named.
+        """Initial parameters: random, or from a checkpoint for towers that have one.
 
-        Where the temperature is learned its logarithm is one of them.
+        A learned temperature is among them, as its logarithm.
         """
         params = self.init_params(key, batch)
         if self.config.loss.learn_temperature:
@@ -163,7 +164,8 @@ class RelationalMethod(Method):
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the towers of another run. Raises UserError where their sizes differ."""
         ours, theirs = params["towers"], found.get("towers")
-        same = jax.tree.structure(ours) == jax.tree.structure(theirs) and all(
+        structure: Callable[[Any], Any] = jax.tree.structure
+        same = structure(ours) == structure(theirs) and all(
             a.shape == b.shape
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
         )
@@ -186,7 +188,7 @@ class RelationalMethod(Method):
         )
 
     def stop_frozen(self, params: Params) -> Params:
-        """Cut the gradient of frozen towers, so that no backward pass is made through them."""
+        """Stop the gradient of frozen towers, so that there is no backward pass through them."""
         if not self.frozen_parts:
             return params
         frozen = self.frozen(params)
@@ -202,26 +204,26 @@ class RelationalMethod(Method):
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
     ) -> dict[str, EmbeddingTable]:
-        """Embeddings of items under all relations, one table for each way to score the method.
+        """Embeddings of items under all relations, one table for each scoring of the method.
 
-        needed: (relations, items) bool, what will be asked for; a table may leave the rest empty.
-        sentences: other sentences for the relations than the task's.
+        needed: (relations, items) bool, the entries that will be read; a table may leave the others
+        empty. sentences: sentences to use in place of the task's.
         """
 
     @abc.abstractmethod
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images and texts of items, (n, d) each, as what they are and under no other relation."""
+        """Embeddings of images and texts, (n, d) each, without an inter-sample relation."""
 
     @abc.abstractmethod
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """What embeds texts and pictures that need not be the task's, under R sentences."""
+        """An `Embedder` for any texts and images, under R sentences."""
 
     @abc.abstractmethod
     def describe(self) -> dict:
-        """What the protocol says of this method's scoring."""
+        """A description of this method's scoring, for the protocol in `eval.json`."""
 
     def validate(self, params: Params) -> Metrics:
-        """Retrieval and relation type on validation, in the method's first way of scoring."""
+        """Retrieval and relation type on validation, in the method's first scoring."""
         asked, types, items = self._asked("validation")
         by_gallery = self.selection.startswith("retrieval_all/")
         if by_gallery:
@@ -249,7 +251,7 @@ class RelationalMethod(Method):
     def evaluate(
         self, params: Params, split: str = "test", history: Sequence[Metrics] = ()
     ) -> Metrics:
-        """The protocol of the README on a split; what `eval.json` holds."""
+        """Run the evaluation protocol on a split; returns the content of `eval.json`."""
         del history
         task, config = self.task, self.config
         queries, types, items = self._asked(split, "random")
@@ -335,10 +337,10 @@ class RelationalMethod(Method):
     def checkpoint_states(
         self, params: Params, items: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """What the towers that came from a checkpoint make of items before any training.
+        """Embeddings of items by the checkpoint's towers, before any training.
 
-        Unit vectors (n, d) of "text" and "image", and of the relation sentences (R, d): in the
-        joint space where both towers came from one checkpoint, else in the tower's own width.
+        Unit vectors (n, d) of "text" and "image", and (R, d) of the relation sentences. They are in
+        the joint space if both towers are from one checkpoint, else in the tower's own width.
         """
         came = from_checkpoint(self.config.model)
         towers = build_towers(self.towers_config, self.dtype)
@@ -346,7 +348,7 @@ class RelationalMethod(Method):
 
         def encoder(name: str) -> Callable:
             def encode(x: Any) -> jax.Array:
-                states = towers.apply(variables, x, projected=came.joint, method=name)
+                states: Any = towers.apply(variables, x, projected=came.joint, method=name)
                 return l2_normalize(states.pooled)
 
             return jax.jit(encode)
@@ -425,24 +427,24 @@ class RelationalMethod(Method):
 
     @functools.cached_property
     def relation_ids(self) -> np.ndarray:
-        """Tokens of all relation sentences."""
+        """Token ids of all relation sentences."""
         return self.task.encode(self.task.sentences)
 
     def packed(
         self, ids: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | PackedTexts]:
-        """Places (N,) in padded texts, ids and mask (n, T), and what the tower takes of those.
+        """Pack padded texts, ids and mask (n, T), for the tower: their indices (N,), and its input.
 
-        They are packed as in training (see `pack_texts`), unless they do not fill a row.
+        Texts are packed as in training (see `pack_texts`), unless they do not fill a row.
         """
         if self.examples_per_row == 1 or len(ids) < self.examples_per_row:
             return np.arange(len(ids)), ids
         return pack_texts(ids, mask, self.examples_per_row)
 
     def chunks(self, items: np.ndarray) -> Iterator[tuple]:
-        """Yield (rows, texts, images) of items: places in `items`, and what is there.
+        """Yield (rows, texts, images) of items in chunks; rows: indices into `items`.
 
-        All chunks are of one size: in the last one the last item is repeated.
+        All chunks have one size: the last one is padded with its last item.
         """
         size = min(_CHUNK, 1 << (len(items) - 1).bit_length())
         images, texts = self.stored.get("image", self.task.images), self.stored.get("text")
@@ -460,7 +462,7 @@ class RelationalMethod(Method):
 
 
 def flat_images(images: jax.Array | TokenStates) -> jax.Array | TokenStates:
-    """Images (N, H, W, 3), or in rows (N/k, k, H, W, 3) → (N, H, W, 3); so with stored states."""
+    """Flatten images in rows, (N/k, k, H, W, 3) → (N, H, W, 3); also stored states."""
     if isinstance(images, TokenStates):
         rows = images.pooled_index.ndim
         return TokenStates(*(x.reshape(-1, *x.shape[rows:]) for x in images))
@@ -473,36 +475,10 @@ def in_rows(embedded: jax.Array, images: jax.Array | TokenStates) -> jax.Array:
     return embedded.reshape(*rows, *embedded.shape[1:])
 
 
-def check_evaluation(evaluation: Any) -> tuple[str, ...]:
-    """The similarities that `config.evaluation.similarity` names.
-
-    Raises UserError for an unknown one, or an unknown `validity_probe`.
-    """
-    name, probe = evaluation.similarity, evaluation.validity_probe
-    if name != "all" and name not in SIMILARITIES:
-        raise UserError(
-            f"config.evaluation.similarity={name!r} is unknown; choose all or one of "
-            f"{', '.join(SIMILARITIES)}"
-        )
-    if probe not in PROBES:
-        raise UserError(
-            f"config.evaluation.validity_probe={probe!r} is unknown; choose {' or '.join(PROBES)}"
-        )
+def similarities_of(evaluation: Any) -> tuple[str, ...]:
+    """The similarities that `config.evaluation.similarity` names."""
+    name = evaluation.similarity
     return tuple(SIMILARITIES) if name == "all" else (name,)
-
-
-def _selection(config: Any) -> str:
-    """The measure that picks the checkpoint, such as "hit@5/avg" or "retrieval_all/map/it"."""
-    # The configurations of older runs do not name it.
-    name = config.get("selection", "hit@5/avg")
-    measures = selections()
-    measure, _, score = name.rpartition("/")
-    if measure not in measures or score not in SCORES:
-        raise UserError(
-            f"config.selection={name!r} is unknown; write MEASURE/SCORE with one of "
-            f"{', '.join(measures)} and one of {', '.join(SCORES)}"
-        )
-    return name
 
 
 def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "cosine") -> dict:
@@ -534,7 +510,7 @@ def _measured(
 
 
 def best_of(variants: dict) -> dict:
-    """Of each task the variant that does best in it."""
+    """The best variant of each task."""
     tasks = [m.task for m in main_measures() if any(m.task in x for x in variants.values())]
     return {task: variants[_best_name(variants, task)][task] for task in tasks}
 
@@ -545,8 +521,8 @@ def _best_name(variants: dict, task: str) -> str:
 
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
-    fields = (getattr(gallery, name) for name in ("items", "texts", "query", "relation"))
-    return gallery_retrieval(table, *fields, gallery.right, gallery.hidden)
+    g = gallery
+    return gallery_retrieval(table, g.items, g.texts, g.query, g.relation, g.right, g.hidden)
 
 
 def _needed(
@@ -557,7 +533,10 @@ def _needed(
     every: whether all relations of the pairs are asked for.
     """
     needed = np.zeros((relations, len(items)), bool)
-    row = functools.partial(np.searchsorted, items)
+
+    def row(some: np.ndarray) -> np.ndarray:
+        return np.searchsorted(items, some)
+
     for asked in queries.values():
         needed[asked.relation, row(asked.query)] = True
         needed[asked.relation[:, None], row(asked.candidates)] = True

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
@@ -9,7 +10,8 @@ from rcml_jax.models.backbones import TowerSizes, encoder_config, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.clip import end_token, small_clip_config
-from rcml_jax.models.transformer import check_remat
+from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.preprocessing import check_tokenizer, preprocessing_of, set_statistics
 from rcml_jax.models.two_towers import (
     PairConfig,
     TowersConfig,
@@ -19,7 +21,6 @@ from rcml_jax.models.two_towers import (
     set_special_tokens,
     takes_packed,
 )
-from rcml_jax.registry import is_path
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
 _PROJECTION = {"text": "text_projection", "image": "visual_projection"}
@@ -27,20 +28,21 @@ _FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "ima
 
 
 class Inputs(NamedTuple):
-    """What the towers take.
+    """Sizes of the towers' inputs, and their tokenizer.
 
     tokenizer: the checkpoint whose tokenizer it is, "" for one of our own; kind: what an error
-    calls that checkpoint; image_size: in pixels; max_length: of texts, in tokens.
+    calls that checkpoint; framing: how an image becomes the tower's input; max_length: of texts, in
+    tokens.
     """
 
     tokenizer: str
     kind: str
-    image_size: int
+    framing: Framing
     max_length: int
 
 
 class Came(NamedTuple):
-    """Which towers came from a checkpoint, and whether both came from one, with a joint space."""
+    """Which towers are from a checkpoint, and whether both are from one, with a joint space."""
 
     text: bool
     image: bool
@@ -48,19 +50,19 @@ class Came(NamedTuple):
 
 
 def from_checkpoint(model: Any) -> Came:
-    """The towers of `config.model` that a checkpoint is named for."""
+    """The towers of `config.model` that start from a checkpoint."""
     text, image = _given(model)
     own_text, own_image = _own(model)
     joint = bool(model.pretrained) and not (text or image or own_text or own_image)
-    found = (
-        bool(given or (model.pretrained and not own))
-        for given, own in ((text, own_text), (image, own_image))
+    return Came(
+        text=bool(text or (model.pretrained and not own_text)),
+        image=bool(image or (model.pretrained and not own_image)),
+        joint=joint,
     )
-    return Came(*found, joint)
 
 
 def inputs(model: Any) -> Inputs:
-    """What the towers of `config.model` take; no text is longer than its `max_length`."""
+    """The inputs of the towers of `config.model`; texts are cut at its `max_length`."""
     (text, image), (_, own_image) = _given(model), _own(model)
     kind, tokenizer = "CLIP", model.pretrained
     image_size, longest = model.image_size, model.max_length
@@ -76,11 +78,28 @@ def inputs(model: Any) -> Inputs:
         image_size = encoder_config(image, modality="image").image_size
     if own_image:
         image_size = model.image_size
-    return Inputs(tokenizer, kind, image_size, min(model.max_length, longest))
+    framing = preprocessing(model)["image"] or Framing(image_size)
+    if framing.size != image_size:
+        raise UserError(
+            f"the image processor of the checkpoint makes images of {framing.size} pixels, its "
+            f"tower takes {image_size}; correct preprocessor_config.json or config.json"
+        )
+    return Inputs(tokenizer, kind, framing, min(model.max_length, longest))
+
+
+def preprocessing(model: Any) -> dict[str, Any]:
+    """What the checkpoints of `config.model` ask of their inputs, as of `preprocessing_of`."""
+    (text, image), (own_text, own_image) = _given(model), _own(model)
+    asked = None
+    if image and image != EFFICIENTNET:
+        asked = image, encoder_config(image, modality="image").model_type
+    elif model.pretrained and not (image or own_image):
+        asked = model.pretrained, pretrained_config(model.pretrained).model_type
+    return preprocessing_of(model, image=asked, text="" if own_text else text)
 
 
 def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
-    """The towers of `config.model`: CLIP's, each of them replaced where another is named.
+    """The configuration of the towers of `config.model`: CLIP's, or the ones named instead.
 
     `pretrained` names a CLIP or SigLIP checkpoint, without which CLIP's towers are small ones;
     `text_pretrained` a BERT or RoBERTa and `image_pretrained` a ViT beside the other tower;
@@ -93,7 +112,8 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
         clip = pretrained_config(model.pretrained)
         if not (text or own_text):
             set_special_tokens(clip, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
-            _check_vocabulary(model.pretrained, clip.text_config, tokenizer)
+            end = end_token(clip.text_config) if clip.model_type == "clip" else None
+            check_tokenizer(model.pretrained, clip.text_config, tokenizer, end)
     else:
         clip = small_clip_config(
             vocab_size=tokenizer.vocab_size,
@@ -107,7 +127,9 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
             patch_size=model.patch_size,
             max_length=model.max_length,
         )
+    habits = preprocessing(model)
     if not (text or image or own_text or own_image):
+        set_statistics(clip.vision_config, habits["image"])
         return clip
     parts = {"text": clip.text_config, "image": clip.vision_config}
     for modality, given, own in (("text", text, own_text), ("image", image, own_image)):
@@ -115,16 +137,18 @@ def towers_config(model: Any, tokenizer: Tokenizer) -> TowersConfig:
             parts[modality] = _sizes(own, modality, model, tokenizer)
         elif given:
             parts[modality] = encoder_config(given, modality=modality)
-    pair = PairConfig(parts["text"], parts["image"], joint_width(clip))
+    if not own_image and image != EFFICIENTNET:
+        set_statistics(parts["image"], habits["image"])
     if text:
-        _check_tokenizer(text, pair.text_config, tokenizer)
-    return pair
+        check_tokenizer(text, parts["text"], tokenizer)
+        parts["text"].pooling = habits["pooling"] or "mean"
+    return PairConfig(parts["text"], parts["image"], joint_width(clip))
 
 
 def load_checkpoints(model: Any, towers: Params) -> Params:
-    """The towers' parameters, replaced by those of the checkpoints that `config.model` names.
+    """Replace the towers' parameters by those of the checkpoints that `config.model` names.
 
-    The projection of a tower that is not CLIP's is in no checkpoint and stays as it is.
+    A tower other than CLIP's has no projection in its checkpoint; its projection stays random.
     """
     text, image = _given(model)
     towers = dict(towers)
@@ -144,16 +168,13 @@ def load_checkpoints(model: Any, towers: Params) -> Params:
 
 
 def frozen_modalities(freeze: str) -> tuple[str, ...]:
-    """The modalities of `config.model.freeze`, text, image or both. Raises UserError for others."""
-    if freeze not in _FROZEN:
-        raise UserError(f"config.model.freeze={freeze!r} is unknown; choose text, image or both")
+    """The modalities of `config.model.freeze`: text, image or both."""
     return _FROZEN[freeze]
 
 
 def stored_modalities(model: Any) -> tuple[str, ...]:
     """Whose states are stored: frozen towers of a checkpoint under `config.model.store_frozen`."""
-    # The configurations of older runs have not this name.
-    if not model.get("store_frozen", False):
+    if not model.store_frozen:
         return ()
     came = from_checkpoint(model)
     return tuple(name for name in frozen_modalities(model.freeze) if getattr(came, name))
@@ -168,9 +189,9 @@ def checkpoint_tower(model: Any, modality: str) -> Params:
 
 
 def frozen_parts(config: TowersConfig, freeze: str) -> frozenset[str]:
-    """Names under "towers" of what `config.model.freeze`, text, image or both, keeps as it is.
+    """Names under "towers" of the parameters that `config.model.freeze` keeps fixed.
 
-    The projections of a pair are trained in any case: the two towers have not met before.
+    The projections of two separate towers are always trained: they have no joint space yet.
     """
     modalities = frozen_modalities(freeze)
     parts = {_TOWER[modality] for modality in modalities}
@@ -188,39 +209,14 @@ def check_packing(config: TowersConfig) -> None:
         )
 
 
-def remat(model: Any) -> str:
-    """What `config.model.remat` says is computed again. Raises UserError for an unknown name."""
-    # The configurations of older runs have not this name.
-    return check_remat(model.get("remat", ""))
-
-
 def _given(model: Any) -> tuple[str, str]:
     """The checkpoints of the text and the image tower that replace CLIP's, "" for none."""
-    # The configurations of older runs have not these names.
-    names = (model.get(f"{modality}_pretrained", "") for modality in ("text", "image"))
-    text, image = (resolve(name) for name in names)
-    return text, image
+    return resolve(model.text_pretrained), resolve(model.image_pretrained)
 
 
 def _own(model: Any) -> tuple[str, str]:
-    """Import paths of the text and the image tower of other packages, "" for none.
-
-    Raises UserError for what is no path, and where a checkpoint is named for the same tower.
-    """
-    # The configurations of older runs have not these names.
-    text, image = (model.get(f"{modality}_tower", "") for modality in ("text", "image"))
-    for modality, path in (("text", text), ("image", image)):
-        if path and not is_path(path):
-            raise UserError(
-                f"config.model.{modality}_tower={path!r} must be an import path, "
-                "package.module:NAME"
-            )
-        if path and model.get(f"{modality}_pretrained", ""):
-            raise UserError(
-                f"config.model.{modality}_tower and config.model.{modality}_pretrained both name "
-                f"the {modality} tower; leave one of them empty"
-            )
-    return text, image
+    """Import paths of the text and the image tower of other packages, "" for none."""
+    return model.text_tower, model.image_tower
 
 
 def _sizes(path: str, modality: str, model: Any, tokenizer: Tokenizer) -> TowerSizes:
@@ -237,28 +233,3 @@ def _sizes(path: str, modality: str, model: Any, tokenizer: Tokenizer) -> TowerS
         pad_token_id=tokenizer.pad_id,
         eos_token_id=tokenizer.end_id,
     )
-
-
-def _check_vocabulary(name: str, config: Any, tokenizer: Tokenizer) -> None:
-    # An id beyond the table would silently be another word, and another end token no end.
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name!r} has {tokenizer.vocab_size} ids, its text tower embeds "
-            f"{config.vocab_size}; save both again into one directory"
-        )
-    if config.model_type == "clip_text_model" and end_token(config) != tokenizer.end_id:
-        raise UserError(
-            f"the text tower of {name!r} ends a text at token {end_token(config)}, its tokenizer "
-            f"with token {tokenizer.end_id}; give both the same end token (eos_token_id in "
-            "config.json)"
-        )
-
-
-def _check_tokenizer(name: str, config: Any, tokenizer: Tokenizer) -> None:
-    # An id beyond the table would silently be another word, and unknown padding a part of the text.
-    if tokenizer.pad_id != config.pad_token_id or tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name!r} ({tokenizer.vocab_size} ids, padding {tokenizer.pad_id}) "
-            f"does not fit its model ({config.vocab_size} ids, padding {config.pad_token_id}); "
-            "save both again into one directory"
-        )

@@ -1,4 +1,4 @@
-"""Several M3CoL models in one compiled step: one for each seed, and one for each seed and fold."""
+"""Train several M3CoL models in one compiled step: one for each seed, or for each seed and fold."""
 
 import copy
 import pathlib
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rcml_jax.config import fold_seed
 from rcml_jax.data.classification import stratified_folds
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
@@ -16,13 +17,32 @@ from rcml_jax.methods.classification import Models, look, report
 from rcml_jax.methods.m3col import M3CoLMethod
 
 
+def several_models(
+    parallel: str, schedule: str, clip_norm: float, accumulation: str, micro_batch: int
+) -> str | None:
+    """What several models in one step cannot have, in a sentence; None where all is well."""
+    if parallel == "pmap":
+        return "several models train together in one jitted step; set config.parallel=jit"
+    if schedule == "plateau" or clip_norm:
+        return (
+            "the plateau schedule and config.optimizer.clip_norm look at one model; set "
+            "config.seeds=1, or config.optimizer.schedule=step and no clipping"
+        )
+    if micro_batch and accumulation == "exact":
+        return (
+            "exact accumulation trains one model; set config.accumulation=micro, "
+            "config.micro_batch=0 or config.seeds=1"
+        )
+    return None
+
+
 class Members(Method):
     """M3CoL models trained in one compiled step, every leaf of their parameters stacked.
 
     The seeds are `config.seed` and the ones after it. On data without a validation split there are
-    two models of each seed: one is trained on all of train, the other without a stratified fold of
-    it, which is its validation split; seed s leaves out fold s modulo their number. All see the
-    same batches; initial values, mixing and dropout are each one's own.
+    two models of each seed. One is trained on the whole training split. The other is trained
+    without a stratified fold of it, its validation split; seed s holds out fold s modulo their
+    number. All models see the same batches. Initial values, mixing and dropout differ.
     """
 
     family = "classification"
@@ -34,11 +54,19 @@ class Members(Method):
         self.single, self.config, self.task = single, single.config, single.task
         config, data = self.config, self.task.data
         self.kinds = single.kinds
-        self._check()
-        self._keep, self._models = _members(config, data)
-        self._seeds = jnp.asarray(
-            [int(name.rpartition("seed")[2]) for name in self._models.names], jnp.uint32
+        # Of data without a validation split even one seed is two models, which only the data tell.
+        optimizer = config.optimizer
+        error = several_models(
+            config.parallel,
+            optimizer.schedule,
+            optimizer.clip_norm,
+            config.accumulation,
+            config.micro_batch,
         )
+        if error:
+            raise UserError(error)
+        self._keep, seeds, self._models = _members(config, data)
+        self._seeds = jnp.asarray([fold_seed(seed) for seed in seeds], jnp.uint32)
         # Models with different best steps have no best checkpoint in common.
         self.evaluated = "latest" if len(self._models.names) > 1 else "best"
         self._encode = jax.jit(self._encode_members, static_argnums=1)
@@ -46,34 +74,28 @@ class Members(Method):
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> Method:
-        """As many models as `config.seeds` and `config.data.folds` ask for; of one, itself."""
-        if config.seeds < 1:
-            raise UserError(f"config.seeds={config.seeds} must be at least 1")
+        """Build the models that `config.seeds` and `config.data.folds` ask for.
+
+        A single model is returned as an `M3CoLMethod`.
+        """
         single = M3CoLMethod.load(config, workdir)
         declared = len(single.task.data.rows("validation")) > 0
         alone = config.seeds == 1 and (declared or config.data.folds < 2)
         return single if alone else cls(single)
 
-    def _check(self) -> None:
-        config = self.config
-        if config.parallel == "pmap":
-            raise UserError(
-                "several models train together in one jitted step; set config.parallel=jit"
-            )
-        if config.optimizer.schedule == "plateau" or config.optimizer.clip_norm:
-            raise UserError(
-                "the plateau schedule and config.optimizer.clip_norm look at one model; set "
-                "config.seeds=1, or config.optimizer.schedule=step and no clipping"
-            )
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """As one model alone."""
+        return M3CoLMethod.completed(config)
 
     @property
     def steps(self) -> int:
-        """As one model alone."""
+        """As for a single model."""
         return self.single.steps
 
     @property
     def validate_every(self) -> int:
-        """As one model alone."""
+        """As for a single model."""
         return self.single.validate_every
 
     def batches(self) -> Any:
@@ -81,10 +103,10 @@ class Members(Method):
         return self.single.batches()
 
     def phases(self) -> list[tuple[int, Method]]:
-        """As one model alone."""
-        found = []
+        """As for a single model."""
+        found: list[tuple[int, Method]] = []
         for first, single in self.single.phases():
-            phase = copy.copy(self)
+            phase: Any = copy.copy(self)
             phase.single = single
             found.append((first, phase))
         return found
@@ -96,27 +118,27 @@ class Members(Method):
         return jax.vmap(one)(self._seeds, self._keep)
 
     def frozen(self, params: Params) -> Any:
-        """As one model alone."""
+        """As for a single model."""
         return self.single.frozen(params)
 
     def decayed(self, params: Params) -> Any:
-        """As one model alone, whose arrays have one axis less."""
+        """As for a single model, whose arrays have one axis less."""
         return jax.tree.map(lambda p: p.ndim > 2, params)
 
     def loss(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The sum of the models' losses, whose gradient is each one's own; the mean is logged."""
+        """Sum of the models' losses, whose gradient is that of each model; the mean is logged."""
         one = self._one(batch, key, progress)
         return _summed(*jax.vmap(one)(params, self._keep, self._seeds))
 
     def value_and_grad(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array
     ) -> tuple[tuple[jax.Array, Metrics], Params]:
-        """`loss` and its gradient, on a CPU one model after the other.
+        """`loss` and its gradient; on a CPU one model after the other.
 
-        There products of stacks of matrices are slower than those of the matrices, and one model's
-        arrays stay in the cache.
+        On a CPU batched products are slower than single ones, and one model's arrays stay in the
+        cache.
         """
         if (self.config.platform or jax.default_backend()) != "cpu":
             return super().value_and_grad(params, batch, key, progress)
@@ -136,11 +158,11 @@ class Members(Method):
         return one
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> Any:
-        """Not split in two: `loss` is the whole."""
+        """Not used: `loss` is not split into two steps."""
         raise NotImplementedError("several models have one loss, not an embedding and an objective")
 
     def objective(self, params: Params, embedded: Any, batch: Batch, progress: jax.Array) -> Any:
-        """Not split in two: `loss` is the whole."""
+        """Not used: `loss` is not split into two steps."""
         raise NotImplementedError("several models have one loss, not an embedding and an objective")
 
     # Evaluation
@@ -180,8 +202,8 @@ def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
     return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
 
-def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
-    """Which rows each model may train on, (models, samples) bool, and the models."""
+def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
+    """Rows that each model may train on, (models, samples) bool; its seed; and the models."""
     seeds = [config.seed + i for i in range(config.seeds)]
     everything = np.ones(len(data), bool)
     declared = data.rows("validation")
@@ -189,7 +211,8 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         names = tuple(f"seed{seed}" for seed in seeds)
         places = tuple(range(len(seeds)))
         validation = dict.fromkeys(places, declared) if len(declared) else {}
-        return jnp.asarray(np.stack([everything] * len(seeds))), Models(names, places, validation)
+        keep = jnp.asarray(np.stack([everything] * len(seeds)))
+        return keep, seeds, Models(names, places, validation)
     train = data.rows("train")
     if config.data.folds > len(train):
         raise UserError(
@@ -204,4 +227,5 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, Models]:
         keep.append(~held_out)
         validation[place] = np.flatnonzero(held_out)
     names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
-    return jnp.asarray(np.stack(keep)), Models(tuple(names), tuple(range(len(seeds))), validation)
+    models = Models(tuple(names), tuple(range(len(seeds))), validation)
+    return jnp.asarray(np.stack(keep)), 2 * seeds, models

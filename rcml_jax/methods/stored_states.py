@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rcml_jax.data.images import ImageBank
+from rcml_jax.data.images import Framing, ImageBank
 from rcml_jax.data.log import log_line
 from rcml_jax.data.stages import stored_rows
 from rcml_jax.errors import UserError
@@ -22,15 +22,15 @@ Inputs = Callable[[np.ndarray], Any]
 class StoredStates:
     """The token states of a frozen tower, in its own width, for items 0 to count − 1.
 
-    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays, the states in
-    float16: within 0.1% of what the tower computes. Those of all items lie in a memory-mapped file,
-    so that a batch costs a copy and not a pass through the tower.
+    Called with item numbers (n,) it returns their `TokenStates` as NumPy arrays. The states are in
+    float16, within 0.1% of what the tower computes. All states are in a memory-mapped file, so that
+    a batch costs a copy instead of a pass through the tower.
     """
 
     def __init__(
         self, path: pathlib.Path, apply: Callable[[Any], TokenStates], inputs: Inputs, count: int
     ):
-        """Open the file, or compute what it lacks.
+        """Open the file, and compute the states that it lacks.
 
         apply: inputs → token states. Raises UserError where the file cannot be written.
         """
@@ -52,18 +52,18 @@ class StoredStates:
         return TokenStates(self._states[items], mask[items], pooled_index[items])
 
 
-def text_inputs(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Inputs, bytes]:
+def text_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Inputs, bytes]:
     """Token ids of texts, all of one length, and a digest of them."""
     ids, _ = tokenizer.encode(texts, max_length)
     return ids.__getitem__, hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).digest()
 
 
-def image_inputs(images: Any, size: int) -> tuple[Inputs, bytes]:
-    """Images of one size, none of which is kept in memory, and a digest of their files."""
-    digest = hashlib.sha256(str(size).encode())
+def image_inputs(images: Any, framing: Framing) -> tuple[Inputs, bytes]:
+    """Images of one size, none of which is kept in memory, and a digest of files and framing."""
+    digest = hashlib.sha256(repr(framing).encode())
     for index in range(len(images)):
         digest.update(hashlib.sha256(images.encoded(index)).digest())
-    return ImageBank(images, size, cache_bytes=0), digest.digest()
+    return ImageBank(images, framing, cache_bytes=0), digest.digest()
 
 
 def params_digest(params: Any) -> bytes:
@@ -76,24 +76,8 @@ def params_digest(params: Any) -> bytes:
     return digest.digest()
 
 
-def check_storable(config: Any, modalities: Sequence[str]) -> None:
-    """Raise UserError where `config` asks for what stored states of `modalities` cannot give."""
-    batch = config.batch
-    if "image" in modalities and (batch.image_shift or batch.image_flip):
-        raise UserError(
-            "the images of a stored tower cannot be moved or mirrored; set "
-            "config.batch.image_shift=0 and image_flip=False, or config.model.store_frozen=False"
-        )
-    if "text" in modalities and batch.get("texts_per_row", 1) > 1:
-        raise UserError(
-            "the states of a stored text tower have one text a row; set "
-            "config.batch.texts_per_row=1, or config.model.store_frozen=False"
-        )
-    if modalities and config.model.init_from:
-        raise UserError(
-            "config.model.init_from brings towers of its own, whose states are not stored; set "
-            "config.model.store_frozen=False"
-        )
+def check_storable(modalities: Sequence[str]) -> None:
+    """Raise UserError where several processes would store the states of `modalities`."""
     if modalities and jax.process_count() > 1:
         raise UserError(
             "the states of frozen towers are stored by one process alone; set "
@@ -104,9 +88,9 @@ def check_storable(config: Any, modalities: Sequence[str]) -> None:
 class _Blocks:
     """Rows as `stored_rows` takes them."""
 
-    dtype = np.float16
+    dtype: type = np.float16
 
-    def __init__(self, count: int, shape: tuple, rows: Callable[[np.ndarray], jax.Array]):
+    def __init__(self, count: int, shape: tuple[int, ...], rows: Callable[[np.ndarray], jax.Array]):
         self.shape, self._count, self._rows = shape, count, rows
 
     def __len__(self) -> int:

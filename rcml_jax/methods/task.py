@@ -4,50 +4,24 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rcml_jax.data import queries
+from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import ImageBank, augment
+from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
-from rcml_jax.data.tokenizer import Tokenizer, train_tokenizer
+from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.registry import resolve
 
-#: Up to so many relations, all of them are also ranked.
+#: Largest number of relations for which relation type is also measured among all of them.
 MOST_RELATIONS = 20
-
-
-def texts_per_row(batch: Any) -> int:
-    """`config.batch.texts_per_row`, which the configurations of older runs do not have.
-
-    Raises UserError where the batch's items do not fill rows of so many.
-    """
-    count = batch.get("texts_per_row", 1)
-    if count < 1 or batch.size % count:
-        raise UserError(
-            f"config.batch.texts_per_row={count} must divide config.batch.size={batch.size}; 1 "
-            "gives each text a row of its own"
-        )
-    return count
-
-
-def negatives(loss: Any) -> str:
-    """`config.loss.negatives`, which items of a batch are a pair's negatives.
-
-    Raises UserError for an unknown name.
-    """
-    name = loss.negatives
-    if name not in ("unrelated", "unlinked"):
-        raise UserError(
-            f"config.loss.negatives={name!r} is unknown; choose unrelated (to the item under any "
-            "relation) or unlinked (under the pair's own relation)"
-        )
-    return name
 
 
 def make_splits(graph: RelationGraph, data: Any) -> Splits:
@@ -56,21 +30,31 @@ def make_splits(graph: RelationGraph, data: Any) -> Splits:
         graph,
         seed=data.split_seed,
         disjoint=data.disjoint,
-        domain=data.get("domain_split", ""),  # not in the configurations of older runs
+        domain=data.domain_split,
     )
 
 
-def load_graph(data: Any) -> RelationGraph:
+def load_graph(data: Any, workdir: pathlib.Path | None = None) -> RelationGraph:
     """The relation graph that `config.data` names, of `SOURCES` or by an import path.
 
     Raises UserError for an unknown source, and whatever the source finds wrong.
     """
-    return resolve(data.name, SOURCES, "config.data.name")(data, cache_directory(data.dir))
+    load = resolve(data.name, SOURCES, "config.data.name")
+    graph = load(data, cache_directory(data.dir, workdir))
+    # Only a source can tell which of its relation ids have one sentence, and does so.
+    same = _first_equal(np.array([" ".join(sentence.split()) for sentence in graph.relations]))
+    return graph if same is None else dataclasses.replace(graph, same_sentence=same)
+
+
+def _first_equal(rows: np.ndarray) -> np.ndarray | None:
+    """For each row the first one that equals it (n,) int32; None where all differ."""
+    _, first, same = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return None if len(first) == len(rows) else first[same.ravel()].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RelationTask:
-    """What every method on a relation graph shares: the same items, splits, texts and queries."""
+    """Data shared by every method on a relation graph: items, splits, texts and queries."""
 
     config: Any
     graph: RelationGraph
@@ -83,12 +67,13 @@ class RelationTask:
     def load(cls, config: Any, workdir: pathlib.Path) -> "RelationTask":
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         data, model = config.data, config.model
-        graph = load_graph(data)
+        graph = load_graph(data, workdir)
         splits = make_splits(graph, data)
         # Imported here: who wants the data alone has no need of Hugging Face's classes.
         from rcml_jax.methods.relational_towers import inputs
 
         taken = inputs(model)
+        new = not (pathlib.Path(workdir) / "tokenizer.json").is_file()
         tokenizer = work_tokenizer(
             pathlib.Path(workdir),
             lambda: _texts(graph, splits),
@@ -96,13 +81,18 @@ class RelationTask:
             model.vocab_size,
             kind=taken.kind,
         )
-        images = ImageBank(graph.images, taken.image_size)
+        graph = tell_sentences_apart(
+            graph, tokenizer, taken.max_length, strict=data.get("strict", False), tell=new
+        )
+        if new:
+            tell_cut_texts(graph.texts, tokenizer, taken.max_length)
+        images = ImageBank(graph.images, taken.framing)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
     def sentence(self, relation: int, drawn: int = 0) -> str:
         """The sentence of a relation; −1 is the intra-sample one.
 
-        drawn: any number, which picks one of the paraphrases for training; 0: the first.
+        drawn: any number; selects one of the training paraphrases, 0 the first.
         """
         if relation < 0:
             return self.graph.intra_relation
@@ -121,10 +111,10 @@ class RelationTask:
         return self.tokenizer.encode(texts, self.max_length)[0]
 
     def known_graph(self) -> RelationGraph:
-        """The graph as training may know it: its masks and links hold no pair of another split.
+        """The graph that training may see: no pair of another split is in its masks and links.
 
-        Where no item is in two splits those pairs are of other items anyway. Without inter-sample
-        pairs every item is related to itself alone.
+        With item-disjoint splits this is the whole graph: pairs of other splits have other items.
+        Without inter-sample pairs every item is related to itself only.
         """
         if not self.config.batch.inter_pairs:
             return self.graph.without_pairs()
@@ -155,13 +145,26 @@ class RelationTask:
             self.sentence,
             self.max_length,
             moved if batch.image_shift or batch.image_flip else None,
-            texts_per_row(batch),
+            batch.texts_per_row,
             # The baselines' losses have one mask for all relations.
-            negatives(self.config.loss) if self.config.method == "rcml" else "unrelated",
+            self.config.loss.negatives if self.config.method == "rcml" else "unrelated",
             stored or {},
             sentence_noise,
+            None if stored and "text" in stored else self.stored_texts,
         )
         return batch_iterator(sampler, collate, self.config.data.threads)
+
+    @functools.cached_property
+    def stored_texts(self) -> StoredTexts | None:
+        """The token ids of all texts, kept beside the prepared data; None where they cannot be."""
+        directory = cache_directory(self.config.data.dir) / "token_ids"
+        try:
+            return StoredTexts(
+                directory, self.graph.name, self.tokenizer, self.graph.texts, self.max_length
+            )
+        except UserError as error:  # such as a cache that can only be read
+            log_line(f"Texts are tokenized in every batch: {error}.")
+            return None
 
     def _draw(self) -> dict:
         """How the evaluation draws: the same for every method and training seed."""
@@ -185,14 +188,14 @@ class RelationTask:
 
     @functools.cache  # noqa: B019
     def gallery_queries(self, split: str) -> queries.GalleryQueries:
-        """The split's queries over all of its items, for which every linked one is right."""
+        """The split's queries over all of its items; every linked item is relevant."""
         return queries.gallery_queries(self.graph, self.splits, split, **self._draw())
 
     @functools.cache  # noqa: B019
     def relation_queries(self, split: str) -> queries.RelationQueries:
-        """The split's pairs with the relations to choose among."""
+        """The split's pairs with their candidate relations."""
         total = len(self.graph.relations)
-        # Of few relations half are drawn, so that frequent ones need not always be among them.
+        # Of few relations half are candidates; else frequent ones would be among all candidates.
         candidates = 10 if total > MOST_RELATIONS else max(2, total // 2)
         return queries.relation_candidates(
             self.graph, self.splits, split, candidates=candidates, **self._draw()
@@ -204,15 +207,67 @@ class RelationTask:
         return queries.validity_examples(self.graph, self.splits, split, **self._draw())
 
 
-def cache_directory(given: str = "") -> pathlib.Path:
+def tell_sentences_apart(
+    graph: RelationGraph, tokenizer: Tokenizer, max_length: int, *, strict: bool, tell: bool
+) -> RelationGraph:
+    """The graph, which knows what relations have one and the same sentence as the tower takes it.
+
+    Sentences that differ behind the last token that it takes are the same to it. tell: whether one
+    line on standard error names such relations. Raises UserError for them with `strict`.
+    """
+    ids, mask = tokenizer.encode(graph.relations, max_length)
+    rows = np.where(mask == 1, ids, -1)
+    first = _first_equal(rows)
+    known = graph.same_sentence
+    if first is None or (known is not None and np.array_equal(first, known)):
+        return graph
+    names = graph.relation_ids or tuple(map(str, range(len(first))))
+    groups = [np.flatnonzero(first == r) for r in np.unique(first)]
+    groups = [", ".join(repr(names[r]) for r in g) for g in groups if len(g) > 1]
+    problem = (
+        f"{len(groups):,} groups of relations have the same first {max_length} tokens, all that "
+        f"the text tower takes ({'; '.join(groups[:5])}{'; ...' if len(groups) > 5 else ''})"
+    )
+    if strict:
+        raise UserError(
+            f"{problem}; give them other or shorter sentences, or set config.data.strict=False"
+        )
+    if tell:
+        log_line(f"{problem}: no model can tell these apart, and the evaluation takes them for one")
+    return dataclasses.replace(graph, same_sentence=first)
+
+
+def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> None:
+    """Say on standard error how many texts are longer than the tower takes, and by how much."""
+    over = tokenizer.lengths(texts) - max_length
+    over = over[over > 0]
+    if len(over):
+        log_line(
+            f"{len(over):,} of {len(texts):,} texts are longer than the {max_length} tokens that "
+            f"the text tower takes and lose their ends: {int(np.median(over)):,} tokens in the "
+            f"median, {over.max():,} at most"
+        )
+
+
+def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> pathlib.Path:
     """Where data sets are cached: the directory given, or the user's own.
 
-    That is `$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`.
+    That is `$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`. Where no home directory is known, it
+    is `rcml_jax_cache` next to the work directory `beside`, or in the current directory, and a line
+    on standard error says so.
     """
     if given:
-        return pathlib.Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "rcml_jax"
+        return user_path(given)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not cache:
+        home = os.path.expanduser("~")
+        if home == "~":  # a user id that the system does not know
+            place = pathlib.Path.cwd() if beside is None else pathlib.Path(beside).absolute().parent
+            folder = place / "rcml_jax_cache"
+            log_line(f"No home directory is known, so data sets are cached in {folder}.")
+            return folder
+        cache = os.path.join(home, ".cache")
+    return user_path(cache) / "rcml_jax"
 
 
 def work_tokenizer(
@@ -236,9 +291,7 @@ def work_tokenizer(
         tokenizer = Tokenizer.from_pretrained_dir(pretrained_directory(pretrained, kind=kind))
     else:
         tokenizer = train_tokenizer(texts(), vocab_size)
-    part = path.with_name("tokenizer.json.part")
-    tokenizer.save(part)
-    os.replace(part, path)
+    tokenizer.save(path)
     return tokenizer
 
 

@@ -1,7 +1,7 @@
-"""Scoring two towers without a pooling head: items alone, and two ways to add the sentence."""
+"""Scorings of two towers without a pooling head: items only, and two ways to add the sentence."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,14 @@ _SENTENCE_CHUNK = 2048
 
 
 class TowerTables:
-    """Tables of two towers for the items of a relational method, which gives texts and images."""
+    """Embedding tables of two towers for the items of a relational method."""
 
     def __init__(self, method: Any, model: TwoTowers):
         self._method = method
-        self._texts = jax.jit(lambda towers, ids: model.apply({"params": towers}, ids)["text"])
+        apply: Callable[..., Any] = model.apply
+        self._texts = jax.jit(lambda towers, ids: apply({"params": towers}, ids)["text"])
         self._images = jax.jit(
-            lambda towers, images: model.apply({"params": towers}, None, images)["image"]
+            lambda towers, images: apply({"params": towers}, None, images)["image"]
         )
         self._weights: tuple[Params, dict[float, float]] = None, {}
 
@@ -58,12 +59,12 @@ class TowerTables:
                 with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
                 tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
             weights = self.weights_tried(towers)
-            weight = max(weights, key=weights.get)
+            weight = max(weights, key=weights.__getitem__)
             tables["added"] = EmbeddingTable(items, text, image, relation, weight)
         return tables
 
     def weights_tried(self, towers: Params) -> dict[float, float]:
-        """Hit@5 AVG on validation by the weight of the sentence, in the towers' plain table."""
+        """Weight of the sentence → Hit@5 AVG on validation, with the plain table."""
         if self._weights[0] is not towers:
             items = retrieval_items(self._method.task, "validation")
             table = self.tables(towers, items)["plain"]
@@ -107,7 +108,7 @@ class TowerTables:
 
     @property
     def tried(self) -> dict[float, float]:
-        """What `weights_tried` found last; empty before."""
+        """The last result of `weights_tried`; empty before the first call."""
         return self._weights[1]
 
     def images(self, towers: Params, pixels: np.ndarray) -> np.ndarray:
@@ -116,7 +117,7 @@ class TowerTables:
 
 
 def weights_on_validation(task: RelationTask, table: EmbeddingTable) -> dict[float, float]:
-    """By each weight of the sentence Hit@5 AVG on validation.
+    """Weight of the sentence → Hit@5 AVG on validation.
 
     table: of what the validation split's retrieval queries need (`retrieval_items`).
     """

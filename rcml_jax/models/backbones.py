@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.models.bert import Bert
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
 from rcml_jax.models.clip import CLIPText, CLIPVision
@@ -88,7 +89,9 @@ def backbone_of(config: Any) -> Backbone:
     Raises UserError for a path that cannot be imported, or that names nothing to call.
     """
     if not isinstance(config, TowerSizes):
-        return BACKBONES[config.model_type]
+        found = BACKBONES[config.model_type]
+        first = getattr(config, "pooling", "") == "cls"
+        return dataclasses.replace(found, mean=False) if first else found
     option = f"config.model.{config.modality}_tower"
     wanted = "a flax module or a function (config, dtype, remat) that makes one"
     return Backbone(resolve(config.model_type, {}, option, wanted=wanted), config.modality)
@@ -126,7 +129,7 @@ def load_encoder(name: str, *, modality: str | None = None) -> tuple[Any, dict]:
     """
     if name == EFFICIENTNET and modality != "text":
         return EfficientNetConfig(), load_efficientnet_lite0()
-    check_directory(pathlib.Path(name), _KIND)
+    check_directory(pathlib.Path(checkpoint_name(name)), _KIND)
     config = encoder_config(name, modality=modality)
     backbone = BACKBONES[config.model_type]
     expected = expected_params(build_backbone(config), *example_input(config), method="__call__")

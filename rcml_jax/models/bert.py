@@ -42,9 +42,9 @@ class Bert(nn.Module):
         if config.model_type == "roberta":
             # Positions count from the padding id on, and padding has that very position.
             used = ids != config.pad_token_id
-            positions = jnp.cumsum(used, axis=1) * used + config.pad_token_id
+            positions = jnp.where(used, jnp.cumsum(used, axis=1), 0) + config.pad_token_id
         else:
-            positions = jnp.arange(ids.shape[1])
+            positions = jnp.arange(ids.shape[1])[None]
         x = _BertEmbeddings(config, self.dtype, name="embeddings")(ids, positions, deterministic)
         layers = LayerConfig(
             width=config.hidden_size,
@@ -65,12 +65,16 @@ class Bert(nn.Module):
     def token_states(self, ids: jax.Array, project: Callable) -> TokenStates:
         """The projected states of every token that is no padding and, before them, their mean.
 
-        BERT and RoBERTa have no token that was trained to stand for the text; the mean is
-        sentence-transformers' own embedding.
+        BERT and RoBERTa have no token that was trained to stand for the text; the mean is what
+        sentence-transformers takes by default. Where the configuration has `pooling="cls"`, as the
+        files of some sentence models say, the pooled state is the first token.
         """
         # The first token is never padding, whatever its id: so a mean is never that of nothing.
         mask = jnp.asarray(ids != self.config.pad_token_id).at[:, 0].set(True)
-        return with_pooled(project(self.tokens(ids, mask)), mask)
+        states = project(self.tokens(ids, mask))
+        if getattr(self.config, "pooling", "mean") == "cls":
+            return TokenStates(states, mask, jnp.zeros(len(ids), jnp.int32))
+        return with_pooled(states, mask)
 
     def __call__(self, ids: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Token ids and mask as `tokens` takes them, [CLS] or <s> first → (n, width)."""

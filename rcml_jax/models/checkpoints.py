@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.errors import UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,6 +49,7 @@ def pretrained_directory(
 
     files: patterns, by default of the tokenizer's; kind: what an error calls the checkpoint.
     """
+    name = checkpoint_name(name)
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     from huggingface_hub import snapshot_download
@@ -65,6 +67,7 @@ def read_config(name: str, kind: str, types: Iterable[str], wanted: str = "") ->
     Raises UserError where it cannot be read, or is of a model type that is not among `types`; the
     sentence says what was `wanted` instead.
     """
+    name = checkpoint_name(name)
     directory = pathlib.Path(name)
     if directory.exists() and not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json, so it is no {kind} checkpoint")
@@ -188,7 +191,7 @@ def to_torch(params: Any) -> dict[str, np.ndarray]:
 
 def _weights(name: str, kind: str) -> pathlib.Path:
     """The directory with the weights of a checkpoint, fetched where it is a name on the hub."""
-    directory = pathlib.Path(name)
+    directory = pathlib.Path(checkpoint_name(name))
     if directory.exists():
         return check_directory(directory, kind)
     directory = pretrained_directory(name, kind=kind, files=[_SINGLE, _INDEX])

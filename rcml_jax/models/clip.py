@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
+from rcml_jax.models.preprocessing import CLIP_STATISTICS, image_statistics, normalize
 from rcml_jax.models.transformer import (
     Encoder,
     LayerConfig,
@@ -20,8 +21,7 @@ from rcml_jax.models.transformer import (
 )
 
 # The statistics that CLIP's own image processor uses.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_MEAN, IMAGE_STD = CLIP_STATISTICS
 # Before transformers 4.31 EOT was found as the largest id; such configurations say 2.
 LEGACY_EOS = 2
 
@@ -54,13 +54,6 @@ def clip_layers(
     )
 
 
-def normalize(pixels: jax.Array, mean: tuple, std: tuple, dtype: jnp.dtype) -> jax.Array:
-    """uint8 images (n, H, W, 3) by mean and deviation of values in [0, 1]; floats as they are."""
-    if pixels.dtype == jnp.uint8:
-        pixels = (pixels.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
-    return pixels.astype(dtype)
-
-
 def check_image(pixels: jax.Array, size: int) -> None:
     """Raise UserError for images that are not (n, size, size, 3)."""
     if pixels.shape[1:] != (size, size, 3):
@@ -84,7 +77,7 @@ class TextEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Ids (n, T) and positions, which broadcast to them → (n, T, width)."""
+        """Ids (n, T) and positions, (n, T) or (1, T) → (n, T, width)."""
         config, init = self.config, nn.initializers.normal(0.01)
         embed = lambda rows, name: nn.Embed(  # noqa: E731
             rows, config.hidden_size, embedding_init=init, dtype=self.dtype, name=name
@@ -118,7 +111,9 @@ class PatchEmbeddings(nn.Module):
         )(pixels)
         found = found.reshape(len(pixels), -1, width)
         if self.class_token:
-            token = self.param("class_embedding", nn.initializers.normal(0.02), (width,))
+            token = self.param(
+                "class_embedding", nn.initializers.normal(0.02), (width,), jnp.float32
+            )
             token = jnp.broadcast_to(token.astype(found.dtype), (len(pixels), 1, width))
             found = jnp.concatenate([token, found], axis=1)
         rows = nn.Embed(
@@ -128,7 +123,7 @@ class PatchEmbeddings(nn.Module):
             dtype=self.dtype,
             name="position_embedding",
         )
-        return found + rows(jnp.arange(found.shape[1]))
+        return found + rows(jnp.arange(found.shape[1])[None])
 
 
 class CLIPText(nn.Module):
@@ -151,7 +146,7 @@ class CLIPText(nn.Module):
             ids = ids.ids
         else:
             check_length(ids.shape[1], config.max_position_embeddings)
-            positions = jnp.arange(ids.shape[1])
+            positions = jnp.arange(ids.shape[1])[None]
         x = TextEmbeddings(config, self.dtype, name="embeddings")(ids, positions)
         layers = clip_layers(config, self.dtype, causal=True)
         x = Encoder(layers, config.num_hidden_layers, remat=self.remat, name="encoder")(x, mask)
@@ -166,11 +161,13 @@ class CLIPText(nn.Module):
         """
         states = project(self.tokens(ids))
         if isinstance(ids, PackedTexts):
-            mask = segment_ids(ids)[:, None, :] == jnp.arange(ids.ends.shape[1])[:, None]
+            texts = jnp.arange(ids.ends.shape[1], dtype=jnp.int32)
+            mask = segment_ids(ids)[:, None, :] == texts[None, :, None]
             return TokenStates(states, mask, ids.ends)
         end = self.config.eos_token_id
         end = jnp.argmax(ids if end == LEGACY_EOS else ids == end, axis=1).astype(jnp.int32)
-        return TokenStates(states, jnp.arange(ids.shape[1]) <= end[:, None], end)
+        mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] <= end[:, None]
+        return TokenStates(states, mask, end)
 
 
 class CLIPVision(nn.Module):
@@ -189,7 +186,7 @@ class CLIPVision(nn.Module):
         """
         config = self.config
         check_image(pixels, config.image_size)
-        pixels = normalize(pixels, IMAGE_MEAN, IMAGE_STD, self.dtype)
+        pixels = normalize(pixels, *image_statistics(config), self.dtype)
         norm = lambda name: nn.LayerNorm(  # noqa: E731
             epsilon=config.layer_norm_eps, dtype=self.dtype, name=name
         )

@@ -105,7 +105,7 @@ def _shifted_depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     height, width = ((side - 1) // stride * stride + 1 for side in sides)
     shifted = (
-        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j, 0]
+        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j][None, None]
         for i in range(rows)
         for j in range(columns)
     )
@@ -123,7 +123,7 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Feature map (n, H, W, c) → (n, ⌈H / stride⌉, ⌈W / stride⌉, c)."""
         shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         return jax.lax.platform_dependent(
             x,
@@ -145,11 +145,14 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Feature map (..., c) → the same shape; computed in float32 and returned in `dtype`."""
-        shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
-        scale = self.param("scale", ones, shape)
-        bias = self.param("bias", zeros, shape)
-        mean = jax.lax.stop_gradient(self.param("mean", zeros, shape))
-        var = jax.lax.stop_gradient(self.param("var", ones, shape))
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+
+        def of_channels(name: str, init: Callable) -> jax.Array:
+            return self.param(name, init, x.shape[-1:], jnp.float32)[None, None, None]
+
+        scale, bias = of_channels("scale", ones), of_channels("bias", zeros)
+        mean = jax.lax.stop_gradient(of_channels("mean", zeros))
+        var = jax.lax.stop_gradient(of_channels("var", ones))
         x = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + BATCH_NORM_EPSILON) * scale)
         return (x + bias).astype(self.dtype)
 

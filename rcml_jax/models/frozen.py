@@ -1,7 +1,6 @@
 """Frozen towers of any checkpoint, for studies of embeddings: a vector for each input."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import build_backbone, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import pretrained_directory, read_config, resolve
+from rcml_jax.models.clip import end_token
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
-from rcml_jax.models.resnet import IMAGE_MEAN, IMAGE_STD, ResNet, load_resnet
+from rcml_jax.models.preprocessing import (
+    check_tokenizer,
+    read_image_preprocessing,
+    read_pooling,
+    set_statistics,
+)
+from rcml_jax.models.resnet import ResNet, load_resnet
 from rcml_jax.models.two_towers import TwoTowers, joint_width, load_pretrained, set_special_tokens
 
 LAYERS = ("projected", "penultimate")
@@ -26,11 +33,6 @@ _TYPES = {
     "text": (*_JOINT, "bert", "roberta"),
 }
 _KIND = "CLIP, SigLIP, ViT, ResNet, BERT or RoBERTa"
-# Where a checkpoint does not say how its pictures are normalised.
-_STATISTICS = {
-    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "resnet": (IMAGE_MEAN, IMAGE_STD),
-}
 _RESNET_SIZE = 224
 
 
@@ -40,7 +42,8 @@ class Tower:
 
     modality: "image" or "text"; kind: the type of its model; width: of its embeddings; size: the
     side of its square images in pixels, or the most tokens of a text; directory: of a text tower,
-    where its tokenizer is. embed: images (n, size, size, 3) uint8, or ids and mask (n, T), to
+    where its tokenizer is; framing: of an image tower, how an image becomes its
+    input. embed: images (n, size, size, 3) uint8, or ids and mask (n, T), to
     (n, width) float32; jitted, not normalised.
     """
 
@@ -50,6 +53,7 @@ class Tower:
     size: int
     embed: Callable[..., jax.Array]
     directory: pathlib.Path | None = None
+    framing: Framing | None = None
 
 
 def load_towers(
@@ -111,13 +115,17 @@ def _type(name: str, modality: str) -> tuple[str, str]:
 def _joint(name: str, modality: str, layer: str) -> Tower:
     """One side of CLIP or SigLIP."""
     config, params = load_pretrained(name)
-    directory = None
+    own = config.vision_config if modality == "image" else config.text_config
+    directory = framing = None
     if modality == "text":
         directory = pretrained_directory(name, kind=_KIND)
         tokenizer = Tokenizer.from_pretrained_dir(directory)
         set_special_tokens(config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
+        end = end_token(own) if config.model_type == "clip" else None
+        check_tokenizer(name, own, tokenizer, end)
+    else:
+        framing = _framing(name, config.model_type, own)
     model, projected = TwoTowers(config), layer == "projected"
-    own = config.vision_config if modality == "image" else config.text_config
 
     def embed(params, *inputs):
         options = {"projected": projected, "method": f"{modality}_states"}
@@ -130,18 +138,30 @@ def _joint(name: str, modality: str, layer: str) -> Tower:
         own.image_size if modality == "image" else own.max_position_embeddings,
         _with(embed, jax.tree.map(jnp.asarray, params)),
         directory,
+        framing,
     )
+
+
+def _framing(name: str, kind: str, config: Any) -> Framing:
+    """How an image becomes a tower's input; its configuration gets the mean and deviation."""
+    found = read_image_preprocessing(name, kind, size=config.image_size)
+    set_statistics(config, found)
+    return found or Framing(config.image_size)
 
 
 def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
     config, params = load_encoder(name, modality=modality)
+    text = modality == "text"
+    directory = framing = None
+    if text:
+        directory = pretrained_directory(name, kind=_KIND)
+        check_tokenizer(name, config, Tokenizer.from_pretrained_dir(directory))
+    else:
+        framing = _framing(name, kind, config)
     model = build_backbone(config)
-    mean = pooling == "mean" or (pooling == "auto" and _wants_mean(name))
-    normalize = _normalizer(name, kind)
+    mean = pooling == "mean" or (text and pooling == "auto" and read_pooling(name) == "mean")
 
     def embed(params, *inputs):
-        if modality == "image":
-            inputs = (normalize(inputs[0]),)
         states = model.apply({"params": params}, *inputs, method="tokens")
         if not mean:
             return states[:, 0]
@@ -149,26 +169,25 @@ def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
         mask = mask[..., None].astype(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
 
-    text = modality == "text"
     return Tower(
         modality,
         kind,
         config.hidden_size,
         max_text_length(config) if text else config.image_size,
         _with(embed, jax.tree.map(jnp.asarray, params)),
-        pretrained_directory(name, kind=_KIND) if text else None,
+        directory,
+        framing,
     )
 
 
 def _resnet(name: str) -> Tower:
     config, variables = load_resnet(name)
-    model, normalize = ResNet(config), _normalizer(name, "resnet")
-    size = _preprocessor(name).get("size", _RESNET_SIZE)
-    if isinstance(size, dict):
-        size = size.get("shortest_edge", size.get("height", _RESNET_SIZE))
-    embed = lambda variables, pixels: model.apply(variables, normalize(pixels))  # noqa: E731
-    variables = jax.tree.map(jnp.asarray, variables)
-    return Tower("image", "resnet", config.hidden_sizes[-1], int(size), _with(embed, variables))
+    found = read_image_preprocessing(name, "resnet")
+    set_statistics(config, found)
+    framing = found or Framing(_RESNET_SIZE)
+    embed = _with(ResNet(config).apply, jax.tree.map(jnp.asarray, variables))
+    width = config.hidden_sizes[-1]
+    return Tower("image", "resnet", width, framing.size, embed, framing=framing)
 
 
 def _efficientnet() -> Tower:
@@ -176,35 +195,13 @@ def _efficientnet() -> Tower:
     model = build_backbone(config)
     embed = lambda params, pixels: model.apply({"params": params}, pixels)  # noqa: E731
     params = jax.tree.map(jnp.asarray, params)
-    return Tower("image", EFFICIENTNET, config.hidden_size, config.image_size, _with(embed, params))
+    size = config.image_size
+    return Tower(
+        "image", EFFICIENTNET, config.hidden_size, size, _with(embed, params), framing=Framing(size)
+    )
 
 
 def _with(function: Callable, params: Any) -> Callable[..., jax.Array]:
     """The jitted function of its other arguments; the parameters are no constants of it."""
     jitted = jax.jit(function)
     return lambda *inputs: jitted(params, *inputs)
-
-
-def _normalizer(name: str, kind: str) -> Callable[[jax.Array], jax.Array]:
-    """uint8 images to floats, by the statistics of the checkpoint's own processor."""
-    options = _preprocessor(name)
-    mean, std = _STATISTICS.get(kind, _STATISTICS["vit"])
-    mean, std = options.get("image_mean", mean), options.get("image_std", std)
-    return lambda pixels: (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
-
-
-def _preprocessor(name: str) -> dict:
-    return _json(name, "preprocessor_config.json")
-
-
-def _wants_mean(name: str) -> bool:
-    return bool(_json(name, "1_Pooling/config.json").get("pooling_mode_mean_tokens"))
-
-
-def _json(name: str, file: str) -> dict:
-    """A small file of a checkpoint, {} where it has none."""
-    try:
-        directory = pretrained_directory(name, kind=_KIND, files=[file])
-        return json.loads((directory / file).read_text("utf-8"))
-    except (OSError, ValueError, UserError):
-        return {}

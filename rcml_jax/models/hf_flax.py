@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
-from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPText, CLIPVision, normalize
+from rcml_jax.models.clip import CLIPText, CLIPVision
+from rcml_jax.models.preprocessing import image_statistics, normalize
 from rcml_jax.models.transformer import TokenStates
 
 
@@ -72,7 +73,8 @@ class HFVision(nn.Module):
 
     def tokens(self, pixels: jax.Array) -> jax.Array:
         """Images (n, H, W, 3) → states (n, T, width), the post layer norm on every one."""
-        hidden = self.model.embeddings(normalize(pixels, IMAGE_MEAN, IMAGE_STD, self.dtype))
+        pixels = normalize(pixels, *image_statistics(self.config), self.dtype)
+        hidden = self.model.embeddings(pixels)
         hidden = self.model.encoder(inputs_embeds=self.model.pre_layrnorm(hidden))[0]
         return self.model.post_layernorm(hidden)
 

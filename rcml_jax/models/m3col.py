@@ -34,7 +34,8 @@ class Dropout(nn.Module):
         # Rows of their own words, so that a row's draws do not depend on the other rows.
         words = (*shape, -(-width * bits // _WORD))
         drawn = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
-        pieces = drawn[..., None] >> jnp.arange(0, _WORD, bits, dtype=jnp.uint32)
+        shifts = jnp.arange(0, _WORD, bits, dtype=jnp.uint32)
+        pieces = drawn[..., None] >> jnp.expand_dims(shifts, range(drawn.ndim))
         draws = (pieces % 2**bits).reshape(*shape, -1)[..., :width]
         scale = jnp.asarray(_LEVELS / max(kept, 1), x.dtype)
         return jnp.where(draws < kept * 2**bits // _LEVELS, x * scale, jnp.zeros((), x.dtype))
@@ -77,12 +78,12 @@ class TableEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Features (n, f) → embeddings (n, widths[-1])."""
-        low = self.param("low", nn.initializers.zeros, x.shape[-1:])
-        span = self.param("range", nn.initializers.ones, x.shape[-1:])
+        low = self.param("low", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        span = self.param("range", nn.initializers.ones, x.shape[-1:], jnp.float32)
         # Not trained; their gradient would cost as much as the first layer's forward pass.
         low, span = jax.lax.stop_gradient((low, span))
         mlp = MLP(self.widths, self.dropout, self.dtype, name="mlp")
-        return mlp((x - low) / span, deterministic=deterministic)
+        return mlp((x - low[None]) / span[None], deterministic=deterministic)
 
 
 def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,8 +92,9 @@ def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     A constant column has the span 1, so that it becomes 0.
     """
     rows = where[:, None]
-    low = jnp.min(jnp.where(rows, x, jnp.inf), axis=0)
-    span = jnp.max(jnp.where(rows, x, -jnp.inf), axis=0) - low
+    largest = jnp.finfo(x.dtype).max / 2
+    low = jnp.min(jnp.where(rows, x, largest), axis=0)
+    span = jnp.max(jnp.where(rows, x, -largest), axis=0) - low
     return low, jnp.where(span > 0, span, 1.0)
 
 

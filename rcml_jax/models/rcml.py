@@ -65,7 +65,8 @@ class RCML(nn.Module):
             intra = jnp.zeros(relation_ids.shape[0], bool)
         relation = self.relation(relation_ids)
         if noise is not None:
-            relation += noise * jnp.linalg.norm(relation, axis=-1, keepdims=True)
+            length = jnp.linalg.norm(relation, axis=-1, keepdims=True)
+            relation += noise.astype(relation.dtype) * length
         out = {"relation": l2_normalize(relation)}
         if ids is not None:
             out["text"] = self.pool_text(ids, relation, intra)

@@ -54,16 +54,15 @@ class RelationPooling(nn.Module):
         attend = nn.initializers.normal(0.02) if self.head_init == "identity" else plain
         carry = _identity if self.head_init == "identity" else plain
         shape = (self.dim, self.dim)
-        self.query = self.param("query", attend, shape)
-        self.key = self.param("key", attend, shape)
-        self.value = self.param("value", carry, shape)
-        self.output = self.param("output", carry, shape)
+        self.query = self.param("query", attend, shape, jnp.float32)
+        self.key = self.param("key", attend, shape, jnp.float32)
+        self.value = self.param("value", carry, shape, jnp.float32)
+        self.output = self.param("output", carry, shape, jnp.float32)
         if self.gate:
-            self.scale = self.param("gate", nn.initializers.zeros, shape)
+            self.scale = self.param("gate", nn.initializers.zeros, shape, jnp.float32)
         if self.learn_summary_prior:
-            self.prior = self.param(
-                "summary_prior", lambda _, shape: jnp.full(shape, self.summary_prior), ()
-            )
+            prior = jnp.float32(self.summary_prior)
+            self.prior = self.param("summary_prior", lambda _: prior)
         else:
             self.prior = self.summary_prior
 
@@ -80,11 +79,13 @@ class RelationPooling(nn.Module):
         scores = jnp.einsum("ntd,rd->nrt", tokens.states, query).astype(jnp.float32)
         if tokens.mask.ndim > 2:
             scores = scores[:, None]  # The same tokens for every text of a row.
-        positions = jnp.arange(tokens.states.shape[1])
-        pooled = (positions == tokens.pooled_index[..., None])[..., None, :]
+        index = tokens.pooled_index[..., None, None]
+        positions = jnp.arange(tokens.states.shape[1], dtype=index.dtype)
+        pooled = jnp.expand_dims(positions, range(index.ndim - 1)) == index
+        intra = jnp.expand_dims(intra[:, None], range(index.ndim - 2))
         logits = (1.0 - self.beta) * scores / math.sqrt(self.dim)
-        logits += self.beta * self.summary_logit * (pooled & intra[None, :, None])
-        logits += self.prior * pooled
+        logits += jnp.where(pooled & intra, self.beta * self.summary_logit, 0.0)
+        logits += jnp.where(pooled, self.prior, 0.0)
         return nn.softmax(logits, axis=-1, where=tokens.mask[..., None, :])
 
     def __call__(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
@@ -98,5 +99,6 @@ class RelationPooling(nn.Module):
         pooled = pooled @ self.value.T.astype(self.dtype)
         if self.gate:
             change = l2_normalize(relation).astype(self.dtype) @ self.scale.T.astype(self.dtype)
+            change = jnp.expand_dims(change, range(pooled.ndim - 2))
             pooled *= 1.0 + math.sqrt(self.dim) * change
         return l2_normalize(pooled @ self.output.astype(self.dtype))

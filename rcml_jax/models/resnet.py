@@ -4,7 +4,6 @@ The network: He et al., "Deep Residual Learning for Image Recognition" (2015),
 https://arxiv.org/abs/1512.03385.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,18 +13,10 @@ from transformers import ResNetConfig
 
 from rcml_jax.errors import UserError
 from rcml_jax.models.checkpoints import read_config, read_params, torch_names
+from rcml_jax.models.preprocessing import IMAGENET_STATISTICS, image_statistics, normalize
+from rcml_jax.models.transformer import activation
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-_ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": nn.tanh,
-    "sigmoid": nn.sigmoid,
-    "linear": lambda x: x,
-}
+IMAGE_MEAN, IMAGE_STD = IMAGENET_STATISTICS
 
 
 class ConvNorm(nn.Module):
@@ -92,7 +83,7 @@ class Block(nn.Module):
         result = Residual(shapes, self.dtype, name="layer")(x)
         if x.shape[-1] != width or stride != 1:
             x = ConvNorm(width, 1, stride, self.dtype, name="shortcut")(x)
-        return _activation(self.config)(result + x)
+        return activation(self.config.hidden_act)(result + x)
 
 
 class Blocks(nn.Module):
@@ -167,7 +158,7 @@ class Embedder(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Images (n, H, W, channels) → (n, ⌈H / 4⌉, ⌈W / 4⌉, embedding_size)."""
         x = ConvNorm(self.config.embedding_size, 7, 2, self.dtype, name="embedder")(pixels)
-        x = _activation(self.config)(x)
+        x = activation(self.config.hidden_act)(x)
         return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
@@ -189,7 +180,7 @@ class ResNet(nn.Module):
     def tokens(self, pixels: jax.Array) -> jax.Array:
         """Images (n, H, W, channels) → the last feature map (n, h · w, width), row by row.
 
-        uint8 images are normalised by `normalize_pixels`; floats are taken as they are. Raises
+        uint8 images are normalised; floats are taken as they are. Raises
         UserError where the channels are not those of the configuration.
         """
         if pixels.shape[-1] != self.config.num_channels:
@@ -197,29 +188,13 @@ class ResNet(nn.Module):
                 f"the ResNet takes images of {self.config.num_channels} channels, "
                 f"not {pixels.shape[-1]}; give (n, height, width, channels)"
             )
-        if pixels.dtype == jnp.uint8:
-            pixels = normalize_pixels(pixels)
-        x = self.encoder(self.embedder(pixels.astype(self.dtype)))
+        pixels = normalize(pixels, *image_statistics(self.config), self.dtype)
+        x = self.encoder(self.embedder(pixels))
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Images as `tokens` takes them → the mean of their tokens (n, width)."""
         return self.tokens(pixels).mean(axis=1)
-
-
-def normalize_pixels(pixels: jax.Array) -> jax.Array:
-    """Images uint8 of three channels → float32, by the usual mean and deviation of ImageNet."""
-    return (pixels.astype(jnp.float32) / 255 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
-
-
-def _activation(config: ResNetConfig) -> Any:
-    """The activation after the stem and each sum. Raises UserError for an unknown one."""
-    if config.hidden_act not in _ACTIVATIONS:
-        raise UserError(
-            f"hidden_act={config.hidden_act!r} of the ResNet is unknown; "
-            f"choose one of {', '.join(_ACTIVATIONS)}"
-        )
-    return _ACTIVATIONS[config.hidden_act]
 
 
 def load_resnet(name: str) -> tuple[ResNetConfig, dict]:

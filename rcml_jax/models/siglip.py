@@ -14,11 +14,11 @@ from rcml_jax.models.clip import (
     check_image,
     check_length,
     clip_layers,
-    normalize,
 )
+from rcml_jax.models.preprocessing import HALF_STATISTICS, image_statistics, normalize
 from rcml_jax.models.transformer import Encoder, TokenStates, activation, with_pooled
 
-IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
+IMAGE_MEAN, IMAGE_STD = HALF_STATISTICS
 
 
 class SiglipText(nn.Module):
@@ -53,7 +53,7 @@ class SiglipText(nn.Module):
         ids = jnp.pad(
             ids, ((0, 0), (0, longest - length)), constant_values=self.config.pad_token_id
         )
-        x = self.embeddings(ids, jnp.arange(longest))
+        x = self.embeddings(ids, jnp.arange(longest)[None])
         return self.final_layer_norm(self.encoder(x))
 
     def token_states(self, ids: jax.Array, project: Callable) -> TokenStates:
@@ -70,7 +70,8 @@ class SiglipText(nn.Module):
     def _mask(self, ids: jax.Array) -> jax.Array:
         """(n, T) bool, true up to the first end token; where there is none, everywhere."""
         is_end = ids == self.config.eos_token_id
-        return jnp.cumsum(is_end, axis=1) - is_end == 0
+        before = jnp.cumsum(is_end, axis=1, dtype=jnp.int32) - is_end.astype(jnp.int32)
+        return before == 0
 
 
 class PoolingHead(nn.Module):
@@ -83,7 +84,7 @@ class PoolingHead(nn.Module):
         """Create the probe and the layers under the checkpoints' names."""
         config = self.config
         width, init = config.hidden_size, nn.initializers.xavier_uniform()
-        self.probe = self.param("probe", init, (1, 1, width))
+        self.probe = self.param("probe", init, (1, 1, width), jnp.float32)
         self.attention = _PackedProjections(width, self.dtype)
         self.layernorm = nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype)
         self.mlp = _MLP(config, self.dtype)
@@ -160,7 +161,7 @@ class SiglipVision(nn.Module):
     def tokens(self, pixels: jax.Array) -> jax.Array:
         """Images (n, H, W, 3), uint8 or normalised → states of the patches (n, T, width)."""
         check_image(pixels, self.config.image_size)
-        x = self.embeddings(normalize(pixels, IMAGE_MEAN, IMAGE_STD, self.dtype))
+        x = self.embeddings(normalize(pixels, *image_statistics(self.config), self.dtype))
         return self.post_layernorm(self.encoder(x))
 
     def token_states(self, pixels: jax.Array, project: Callable) -> TokenStates:

@@ -73,6 +73,9 @@ _ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
 }
 
 
@@ -134,7 +137,7 @@ def _plain_attention(query, key, value, mask, *, causal, dropout=None):
     logits = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
     if causal:
         seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        mask = seen if mask is None else mask & seen
+        mask = seen[None, None] if mask is None else mask & seen[None, None]
     if mask is not None:
         logits += jnp.where(mask, 0.0, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
@@ -148,14 +151,15 @@ def _plain_attention(query, key, value, mask, *, causal, dropout=None):
 
 def segment_ids(texts: PackedTexts) -> jax.Array:
     """The number of the text that each token of a row belongs to, (n, L) int32; k for padding."""
-    index = jnp.arange(texts.ids.shape[1])
-    return jnp.sum(index > texts.ends[..., None], axis=1, dtype=jnp.int32)
+    index = jnp.arange(texts.ids.shape[1], dtype=jnp.int32)
+    return jnp.sum(index[None, None] > texts.ends[..., None], axis=1, dtype=jnp.int32)
 
 
 def packed_positions(texts: PackedTexts, segments: jax.Array) -> jax.Array:
     """The position of each token in its own text, (n, L) int32; 0 for padding."""
     first = jnp.pad(texts.ends + 1, ((0, 0), (1, 0)))
-    index = jnp.arange(texts.ids.shape[1]) - jnp.take_along_axis(first, segments, axis=1)
+    index = jnp.arange(texts.ids.shape[1], dtype=jnp.int32)[None]
+    index = index - jnp.take_along_axis(first, segments, axis=1)
     return jnp.where(segments < texts.ends.shape[1], index, 0)
 
 

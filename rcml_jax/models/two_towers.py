@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from transformers import CLIPConfig, SiglipConfig
 
+from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import backbone_of, build_backbone
@@ -63,8 +64,8 @@ class TwoTowers(nn.Module):
             self.text_model = build_backbone(text, self.dtype, self.remat)
             self.vision_model = build_backbone(vision, self.dtype, self.remat)
         if isinstance(config, SiglipConfig):
-            self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (1,))
-            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (1,))
+            self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (1,), jnp.float32)
+            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (1,), jnp.float32)
             return
         project = functools.partial(
             nn.Dense,
@@ -193,7 +194,7 @@ def load_pretrained(name: str) -> tuple[CLIPConfig | SiglipConfig, dict]:
     Returns the configuration and the parameters as float32 NumPy arrays in the layout of
     `TwoTowers`. Raises UserError as `pretrained_config` and `checkpoints.read_params`.
     """
-    check_directory(pathlib.Path(name), "CLIP or SigLIP")
+    check_directory(pathlib.Path(checkpoint_name(name)), "CLIP or SigLIP")
     config = pretrained_config(name)
     return config, read_params(name, towers_shapes(config), "CLIP or SigLIP")
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from transformers import ViTConfig
 
 from rcml_jax.models.clip import check_image, check_sizes, transformer_sizes
+from rcml_jax.models.preprocessing import image_statistics, normalize
 from rcml_jax.models.transformer import Encoder, LayerConfig, LayerNames, TokenStates
 
 _LAYER_NAMES = LayerNames(
@@ -22,11 +23,6 @@ _LAYER_NAMES = LayerNames(
 )
 
 
-def normalize_pixels(pixels: jax.Array) -> jax.Array:
-    """Images (n, H, W, 3) uint8 → float32 in [-1, 1], as ViT's own processor has them."""
-    return pixels.astype(jnp.float32) / 127.5 - 1.0
-
-
 class ViT(nn.Module):
     """A ViT without pooling layer: images → the CLS state after the final layer norm.
 
@@ -38,20 +34,16 @@ class ViT(nn.Module):
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = ""
-    normalize = staticmethod(normalize_pixels)
 
     @nn.compact
     def tokens(self, pixels: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Images (n, H, W, 3) → states (n, T, width) of CLS and of the patches, row by row.
 
-        uint8 images are normalised by `normalize_pixels`; floats are taken as they are, which is
-        also the way for a checkpoint with statistics of its own.
+        uint8 images are normalised; floats are taken as they are.
         """
         config = self.config
         check_image(pixels, config.image_size)
-        if pixels.dtype == jnp.uint8:
-            pixels = normalize_pixels(pixels)
-        pixels = pixels.astype(self.dtype)
+        pixels = self.normalize(pixels).astype(self.dtype)
         init = _init(config)
         x = _ViTEmbeddings(config, self.dtype, name="embeddings")(pixels, deterministic)
         layers = LayerConfig(
@@ -70,6 +62,10 @@ class ViT(nn.Module):
         encoder = Encoder(layers, config.num_hidden_layers, "layer", self.remat, name="encoder")
         x = encoder(x, None, deterministic)
         return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype, name="layernorm")(x)
+
+    def normalize(self, pixels: jax.Array) -> jax.Array:
+        """uint8 images by the mean and deviation of the configuration → float32."""
+        return normalize(pixels, *image_statistics(self.config), jnp.float32)
 
     def token_states(self, pixels: jax.Array, project: Callable) -> TokenStates:
         """The projected states of CLS, which is the pooled one, and of the patches."""
@@ -96,10 +92,11 @@ class _ViTEmbeddings(nn.Module):
     def __call__(self, pixels: jax.Array, deterministic: bool) -> jax.Array:
         config, init = self.config, _init(self.config)
         width = config.hidden_size
-        cls = self.param("cls_token", init, (1, 1, width)).astype(self.dtype)
+        cls = self.param("cls_token", init, (1, 1, width), jnp.float32).astype(self.dtype)
         patches = _PatchEmbeddings(config, self.dtype, name="patch_embeddings")(pixels)
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(pixels), 1, width)), patches], axis=1)
-        positions = self.param("position_embeddings", init, (1, x.shape[1], width))
+        shape = (1, x.shape[1], width)
+        positions = self.param("position_embeddings", init, shape, jnp.float32)
         x = x + positions.astype(self.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_LARGEST_EXPONENT = 86.0
+
 
 def coefficients(
     key: jax.Array, size: int, *, alpha: float = 0.15, fraction: float | jax.Array = 1.0
@@ -14,7 +16,7 @@ def coefficients(
     fraction: the share of samples that are mixed, drawn sample by sample; the others keep λ = 1.
     """
     draw, choose = jax.random.split(key)
-    mixed = jax.random.uniform(choose, (size,)) < fraction
+    mixed = jax.random.uniform(choose, (size,), jnp.float32) < fraction
     return jnp.where(mixed, symmetric_beta(draw, alpha, (size,)), 1.0)
 
 
@@ -26,11 +28,11 @@ def symmetric_beta(key: jax.Array, alpha: float | jax.Array, shape: tuple[int, .
     generation in one line of code", 1996). Rejection is a loop, which under `vmap` and on
     accelerators waits for the slowest draw.
     """
-    first, second = jax.random.uniform(key, (2, *shape))
-    tail = jnp.expm1(-jnp.log1p(-first) / alpha)
+    first, second = jax.random.uniform(key, (2, *shape), jnp.float32)
+    # Beyond e^86 λ is 0 or 1; no product below may leave the range of float32, which ends at e^88.
+    tail = jnp.expm1(jnp.minimum(-jnp.log1p(-first) / alpha, _LARGEST_EXPONENT))
     turn = jnp.cos(2 * jnp.pi * second)
-    # Beyond the floating-point range λ is 0 or 1; ∞ times a cosine of 0 would be no number.
-    square = jnp.minimum(tail, jnp.finfo(tail.dtype).max) * turn**2
+    square = tail * turn**2
     root = jnp.sqrt(1 + square)
     # The smaller of λ and 1 − λ in a form that does not cancel.
     smaller = 1 / (2 * root * (root + jnp.sqrt(square)))
@@ -47,7 +49,8 @@ def partners(key: jax.Array, size: int, *, where: jax.Array | None = None) -> ja
     where = jnp.asarray(where, bool)
     # Both orders have the valid samples first and the padding after them, in its own order.
     places = jnp.argsort(~where, stable=True)
-    shuffled = jnp.argsort(jnp.where(where, jax.random.uniform(key, (size,)), 2.0), stable=True)
+    draws = jax.random.uniform(key, (size,), jnp.float32)
+    shuffled = jnp.argsort(jnp.where(where, draws, 2.0), stable=True)
     return jnp.zeros(size, shuffled.dtype).at[places].set(shuffled)
 
 

@@ -124,7 +124,7 @@ def paired_chi_square(
 def _blockwise(score: Similarity, x: jax.Array, y: jax.Array, block_size: int) -> jax.Array:
     """Score every row of x against all of y, `block_size` rows at a time, forward and backward."""
     x, y = as_float(x), as_float(y)
-    row_scores = jax.checkpoint(lambda row: score(row, y), prevent_cse=False)
+    row_scores = jax.checkpoint(lambda row: score(row[None], y), prevent_cse=False)
     return jax.lax.map(row_scores, x, batch_size=block_size)
 
 

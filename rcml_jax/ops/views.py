@@ -18,14 +18,14 @@ def image_view(images: jax.Array, key: jax.Array, *, flip: bool = False) -> jax.
     interpolated. flip: mirror half of the images left to right.
     """
     *rows, height, width, _ = images.shape
-    draws = jax.random.uniform(key, (*rows, 5)).reshape(-1, 5).T
+    draws = jax.random.uniform(key, (*rows, 5), jnp.float32).reshape(-1, 5).T
     pixels = images.reshape(-1, height, width, 3)
     least = -(-height * _SMALLEST_CROP[0] // _SMALLEST_CROP[1])
     tall = least + _below(draws[0], height - least + 1)
     wide = tall * width // height
     top, left = _below(draws[1], height - tall + 1), _below(draws[2], width - wide + 1)
-    row = top[:, None] + jnp.arange(height) * tall[:, None] // height
-    column = left[:, None] + jnp.arange(width) * wide[:, None] // width
+    row = top[:, None] + _range(height) * tall[:, None] // height
+    column = left[:, None] + _range(width) * wide[:, None] // width
     if flip:
         column = jnp.where(draws[3][:, None] < 0.5, column[:, ::-1], column)
     pixels = jnp.take_along_axis(pixels, row[:, :, None, None], axis=1)
@@ -50,12 +50,12 @@ def drop_tokens(
     bool, the tokens that may be dropped, each with the probability `rate`. The tokens that remain
     move up, and the rest of the row is `pad_id`.
     """
-    inside = jnp.arange(ids.shape[1]) <= ends[:, -1:]
-    kept = inside & ~(body & (jax.random.uniform(key, ids.shape) < rate))
+    inside = _range(ids.shape[1]) <= ends[:, -1:]
+    kept = inside & ~(body & (jax.random.uniform(key, ids.shape, jnp.float32) < rate))
     order = jnp.argsort(~kept, axis=1, stable=True)
     count = jnp.cumsum(kept, axis=1, dtype=jnp.int32)
     ids = jnp.take_along_axis(ids, order, axis=1)
-    ids = jnp.where(jnp.arange(ids.shape[1]) < count[:, -1:], ids, pad_id)
+    ids = jnp.where(_range(ids.shape[1]) < count[:, -1:], ids, pad_id)
     return ids, jnp.take_along_axis(count, ends, axis=1) - 1
 
 
@@ -73,8 +73,8 @@ def drop_states(
     the other tokens. Each of those is masked with the probability `rate`, and the pooled state
     becomes the mean of the ones that remain.
     """
-    pooled = jnp.arange(mask.shape[1]) == pooled_index[:, None]
-    kept = mask & ~pooled & (jax.random.uniform(key, mask.shape) >= rate)
+    pooled = _range(mask.shape[1]) == pooled_index[:, None]
+    kept = mask & ~pooled & (jax.random.uniform(key, mask.shape, jnp.float32) >= rate)
     # An input that loses all of its tokens keeps its pooled state.
     weights = jnp.where(kept.any(axis=1, keepdims=True), kept, pooled).astype(jnp.float32)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -93,10 +93,10 @@ def mask_tokens(
     masked token is, what it was, and whether it counts, because rows have different numbers.
     """
     most = -(-ids.shape[1] * percent // 100)
-    scores = jnp.where(body, jax.random.uniform(key, ids.shape), -1.0)
+    scores = jnp.where(body, jax.random.uniform(key, ids.shape, jnp.float32), -1.0)
     _, positions = jax.lax.top_k(scores, most)
-    count = -(-jnp.sum(body, axis=1, keepdims=True) * percent // 100)
-    chosen = jnp.arange(most) < count
+    count = -(-jnp.sum(body, axis=1, keepdims=True, dtype=jnp.int32) * percent // 100)
+    chosen = _range(most) < count
     labels = jnp.take_along_axis(ids, positions, axis=1)
     rows = jnp.arange(len(ids))[:, None]
     masked = jnp.asarray(ids).at[rows, positions].set(jnp.where(chosen, mask_id, labels))
@@ -105,4 +105,10 @@ def mask_tokens(
 
 def _below(draw: jax.Array, count: jax.Array | int) -> jax.Array:
     """Uniform draws from [0, 1) → integers from 0 to count − 1."""
-    return jnp.minimum(jnp.floor(draw * count).astype(jnp.int32), count - 1)
+    scaled = draw * jnp.asarray(count, draw.dtype)
+    return jnp.minimum(jnp.floor(scaled).astype(jnp.int32), count - 1)
+
+
+def _range(count: int) -> jax.Array:
+    """0, 1, ... as a row (1, count) int32."""
+    return jnp.arange(count, dtype=jnp.int32)[None]

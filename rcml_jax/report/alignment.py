@@ -1,5 +1,6 @@
 """Figures of the alignment study, drawn from its `eval.json` and `similarities.npz`."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.report import page
+from rcml_jax.report.page import Figure, Folder, LeftOutError, Picture, Section, load, plain, slug
 
 _BLUE, _ORANGE, _GREEN = page.COLOURS[:3]
 _CALIBRATIONS = {"none": ("o", _BLUE), "centred": ("s", _ORANGE), "whitened": ("^", _GREEN)}
@@ -116,3 +118,37 @@ def _planes(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None
             axis.set(title=f"{page.short(source, 18)}: {title}", xticks=[], yticks=[])
             axis.set_aspect("equal", adjustable="datalim")
     page.below(figure, *grid[0, 0].get_legend_handles_labels(), columns=2)
+
+
+def study(folder: Folder, label: str, path: pathlib.Path, result: Mapping[str, Any]) -> Section:
+    """The section of an alignment study: its work directory and its `eval.json`."""
+    title = "Alignment of two modalities"
+    make = functools.partial(_study, folder, title, slug(label), path, result)
+    return Section(f"Alignment: {label}", (folder.attempt(title, make),))
+
+
+def _study(
+    folder: Folder, title: str, name: str, path: pathlib.Path, result: Mapping[str, Any]
+) -> Figure:
+    arrays = path / "similarities.npz"
+    if not arrays.is_file():
+        raise LeftOutError(
+            f"{path} holds no similarities.npz; evaluate again: rcml-eval --workdir {path}"
+        )
+    copied, found = folder.save(f"similarities-{name}.npz", load(arrays))
+    drawn = draw(result, found, folder.root / f"alignment-{name}")
+    names = {
+        "similarities": "Histograms of the cosines of matched and of random pairs.",
+        "gap": "The modality gap against retrieval.",
+        "plane": "Both modalities in a plane, as they are and centred.",
+    }
+    pictures = tuple(Picture(x, names.get(x.stem, x.stem)) for x in drawn)
+    protocol = "; ".join(f"{name}: {plain(value)}" for name, value in result["protocol"].items())
+    return Figure(
+        title,
+        "For each source the cosines of matched and of random pairs; the modality gap against "
+        "retrieval with each calibration; and both modalities on their first two principal axes "
+        f"before and after centring. Protocol: {protocol}.",
+        pictures,
+        data=(copied,),
+    )

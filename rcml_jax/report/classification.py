@@ -10,23 +10,31 @@ import jax
 import numpy as np
 
 from rcml_jax.evaluation.display import collect
+from rcml_jax.evaluation.measures import at
 from rcml_jax.methods import classification as analyses
 from rcml_jax.methods.seeds import Members
 from rcml_jax.report import page
-from rcml_jax.report.common import labels
 from rcml_jax.report.page import (
+    NEIGHBOURS,
     Arrays,
     Figure,
     Folder,
     LeftOutError,
-    Picture,
     Section,
     Table,
+    box,
+    columns,
+    frame,
+    labels,
+    mean_std,
+    overlay,
     percent,
+    scatter,
+    silhouette,
     slug,
+    umap,
+    where,
 )
-from rcml_jax.report.relational import box, frame, overlay, scatter
-from rcml_jax.report.relational_data import NEIGHBOURS, silhouette, umap
 from rcml_jax.report.runs import Models, Opened, Run, Sweep, on_device
 from rcml_jax.training.writer import read_history
 
@@ -84,7 +92,7 @@ def _first_model(method: Any) -> int:
 def drawn_samples(opened: Opened, seed: int, count: int = 3) -> np.ndarray:
     """A few test samples of different classes, drawn by the seed.
 
-    Raises LeftOutError where the data have no pictures and texts.
+    Raises LeftOutError where the data have no images and texts.
     """
     data = opened.method.task.data
     _names(opened)
@@ -94,11 +102,11 @@ def drawn_samples(opened: Opened, seed: int, count: int = 3) -> np.ndarray:
 
 
 def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
-    """Cosine of the words of each sample's class name with its picture's patches.
+    """Cosine of the words of each sample's class name with its image's patches.
 
     A word's embedding is the mean of its tokens' states, the word being encoded as a text of its
     own; a patch's is its state; both before pooling. heat (words, g, g), pixels (H, W, 3): the
-    picture as the model is given it.
+    image as the model is given it.
     """
     method, params = _single(opened)
     data, task = method.task.data, method.task
@@ -112,7 +120,7 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
     if side**2 != patches.shape[1]:
         raise LeftOutError(f"the image encoder of {opened.run.label} has no square of patches")
     found = []
-    for row, picture, of_patches in zip(rows, pixels, patches, strict=True):
+    for row, image, of_patches in zip(rows, pixels, patches, strict=True):
         label = data.label_names[data.labels[row]]
         words = class_words(label)
         ids, mask = task.tokenizer.encode(words, task.max_length)
@@ -127,7 +135,7 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
                 "class": label,
                 "words": words,
                 "heat": heat.reshape(len(words), side, side),
-                "pixels": picture,
+                "pixels": image,
                 "row": row,
             }
         )
@@ -135,10 +143,10 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _names(opened: Opened) -> dict[str, str]:
-    """Kind → name of a picture and a text. Raises LeftOutError where there are not just these."""
+    """Kind → name of an image and a text. Raises LeftOutError where there are not just these."""
     modalities = opened.method.task.data.modalities
     if sorted(m.kind for m in modalities) != ["image", "text"]:
-        raise LeftOutError(f"{opened.run.label} has not a picture and a text of each sample")
+        raise LeftOutError(f"{opened.run.label} has not an image and a text of each sample")
     return {m.kind: m.name for m in modalities}
 
 
@@ -188,48 +196,37 @@ def accuracy_by_epoch(runs: Sequence[Run]) -> dict[str, Any]:
 
     Raises LeftOutError where no run has looks in its `metrics.jsonl`.
     """
-    columns: dict[str, list] = {
-        name: [] for name in ("run", "split", "step", "epoch", "mean", "std", "models")
-    }
-    for run in runs:
-        steps = _steps_of_epoch(run)
-        for line in read_history(run.path):
-            for split, values in _accuracies(line).items():
-                step = line["step"]
-                row = (
-                    run.label,
-                    split,
-                    step,
-                    step / steps if steps else math.nan,
-                    float(np.mean(values)),
-                    float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-                    len(values),
-                )
-                for column, value in zip(columns.values(), row, strict=True):
-                    column.append(value)
-    if not columns["run"]:
+    rows = [
+        (run.label, split, line["step"], _epoch(run, line["step"]), *mean_std(values), len(values))
+        for run in runs
+        for line in read_history(run.path)
+        for split, values in _accuracies(line).items()
+    ]
+    if not rows:
         raise LeftOutError("no metrics.jsonl of these runs holds a look at validation or test")
-    return columns
+    return columns(("run", "split", "step", "epoch", "mean", "std", "models"), rows)
 
 
 def _accuracies(line: Mapping[str, float]) -> dict[str, list[float]]:
-    """Split → the accuracies of its models: on test of those trained on all of train."""
-    found: dict[str, list[float]] = {}
+    """Split → the accuracies of its models: on test of those trained on all of train.
+
+    Where samples are held out from some models, those alone are looked at on validation, too.
+    """
+    found: dict[str, dict[str, float]] = {}
     for name, value in line.items():
         parts = name.split("/")
         if parts[0] == "look" and parts[3] == "accuracy":
-            if parts[2] == "test" and parts[1].startswith("held-out"):
-                continue
-            found.setdefault(parts[2], []).append(value)
-    return found
+            found.setdefault(parts[2], {})[parts[1]] = value
+    held_out = set(found.get("validation", ()))
+    if set(found.get("test", ())) - held_out:
+        found["test"] = {n: x for n, x in found["test"].items() if n not in held_out}
+    return {split: list(values.values()) for split, values in found.items()}
 
 
-def _steps_of_epoch(run: Run) -> float:
-    """Steps an epoch has, from the configuration and the number of steps in the protocol."""
-    looks = str((run.result or {}).get("protocol", {}).get("looks", ""))
-    total = re.search(r" of (\d+)$", looks)
-    epochs = run.config.get("epochs", 0)
-    return int(total[1]) / epochs if total and epochs and not run.config.steps else 0.0
+def _epoch(run: Run, step: int) -> float:
+    """The epoch of a step; NaN where the run does not count epochs or was not evaluated."""
+    steps, epochs = at(run.result or {}, "protocol/steps"), run.config.get("epochs", 0)
+    return step * epochs / steps if steps and epochs and not run.config.steps else math.nan
 
 
 # M3CoL's figures, drawn from saved arrays.
@@ -240,13 +237,11 @@ BINS = 25
 
 def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
     """The plane of a modality's or the fused embeddings: a colour and a mark for each class."""
-    with page.drawing(page.PANEL, 5.2) as figure:
-        axes = figure.add_subplot()
+    with page.panel(path, page.PANEL, 5.2, legend=2) as axes:
         scatter(axes, arrays["points"][place], arrays["class"], [str(c) for c in arrays["classes"]])
         score = f"silhouette {page.signed(arrays['silhouette'][place])}"
         axes.set_title(f"{arrays['parts'][place]}, {score}", loc="left")
-        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
-        return page.save_figure(figure, path)
+    return path
 
 
 def upsample(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -267,7 +262,7 @@ _CELL, _MARGIN, _LEFT, _ABOVE, _BELOW = 1.22, 0.08, 0.5, 0.35, 0.75
 
 
 def draw_heat(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
-    """A line for each run: the picture, and over it the cosine of each word with its patches."""
+    """A line for each run: the image, and over it the cosine of each word with its patches."""
     words = [str(word) for word in arrays["words"]]
     heat, limits = arrays["heat"], (float(arrays["heat"].min()), float(arrays["heat"].max()))
     step = _CELL + _MARGIN
@@ -277,14 +272,14 @@ def draw_heat(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
         figure.set_layout_engine("none")
         for row, (run, pixels) in enumerate(zip(arrays["runs"], arrays["pixels"], strict=True)):
             top = _ABOVE + step * row
-            picture = box(figure, _LEFT, top, _CELL)
-            picture.imshow(pixels)
-            frame(picture)
-            picture.set_ylabel(page.wrap(str(run), 16, 2), fontsize=10)
+            shown = box(figure, _LEFT, top, _CELL)
+            shown.imshow(pixels)
+            frame(shown)
+            shown.set_ylabel(page.wrap(str(run), 16, 2), fontsize=10)
             cells = [box(figure, _LEFT + step * (i + 1), top, _CELL) for i in range(len(words))]
             for cell, found in zip(cells, heat[row], strict=True):
                 image = overlay(cell, pixels, upsample(found, pixels.shape[:2]), limits)
-            for cell, title in zip([picture, *cells], ["picture", *words], strict=True):
+            for cell, title in zip([shown, *cells], ["image", *words], strict=True):
                 cell.set_title("" if row else page.short(title, 13), fontsize=11)
         place = (_LEFT / width, 0.52 / height, (across - _MARGIN) / width, 0.13 / height)
         bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
@@ -296,11 +291,10 @@ def draw_heat(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
 def draw_confidence(arrays: Arrays, path: pathlib.Path, chance: float) -> pathlib.Path:
     """Histograms of top softmax scores on random inputs, an outline for each run."""
     runs = labels(arrays)
-    with page.drawing(page.WIDE, 3.8 + 0.25 * len(runs)) as figure:
-        axes = figure.add_subplot()
+    with page.panel(path, page.WIDE, 3.8 + 0.25 * len(runs), legend=1) as axes:
         edges = np.linspace(chance, 1, BINS + 1)
         for place, run in enumerate(runs):
-            values = arrays["confidence"][arrays["run"].astype(str) == run]
+            values = where(arrays, run=run)["confidence"]
             share = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
             axes.stairs(
                 share, edges, label=f"{page.short(run, 46)} (mean {100 * values.mean():.0f} %)",
@@ -308,29 +302,23 @@ def draw_confidence(arrays: Arrays, path: pathlib.Path, chance: float) -> pathli
             )  # fmt: skip
         axes.set(xlabel="top softmax score", ylabel="samples (%)", xlim=(chance, 1))
         axes.set_ylim(bottom=0)
-        page.below(figure, *axes.get_legend_handles_labels(), columns=1)
-        return page.save_figure(figure, path)
+    return path
 
 
 def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Path:
     """Accuracy on a split at each look, a line for each run; bands of deviation for two at most."""
-    here = arrays["split"].astype(str) == split
-    arrays = {name: column[here] for name, column in arrays.items()}
-    runs = labels(arrays)
-    by_epoch = not np.isnan(arrays["epoch"]).any()
-    with page.drawing(page.WIDE, 3.6 + 0.25 * len(runs)) as figure:
-        axes = figure.add_subplot()
+    arrays = where(arrays, split=split)
+    runs, unit = labels(arrays), "step" if np.isnan(arrays["epoch"]).any() else "epoch"
+    with page.panel(path, page.WIDE, 3.6 + 0.25 * len(runs), legend=1) as axes:
         for place, run in enumerate(runs):
-            mine = arrays["run"].astype(str) == run
-            x = arrays["epoch" if by_epoch else "step"][mine]
-            mean, std = 100 * arrays["mean"][mine], 100 * arrays["std"][mine]
+            mine = where(arrays, run=run)
+            x, mean, std = mine[unit], 100 * mine["mean"], 100 * mine["std"]
             look = page.series(place) | {"markevery": max(1, len(x) // 8)}
             axes.plot(x, mean, label=page.short(run, 46), **look)
             if len(runs) <= 2 and np.any(std > 0):
                 axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15)
-        axes.set(xlabel="epoch" if by_epoch else "step", ylabel=f"{split} accuracy (%)")
-        page.below(figure, *axes.get_legend_handles_labels(), columns=1)
-        return page.save_figure(figure, path)
+        axes.set(xlabel=unit, ylabel=f"{split} accuracy (%)")
+    return path
 
 
 _MOST = 6
@@ -369,11 +357,14 @@ class _Figures:
         """Accuracy at every look of training."""
         shown = self.runs[:_MOST]
         path, saved = self.folder.save("accuracy-by-epoch.csv", accuracy_by_epoch(shown))
-        pictures = []
-        for split in labels(saved, "split"):
-            file = self.folder.picture(f"accuracy-by-epoch-{split}.svg")
-            picture = draw_accuracy(saved, file, split)
-            pictures.append(Picture(picture, f"{split} accuracy against the epoch."))
+        pictures = [
+            self.folder.draw(
+                f"accuracy-by-epoch-{split}.svg",
+                f"{split} accuracy against the epoch.",
+                draw_accuracy, saved, split,
+            )
+            for split in labels(saved, "split")
+        ]  # fmt: skip
         rest = len(self.runs) - len(shown)
         several = ""
         if np.max(saved["models"]) > 1:
@@ -395,11 +386,14 @@ class _Figures:
         with on_device(opened.run.config):
             arrays = embedding_map(opened, self.seed)
         path, saved = self.folder.save("umap.npz", arrays)
-        pictures = []
-        for place, part in enumerate(saved["parts"]):
-            name = f"umap-{slug(str(part))}.svg"
-            picture = draw_map(saved, self.folder.picture(name), place)
-            pictures.append(Picture(picture, f"Scatter plot of {part} embeddings by class."))
+        pictures = [
+            self.folder.draw(
+                f"umap-{slug(str(part))}.svg",
+                f"Scatter plot of {part} embeddings by class.",
+                draw_map, saved, place,
+            )
+            for place, part in enumerate(saved["parts"])
+        ]  # fmt: skip
         return Figure(
             "Embeddings of each modality and fused",
             f"{self.runs[0].label}: UMAP ({NEIGHBOURS} neighbours, minimum distance 0.1, cosine, a "
@@ -413,11 +407,11 @@ class _Figures:
 
     def heat_maps(self) -> list[Figure]:
         """A picture for each of a few samples, a line in it for each run."""
-        title = "Words of the class name over the picture"
+        title = "Words of the class name over the image"
         self.folder.log(title)
         shown, found, reasons = [], [], []
         rows = None
-        for run in _with_pictures_and_texts(self.runs)[:_MOST]:
+        for run in _with_images_and_texts(self.runs)[:_MOST]:
             try:
                 opened = self.models.open(run)
                 if rows is None:
@@ -430,7 +424,7 @@ class _Figures:
             except LeftOutError as error:
                 reasons.append(str(error))
         if not shown:
-            why = reasons[0] if reasons else "no run has a picture and a text of each sample"
+            why = reasons[0] if reasons else "no run has an image and a text of each sample"
             return [Figure(title, left_out=why)]
         return [self._heat_figure(title, shown, found)]
 
@@ -443,17 +437,14 @@ class _Figures:
             arrays = {name: maps[0][name] for name in ("class", "words", "row")}
             arrays |= {name: np.stack([m[name] for m in maps]) for name in ("heat", "pixels")}
             path, saved = self.folder.save(f"heat-{number}.npz", arrays | {"runs": shown})
-            picture = draw_heat(saved, self.folder.picture(f"heat-{number}.svg"))
-            alt = (
-                f"Heat maps of {', '.join(maps[0]['words'])} over a picture of {maps[0]['class']}."
-            )
-            pictures.append(Picture(picture, alt))
+            alt = f"Heat maps of {', '.join(maps[0]['words'])} over an image of {maps[0]['class']}."
+            pictures.append(self.folder.draw(f"heat-{number}.svg", alt, draw_heat, saved))
             files.append(path)
         return Figure(
             title,
-            "Dot product of each word of the sample's class name with each patch of its picture: "
+            "Dot product of each word of the sample's class name with each patch of its image: "
             "the encoders' states before pooling, normalised (so the cosine), a word's being the "
-            "mean over its tokens; bilinear upsampling from the patches to the pixels. The picture "
+            "mean over its tokens; bilinear upsampling from the patches to the pixels. The image "
             "is what the model is given. Test samples of different classes, drawn by the seed "
             f"{self.seed}; a line for each run, one colour scale for each sample.",
             tuple(pictures),
@@ -462,8 +453,7 @@ class _Figures:
 
     def confidence(self) -> Figure:
         """Histograms of the full method and of its ablations with several modalities."""
-        columns: dict[str, list] = {"run": [], "confidence": []}
-        reasons, chances = [], []
+        rows, reasons, chances = [], [], []
         for run in _chosen(self.runs):
             try:
                 opened = self.models.open(run)
@@ -472,19 +462,19 @@ class _Figures:
             except LeftOutError as error:
                 reasons.append(str(error))
                 continue
-            columns["run"] += [run.label] * len(values)
-            columns["confidence"] += values.tolist()
+            rows += [(run.label, value) for value in values.tolist()]
             chances.append(1 / opened.method.task.data.classes)
-        if not columns["run"]:
+        if not rows:
             raise LeftOutError(reasons[0])
-        path, saved = self.folder.save("confidence.csv", columns)
-        picture = draw_confidence(saved, self.folder.picture("confidence.svg"), min(chances))
+        path, saved = self.folder.save("confidence.csv", columns(("run", "confidence"), rows))
+        alt = "Histograms of the top softmax score."
+        picture = self.folder.draw("confidence.svg", alt, draw_confidence, saved, min(chances))
         return Figure(
             "Confidence on random inputs",
             "Top softmax score of the fused prediction where every modality is Gaussian noise with "
             "the mean and variance of the training split (pixels and tables at the input, texts at "
             f"the encoder's output). The lowest possible score is {100 * min(chances):.0f} %.",
-            (Picture(picture, "Histograms of the top softmax score."),),
+            (picture,),
             data=(path,),
         )
 
@@ -503,7 +493,7 @@ def _kinds(run: Run) -> list[str]:
     return sorted(protocol.get("modalities", {}).values())
 
 
-def _with_pictures_and_texts(runs: Sequence[Run]) -> list[Run]:
+def _with_images_and_texts(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if _kinds(run) in ([], ["image", "text"])]
 
 

@@ -1,10 +1,8 @@
-"""What is shown of any run: results, differences, sweeps, curves; and alignment studies."""
+"""Figures of any run: results, differences, sweeps, training curves."""
 
 import functools
-import importlib.util
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,14 +26,17 @@ from rcml_jax.report.page import (
     Figure,
     Folder,
     LeftOutError,
-    Picture,
     Section,
     Table,
-    load,
+    columns,
+    labels,
+    mean_std,
     percent,
+    plain,
     slug,
+    where,
 )
-from rcml_jax.report.runs import Run, Study, Sweep, differences
+from rcml_jax.report.runs import Run, Sweep, differences
 from rcml_jax.training.workdir import leaves
 
 # Training curves: loss, its terms, the learning rate and the validation measure.
@@ -56,7 +57,7 @@ _TERMS = {
 
 
 def read_lines(run: Run) -> list[dict]:
-    """The whole lines of a run's `metrics.jsonl`, in order; one that a kill cut is left out."""
+    """Lines of a run's `metrics.jsonl`, in order; a line cut by a kill is left out."""
     path = run.path / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -74,18 +75,16 @@ def curves(runs: Sequence[Run]) -> dict[str, Any]:
 
     Of runs of one family, the first 8. Raises LeftOutError where none of them wrote a line.
     """
-    columns: dict[str, list] = {"run": [], "name": [], "step": [], "value": []}
-    for run in runs[:MOST_RUNS]:
-        for line in read_lines(run):
-            for name, value in _named(line, run.family).items():
-                for column, cell in zip(
-                    columns.values(), (run.label, name, line["step"], value), strict=True
-                ):
-                    column.append(cell)
-    if not columns["run"]:
+    rows = [
+        (run.label, name, line["step"], value)
+        for run in runs[:MOST_RUNS]
+        for line in read_lines(run)
+        for name, value in _named(line, run.family).items()
+    ]
+    if not rows:
         names = ", ".join(run.label for run in runs)
         raise LeftOutError(f"metrics.jsonl is missing or empty in {names}; train first")
-    return columns
+    return columns(("run", "name", "step", "value"), rows)
 
 
 def _named(line: dict, family: str) -> dict[str, float]:
@@ -108,31 +107,19 @@ def _followed(family: str) -> tuple[str, str]:
     return f"{selection_of(measure)}/avg", f"{measure.label} AVG"
 
 
-def _of(arrays: Arrays, run: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    here = (arrays["run"].astype(str) == run) & (arrays["name"].astype(str) == name)
-    return arrays["step"][here], arrays["value"][here]
-
-
-def labels(arrays: Arrays, column: str = "run") -> list[str]:
-    """The different cells of a column, in order."""
-    return list(dict.fromkeys(arrays[column].astype(str).tolist()))
-
-
 def draw_runs(arrays: Arrays, path: pathlib.Path, name: str, family: str) -> pathlib.Path:
     """A line for each run that has it: the loss, a term of it, the learning rate or validation.
 
     The best step of validation is ringed.
     """
-    rate = 100 if name == "validation" else 1
-    runs = [run for run in labels(arrays) if len(_of(arrays, run, name)[0])]
-    several = len(labels(arrays)) > 1
-    with page.drawing(page.PANEL, 3.3 + 0.25 * len(runs) * several) as figure:
-        axes = figure.add_subplot()
-        for place, run in enumerate(labels(arrays)):
-            steps, values = _of(arrays, run, name)
-            if not len(steps):
-                continue
-            look = page.series(place) | {"markevery": max(1, len(steps) // 8)}
+    rate, runs = 100 if name == "validation" else 1, labels(arrays)
+    arrays = where(arrays, name=name)
+    several, shown = len(runs) > 1, labels(arrays)
+    height = 3.3 + 0.25 * len(shown) * several
+    with page.panel(path, page.PANEL, height, legend=int(several)) as axes:
+        for run in shown:
+            steps, values = (where(arrays, run=run)[column] for column in ("step", "value"))
+            look = page.series(runs.index(run)) | {"markevery": max(1, len(steps) // 8)}
             axes.plot(steps, rate * values, label=page.short(run, 40), **look)
             if name == "validation":
                 best = int(np.argmax(values))
@@ -142,16 +129,14 @@ def draw_runs(arrays: Arrays, path: pathlib.Path, name: str, family: str) -> pat
                 )  # fmt: skip
         axes.set(xlabel="step", ylabel=what(name, family))
         if name != "validation":
-            values = arrays["value"][arrays["name"].astype(str) == name]
+            values = arrays["value"]
             low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
             axes.set_ylim(1.06 * low, 1.06 * high or 1)
-        if several:
-            page.below(figure, *axes.get_legend_handles_labels(), columns=1)
-        return page.save_figure(figure, path)
+    return path
 
 
 def what(name: str, family: str) -> str:
-    """How a curve is called."""
+    """Name of a curve in words."""
     if name.startswith("term/"):
         term = name.removeprefix("term/")
         return f"term: {_TERMS.get(term, f'{term} classifier')}"
@@ -196,7 +181,7 @@ def by_similarity(runs: Sequence[Run], measure: Measure) -> dict[str, Any]:
             "the evaluation has the cosine only; evaluate with all similarities: rcml-eval "
             f"--workdir {runs[0].path} --config.evaluation.similarity=all"
         )
-    return _columns(("run", "group", "value"), rows)
+    return columns(("run", "group", "value"), rows)
 
 
 def validity(runs: Sequence[Run]) -> dict[str, Any]:
@@ -243,25 +228,30 @@ def beside_controls(runs: Sequence[Run]) -> dict[str, Any]:
                 score, value = headline(values)
                 gain = gains.get(measure.task, {}).get("gain", np.nan)
                 rows.append((row, kind, measure.label, score.upper(), value, gain))
-    return _columns(("row", "kind", "measure", "score", "value", "gain"), rows)
+    return columns(("row", "kind", "measure", "score", "value", "gain"), rows)
 
 
 def with_controls(runs: Sequence[Run]) -> list[Measure]:
-    """The main measures that a control of some run has, too."""
+    """Main measures that some run's controls have too."""
     controls = [row for run in runs for row in run.result.get("controls", {}).values()]
     return [m for m in main_measures() if any(at(row, m.path) is not None for row in controls)]
 
 
 def sweep_measures(sweep: Sweep) -> dict[str, Any]:
     """Columns variant, measure, mean, std (n − 1; 0 for one seed) and seeds of a sweep."""
-    rows = []
-    for label, runs in sweep.variants.items():
-        for name, path in headlines(sweep.family).items():
-            values = [v for run in runs for v in values_at(run.result, path)]
-            if values:
-                std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-                rows.append((label, name, float(np.mean(values)), std, len(values)))
-    return _columns(("variant", "measure", "mean", "std", "seeds"), rows)
+    rows = [
+        (label, name, *spread)
+        for label, runs in sweep.variants.items()
+        for name, path in headlines(sweep.family).items()
+        for spread in _spread(runs, path)
+    ]
+    return columns(("variant", "measure", "mean", "std", "seeds"), rows)
+
+
+def _spread(runs: Sequence[Run], path: str) -> list[tuple[float, float, int]]:
+    """Mean, deviation and number of a measure's values over runs; nothing where none has it."""
+    values = [value for run in runs for value in values_at(run.result, path)]
+    return [(*mean_std(values), len(values))] if values else []
 
 
 def varied_option(sweep: Sweep) -> tuple[str, dict[str, float]] | None:
@@ -294,21 +284,18 @@ def against_option(sweep: Sweep, values: Mapping[str, float]) -> dict[str, Any]:
         hit = main_of("retrieval")
         hits = {f"{hit.label} {s.upper()}": f"{hit.path}/{s}" for s in reversed(SCORES)}
         panels = {hit.label: hits, "other": headlines(sweep.family)}
-    rows = []
-    for panel, measures in panels.items():
-        for label in sorted(values, key=values.get):
-            for name, path in measures.items():
-                found = [v for run in sweep.variants[label] for v in values_at(run.result, path)]
-                if found:
-                    std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
-                    rows.append(
-                        (panel, values[label], name, float(np.mean(found)), std, len(found))
-                    )
-    return _columns(("panel", "option", "measure", "mean", "std", "seeds"), rows)
+    rows = [
+        (panel, values[label], name, *spread)
+        for panel, measures in panels.items()
+        for label in sorted(values, key=values.get)
+        for name, path in measures.items()
+        for spread in _spread(sweep.variants[label], path)
+    ]
+    return columns(("panel", "option", "measure", "mean", "std", "seeds"), rows)
 
 
 def required(run: Run, path: str) -> Any:
-    """What a run's evaluation has at a path. Raises LeftOutError where it lacks it."""
+    """Value at a path of a run's evaluation. Raises LeftOutError if it is missing."""
     found = at(run.result, path)
     if found is None:
         raise LeftOutError(
@@ -318,58 +305,44 @@ def required(run: Run, path: str) -> Any:
 
 
 def _left_out(run: Run, path: str) -> bool:
-    """Whether an evaluation says that it cannot have a measure, and so has none."""
+    """Whether an evaluation names parts that it left out, and lacks this measure."""
     return "left_out" in run.result and at(run.result, path) is None
 
 
 def _drawn(rows: list[tuple], task: str) -> dict[str, list]:
-    """Columns run, group, value. Raises LeftOutError where every run leaves the task out."""
+    """Columns run, group, value. Raises LeftOutError if every run left the task out."""
     if not rows:
         raise LeftOutError(f"no run has {task.replace('_', ' ')}; eval.json says why (left_out)")
-    return _columns(("run", "group", "value"), rows)
-
-
-def _columns(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
-    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+    return columns(("run", "group", "value"), rows)
 
 
 # Drawing
 
+_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
-def draw_groups(arrays: Arrays, path: pathlib.Path, what: str, chance: float = 0.0) -> pathlib.Path:
+
+def draw_groups(arrays: Arrays, path: pathlib.Path, what: str, chance: float = 0) -> pathlib.Path:
     """Bars of rates in percent, a colour and a hatch for each run; a line where chance is."""
     runs, groups = labels(arrays), labels(arrays, "group")
-    legend = len(runs) > 1 or chance > 0
-    width, drawn = 0.8 / len(runs), set()
-    with page.drawing(page.WIDE, 3.6 + 0.25 * len(runs) * legend) as figure:
-        axes = figure.add_subplot()
+    width, legend = 0.8 / len(runs), (1 if len(runs) > 3 else 2) * (len(runs) > 1 or chance > 0)
+    height = 3.6 + 0.25 * len(runs) * bool(legend)
+    with page.panel(path, page.WIDE, height, legend) as axes:
         for place, run in enumerate(runs):
-            for number, group in enumerate(groups):
-                here = (arrays["run"].astype(str) == run) & (arrays["group"].astype(str) == group)
-                if not here.any():
-                    continue
-                value = 100 * float(arrays["value"][here][0])
-                x = number + (place - (len(runs) - 1) / 2) * width
-                axes.bar(
-                    x, value, 0.92 * width, color=page.COLOURS[place % 8], edgecolor="white",
-                    hatch=page.HATCHES[place % 8],
-                    label=page.short(run, 60) if run not in drawn else None,
-                )  # fmt: skip
-                drawn.add(run)
-                if len(runs) * len(groups) <= 20:
-                    # On white, so that the line of chance does not cross it.
-                    axes.annotate(
-                        f"{value:.0f}", (x, value), xytext=(0, 2), textcoords="offset points",
-                        ha="center", va="bottom", fontsize=10, zorder=4,
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-                    )  # fmt: skip
+            mine = where(arrays, run=run)
+            at = [groups.index(str(group)) for group in mine["group"]]
+            x = np.array(at) + (place - (len(runs) - 1) / 2) * width
+            bars = axes.bar(
+                x, 100 * mine["value"], 0.92 * width, color=page.COLOURS[place % 8],
+                edgecolor="white", hatch=page.HATCHES[place % 8], label=page.short(run, 60),
+            )  # fmt: skip
+            if len(runs) * len(groups) <= 20:
+                # On white, so that the line of chance does not cross it.
+                axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=10, zorder=4, bbox=_ON_WHITE)
         if chance:
             axes.axhline(100 * chance, color="black", linestyle="--", linewidth=1.5, label="chance")
         axes.set_xticks(range(len(groups)), groups)
         axes.set(ylabel=what, ylim=(0, 105), xlim=(-0.6, len(groups) - 0.4))
-        if legend:
-            page.below(figure, *axes.get_legend_handles_labels(), columns=1 if len(runs) > 3 else 2)
-        return page.save_figure(figure, path)
+    return path
 
 
 def draw_controls(
@@ -401,7 +374,7 @@ def draw_controls(
                     _said(value, arrays["gain"][place], str(arrays["score"][place])),
                     (value, rows.index(row)), xytext=(4, 0), textcoords="offset points",
                     va="center", fontsize=9.5, weight="normal" if number is None else "bold",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                    bbox=_ON_WHITE,
                 )  # fmt: skip
             axes.set_title(measure, loc="left", fontsize=11)
             axes.grid(visible=False, axis="y")
@@ -424,52 +397,48 @@ def draw_variants(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
     """Horizontal bars of a sweep's variants, one for each measure, with deviations over seeds."""
     variants, measures = labels(arrays, "variant"), labels(arrays, "measure")
     height = 0.84 / len(measures)
-    with page.drawing(page.WIDE, 1.3 + 0.33 * len(variants) * len(measures)) as figure:
-        axes = figure.add_subplot()
+    tall = 1.3 + 0.33 * len(variants) * len(measures)
+    with page.panel(path, page.WIDE, tall, legend=len(measures)) as axes:
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         for place, measure in enumerate(measures):
-            here = arrays["measure"].astype(str) == measure
-            names = arrays["variant"].astype(str)[here]
-            y = [variants.index(n) + (place - (len(measures) - 1) / 2) * height for n in names]
-            mean, std = 100 * arrays["mean"][here], 100 * arrays["std"][here]
+            mine = where(arrays, measure=measure)
+            at = [variants.index(str(name)) for name in mine["variant"]]
+            y = np.array(at) + (place - (len(measures) - 1) / 2) * height
+            mean, std = 100 * mine["mean"], 100 * mine["std"]
             axes.barh(
                 y, mean, 0.9 * height, color=page.COLOURS[place], hatch=page.HATCHES[place],
                 edgecolor="white", label=measure,
-                xerr=np.where(arrays["seeds"][here] > 1, std, np.nan), ecolor="black", capsize=3,
+                xerr=np.where(mine["seeds"] > 1, std, np.nan), ecolor="black", capsize=3,
             )  # fmt: skip
-            for at, value, spread in zip(y, mean, std, strict=True):
+            for row, value, spread in zip(y, mean, std, strict=True):
                 axes.annotate(
-                    f"{value:.1f}", (value + spread, at), xytext=(5, 0), va="center",
+                    f"{value:.1f}", (value + spread, row), xytext=(5, 0), va="center",
                     textcoords="offset points", fontsize=10,
                 )  # fmt: skip
         axes.set_yticks(range(len(variants)), [page.wrap(v, 26) for v in variants])
         axes.invert_yaxis()
         axes.set(xlabel="percent", xlim=(0, 112), xticks=range(0, 101, 20))
-        page.below(figure, *axes.get_legend_handles_labels(), columns=len(measures))
-        return page.save_figure(figure, path)
+    return path
 
 
 def draw_against(arrays: Arrays, path: pathlib.Path, option: str, panel: str) -> pathlib.Path:
     """One panel's measures in percent against an option, a line each; the first one is thick."""
-    mine = arrays["panel"].astype(str) == panel
-    arrays = {name: column[mine] for name, column in arrays.items()}
+    arrays = where(arrays, panel=panel)
     measures, values = labels(arrays, "measure"), np.unique(arrays["option"])
-    with page.drawing(page.PANEL, 3.4 + 0.25 * -(-len(measures) // 2)) as figure:
-        axes = figure.add_subplot()
+    height = 3.4 + 0.25 * -(-len(measures) // 2)
+    with page.panel(path, page.PANEL, height, legend=2) as axes:
         for place, measure in enumerate(measures):
-            here = arrays["measure"].astype(str) == measure
-            several = arrays["seeds"][here] > 1
+            mine = where(arrays, measure=measure)
             axes.errorbar(
-                arrays["option"][here], 100 * arrays["mean"][here],
-                yerr=np.where(several, 100 * arrays["std"][here], np.nan), capsize=3,
+                mine["option"], 100 * mine["mean"],
+                yerr=np.where(mine["seeds"] > 1, 100 * mine["std"], np.nan), capsize=3,
                 label=measure, **page.series(place) | {"linewidth": 1.6 if place else 3},
             )  # fmt: skip
         axes.set(xlabel=option, ylabel="percent")
         if len(values) < 9:
             axes.set_xticks(values)
-        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
-        return page.save_figure(figure, path)
+    return path
 
 
 FAMILIES = {"relational": "relation graphs", "classification": "classification"}
@@ -508,20 +477,17 @@ def _results(folder: Folder, family: str, runs: Sequence[Run], title: str) -> Fi
         for name, (path, _) in listed.items()
         if any(values_at(run.result, path) for run in scored)
     }
-    columns: dict[str, list] = {"run": [], "measure": [], "mean": [], "std": [], "values": []}
     # The controls stand below the runs; those that know no model once.
     shown = [(run.label, run.config.method, run.result) for run in scored]
     beside = rows_of({run.label: [run.result] for run in scored})
     shown += [(f"{label}: {control}", "control", rows[0]) for label, control, rows in beside]
-    for label, _, result in shown:
-        for name, path in measures.items():
-            values = np.array(values_at(result, path))
-            columns["run"].append(label)
-            columns["measure"].append(name)
-            columns["mean"].append(values.mean() if len(values) else np.nan)
-            columns["std"].append(values.std(ddof=1) if len(values) > 1 else 0.0)
-            columns["values"].append(len(values))
-    path, saved = folder.save(f"results-{slug(scored[0].dataset)}.csv", columns)
+    found = [
+        (label, name, *mean_std(values_at(result, path)), len(values_at(result, path)))
+        for label, _, result in shown
+        for name, path in measures.items()
+    ]
+    names = ("run", "measure", "mean", "std", "values")
+    path, saved = folder.save(f"results-{slug(scored[0].dataset)}.csv", columns(names, found))
     shape = len(shown), len(measures)
     mean, std, count = (saved[name].reshape(shape) for name in ("mean", "std", "values"))
     rows = [
@@ -559,14 +525,8 @@ def _protocol(run: Run) -> str:
         "validation",
         "looks",
     )
-    parts = [f"{name.replace('_', ' ')}: {_plain(said[name])}" for name in names if name in said]
+    parts = [f"{name.replace('_', ' ')}: {plain(said[name])}" for name in names if name in said]
     return f"Protocol of {run.label}: " + "; ".join(parts) + "."
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {x}" for name, x in value.items())
-    return str(value)
 
 
 def _differences(folder: Folder, runs: Sequence[Run]) -> Figure:
@@ -618,9 +578,11 @@ def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Fig
     terms = [name for name in names if name.startswith("term/")]
     for name in ("loss", "validation", "learning_rate", *terms):
         if name in names:
-            file = folder.picture(f"curve-{family}-{slug(name)}.svg")
-            picture = draw_runs(saved, file, name, family)
-            pictures.append(Picture(picture, f"{what(name, family)} against the step."))
+            file, alt = (
+                f"curve-{family}-{slug(name)}.svg",
+                f"{what(name, family)} against the step.",
+            )
+            pictures.append(folder.draw(file, alt, draw_runs, saved, name, family))
     silent = [run.label for run in runs[:MOST_RUNS] if run.label not in labels(saved)]
     rest = len(runs) - MOST_RUNS
     return Figure(
@@ -656,13 +618,13 @@ def _seeds(sweep: Sweep) -> str:
 
 def _variants(folder: Folder, found: Sweep, name: str) -> Figure:
     path, saved = folder.save(f"variants-{name}.csv", sweep_measures(found))
-    picture = draw_variants(saved, folder.picture(f"variants-{name}.svg"))
     alt = f"Bars of {', '.join(labels(saved, 'measure'))} for each variant."
+    picture = folder.draw(f"variants-{name}.svg", alt, draw_variants, saved)
     return Figure(
         f"Variants: {found.label}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}. A run that trains "
         "several seeds at once counts as so many.",
-        (Picture(picture, alt),),
+        (picture,),
         data=(path,),
     )
 
@@ -672,57 +634,12 @@ def _against(folder: Folder, found: Sweep, name: str, option: str, values: dict)
     label = "β of the pooling head (model.beta)" if option == "model.beta" else option
     pictures = []
     for panel in labels(saved, "panel"):
-        file = folder.picture(f"against-{name}-{slug(panel)}.svg")
-        picture = draw_against(saved, file, label, panel)
-        pictures.append(Picture(picture, f"{panel} against {option}."))
+        file, alt = f"against-{name}-{slug(panel)}.svg", f"{panel} against {option}."
+        pictures.append(folder.draw(file, alt, draw_against, saved, label, panel))
     what = main_of("retrieval").label if found.family == "relational" else "Accuracy"
     return Figure(
         f"{what} against {'β' if option == 'model.beta' else option}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}.",
         tuple(pictures),
         data=(path,),
-    )
-
-
-def study(folder: Folder, found: Study) -> Section:
-    """The pictures that `report.alignment` draws of an alignment study."""
-    title = f"Alignment: {found.label}"
-    return Section(
-        title, (folder.attempt("Alignment of two modalities", lambda: _study(folder, found)),)
-    )
-
-
-def _study(folder: Folder, found: Study) -> Figure:
-    arrays = found.path / "similarities.npz"
-    if not arrays.is_file():
-        raise LeftOutError(
-            f"{found.path} holds no similarities.npz; evaluate again: rcml-eval --workdir "
-            f"{found.path}"
-        )
-    if importlib.util.find_spec("rcml_jax.report.alignment") is None:
-        raise LeftOutError("this version draws no figures of alignment studies")
-    from rcml_jax.report import alignment
-
-    name = slug(found.label)
-    copied = folder.root / "data" / f"similarities-{name}.npz"
-    copied.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(arrays, copied)
-    drawn = alignment.draw(found.result, load(copied), folder.root / f"alignment-{name}")
-    names = {
-        "similarities": "Histograms of the cosines of matched and of random pairs.",
-        "gap": "The modality gap against retrieval.",
-        "plane": "Both modalities in a plane, as they are and centred.",
-    }
-    pictures = tuple(Picture(path, names.get(path.stem, path.stem)) for path in drawn)
-    return Figure(
-        "Alignment of two modalities", _alignment_caption(found), pictures, data=(copied,)
-    )
-
-
-def _alignment_caption(found: Study) -> str:
-    parts = [f"{name}: {_plain(value)}" for name, value in found.result["protocol"].items()]
-    return (
-        "For each source the cosines of matched and of random pairs; the modality gap against "
-        "retrieval with each calibration; and both modalities on their first two principal axes "
-        f"before and after centring. Protocol: {'; '.join(parts)}."
     )

@@ -1,17 +1,19 @@
-"""The page: an HTML file beside its figures, readable without a server, on a phone, in the dark."""
+"""The page of a report: style of figures, saved arrays, and the HTML file that shows them."""
 
 import contextlib
 import csv
 import dataclasses
-import html
+import html.parser
+import json
 import pathlib
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import jinja2
 import numpy as np
 
 from rcml_jax.errors import UserError
@@ -69,7 +71,7 @@ def require() -> None:
 
 @contextlib.contextmanager
 def drawing(width: float, height: float) -> Iterator[Any]:
-    """A new figure of so many inches, in the report's style while it is drawn and saved."""
+    """A new figure, width and height in inches, in the report's style inside the context."""
     require()
     import matplotlib
     from matplotlib.figure import Figure
@@ -101,28 +103,81 @@ def series(index: int) -> dict[str, Any]:
 
 
 def short(text: str, width: int) -> str:
-    """A text on one line of at most so many characters."""
+    """Shorten a text to one line of at most `width` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def wrap(text: str, width: int, lines: int = 3) -> str:
-    """A text broken into a few lines of at most so many characters; the rest is cut off."""
+    """Wrap a text to at most `lines` lines of at most `width` characters."""
     text = " ".join(str(text).split())
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or " "
 
 
 def signed(value: float) -> str:
-    """A number with two decimals and a true minus."""
+    """Format a number with two decimals and a minus sign (U+2212)."""
     return f"{value:.2f}".replace("-", "−")
 
 
 def below(figure: Any, handles: list, labels: list[str], *, columns: int) -> None:
-    """A legend under the axes, where it covers nothing."""
+    """Add a legend below the axes."""
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, handletextpad=0.4,
         columnspacing=1.2,
     )  # fmt: skip
+
+
+# Parts of several figures.
+
+
+def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> None:
+    """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units."""
+    for number, name in enumerate(names):
+        here, marker = kind == number, MARKERS[number % 10]
+        axes.scatter(
+            *points[here].T, s=70 if marker == "*" else 34, marker=marker, edgecolors="white",
+            color=COLOURS[number % 8], label=short(name, 24), linewidths=0.5,
+        )  # fmt: skip
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color("#BBBBBB")
+
+
+def box(figure, left: float, top: float, size: float):
+    """Axes for a square image, placed in inches from the upper left corner."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
+
+
+def frame(axes, colour: str = "#BBBBBB", width: float = 1) -> None:
+    """A box around an image, without ticks."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set(visible=True, color=colour, linewidth=width)
+
+
+def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, float]):
+    """A heat map (h, w) over the grey of an image (H, W, 3); the map's own image is returned."""
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=255)
+    image = axes.imshow(
+        heat, cmap=HEAT, alpha=0.65, vmin=limits[0], vmax=limits[1],
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
+    )  # fmt: skip
+    frame(axes)
+    return image
+
+
+@contextlib.contextmanager
+def panel(path: pathlib.Path, width: float, height: float, legend: int = 0) -> Iterator[Any]:
+    """Axes of a new figure, saved to `path` in the end; legend: columns of one below, 0: none."""
+    with drawing(width, height) as figure:
+        axes = figure.add_subplot()
+        yield axes
+        if legend:
+            below(figure, *axes.get_legend_handles_labels(), columns=legend)
+        save_figure(figure, path)
 
 
 # The numbers behind figures: saved as CSV or `.npz`, and read back to be drawn.
@@ -160,7 +215,7 @@ def _write_csv(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None:
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a saved file; columns of a table are numbers where all cells are."""
+    """Read the arrays of a saved file; a CSV column is numeric if all its cells are."""
     if path.suffix != ".csv":
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -177,9 +232,112 @@ def _column(cells: Sequence[str]) -> np.ndarray:
         return np.array(cells)
 
 
+def columns(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Transpose rows of cells into columns by name."""
+    rows = list(rows)
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
+def labels(arrays: Arrays, column: str = "run") -> list[str]:
+    """Distinct cells of a column, in order of appearance."""
+    return list(dict.fromkeys(map(str, arrays[column].tolist())))
+
+
+def where(arrays: Arrays, **cells: str) -> Arrays:
+    """Select the rows in which the named columns have these cells."""
+    parts = [arrays[name].astype(str) == cell for name, cell in cells.items()]
+    here = np.logical_and.reduce(parts)
+    return {name: column[here] for name, column in arrays.items()}
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n − 1; 0 of one value); NaN and 0 of none."""
+    if not len(values):
+        return np.nan, 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def slug(text: str) -> str:
-    """A text as part of a file's name: lower case letters, digits, hyphens."""
+    """Make a text part of a file name: lower-case letters, digits, hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
+# Planes of embeddings, t-SNE and UMAP, and how well kinds hold together: the silhouette.
+
+
+PERPLEXITY = 30
+NEIGHBOURS = 15
+SEED = 0
+
+
+def tsne(vectors: np.ndarray) -> np.ndarray:
+    """Rows (n, d) → (n, 2) by t-SNE (cosine, perplexity 30, PCA at the start, a fixed seed).
+
+    Raises LeftOutError where all rows are the same, or not finite.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise UserError('t-SNE needs scikit-learn: pip install "rcml_jax[plots]"') from error
+
+    _check(vectors)
+    model = TSNE(perplexity=PERPLEXITY, metric="cosine", init="pca", random_state=SEED)
+    return model.fit_transform(np.ascontiguousarray(vectors))
+
+
+def _check(vectors: np.ndarray) -> None:
+    """Raise LeftOutError for rows that are equal or not finite; t-SNE would crash on them."""
+    if not np.isfinite(vectors).all():
+        raise LeftOutError("the embeddings are not finite; the training has diverged")
+    if np.ptp(vectors, axis=0).max() < 1e-6:
+        raise LeftOutError("all embeddings are the same; the model has collapsed")
+
+
+def silhouette(vectors: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette (Rousseeuw, 1987) of rows (n, d) by cosine distance, from −1 to 1.
+
+    NaN where there is one label only, or as many labels as rows.
+    """
+    try:
+        from sklearn.metrics import silhouette_score
+    except ImportError as error:
+        raise UserError(
+            'the silhouette needs scikit-learn: pip install "rcml_jax[plots]"'
+        ) from error
+    if not 1 < len(np.unique(labels)) < len(labels):
+        return float("nan")
+    return float(silhouette_score(vectors, labels, metric="cosine"))
+
+
+def umap(vectors: np.ndarray) -> np.ndarray:
+    """Rows (n, d) → (n, 2) by UMAP (cosine, 15 neighbours, minimum distance 0.1, a fixed seed).
+
+    Raises LeftOutError where umap-learn cannot be imported, there are not more rows than
+    neighbours, or all rows are the same or not finite.
+    """
+    if len(vectors) <= NEIGHBOURS:
+        raise LeftOutError(
+            f"UMAP with {NEIGHBOURS} neighbours needs more than {NEIGHBOURS} samples; there are "
+            f"{len(vectors)}"
+        )
+    _check(vectors)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Tensorflow not installed", category=ImportWarning
+        )
+        try:
+            from umap import UMAP
+        except Exception as error:  # numba fails in ways of its own where it does not fit NumPy
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LeftOutError(
+                f'umap-learn cannot be imported ({reason}): pip install "rcml_jax[plots]"'
+            ) from error
+        # Said where the neighbours' graph falls apart and the start is drawn at random instead.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"umap\.")
+        model = UMAP(
+            n_neighbors=NEIGHBOURS, min_dist=0.1, metric="cosine", random_state=SEED, n_jobs=1
+        )
+        return model.fit_transform(np.ascontiguousarray(vectors, np.float32))
 
 
 # A report's folder, figures beside the page and numbers under `data`; and what a page holds.
@@ -195,11 +353,19 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; `marked` holds (row, column) of those to be seen first."""
+    """Formatted cells; `marked` holds (row, column) of highlighted ones."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     marked: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def numbers(self) -> list[bool]:
+        """Whether all cells of a column are numbers, for each column."""
+        number = r"[−-]?\d[\d.,]*"
+        form = re.compile(rf"{number}( (±|to) {number})?|–")
+        columns = zip(*self.rows, strict=True)
+        return [all(form.fullmatch(cell) for cell in column) for column in columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +381,14 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Paragraph:
+    """A text above the sections, with pieces of code after it."""
+
+    text: str
+    code: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A heading with its figures."""
 
@@ -223,20 +397,25 @@ class Section:
 
 
 class Folder:
-    """Names files of a report and saves arrays there; every name is given out once."""
+    """Names files of a report and saves arrays there; no name is given twice."""
 
     def __init__(self, root: pathlib.Path, log: Callable[[str], None] = lambda line: None):
         self.root, self.log = root, log
         self._given: set[str] = set()
 
     def save(self, name: str, arrays: Mapping[str, Any]) -> tuple[pathlib.Path, dict]:
-        """Save arrays as `data/<name>`, `.csv` or `.npz`; gives the file and what is read back."""
+        """Save arrays as `data/<name>`, `.csv` or `.npz`; returns the path and the saved arrays."""
         path = self._path("data", name)
         return path, save(path, arrays)
 
     def picture(self, name: str) -> pathlib.Path:
         """Where the picture of this name is to be drawn."""
         return self._path("", name)
+
+    def draw(self, name: str, alt: str, function: Callable, *arguments: Any) -> Picture:
+        """Draw `function(arrays, path, ...)` as the picture of this name; alt: what it shows."""
+        arrays, *options = arguments
+        return Picture(function(arrays, self.picture(name), *options), alt)
 
     def _path(self, folder: str, name: str) -> pathlib.Path:
         stem, _, suffix = name.rpartition(".")
@@ -256,157 +435,71 @@ class Folder:
             return Figure(title, left_out=str(error))
 
 
+def plain(value: Any) -> str:
+    """Format a value of a protocol."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {x}" for name, x in value.items())
+    return str(value)
+
+
 def percent(rate: float) -> str:
-    """A rate as a table shows it, in percent."""
+    """Format a rate in percent; a dash for NaN."""
     return "–" if np.isnan(rate) else f"{100 * rate:.1f}"
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b616a; --paper: #f6f7f8;
-  --card: #ffffff; --line: #d9dce0; --link: #0b5cad; --mark: #ffe9a8; --mark-ink: #3a2c00; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaed; --soft: #a3a9b2; --paper: #15171a; --card: #1f2226; --line: #3a3f46;
-    --link: #8ab8f0; --mark: #5a4708; --mark-ink: #ffeebb; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1360px; margin: 0 auto; padding: 16px; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .6em 0 .2em; }
-h2 { font-size: 1.3rem; margin: 1.4em 0 0; border-bottom: 1px solid var(--line);
-  padding-bottom: .2em; }
-h3 { font-size: 1.05rem; margin: 0 0 .6em; }
-a { color: var(--link); }
-nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3em 1.2em; }
-p, li, h1, h2, h3, figcaption, .left-out { overflow-wrap: anywhere; }
-code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .9em; }
-section { display: grid; gap: 20px; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 641px), 1fr)); }
-h2, figure.wide { grid-column: 1 / -1; }
-figure { margin: 0; min-width: 0; padding: 16px; background: var(--card);
-  border: 1px solid var(--line); border-radius: 10px; }
-figcaption { color: var(--soft); font-size: .92rem; max-width: 75em; margin-top: .8em; }
-.pictures { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; }
-.pictures a { background: #ffffff; border-radius: 6px; padding: 6px; max-width: 100%;
-  line-height: 0; }
-.pictures img { max-width: 100%; height: auto; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { padding: .35em .7em; border-bottom: 1px solid var(--line); text-align: left;
-  min-width: 4.5em; }
-th:first-child { min-width: 8em; }
-th { vertical-align: bottom; font-weight: 600; }
-.number { text-align: right; }
-td.marked { background: var(--mark); color: var(--mark-ink); font-weight: 600; }
-.left-out { color: var(--soft); }
-.left-out b { color: var(--ink); }
-"""
-
-
 def write_page(
-    path: pathlib.Path, title: str, intro: Sequence[str], sections: Sequence[Section]
+    path: pathlib.Path,
+    title: str,
+    intro: Sequence[Paragraph],
+    sections: Sequence[Section],
+    files: Sequence[str] = (),
 ) -> None:
-    """Write the page; links are relative to its folder. `intro` is HTML, the rest is escaped."""
-    links = "".join(
-        f'<li><a href="#{_anchor(section.title)}">{html.escape(section.title)}</a></li>'
-        for section in sections
+    """Write the page; links are relative to its folder. All texts are escaped.
+
+    files: names of all files of the report, relative to its folder, for `written_files`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    body = "\n".join(_section(section, path.parent) for section in sections)
-    path.write_text(
-        f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="rcml_jax.report">
-<title>{html.escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(title)}</h1>
-{"".join(f"<p>{paragraph}</p>" for paragraph in intro)}
-<nav><ul>{links}</ul></nav>
-{body}
-</main>
-</body>
-</html>
-""",
-        encoding="utf-8",
+    environment.filters["slug"] = slug
+    environment.filters["link"] = lambda p: quote(p.relative_to(path.parent).as_posix())
+    template = environment.get_template("page.html.jinja")
+    page = template.render(
+        title=title, intro=intro, sections=sections, files=json.dumps(list(files))
     )
+    path.write_text(page + "\n", encoding="utf-8")
 
 
-def is_ours(path: pathlib.Path) -> bool:
-    """Whether a page was written by `write_page`."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return 'content="rcml_jax.report"' in file.read(2000)
+class _Head(html.parser.HTMLParser):
+    """The named meta elements of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.meta: dict[str, str] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Called for each start tag."""
+        attributes = dict(attrs)
+        if tag == "meta" and "name" in attributes:
+            self.meta[attributes["name"]] = attributes.get("content") or ""
 
 
-def _anchor(title: str) -> str:
-    return slug(title)
+def written_files(path: pathlib.Path) -> list[str] | None:
+    """Names of the files that were written together with a page; None for a page of others.
 
-
-def _section(section: Section, root: pathlib.Path) -> str:
-    figures = "\n".join(_figure(figure, root) for figure in section.figures)
-    title = html.escape(section.title)
-    return f'<section id="{_anchor(section.title)}">\n<h2>{title}</h2>\n{figures}\n</section>'
-
-
-def _figure(figure: Figure, root: pathlib.Path) -> str:
-    title = html.escape(figure.title)
-    if figure.left_out:
-        reason = html.escape(figure.left_out)
-        return f'<figure class="wide left-out"><b>{title}</b>, left out: {reason}</figure>'
-    wide = bool(figure.table) or len(figure.pictures) > 1
-    parts = [f"<figure{' class=wide' * wide}>\n<h3>{title}</h3>"]
-    if figure.table:
-        parts.append(_table(figure.table))
-    if figure.pictures:
-        pictures = "".join(
-            f'<a href="{_link(p.path, root)}"><img src="{_link(p.path, root)}" '
-            f'alt="{html.escape(p.alt)}"></a>'
-            for p in figure.pictures
-        )
-        parts.append(f'<div class="pictures">{pictures}</div>')
-    data = ", ".join(
-        f'<a href="{_link(path, root)}">{html.escape(path.name)}</a>' for path in figure.data
-    )
-    numbers = f" Numbers: {data}." if data else ""
-    parts.append(f"<figcaption>{html.escape(figure.caption)}{numbers}</figcaption>\n</figure>")
-    return "\n".join(parts)
-
-
-def _link(path: pathlib.Path, root: pathlib.Path) -> str:
-    return html.escape(quote(path.relative_to(root).as_posix()))
-
-
-def _table(table: Table) -> str:
-    # A column of numbers stands at the right, with its heading.
-    numbers = [all(map(_is_number, column)) for column in zip(*table.rows, strict=True)]
-    head = "".join(
-        _cell("th", cell, ["number"] * number)
-        for cell, number in zip(table.header, numbers, strict=True)
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            _cell("td", cell, ["number"] * numbers[j] + ["marked"] * ((i, j) in table.marked))
-            for j, cell in enumerate(row)
-        )
-        + "</tr>"
-        for i, row in enumerate(table.rows)
-    )
-    return (
-        '<div class="table" tabindex="0"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _cell(tag: str, text: str, classes: Sequence[str]) -> str:
-    said = f' class="{" ".join(classes)}"' if classes else ""
-    return f"<{tag}{said}>{html.escape(text)}</{tag}>"
-
-
-def _is_number(cell: str) -> bool:
-    number = r"[−-]?\d[\d.,]*"
-    return re.fullmatch(rf"{number}( (±|to) {number})?|–", cell) is not None
+    Names that lead out of the page's folder are left out. Empty for a page without a list.
+    """
+    head = _Head()
+    head.feed(path.read_text("utf-8", errors="replace"))
+    if head.meta.get("generator") != "rcml_jax.report":
+        return None
+    try:
+        names = [str(name) for name in json.loads(head.meta["files"])]
+    except (KeyError, TypeError, ValueError):
+        return []
+    parts = {name: pathlib.PurePath(name) for name in names}
+    return [n for n, p in parts.items() if not p.is_absolute() and ".." not in p.parts]

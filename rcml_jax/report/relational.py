@@ -1,22 +1,319 @@
-"""The figures of RCML and its baselines."""
+"""Figures of RCML and its baselines: arrays computed from opened runs, and their drawings."""
 
 import collections
 import functools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from rcml_jax.errors import UserError
 from rcml_jax.evaluation.measures import Measure, chance_of, main_of
-from rcml_jax.report import common, page, relational_data
-from rcml_jax.report.page import Arrays, Figure, Folder, LeftOutError, Picture, Section, Table, slug
-from rcml_jax.report.relational_data import PERPLEXITY, cost
-from rcml_jax.report.runs import Models, Opened, Run, on_device
+from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.ops.ranking import candidate_ranks
+from rcml_jax.ops.similarity import l2_normalize
+from rcml_jax.report import common, page
+from rcml_jax.report.page import (
+    PERPLEXITY,
+    Arrays,
+    Figure,
+    Folder,
+    LeftOutError,
+    Picture,
+    Section,
+    Table,
+    box,
+    frame,
+    overlay,
+    scatter,
+    silhouette,
+    slug,
+    tsne,
+)
+from rcml_jax.report.runs import Models, Opened, Run, cost, on_device
+
+# What the figures need of opened runs: items, planes, case studies, attention.
+
+KINDS = 6
+_ITEMS_OF_KIND, _FEWEST_OF_KIND = 60, 3
+CASES, TOP = 3, 3
+_QUERIES = 60
+_PIXELS = 96
+
+
+def chosen_items(opened: Opened, seed: int) -> np.ndarray:
+    """Test items of the most frequent kinds, sorted; a kind with very many gives some of them.
+
+    Raises LeftOutError where fewer than two kinds have items enough.
+    """
+    graph, items = opened.method.task.graph, opened.method.task.splits.items("test")
+    items = items[graph.labels[items] >= 0]
+    kinds, counts = np.unique(graph.labels[items], return_counts=True)
+    kinds = kinds[np.argsort(-counts, kind="stable")][
+        : min(KINDS, np.sum(counts >= _FEWEST_OF_KIND))
+    ]
+    if len(kinds) < 2:
+        raise LeftOutError(
+            f"fewer than two kinds have {_FEWEST_OF_KIND} test items in {graph.name}, so there is "
+            "nothing to colour by; give the items labels"
+        )
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(items[graph.labels[items] == kind])[:_ITEMS_OF_KIND] for kind in kinds]
+    return np.sort(np.concatenate(drawn))
+
+
+def chosen_relation(opened: Opened, asked: str) -> int:
+    """The relation whose sentence holds the asked text; else that with the most test pairs.
+
+    Raises LeftOutError where no sentence, or more than one, holds it.
+    """
+    graph, pairs = opened.method.task.graph, opened.method.task.splits.pairs("test")
+    if not asked:
+        if not len(pairs):
+            raise LeftOutError(f"the test split of {graph.name} has no pair")
+        return int(np.argmax(np.bincount(pairs[:, 2])))
+    found = [i for i, sentence in enumerate(graph.relations) if asked.lower() in sentence.lower()]
+    exact = [i for i in found if graph.relations[i].lower() == asked.lower()]
+    if len(exact or found) != 1:
+        raise LeftOutError(
+            f"--relation {asked!r} is in {len(found)} sentences of {graph.name}; give the whole of "
+            "one of its relation sentences"
+        )
+    return (exact or found)[0]
+
+
+def same_items(first: Opened, other: Opened) -> bool:
+    """Whether two runs have the same data, and the same test items of it."""
+    a, b = first.method.task, other.method.task
+    return a.graph.ids == b.graph.ids and np.array_equal(
+        a.splits.items("test"), b.splits.items("test")
+    )
+
+
+def table_of(opened: Opened, items: np.ndarray) -> EmbeddingTable:
+    """Embeddings of items (sorted) for the first scoring of the run's method."""
+    return next(iter(opened.method.tables(opened.params, items).values()))
+
+
+def _averaged(table: EmbeddingTable, relation: int, items: np.ndarray) -> np.ndarray:
+    """Embeddings of the AVG score: mean of text and image under a relation, normalised."""
+    rows = table.rows(items)
+    both = [x[relation if len(x) > 1 else 0, rows] for x in (table.text, table.image)]
+    return np.asarray(l2_normalize(jnp.asarray(both[0] + both[1])))
+
+
+def embedding_map(
+    runs: Sequence[Opened], tables: Sequence[EmbeddingTable], items: np.ndarray, relation: int
+) -> dict[str, Any]:
+    """t-SNE of the same items under one relation for each run, and silhouettes of their kinds.
+
+    points (runs, n, 2); silhouette (runs,) under the relation and mean_silhouette (runs,) over all
+    relations of the test split, both by cosine in the full space. Raises LeftOutError where the
+    items are not more than the perplexity.
+    """
+    task = runs[0].method.task
+    if len(items) <= PERPLEXITY:
+        raise LeftOutError(
+            f"t-SNE at a perplexity of {PERPLEXITY} needs more than {PERPLEXITY} items; the kinds "
+            f"that are drawn have {len(items)}"
+        )
+    labels = task.graph.labels[items]
+    asked = np.unique(task.splits.pairs("test")[:, 2])
+    points, under, over = [], [], []
+    for table in tables:
+        vectors = _averaged(table, relation, items)
+        points.append(tsne(vectors))
+        under.append(silhouette(vectors, labels))
+        relations = asked if len(table.text) > 1 or len(table.image) > 1 else asked[:1]
+        over.append(np.mean([silhouette(_averaged(table, r, items), labels) for r in relations]))
+    kinds, counts = np.unique(labels, return_counts=True)
+    kinds = kinds[np.argsort(-counts, kind="stable")]
+    return {
+        "runs": [opened.run.label for opened in runs],
+        "points": np.stack(points),
+        "kind": np.searchsorted(np.sort(kinds), labels),
+        "kinds": [task.graph.label_names[k] for k in np.sort(kinds)],
+        "item": [task.graph.texts[i] for i in items],
+        "relation": task.sentences[relation],
+        "silhouette": under,
+        "mean_silhouette": over,
+        "relations": len(asked),
+    }
+
+
+# Case studies
+
+
+def drawn_queries(opened: Opened, seed: int) -> np.ndarray:
+    """Indices of a few of the test split's retrieval queries, in an order drawn by the seed.
+
+    Raises LeftOutError where the split has none.
+    """
+    try:
+        queries = opened.method.task.retrieval_queries("test")
+    except UserError as error:
+        raise LeftOutError(str(error)) from error
+    return np.random.default_rng(seed).permutation(len(queries.query))[:_QUERIES]
+
+
+def items_of_queries(opened: Opened, indices: np.ndarray) -> np.ndarray:
+    """Items of the queries and their candidates, sorted."""
+    queries = opened.method.task.retrieval_queries("test")
+    return np.union1d(queries.query[indices], queries.candidates[indices])
+
+
+def case_studies(
+    opened: Opened, table: EmbeddingTable, indices: np.ndarray
+) -> list[dict[str, Any]]:
+    """The first successes and the first failures of the drawn queries, by the AVG score.
+
+    A success has the truth among the top 3. Each case: the query's text, image and relation; for
+    each of the five scores the top 3 (indices of the candidates) with texts, images and scores,
+    and the 1-based rank of the truth, ties counted against the model.
+    """
+    task = opened.method.task
+    queries = task.retrieval_queries("test")
+    query, candidates = queries.query[indices], queries.candidates[indices]
+    relation = queries.relation[indices]
+    scores = pair_scores(
+        table, table.rows(query)[:, None], table.rows(candidates), relation[:, None]
+    )
+    ranks = {name: np.asarray(candidate_ranks(x)) + 1 for name, x in scores.items()}
+    won = ranks["avg"] <= TOP
+    cases = []
+    for outcome, rows in (("success", np.flatnonzero(won)), ("failure", np.flatnonzero(~won))):
+        for row in rows[:CASES]:
+            case = _case(task, query[row], candidates[row], int(relation[row]))
+            # Sorted as they are ranked: the truth, column 0, after others of the same score.
+            order = np.stack(
+                [np.lexsort((np.arange(x.shape[1]) == 0, -x[row]))[:TOP] for x in scores.values()]
+            )
+            by_name = {name: x[row] for name, x in scores.items()}
+            cases.append(
+                case
+                | {
+                    "outcome": outcome,
+                    "scores": list(SCORES),
+                    "order": order,
+                    "score": np.stack([by_name[n][o] for n, o in zip(scores, order, strict=True)]),
+                    "rank": [ranks[name][row] for name in scores],
+                    "successes": int(won.sum()),
+                    "drawn": len(indices),
+                }
+            )
+    return cases
+
+
+def _case(task: Any, query: int, candidates: np.ndarray, relation: int) -> dict[str, Any]:
+    texts = task.graph.texts
+    return {
+        "query": texts[query],
+        "relation": task.sentences[relation],
+        "candidates": [texts[i] for i in candidates],
+        "query_image": item_image(task.graph, query),
+        "images": np.stack([item_image(task.graph, i) for i in candidates]),
+    }
+
+
+def item_image(graph: Any, item: int, size: int = _PIXELS) -> np.ndarray:
+    """An item's image as uint8 (size, size, 3), whole, on white. Raises LeftOutError without."""
+    from PIL import Image, ImageOps
+
+    try:
+        found = graph.images[int(item)].convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise LeftOutError(f"the image of {graph.ids[item]} cannot be read ({error})") from error
+    if max(found.size) < size:
+        found = ImageOps.contain(found, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(ImageOps.pad(found, (size, size), Image.Resampling.BICUBIC, color="white"))
+
+
+# Attention
+
+
+def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
+    """Where the pooling head looks in one item under a few relations (Eq. 5–6).
+
+    The item is drawn by the seed among the test items that have so many relations, or the most that
+    any has; so are its relations. image (R, g, g) and text (R, T): weights of the patches and of
+    the tokens; image_summary (R,): that of the token that is no patch. Raises LeftOutError where
+    the method has no such head, or its image tokens are no square of patches.
+    """
+    method = opened.method
+    if not hasattr(type(method.model), "pool_text"):
+        raise LeftOutError(
+            f"{opened.run.label} has no pooling head; give the work directory of RCML"
+        )
+    task = method.task
+    item, drawn = _item_with_relations(task, seed, relations)
+    variables = {"params": {name: opened.params[name] for name in ("towers", "head")}}
+    sentences = [task.sentences[r] for r in drawn]
+    ids = task.encode([task.graph.texts[item]])
+    pixels = task.images(np.array([item]))
+    found = jax.device_get(_weights(method.model, variables, task.encode(sentences), ids, pixels))
+    (text, text_mask, _), (image, _, image_summary) = found["text"], found["image"]
+    kept = np.flatnonzero(text_mask[0])
+    patches = np.delete(image[0], image_summary[0], axis=1)
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+        raise LeftOutError(f"the image tower of {opened.run.label} has no square of patches")
+    return {
+        "item": task.graph.texts[item],
+        "pixels": pixels[0],
+        "relations": sentences,
+        "tokens": [_token(task.tokenizer, int(ids[0, place])) for place in kept],
+        "text": text[0][:, kept],
+        "image": patches.reshape(len(drawn), side, side),
+        "image_summary": image[0][:, image_summary[0]],
+    }
+
+
+def _item_with_relations(task: Any, seed: int, wanted: int) -> tuple[int, np.ndarray]:
+    pairs = task.splits.pairs("test")
+    if not len(pairs):
+        raise LeftOutError(f"the test split of {task.graph.name} has no pair")
+    of_item = np.unique(np.concatenate([pairs[:, [0, 2]], pairs[:, [1, 2]]]), axis=0)
+    items, counts = np.unique(of_item[:, 0], return_counts=True)
+    wanted = min(wanted, counts.max())
+    rng = np.random.default_rng(seed)
+    item = int(rng.choice(items[counts >= wanted]))
+    drawn = rng.permutation(of_item[of_item[:, 0] == item, 1])[:wanted]
+    return item, np.sort(drawn)
+
+
+def _weights(model: Any, variables: Mapping, relation_ids: Any, ids: Any, pixels: Any) -> dict:
+    """Attention (n, R, T), mask (n, T) and pooled index (n,) of texts and of images."""
+
+    def look(module: Any, relation_ids: Any, ids: Any, pixels: Any) -> dict:
+        relation = module.relation(relation_ids)
+        intra = jnp.zeros(len(relation_ids), bool)
+        found = {}
+        states = {
+            "text": module.towers.text_states(ids),
+            "image": module.towers.image_states(pixels),
+        }
+        for name, tokens in states.items():
+            weights = module.head.attention(tokens, relation, intra)
+            found[name] = weights, tokens.mask, tokens.pooled_index
+        return found
+
+    apply = jax.jit(lambda *inputs: model.apply(*inputs, method=look))
+    return apply(variables, relation_ids, ids, pixels)
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    names = {tokenizer.start_id: "[start]", tokenizer.end_id: "[end]"}
+    return names.get(token) or tokenizer.decode([token]) or "·"
+
 
 # RCML's figures, drawn from saved arrays.
 
 
-SCORES = {
+_SCORE_NAMES = {
     "tt": "text – text",
     "ii": "image – image",
     "ti": "text – image",
@@ -29,30 +326,14 @@ def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
     """One run's plane: a colour and a mark for each kind."""
     kinds = [str(kind) for kind in arrays["kinds"]]
     points = arrays["points"][place]
-    with page.drawing(page.PANEL, 4.9) as figure:
-        axes = figure.add_subplot()
+    with page.panel(path, page.PANEL, 4.9, legend=2) as axes:
         scatter(axes, points, arrays["kind"], kinds)
         score = f"silhouette {page.signed(arrays['silhouette'][place])}"
         axes.set_title(f"{page.wrap(arrays['runs'][place], 40)}\n{score}", loc="left")
-        page.below(figure, *axes.get_legend_handles_labels(), columns=2)
-        return page.save_figure(figure, path)
+    return path
 
 
-def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> None:
-    """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units."""
-    for number, name in enumerate(names):
-        here, marker = kind == number, page.MARKERS[number % 10]
-        axes.scatter(
-            *points[here].T, s=70 if marker == "*" else 34, marker=marker, edgecolors="white",
-            color=page.COLOURS[number % 8], label=page.short(name, 24), linewidths=0.5,
-        )  # fmt: skip
-    axes.set(xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(True)
-    axes.spines[:].set_color("#BBBBBB")
-
-
-# Inches: the margins, the query's picture, a candidate's picture, and the lines of a case study.
+# Inches: the margins, the query's image, a candidate's image, and the lines of a case study.
 _LEFT, _TOP, _QUERY, _SIZE = 0.1, 0.12, 0.95, 0.8
 _TEXT, _ROW, _COLUMNS_AT, _COLUMN = 0.19, 1.54, 1.36, 0.96
 
@@ -70,12 +351,6 @@ def draw_case(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
         return page.save_figure(figure, path)
 
 
-def box(figure, left: float, top: float, size: float):
-    """Axes for a square picture, placed in inches from the upper left corner."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
-
-
 def _write(figure, left: float, top: float, text: str, **options) -> None:
     width, height = figure.get_size_inches()
     figure.text(left / width, 1 - top / height, text, va="top", **options)
@@ -83,7 +358,7 @@ def _write(figure, left: float, top: float, text: str, **options) -> None:
 
 def _query(figure, arrays: Arrays) -> None:
     axes = box(figure, _LEFT, _TOP, _QUERY)
-    axes.imshow(arrays["query_picture"])
+    axes.imshow(arrays["query_image"])
     frame(axes, "#444444", 1.5)
     top = _TOP - 0.02
     lines = (
@@ -97,13 +372,13 @@ def _query(figure, arrays: Arrays) -> None:
 
 
 def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
-    count = len(arrays["pictures"])
-    said = f"{SCORES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
+    count = len(arrays["images"])
+    said = f"{_SCORE_NAMES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
     _write(figure, _LEFT, top + 0.12, said, fontsize=11)
     for column, place in enumerate(arrays["order"][row]):
         left = _COLUMNS_AT + _COLUMN * column
         axes = box(figure, left, top, _SIZE)
-        axes.imshow(arrays["pictures"][place])
+        axes.imshow(arrays["images"][place])
         right = place == 0
         frame(axes, page.RIGHT if right else "#BBBBBB", 4 if right else 1)
         title = f"{column + 1}. {page.signed(arrays['score'][row, column])}"
@@ -112,15 +387,8 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
         _write(figure, left + _SIZE / 2, top + _SIZE + 0.06, text, fontsize=8.5, ha="center")
 
 
-def frame(axes, colour: str = "#BBBBBB", width: float = 1) -> None:
-    """A box around a picture, without ticks."""
-    axes.set(xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.spines[:].set(visible=True, color=colour, linewidth=width)
-
-
 def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
-    """Weights of patches over the picture, and of tokens as bars, under one relation."""
+    """Weights of patches over the image, and of tokens as bars, under one relation."""
     tokens = [str(token) for token in arrays["tokens"]]
     top = 100 * float(max(arrays["image"].max(), arrays["image_summary"].max()))
     longest = 100 * float(arrays["text"].max())
@@ -143,22 +411,10 @@ def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Pa
         return page.save_figure(figure, path)
 
 
-def overlay(axes, pixels: np.ndarray, heat: np.ndarray, limits: tuple[float, float]):
-    """A heat map (h, w) over the grey of a picture (H, W, 3); the map's own image is returned."""
-    height, width = pixels.shape[:2]
-    axes.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=255)
-    image = axes.imshow(
-        heat, cmap=page.HEAT, alpha=0.65, vmin=limits[0], vmax=limits[1],
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
-    )  # fmt: skip
-    frame(axes)
-    return image
-
-
 _MOST_MAPS, _MOST_BARS, _MOST_COSTS = 4, 8, 6
 _PLURAL = {"success": "successes", "failure": "failures"}
-_SCORES = (
-    "TT, II, TI and IT compare A's text or picture with B's; AVG compares the averages of both, "
+_COMPARED = (
+    "TT, II, TI and IT compare A's text or image with B's; AVG compares the averages of both, "
     "renormalised"
 )
 
@@ -218,57 +474,48 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
     hit, top = main_of("retrieval"), main_of("relation_type")
 
     def chance(measure: Measure) -> float:
-        """Of the first run that tells it; 0 where none does."""
+        """Chance of the first run that has it; 0 if none has."""
         told = (chance_of(measure, run.result) for run in runs)
         return next((value for value in told if value is not None), 0.0)
 
-    def figure(title, name, arrays, what, chance, caption) -> Figure:
-        path, saved = folder.save(f"{name}.csv", arrays)
-        picture = common.draw_groups(saved, folder.picture(f"{name}.svg"), what, chance)
-        alt = f"Bars: {what} by {', '.join(dict.fromkeys(map(str, arrays['group'])))}."
-        return Figure(title, caption, (Picture(picture, alt),), data=(path,))
+    def figure(title: str, name: str, arrays: Callable, task: str, what: str, caption: str):
+        path, saved = folder.save(f"{name}.csv", arrays())
+        alt = f"Bars: {what} by {', '.join(page.labels(saved, 'group'))}."
+        least = chance(main_of(task))
+        picture = folder.draw(f"{name}.svg", alt, common.draw_groups, saved, what, least)
+        return Figure(title, caption, (picture,), data=(path,))
 
     types = (
         f"The true relation of a test pair among {candidates}: {protocol['relation_type']}. "
         "Ties count against the model."
     )
-    return [
-        folder.attempt(
-            f"Retrieval: {hit.label}",
-            lambda: figure(
-                f"Retrieval: {hit.label}", "retrieval", common.by_score(runs, hit),
-                f"{hit.label} (%)", chance(hit),
-                f"Queries: {protocol['retrieval']}. {_SCORES}. Ties count against the model.",
-            ),
+    figures = (
+        (
+            f"Retrieval: {hit.label}", "retrieval",
+            lambda: common.by_score(runs, hit), "retrieval", f"{hit.label} (%)",
+            f"Queries: {protocol['retrieval']}. {_COMPARED}. Ties count against the model.",
         ),
-        folder.attempt(
-            f"Relation type: {top.label}",
-            lambda: figure(
-                f"Relation type: {top.label}", "relation-type", common.by_score(runs, top),
-                f"{top.label} (%)", chance(top), f"{types} {_SCORES}.",
-            ),
+        (
+            f"Relation type: {top.label}", "relation-type",
+            lambda: common.by_score(runs, top), "relation_type", f"{top.label} (%)",
+            f"{types} {_COMPARED}.",
         ),
-        folder.attempt(
-            f"Relation type: {top.label} by similarity",
-            lambda: figure(
-                f"Relation type: {top.label} by similarity", "relation-type-by-similarity",
-                common.by_similarity(runs, top), f"{top.label} by AVG (%)",
-                chance(top), f"{types} Scored by AVG under each similarity.",
-            ),
+        (
+            f"Relation type: {top.label} by similarity", "relation-type-by-similarity",
+            lambda: common.by_similarity(runs, top), "relation_type", f"{top.label} by AVG (%)",
+            f"{types} Scored by AVG under each similarity.",
         ),
-        folder.attempt(
-            "Relation validity",
-            lambda: figure(
-                "Relation validity", "validity", common.validity(runs), "accuracy (%)",
-                chance(main_of("relation_validity")),
-                f"Does the relation hold? A {protocol['relation_validity']}.",
-            ),
+        (
+            "Relation validity", "validity",
+            lambda: common.validity(runs), "relation_validity", "accuracy (%)",
+            f"Does the relation hold? A {protocol['relation_validity']}.",
         ),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return [folder.attempt(row[0], functools.partial(figure, *row)) for row in figures]
 
 
 class _Models:
-    """What is computed from the models: one table of embeddings for all figures of a run."""
+    """Figures that need the models of runs."""
 
     def __init__(
         self, folder: Folder, first: Run, others: Sequence[Run], models: Models, seed: int
@@ -279,8 +526,8 @@ class _Models:
     def maps(self, asked: str) -> Figure:
         """t-SNE of the same items, a picture for each run."""
         first = self.models.open(self.first)
-        relation = relational_data.chosen_relation(first, asked)
-        items = relational_data.chosen_items(first, self.seed)
+        relation = chosen_relation(first, asked)
+        items = chosen_items(first, self.seed)
         runs, skipped = [first], []
         for run in self.others[: _MOST_MAPS - 1]:
             try:
@@ -288,18 +535,20 @@ class _Models:
             except LeftOutError as error:
                 skipped.append(str(error))
                 continue
-            if relational_data.same_items(first, other):
+            if same_items(first, other):
                 runs.append(other)
             else:
                 skipped.append(f"{run.label} was tested on other items")
         arrays = self._map(runs, items, relation)
         path, saved = self.folder.save("map.npz", arrays)
-        pictures = []
-        for place, label in enumerate(saved["runs"]):
-            name = f"map-{slug(str(label))}.svg"
-            picture = draw_map(saved, self.folder.picture(name), place)
-            alt = f"Scatter plot of {len(items)} items of {label}, coloured by kind."
-            pictures.append(Picture(picture, alt))
+        pictures = [
+            self.folder.draw(
+                f"map-{slug(str(label))}.svg",
+                f"Scatter plot of {len(items)} items of {label}, coloured by kind.",
+                draw_map, saved, place,
+            )
+            for place, label in enumerate(saved["runs"])
+        ]  # fmt: skip
         return Figure(
             "The same items under one relation",
             _map_caption(saved, bool(asked)) + "".join(f" Left out: {why}." for why in skipped),
@@ -311,8 +560,8 @@ class _Models:
         tables = []
         for opened in runs:
             with on_device(opened.run.config):
-                tables.append(relational_data.table_of(opened, items))
-        return relational_data.embedding_map(runs, tables, items, relation)
+                tables.append(table_of(opened, items))
+        return embedding_map(runs, tables, items, relation)
 
     def cases(self) -> list[Figure]:
         """Case studies of the first run, the successes before the failures."""
@@ -321,10 +570,10 @@ class _Models:
             opened = self.models.open(self.first)
             self.folder.log(title)
             with on_device(opened.run.config):
-                places = relational_data.drawn_queries(opened, self.seed)
-                items = relational_data.items_of_queries(opened, places)
-                table = relational_data.table_of(opened, items)
-                cases = relational_data.case_studies(opened, table, places)
+                indices = drawn_queries(opened, self.seed)
+                items = items_of_queries(opened, indices)
+                table = table_of(opened, items)
+                cases = case_studies(opened, table, indices)
         except LeftOutError as error:
             return [Figure(title, left_out=str(error))]
         by_outcome = {"success": [], "failure": []}
@@ -335,7 +584,7 @@ class _Models:
             if found
             else Figure(
                 f"{title}: {_PLURAL[outcome]}",
-                left_out=f"none of the {len(places)} queries that were drawn is a {outcome}",
+                left_out=f"none of the {len(indices)} queries that were drawn is a {outcome}",
             )
             for outcome, found in by_outcome.items()
         ]
@@ -344,15 +593,15 @@ class _Models:
         pictures, files = [], []
         for number, case in enumerate(cases, 1):
             path, saved = self.folder.save(f"case-{outcome}-{number}.npz", case)
-            picture = draw_case(saved, self.folder.picture(f"case-{outcome}-{number}.svg"))
             best = case["candidates"][case["order"][-1][0]]
             alt = (
                 f"Query {case['query']}, {case['relation']}; truth {case['candidates'][0]}; "
                 f"first by average: {best}."
             )
-            pictures.append(Picture(picture, alt))
+            name = f"case-{outcome}-{number}.svg"
+            pictures.append(self.folder.draw(name, alt, draw_case, saved))
             files.append(path)
-        top, count = relational_data.TOP, len(cases[0]["candidates"])
+        top, count = TOP, len(cases[0]["candidates"])
         return Figure(
             title,
             f"{self.first.label}: queries of the test split, each with the top {top} of {count} "
@@ -369,15 +618,16 @@ class _Models:
         """One picture for each of the relations."""
         opened = self.models.open(self.first)
         with on_device(opened.run.config):
-            arrays = relational_data.attention(opened, self.seed)
+            arrays = attention(opened, self.seed)
         path, saved = self.folder.save("attention.npz", arrays)
-        pictures = []
-        for place, sentence in enumerate(saved["relations"]):
-            picture = draw_attention(
-                saved, self.folder.picture(f"attention-{place + 1}.svg"), place
+        pictures = [
+            self.folder.draw(
+                f"attention-{place + 1}.svg",
+                f"Attention over patches and tokens of {saved['item']} under: {sentence}",
+                draw_attention, saved, place,
             )
-            alt = f"Attention over patches and tokens of {saved['item']} under: {sentence}"
-            pictures.append(Picture(picture, alt))
+            for place, sentence in enumerate(saved["relations"])
+        ]  # fmt: skip
         patches, tokens = saved["image"][0].size, len(saved["tokens"])
         return Figure(
             "Where the pooling head looks",
@@ -432,7 +682,7 @@ class _Models:
         return Figure(
             "Latency and parameters",
             f"Measured when this page was made, on {saved['machine'][0]}: embedding one item, text "
-            f"and picture, in batches of {saved['batch'][0]:.0f}; median of "
+            f"and image, in batches of {saved['batch'][0]:.0f}; median of "
             f"{saved['repeats'][0]:.0f} calls after the one that compiles, the models called in "
             "turn. RCML's time includes encoding its relation sentences, once a batch. The last "
             "column is the median ratio to the same towers alone in the same turn: a baseline's, "
@@ -457,7 +707,7 @@ def _map_caption(saved: dict, asked: bool) -> str:
     return (
         f"t-SNE (perplexity {PERPLEXITY}, cosine, a fixed seed) of {len(saved['kind'])} test items "
         f"of the {len(saved['kinds'])} most frequent kinds under the relation "
-        f"“{saved['relation']}” ({rule}): text and picture averaged and renormalised, as the "
+        f"“{saved['relation']}” ({rule}): text and image averaged and renormalised, as the "
         "score AVG compares them; baselines embed the items alone. Silhouette of the kinds by "
         f"cosine in the full space, not in the plane: {found}."
     )

@@ -1,22 +1,28 @@
-"""What a report is made of: runs, sweeps of runs and alignment studies, read from directories."""
+"""Read runs, sweeps and alignment studies from directories; open and time their models."""
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import pathlib
+import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from rcml_jax.cli.commands import read_config
 from rcml_jax.errors import UserError
 from rcml_jax.methods import EMBEDDINGS, METHODS, build, family_of
+from rcml_jax.ops.similarity import l2_normalize
 from rcml_jax.report.page import LeftOutError
 from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import read_params
-from rcml_jax.training.workdir import leaves
+from rcml_jax.training.workdir import leaves, load_config
 
 _NEEDED = {
     "relational": ("retrieval", "relation_type", "relation_validity", "protocol"),
@@ -41,7 +47,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """The name of its data."""
+        """Name of the data set."""
         return str((self.result or {}).get("dataset", self.config.data.name))
 
 
@@ -75,7 +81,7 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Everything that a report is given, in the order of the command line."""
+    """All inputs of a report, in the order of the command line."""
 
     runs: tuple[Run, ...]
     sweeps: tuple[Sweep, ...]
@@ -83,7 +89,7 @@ class Sources:
 
 
 def groups(sources: Sources, family: str) -> dict[str, tuple[list[Run], list[Sweep]]]:
-    """The runs and sweeps of a family by the name of their data."""
+    """Group the runs and sweeps of a family by their data set."""
     found: dict[str, tuple[list[Run], list[Sweep]]] = {}
     for run in sources.runs:
         if run.family == family:
@@ -95,7 +101,7 @@ def groups(sources: Sources, family: str) -> dict[str, tuple[list[Run], list[Swe
 
 
 def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
-    """Open work directories, sweeps and studies; a directory that is named twice counts once.
+    """Open work directories, sweeps and studies; a directory given twice counts once.
 
     Raises UserError for a directory that is none of them, or whose files are not whole.
     """
@@ -109,7 +115,7 @@ def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
         if not (path / "config.json").is_file() and any(path.glob("*/seed*/config.json")):
             sweeps.append(_sweep(path, label))
             continue
-        config = read_config(path)
+        config = load_config(path)
         if config.method == "alignment":
             studies.append(_study(path, label))
         else:
@@ -118,7 +124,7 @@ def read_sources(paths: Sequence[pathlib.Path]) -> Sources:
 
 
 def labels_of(paths: Sequence[pathlib.Path]) -> list[str]:
-    """Short names of directories: the last parts of each that tell it from the others."""
+    """Short unique names of directories: as many of the last path parts as needed."""
     parts = [[part for part in path.absolute().parts if part != "/"] for path in paths]
     found = []
     for own in parts:
@@ -156,7 +162,7 @@ def _sweep(path: pathlib.Path, label: str) -> Sweep:
         directory = config.parent
         folder = directory.parent.name
         name = names.get(folder, folder.replace("_", " "))
-        run = _run(directory, f"{name}, {directory.name}", read_config(directory))
+        run = _run(directory, f"{name}, {directory.name}", load_config(directory))
         if run.result is not None:
             variants.setdefault(name, []).append(run)
     if not variants:
@@ -176,6 +182,9 @@ def _by_seed(path: pathlib.Path) -> tuple:
 
 def _variant_names(path: pathlib.Path) -> dict[str, str]:
     """Folder → label of a sweep's variants, in the order of its table."""
+    if (path / "variants.json").is_file():
+        listed = read_json(path / "variants.json", "start the sweep again")
+        return {folder: entry["variant"] for folder, entry in listed.items()}
     if not (path / "table.json").is_file():
         return {}
     table = read_json(path / "table.json", "start the sweep again")
@@ -201,7 +210,7 @@ def _study(path: pathlib.Path, label: str) -> Study:
 
 
 def read_result(path: pathlib.Path) -> dict | None:
-    """The `eval.json` of a work directory; None without one. Raises UserError where it is cut."""
+    """Read `eval.json` of a work directory; None if missing. Raises UserError if it is damaged."""
     file = path / "eval.json"
     if not file.is_file():
         return None
@@ -213,7 +222,7 @@ def read_result(path: pathlib.Path) -> dict | None:
 
 
 def read_json(path: pathlib.Path, remedy: str) -> Any:
-    """A JSON file's value. Raises UserError, with the remedy, where it is not whole."""
+    """Read a JSON file. Raises UserError, with the remedy, if it is damaged."""
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -234,7 +243,7 @@ def _check(path: pathlib.Path, result: Mapping, method: str, family: str) -> Non
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The options in which runs differ: dotted name → a value for each; None where it is unset."""
+    """Options in which runs differ: dotted name → value for each run, None if unset."""
     flat = [leaves(run.config.to_dict()) for run in runs]
     names = dict.fromkeys(name for options in flat for name in options)
     found = {name: [options.get(name) for options in flat] for name in names}
@@ -253,10 +262,9 @@ class Opened(NamedTuple):
 
 
 class Models:
-    """Opens runs when they are asked for, and keeps the last few.
+    """Opens runs on demand and keeps the last few.
 
-    data_dir and data_path, where they are given, stand for `config.data.dir` and
-    `config.data.path` of every run: data may lie elsewhere than where a run was trained.
+    data_dir, data_path: if given, replace `config.data.dir` and `config.data.path` of every run.
     """
 
     def __init__(self, data_dir: str = "", data_path: str = "", keep: int = 4):
@@ -265,7 +273,7 @@ class Models:
         self._opened: dict[pathlib.Path, Opened | LeftOutError] = {}
 
     def open(self, run: Run) -> Opened:
-        """The run's model. Raises LeftOutError, with the reason, where it cannot be opened."""
+        """Open a run's model. Raises LeftOutError, with the reason, if that fails."""
         if run.path not in self._opened:
             while len(self._opened) >= self._keep:
                 del self._opened[next(iter(self._opened))]
@@ -289,12 +297,6 @@ class Models:
                 return Opened(run, method, jax.tree.map(jax.numpy.asarray, params))
         except UserError as error:
             return LeftOutError(f"the model of {run.label} cannot be opened: {error}")
-        except (AttributeError, KeyError) as error:  # an option that its version did not have
-            reason = str(error.args[0] if error.args else error).strip("\"'").splitlines()[0]
-            return LeftOutError(
-                f"the model of {run.label} cannot be opened: its config.json is of another version "
-                f"of this library ({reason})"
-            )
 
 
 @contextlib.contextmanager
@@ -303,3 +305,126 @@ def on_device(config: Any) -> Iterator[None]:
     device = sharding.first_local(sharding.pick_devices(config.platform))
     with jax.default_device(device):
         yield
+
+
+# Latency and parameters of the relational methods, measured when a report is made.
+
+
+BATCH, REPEATS, RELATIONS = 64, 15, 10
+
+
+class _Row(NamedTuple):
+    """One way to embed: its call, its parameters (those trained: NaN if no run), and its setting.
+
+    Rows of one setting have towers and inputs of the same shapes.
+    """
+
+    name: str
+    method: str
+    call: Callable[[], Any]
+    used: float
+    trained: float
+    setting: Any
+
+
+def cost(runs: Sequence[Opened]) -> dict[str, Any]:
+    """Columns model, method, used, trained, milliseconds, fastest, slowest, relative and more.
+
+    A sample is one item, text and image; a call embeds a batch of test items with the run's method.
+    Times are per sample: median, fastest and slowest call. RCML embeds under one relation and under
+    several; its call includes encoding their sentences. Calls alternate, so that a slow moment
+    affects all of them. used: parameters that embed; trained: those that training
+    changes, also where only the loss uses them. relative: median ratio to the time in the same turn
+    of the towers alone, which are a baseline's, or RCML's with CLIP's pooling without a baseline.
+    """
+    rows = [row for opened in runs for row in _rows(opened)]
+    plain = [row.setting for row in rows if row.method not in ("rcml", "")]
+    rows = [row for row in rows if row.method or row.setting not in plain]
+    times = measure({place: row.call for place, row in enumerate(rows)}, REPEATS)
+    per_sample = [1e3 * times[place] / BATCH for place in range(len(rows))]
+    alone: dict[Any, np.ndarray] = {}
+    for row, value in zip(rows, per_sample, strict=True):
+        if row.method != "rcml":
+            alone.setdefault(row.setting, value)
+    return {
+        "model": [row.name for row in rows],
+        "method": [row.method or "towers alone" for row in rows],
+        "used": [row.used for row in rows],
+        "trained": [row.trained for row in rows],
+        "milliseconds": [float(np.median(x)) for x in per_sample],
+        "fastest": [float(np.min(x)) for x in per_sample],
+        "slowest": [float(np.max(x)) for x in per_sample],
+        "relative": [
+            float(np.median(x / alone[row.setting]))
+            for row, x in zip(rows, per_sample, strict=True)
+        ],
+        "batch": [BATCH] * len(rows),
+        "repeats": [REPEATS] * len(rows),
+        "machine": [machine()] * len(rows),
+    }
+
+
+def _rows(opened: Opened) -> Iterator[_Row]:
+    """Ways to embed one batch of test items; `method` is empty for RCML's towers alone."""
+    method, task, params = opened.method, opened.method.task, opened.params
+    label, name = opened.run.label, opened.run.config.method
+    items = np.resize(task.splits.items("test"), BATCH)
+    ids = jnp.asarray(task.encode([task.graph.texts[i] for i in items]))
+    pixels = jnp.asarray(task.images(items))
+    shapes = jax.tree.map(jnp.shape, (params["towers"], ids, pixels))
+    setting = repr((str(method.dtype), shapes))
+    towers, trained = parameters(params["towers"]), trained_parameters(method, params)
+    if not hasattr(type(method.model), "pool_text"):
+        embed = jax.jit(lambda p, *inputs: method.model.apply({"params": p}, *inputs))
+        call = functools.partial(embed, params["towers"], ids, pixels)
+        yield _Row(label, name, call, towers, trained, setting)
+        return
+
+    def own(module: Any, ids: jax.Array, pixels: jax.Array) -> tuple:
+        states = module.towers.text_states(ids), module.towers.image_states(pixels)
+        return tuple(l2_normalize(x.pooled) for x in states)
+
+    variables = {"params": {name: params[name] for name in ("towers", "head")}}
+    alone = jax.jit(lambda *inputs: method.model.apply(*inputs, method=own))
+    call = functools.partial(alone, variables, ids, pixels)
+    yield _Row(f"{label}, CLIP's pooling", "", call, towers, np.nan, setting)
+    embed, used = jax.jit(method.model.apply), parameters(variables)
+    for count in sorted({1, min(RELATIONS, len(task.sentences))}):
+        relation = jnp.asarray(task.encode(task.sentences[:count]))
+        call = functools.partial(embed, variables, relation, ids, pixels)
+        said = f"{label}, {count} relation{'s' * (count > 1)}"
+        yield _Row(said, name, call, used, trained, setting)
+
+
+def measure(functions: Mapping[Any, Callable], repeats: int) -> dict[Any, np.ndarray]:
+    """Seconds (repeats,) of each function, called alternately after a first call that compiles."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times: dict[Any, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(x) for name, x in times.items()}
+
+
+def parameters(tree: Any) -> int:
+    """The number of parameters."""
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def trained_parameters(method: Any, params: Any) -> int:
+    """Number of trained parameters: all but frozen towers and statistics."""
+    frozen = jax.tree.leaves(method.frozen(params))
+    leaves = jax.tree.leaves(params)
+    return sum(int(np.size(x)) for x, f in zip(leaves, frozen, strict=True) if not f)
+
+
+def machine() -> str:
+    """Name of the device; of a CPU its architecture and number of usable cores."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()} CPU, {cores} core{'s' * (cores != 1)}"

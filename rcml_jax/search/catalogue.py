@@ -21,12 +21,21 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
-from rcml_jax.data.images import DECODE_ERRORS
+from rcml_jax.data.gates import argument_text, read_file, user_path
+from rcml_jax.data.images import DECODE_ERRORS, Framing
+from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
 from rcml_jax.methods.relational import Embedder, RelationalMethod
-from rcml_jax.search.embedding_store import MODALITIES, Embeddings, Plan, Writer, open_embeddings
+from rcml_jax.search.embedding_store import (
+    MODALITIES,
+    Embeddings,
+    Plan,
+    Writer,
+    hold_store,
+    open_embeddings,
+)
 from rcml_jax.search.items import Items, pixels
 from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
@@ -73,7 +82,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
 
     Raises UserError where nothing was trained, or no relational method.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = user_path(workdir)
     config = load_config(workdir) if config is None else config
     if config.method == EMBEDDINGS or family_of(config.method) != "relational":
         raise UserError(
@@ -110,13 +119,15 @@ def embed_catalogue(
     interrupted call is resumed; note: is told the number of items that are done and of all. Items
     may lack their text or their picture. A picture that is missing or damaged is left out and
     counted ("unreadable"); what then has neither text nor picture is counted too ("empty"); both
-    are errors with `strict`. The layout is that of `rcml_jax.search.embedding_store`.
+    are errors with `strict`. Items whose text or picture has changed since an earlier call are
+    embedded anew, and one line on standard error counts them. The layout is that of
+    `rcml_jax.search.embedding_store`.
 
     Raises UserError for an empty sentence and where the directory holds anything else.
     """
     sentences = _sentences(model.method.task.sentence(-1), relations)
-    size = model.method.task.images.size
-    with model.running():
+    framing = model.method.task.images.framing
+    with model.running(), hold_store(to):
         embedder = model.method.embedder(model.params, sentences[1:])
         plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard)
         writer = Writer(to, plan)
@@ -127,10 +138,22 @@ def embed_catalogue(
         ]
         problems: dict[str, list[str]] = {"unreadable": [], "empty": []}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for rows, pictures in _read_ahead(items, chunks, size, pool):
+            stale = writer.stale
+            if stale:
+                log_line(
+                    f"{to}: {len(stale):,} of {len(items):,} items have changed since they were "
+                    "embedded; embedding these anew"
+                )
+            parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
+            for rows, pictures in _read_ahead(items, parts, framing, pool):
+                _problems(items, rows, pictures, strict)
+                writer.rewrite(rows, *_embed(embedder, items, rows, pictures, framing.size))
+            if stale:
+                writer.refresh()
+            for rows, pictures in _read_ahead(items, chunks, framing, pool):
                 for name, ids in _problems(items, rows, pictures, strict).items():
                     problems[name] += ids
-                writer.write(rows.start, *_embed(embedder, items, rows, pictures, size))
+                writer.write(rows.start, *_embed(embedder, items, rows, pictures, framing.size))
                 if rows.stop % writer.shard == 0 or rows.stop == len(items):
                     writer.mark(problems)
                     problems = {name: [] for name in problems}
@@ -235,7 +258,7 @@ def _sentences(intra: str, relations: Sequence[str]) -> tuple[str, ...]:
     """The intra-sample sentence and the others, each once."""
     found = [intra]
     for sentence in relations:
-        sentence = " ".join(sentence.split())
+        sentence = " ".join(argument_text(sentence).split())
         if not sentence:
             raise UserError("a relation is empty; give a sentence, or none at all")
         if _plain(sentence) not in map(_plain, found):
@@ -249,29 +272,31 @@ _Picture = np.ndarray | str | None
 
 
 def _read_ahead(
-    items: Items, chunks: Sequence[range], size: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[range, list[_Picture]]]:
+    items: Items, chunks: Sequence[Sequence[int]], framing: Framing, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Sequence[int], list[_Picture]]]:
     """Each chunk with its pictures, while those of the next are read."""
     waiting = None
     for chunk in (*chunks, None):
-        reading = None if chunk is None else [pool.submit(_picture, items, i, size) for i in chunk]
+        reading = (
+            None if chunk is None else [pool.submit(_picture, items, i, framing) for i in chunk]
+        )
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
         waiting = chunk, reading
 
 
-def _picture(items: Items, index: int, size: int) -> _Picture:
+def _picture(items: Items, index: int, framing: Framing) -> _Picture:
     """The pixels of an item; None where it has no picture, a reason where it cannot be read."""
     if not items.pictures[index]:
         return None
     try:
-        return pixels(items.read(index), size)
+        return pixels(items.read(index), framing)
     except DECODE_ERRORS as error:
         return str(error) or type(error).__name__
 
 
 def _problems(
-    items: Items, rows: range, pictures: Sequence[_Picture], strict: bool
+    items: Items, rows: Sequence[int], pictures: Sequence[_Picture], strict: bool
 ) -> dict[str, list[str]]:
     """Ids whose picture cannot be read, and ids with neither text nor picture."""
     unreadable = {i: p for i, p in zip(rows, pictures, strict=True) if isinstance(p, str)}
@@ -298,7 +323,7 @@ def _problems(
 
 
 def _embed(
-    embedder: Embedder, items: Items, rows: range, pictures: Sequence[_Picture], size: int
+    embedder: Embedder, items: Items, rows: Sequence[int], pictures: Sequence[_Picture], size: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Vectors (relations, n, d) of a chunk, and which of its items have them."""
     n = len(rows)
@@ -348,9 +373,9 @@ def _embed_query(
         if text is not None:
             if not text.strip():
                 raise UserError("the text is empty; give some words")
-            return {"text": np.asarray(embedder.text([text])[-1, 0], np.float32)}
+            return {"text": np.asarray(embedder.text([argument_text(text)])[-1, 0], np.float32)}
         try:
-            batch = pixels(pathlib.Path(image).read_bytes(), model.method.task.images.size)
+            batch = pixels(read_file(user_path(image)), model.method.task.images.framing)
         except DECODE_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the picture {image} cannot be read ({reason}); check it") from error

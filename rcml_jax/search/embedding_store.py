@@ -5,32 +5,40 @@ A directory holds
 - `text.npy`, `image.npy`: (relations, items, d), or (1, items, d) of a modality that depends on no
   relation, float16 or float32; the rows of what an item lacks are zeros;
 - `has_text.npy`, `has_image.npy`: (items,) bool;
-- `items.jsonl`: id, text and name of the picture of each item, in the arrays' order;
+- `items.jsonl`: id, text and name of the picture of each item, in the arrays' order, and the state
+  of the picture's file when it was embedded;
 - `manifest.json`: model, items, relations, sizes, and how many shards are done. It is written
-  before anything else, and anew after each shard, so what it counts is whole.
+  before anything else, and anew after each shard, so what it counts is whole. `stale` are items
+  whose text or picture has changed since, until they are embedded anew.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
+from rcml_jax.files import atomic_file, exclusive
 from rcml_jax.search.items import Items, from_names
 
 MODALITIES = ("text", "image")
 DTYPES = ("float32", "float16")
-_FORMAT = 1
-_MANIFEST = "manifest.json"
+_FORMAT = 2
+_MANIFEST, _ITEMS = "manifest.json", "items.jsonl"
+_LOCK = ".lock"
+#: What a kill may leave before there is a manifest.
+_OF_THE_START = (f"{_MANIFEST}.part", _LOCK, f"{_LOCK}.json", f"{_LOCK}.json.part")
 _EXAMPLES = 5
 _KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype", "shard")
-_KEYS += ("done", "problems")
+_KEYS += ("done", "problems", "stale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Plan:
             "format": _FORMAT,
             "model": self.model,
             "items": len(self.items),
-            "items_digest": self.items.digest(),
+            "items_digest": hashlib.sha256(json.dumps(self.items.ids).encode()).hexdigest(),
             "root": None if root is None else str(root),
             "relations": list(self.relations),
             "shapes": {name: list(self.shapes[name]) for name in MODALITIES},
@@ -64,6 +72,7 @@ class Plan:
             "shard": self.shard,
             "done": 0,
             "problems": {},
+            "stale": [],
         }
 
 
@@ -72,10 +81,12 @@ class Writer:
 
     Raises UserError where the directory holds embeddings of another plan or anything else, or the
     disk has no room. A store with a whole shard keeps its size of shards; one without is made anew.
+    Items of whole shards whose text or picture has changed are `stale`: `rewrite` them, then call
+    `refresh`.
     """
 
     def __init__(self, directory: pathlib.Path | str, plan: Plan):
-        self.directory = pathlib.Path(directory)
+        self.directory = user_path(directory)
         if plan.dtype not in DTYPES:
             raise UserError(f"the type {plan.dtype!r} is unknown; choose {' or '.join(DTYPES)}")
         if plan.shard < 1:
@@ -88,9 +99,57 @@ class Writer:
             _check_same(self.directory, found, self._manifest)
             self._manifest = found
             _check_room(self.directory, found)
+            self._rows = plan.items.rows()
+            self._find_stale()
         else:
             self._create(plan)
         self._arrays = _open_arrays(self.directory, self._manifest)
+        if begun and not self.stale:
+            self._write_rows()  # of shards that are not done
+
+    @property
+    def stale(self) -> list[int]:
+        """Items of whole shards that must be embedded anew, ascending."""
+        return self._manifest["stale"]
+
+    def _find_stale(self) -> None:
+        before = _read_rows(self.directory, self._manifest)
+        done = min(self._manifest["done"] * self.shard, len(before))
+        changed = {i for i in range(done) if before[i] != self._rows[i]}
+        if changed - {*self.stale}:
+            # Kept, also if another change comes before these are embedded.
+            self._manifest["stale"] = sorted(changed | {*self.stale})
+            _write_manifest(self.directory, self._manifest)
+
+    def rewrite(
+        self, items: Sequence[int], blocks: dict[str, np.ndarray], has: dict[str, np.ndarray]
+    ) -> None:
+        """Write some stale items anew; blocks and has as of `write`, in the order of `items`."""
+        for place, item in enumerate(items):
+            row = slice(place, place + 1)
+            for name in MODALITIES:
+                mask = np.asarray(has[name], bool)[row]
+                self._put(f"has_{name}", item, mask[None])
+                lead, _, width = self._arrays[name].shape
+                zeros = np.zeros((lead, 1, width), np.float32)
+                self._put(name, item, blocks[name][:, row] if mask.any() else zeros)
+
+    def refresh(self) -> None:
+        """All stale items are written anew: their texts and the states of their files are kept."""
+        self._sync()
+        self._write_rows()
+        done = self._rows[: self._manifest["done"] * self.shard]
+        image = np.load(_path(self.directory, "has_image"))[: len(done)]
+        bare = [row for row, has in zip(done, image, strict=True) if not has]
+        problems = {
+            "unreadable": [row["id"] for row in bare if row["image"]],
+            "empty": [row["id"] for row in bare if not row["image"] and not row["text"]],
+        }
+        self._manifest["problems"] = {
+            name: {"count": len(ids), "first": ids[:_EXAMPLES]} for name, ids in problems.items()
+        }
+        self._manifest["stale"] = []
+        _write_manifest(self.directory, self._manifest)
 
     @property
     def shard(self) -> int:
@@ -124,11 +183,21 @@ class Writer:
             known["count"] += len(ids)
             known["first"] = (known["first"] + ids)[:_EXAMPLES]
         self._manifest["done"] += 1
+        self._sync()
+        _write_manifest(self.directory, self._manifest)
+
+    def _sync(self) -> None:
         with _guarded(self.directory):
             for name in self._arrays:
                 with _path(self.directory, name).open("rb+") as file:
                     os.fsync(file.fileno())
-        _write_manifest(self.directory, self._manifest)
+
+    def _write_rows(self) -> None:
+        path = self.directory / _ITEMS
+        part = path.with_name(f"{_ITEMS}.part")
+        with _guarded(self.directory):
+            part.write_text("".join(json.dumps(row) + "\n" for row in self._rows), "ascii")
+            os.replace(part, path)
 
     def _put(self, name: str, start: int, block: np.ndarray) -> None:
         """Write rows by ordinary calls: a full disk is an error, where a map would kill us."""
@@ -149,10 +218,23 @@ class Writer:
             for name, (lead, width) in plan.shapes.items():
                 _allocate(_path(directory, name), (lead, n, width), plan.dtype)
                 _allocate(_path(directory, f"has_{name}"), (n,), "bool")
-            with (directory / "items.jsonl").open("w") as file:
-                rows = zip(plan.items.ids, plan.items.texts, plan.items.pictures, strict=True)
-                for key, text, picture in rows:
-                    file.write(json.dumps({"id": key, "text": text, "image": picture}) + "\n")
+        self._rows = plan.items.rows()
+        self._write_rows()
+
+
+def hold_store(directory: pathlib.Path | str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from writing a store while a block runs.
+
+    Raises UserError, which names the other process, where one writes it.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / _MANIFEST).is_file():
+        _make_empty(directory)
+    return exclusive(
+        directory / _LOCK,
+        f"is embedding into {directory}",
+        remedy="wait until it ends, or give another directory",
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,13 +262,18 @@ class Embeddings:
 
 def open_embeddings(directory: pathlib.Path | str) -> Embeddings:
     """Open a store. Raises UserError where there is none, it is unfinished or damaged."""
-    directory = pathlib.Path(directory)
+    directory = user_path(directory)
     manifest = read_manifest(directory)
     shards = -(-manifest["items"] // manifest["shard"])
     if manifest["done"] < shards:
         raise UserError(
             f"{directory} is unfinished ({manifest['done']} of {shards} shards); start the command "
             "that embeds again to go on"
+        )
+    if manifest["stale"]:
+        raise UserError(
+            f"{directory}: {len(manifest['stale']):,} items have changed since they were embedded; "
+            "start the command that embeds again to go on"
         )
     arrays = _open_arrays(directory, manifest)
     return Embeddings(
@@ -202,7 +289,7 @@ def open_embeddings(directory: pathlib.Path | str) -> Embeddings:
 
 def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
     """The manifest of a store. Raises UserError where there is none or it is damaged."""
-    path = pathlib.Path(directory) / _MANIFEST
+    path = user_path(directory) / _MANIFEST
     if not path.is_file():
         raise UserError(
             f"{directory} holds no {_MANIFEST}, so nothing was embedded there; embed first: "
@@ -221,18 +308,27 @@ def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
 
 
 def _read_items(directory: pathlib.Path, manifest: dict) -> Items:
-    path = directory / "items.jsonl"
-    try:
-        with path.open() as file:
-            rows = [json.loads(line) for line in file]
-        columns = [tuple(row[name] for row in rows) for name in ("id", "text", "image")]
-        if len(rows) != manifest["items"]:
-            raise ValueError(f"it has {len(rows)} items, not {manifest['items']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+    rows = _read_rows(directory, manifest)
+    columns = [tuple(row[name] for row in rows) for name in ("id", "text", "image")]
     if manifest["root"] is None:
         return Items(*columns, read=_not_a_file)
     return from_names(*columns, pathlib.Path(manifest["root"]))
+
+
+def _read_rows(directory: pathlib.Path, manifest: dict) -> list[dict]:
+    """The lines of `items.jsonl`."""
+    path = directory / _ITEMS
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        if len(rows) != manifest["items"]:
+            raise ValueError(f"it has {len(rows)} items, not {manifest['items']}")
+        for row in rows:
+            if not {"id", "text", "image", "state"} <= {*row}:
+                raise ValueError("a line lacks id, text, image or state")
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return rows
 
 
 def _not_a_file(index: int) -> bytes:
@@ -262,8 +358,7 @@ def _make_empty(directory: pathlib.Path) -> None:
     """Make a directory that holds nothing, or see that it is one."""
     with _guarded(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        # A kill may have left the beginning of a manifest.
-        names = [path.name for path in directory.iterdir() if path.name != f"{_MANIFEST}.part"]
+        names = [path.name for path in directory.iterdir() if path.name not in _OF_THE_START]
     if names:
         raise UserError(
             f"{directory} holds {min(names)} and no embeddings of ours; give an empty or a new "
@@ -302,14 +397,9 @@ def _check_room(directory: pathlib.Path, manifest: dict) -> None:
 
 
 def _write_manifest(directory: pathlib.Path, manifest: dict) -> None:
-    path = directory / _MANIFEST
-    part = path.with_name(f"{_MANIFEST}.part")
-    with _guarded(directory):
-        with part.open("w") as file:
-            file.write(json.dumps(manifest, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+    content = json.dumps(manifest, indent=2) + "\n"
+    with _guarded(directory), atomic_file(directory / _MANIFEST, durable=True) as file:
+        file.write(content.encode())
 
 
 def _allocate(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> None:

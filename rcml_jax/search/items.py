@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rcml_jax.data import images
+from rcml_jax.data.gates import TextGate, read_file, user_path
+from rcml_jax.data.images import DECODE_ERRORS
+from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
+from rcml_jax.data.stages import file_state
 from rcml_jax.data.tables import optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 
@@ -28,7 +32,8 @@ class Items:
 
     ids; texts, "" where there is none; pictures, their names, "" where there is none; read: an
     index → the bytes of that picture's file, or OSError. root: the folder that names are relative
-    to; None where the pictures are those of a graph.
+    to; None where the pictures are those of a graph. states: gives for each picture a JSON value
+    that changes when its content does.
     """
 
     ids: tuple[str, ...]
@@ -36,9 +41,19 @@ class Items:
     pictures: tuple[str, ...]
     read: Callable[[int], bytes]
     root: Path | None = None
+    states: Callable[[], list] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def rows(self) -> list[dict]:
+        """Each item's id, text and image, and the state of the image's content, as JSON values."""
+        states = [None] * len(self) if self.states is None else self.states()
+        columns = zip(self.ids, self.texts, self.pictures, states, strict=True)
+        return [
+            {"id": key, "text": text, "image": picture, "state": state}
+            for key, text, picture, state in columns
+        ]
 
     def digest(self) -> str:
         """Changes with ids, texts, names of pictures and their order, not with the pictures."""
@@ -50,20 +65,23 @@ class Items:
         return digest.hexdigest()
 
 
-def read_items(path: str | Path) -> Items:
+def read_items(path: str | Path, *, strict: bool = False) -> Items:
     """The items of a table, or of the folder that holds one.
+
+    Texts with a NUL or half of a surrogate pair are changed and counted on standard error; with
+    `strict` they are an error.
 
     Raises:
       UserError: there is no such table, it is malformed, an id is missing or used twice, or no row
         has a text or a picture.
     """
-    path = Path(path).expanduser()
+    path, gate = user_path(path), TextGate(strict)
     if not path.exists():
         raise UserError(f"there is no {path}; give a folder, a .csv or a .jsonl file of items")
     table = table_of(path, "items") if path.is_dir() else path
     rows: dict[str, tuple[str, str]] = {}
     places: dict[str, str] = {}
-    for where, row in rows_of(table):
+    for where, row in rows_of(table, gate):
         key = required(row, "id", where)
         if key in rows:
             raise UserError(
@@ -72,6 +90,7 @@ def read_items(path: str | Path) -> Items:
             )
         rows[key] = optional(row, "text"), optional(row, "image")
         places[key] = where
+    gate.report(log_line)
     if not rows:
         raise UserError(f"{table} has no items; add a row for each item.")
     texts, pictures = zip(*rows.values(), strict=True)
@@ -84,12 +103,32 @@ def from_names(
     ids: tuple[str, ...], texts: tuple[str, ...], pictures: tuple[str, ...], root: Path
 ) -> Items:
     """Items whose pictures are files relative to `root`."""
-    return Items(ids, texts, pictures, lambda i: (root / pictures[i]).read_bytes(), root.resolve())
+
+    def state(name: str) -> list | None:
+        try:
+            return file_state(root / name)[1:] if name else None
+        except DECODE_ERRORS:  # it is missing, or its name is none
+            return None
+
+    return Items(
+        ids,
+        texts,
+        pictures,
+        lambda i: read_file(root / pictures[i]),
+        root.resolve(),
+        lambda: [state(name) for name in pictures],
+    )
 
 
 def from_graph(graph: RelationGraph) -> Items:
     """The items of a relation graph, under their ids."""
-    return Items(graph.ids, graph.texts, graph.ids, graph.images.encoded)
+    return Items(
+        graph.ids,
+        graph.texts,
+        graph.ids,
+        graph.images.encoded,
+        states=lambda: images.image_states(graph.images),
+    )
 
 
 def write_listing(graph: RelationGraph, directory: str | Path) -> None:
@@ -100,7 +139,7 @@ def write_listing(graph: RelationGraph, directory: str | Path) -> None:
     `items.jsonl` comes last: a listing that has it is whole. Raises UserError where the directory
     is not empty or cannot be written.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     try:
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} is not empty; give --list a new directory")
@@ -128,10 +167,10 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text(lines, "utf-8")
 
 
-def pixels(encoded: bytes, size: int) -> np.ndarray:
+def pixels(encoded: bytes, framing: int | images.Framing) -> np.ndarray:
     """A picture as training has it: uint8 (size, size, 3).
 
     Raises:
-      images.DECODE_ERRORS: the bytes are no picture.
+      ImageError: the bytes are no image.
     """
-    return images.to_array(images.open_rgb(images.storable(encoded, STORED_SIZE)), size)
+    return images.to_array(images.open_rgb(images.storable(encoded, STORED_SIZE)), framing)

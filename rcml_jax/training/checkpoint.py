@@ -14,7 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from rcml_jax import files
 from rcml_jax.errors import UserError
+from rcml_jax.training.workdir import LOCK
 
 _METRIC = "selection"
 
@@ -243,5 +245,13 @@ def read_params(workdir: pathlib.Path | str, step: int | str = "best") -> Any:
         if step is None:
             raise UserError(f"{directory} holds no whole checkpoint; train first, or let it finish")
         return checkpoints.restore_params(step)
+    except UserError as error:
+        # What is being written or replaced is not damaged.
+        if other := files.holder(pathlib.Path(workdir) / LOCK):
+            raise UserError(
+                f"{other} is training in {workdir}, and no checkpoint could be read there; wait "
+                "until it ends"
+            ) from error
+        raise
     finally:
         checkpoints.close()

@@ -94,7 +94,7 @@ def _counters(row: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Ar
     high = a * c + ((a * d) >> half) + ((b * c) >> half) + (middle >> half)
     spread = (len(row),) + (1,) * (len(shape) - 1)
     low, high = low.reshape(spread), high.reshape(spread)
-    place = low + jnp.arange(width, dtype=jnp.uint32).reshape(shape[1:])
+    place = low + jnp.arange(width, dtype=jnp.uint32).reshape(1, *shape[1:])
     return high + (place < low).astype(jnp.uint32), place
 
 

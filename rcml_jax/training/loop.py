@@ -1,10 +1,11 @@
 """The training loop: steps, validation, checkpoints, early stopping, a clean end on a signal."""
 
+import contextlib
 import math
 import pathlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -12,16 +13,21 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
+from rcml_jax.config import fold_seed
+from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import Progress, log_line
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
+from rcml_jax.methods import method_class
 from rcml_jax.methods.base import Method
+from rcml_jax.schema import validate
 from rcml_jax.training import optimizer as optimizers
 from rcml_jax.training import sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import Checkpoints, read_params
-from rcml_jax.training.gradcache import ACCUMULATIONS, check, parts_of
+from rcml_jax.training.gradcache import check, parts_of
 from rcml_jax.training.step import create, make_step
-from rcml_jax.training.writer import MetricsWriter, Progress, read_history
+from rcml_jax.training.writer import MetricsWriter, read_history
 
 # Batches on the devices, one ahead of the step, at the place of the batches that were taken.
 
@@ -104,18 +110,19 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
     Returns what is written to `eval.json`; None where a signal ended the run, whose next start goes
     on from there. Raises UserError for whatever a user can mend.
     """
+    validate(config)
     devices = sharding.pick_devices(config.platform, config.devices)
-    _check(config)
-    workdir = _prepare(pathlib.Path(workdir), config)
-    with jax.default_device(sharding.first_local(devices)):
-        method = _build(config, workdir)
-        with Interrupt() as interrupt:
-            place = sharding.build(config.parallel, devices, method.in_place)
-            run = Run(config, workdir, method, place)
-            finished = run.train(interrupt)
-        if not finished:
-            return None
-        return evaluate(config, workdir, method=method)
+    workdir = user_path(workdir)
+    with _alone(workdir):
+        config = _completed(config, workdir)
+        workdir = _prepare(workdir, config)
+        with jax.default_device(sharding.first_local(devices)):
+            method = _build(config, workdir)
+            with Interrupt() as interrupt:
+                place = sharding.build(config.parallel, devices, method.in_place)
+                run = Run(config, workdir, method, place)
+                finished = run.train(interrupt)
+            return _evaluate(config, workdir, "test", method) if finished else None
 
 
 def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "test") -> dict:
@@ -123,19 +130,26 @@ def evaluate_untrained(config: Any, workdir: pathlib.Path | str, split: str = "t
 
     Writes what `evaluate` does. Raises UserError where the directory holds anything else.
     """
-    _check(config)
-    return evaluate(config, _prepare(pathlib.Path(workdir), config), split)
+    validate(config)
+    workdir = user_path(workdir)
+    with _alone(workdir):
+        return _evaluate(config, _prepare(workdir, config), split)
 
 
-def evaluate(
-    config: Any, workdir: pathlib.Path | str, split: str = "test", method: Method | None = None
-) -> dict:
+def evaluate(config: Any, workdir: pathlib.Path | str, split: str = "test") -> dict:
     """Evaluate the best checkpoint of a work directory.
 
     Writes `eval.json`, or `eval_<split>.json` for a split other than test. Raises UserError where
-    there is no checkpoint, or one of another model.
+    there is no checkpoint, or one of another model, and while another process trains there: its
+    best checkpoint may go at any time.
     """
-    workdir = pathlib.Path(workdir)
+    validate(config)
+    workdir = user_path(workdir)
+    with _alone(workdir) if workdir.is_dir() else contextlib.nullcontext():
+        return _evaluate(config, workdir, split)
+
+
+def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | None = None) -> dict:
     device = sharding.first_local(sharding.pick_devices(config.platform))
     try:
         with jax.default_device(device):
@@ -157,6 +171,37 @@ def evaluate(
     return result
 
 
+def _completed(config: Any, workdir: pathlib.Path) -> Any:
+    """The configuration with what the method reads from checkpoints.
+
+    A run of a version that did not read it goes on without.
+    """
+    begun = (workdir / "config.json").is_file()
+    saved = workdirs.load_config(workdir) if begun else config
+    model = config.get("model", {})
+    if "preprocessing" in model and "preprocessing" not in saved.get("model", {}):
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            del config.model.preprocessing
+    return method_class(config.method).completed(config)
+
+
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path | str) -> Iterator[None]:
+    """Hold a work directory; of the processes of one run the primary does it for all."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if sharding.is_primary():
+            try:
+                stack.enter_context(workdirs.hold(workdir))
+            except UserError as error:
+                refused = error
+        # The others would wait for a primary that has ended.
+        if sharding.any_process(refused is not None):
+            raise refused or UserError(f"process 0 cannot use {workdir}; see its message")
+        yield
+
+
 def _prepare(workdir: pathlib.Path, config: Any) -> pathlib.Path:
     """The primary process makes the work directory; then all check it."""
     if sharding.is_primary():
@@ -171,30 +216,6 @@ def _build(config: Any, workdir: pathlib.Path) -> Method:
         method = build_method(config, workdir)
     sharding.wait_for_all("data")
     return method if sharding.is_primary() else build_method(config, workdir)
-
-
-def _check(config: Any) -> None:
-    for name in ("steps", "validate_every", "log_every"):
-        # Without a number of steps, the number of epochs says it.
-        least = 0 if config.get("epochs", 0) > 0 and name != "log_every" else 1
-        if config[name] < least:
-            raise UserError(f"config.{name}={config[name]} must be at least {least}")
-    if config.get("accumulation", "exact") not in ACCUMULATIONS:
-        raise UserError(
-            f"config.accumulation={config.accumulation!r} is unknown; choose "
-            f"{' or '.join(ACCUMULATIONS)}"
-        )
-    if config.get("micro_batch", 0) < 0:
-        raise UserError(
-            f"config.micro_batch={config.micro_batch} must not be negative; 0 takes the whole "
-            "batch at once"
-        )
-    if "optimizer" in config and not config.get("epochs", 0):
-        # Before the data are prepared, which may take long.
-        optimizers.schedule(config.optimizer, config.steps)
-    for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
-        if seed < 0:
-            raise UserError(f"config.{name}={seed} must not be negative")
 
 
 class Run:
@@ -220,14 +241,20 @@ class Run:
         self.first = latest or 0
         self.writer = MetricsWriter(workdir, step=self.first, tensorboard=config.tensorboard)
         self.phases = [(first, devices.compile(step)) for first, step in phases]
-        self.progress = Progress(self.first, self.steps, self.examples)
+        self.progress = Progress(
+            self.steps,
+            done=self.first,
+            count=lambda step, steps: f"step {step}/{steps}",
+            rate=lambda speed: f"{self.examples * speed:,.0f} examples/s",
+            log=log_line if sharding.is_primary() else lambda line: None,
+        )
         if latest is not None and not self._over(self.first):
             self.progress.note(f"resuming from step {latest}")
 
     def _first_state(self, source: Any) -> tuple[Any, Any]:
         """The state before the first step, by the first batch, and the step of each phase."""
         config = self.config
-        init_key, run_key = jax.random.split(jax.random.key(config.seed))
+        init_key, run_key = jax.random.split(jax.random.key(fold_seed(config.seed)))
         place = source.get_state()
         batch = next(source)
         rows, each = _rows(batch), self.method.examples_per_row
@@ -239,20 +266,15 @@ class Run:
             )
         accumulation = config.get("accumulation", "exact")
         micro_batch = config.get("micro_batch", 0)
-        if 0 < micro_batch < each:
-            raise UserError(
-                f"config.micro_batch={micro_batch} is less than a row of {each} examples; raise it "
-                "or lower config.batch.texts_per_row"
-            )
         parts = parts_of(rows, micro_batch // each)
         gathered = count if config.parallel == "pmap" else 1
         check(accumulation, self.method, batch, parts, gathered)
         self.examples = rows * each
         source.set_state(place)
         params = self.method.init(init_key, batch)
-        towers = config.model.get("init_from", "")
+        towers = config.get("model", {}).get("init_from", "")
         if towers and self.checkpoints.latest() is None:
-            params = self.method.adopt(params, read_params(towers))
+            params = self.method.adopt(params, read_params(user_path(towers)))
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(
             config.optimizer, self.steps, frozen, self.method.decayed(params)
@@ -299,6 +321,8 @@ class Run:
             validate = step % self.validate_every == 0 or step == self.steps
             if step % config.log_every == 0 or step == self.first + 1 or validate:
                 self._log(step)
+            else:
+                self.progress.update(step)
             if validate:
                 self._validate(step)
             asked = self._asked(step, interrupt)
@@ -343,7 +367,7 @@ class Run:
                 "config.optimizer.learning_rate, or set config.optimizer.clip_norm, in a new "
                 "--workdir"
             )
-        self.progress.update(step, mean["loss"])
+        self.progress.update(step, f"loss {mean['loss']:.4f}")
         if step % self.config.log_every == 0 or step == self.steps:
             rate *= _scalar(jax.device_get(scale))
             self.writer.write(step, "train", mean | {"learning_rate": rate})

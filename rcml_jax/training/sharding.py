@@ -1,5 +1,6 @@
 """One step on one device or many: `jit` over sharded arrays, of the state, too, or `pmap`."""
 
+import collections
 import functools
 import math
 import os
@@ -63,7 +64,9 @@ def any_process(flag: bool) -> bool:
 def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
     """The devices of a platform ("cpu", "gpu", "tpu"; "" for the default), all or the first few.
 
-    Raises UserError where there are none of the kind, or fewer than asked for.
+    Raises UserError where there are none of the kind, or fewer than asked for; and, in every
+    process alike, where the processes have different numbers of devices, or one of them has none
+    of those that were picked.
     """
     try:
         devices = jax.devices(platform or None)
@@ -77,9 +80,25 @@ def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
             f"config.devices={count}, but there are {len(devices)} devices of the kind "
             f"{devices[0].platform!r}; lower it"
         )
-    if count < 0:
-        raise UserError(f"config.devices={count} is negative; 0 takes all devices")
+    _check_processes(devices, devices[: count or None])
     return devices[: count or None]
+
+
+def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> None:
+    """Every process knows the devices of all, so that all of them end with the same sentence."""
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        each = ", ".join(str(counts[process]) for process in sorted(counts))
+        raise UserError(
+            f"the processes have different numbers of devices ({each}); start every process with "
+            "as many as the others, for example by CUDA_VISIBLE_DEVICES"
+        )
+    idle = counts.keys() - {device.process_index for device in picked}
+    if idle:
+        raise UserError(
+            f"config.devices={len(picked)} leaves process {min(idle)} without a device; raise it "
+            f"to {len(devices)}, or to 0 for all, or start fewer processes"
+        )
 
 
 def first_local(devices: list[jax.Device]) -> jax.Device:
@@ -150,6 +169,21 @@ class ShardedJit:
             name: jax.tree.map(functools.partial(_put, sharding=place), batch[name])
             for name, place in places.items()
         }
+
+    def sharding_of(self, x: Any) -> NamedSharding:
+        """Where an array of the state lies, by its shape alone: whole on every device."""
+        del x
+        return self._replicated
+
+    def abstract(self, state: Any, batch: dict) -> tuple[Any, dict]:
+        """The shapes of a state and of a batch, placed as `put_state` and `put_batch` do.
+
+        To compile a step ahead, on devices that need not be there.
+        """
+        items = jax.tree.map(lambda x: _shape(x, self._split), batch["items"])
+        shared = jax.tree.map(lambda x: _shape(x, self._replicated), batch["shared"])
+        state = jax.tree.map(lambda x: _shape(x, self.sharding_of(x)), state)
+        return state, {"items": items, "shared": shared}
 
     def compile(self, step: Callable) -> Callable:
         """Jit `step(state, batch, across) -> (state, metrics)`; see `donated` for its state."""
@@ -247,6 +281,20 @@ class Pmap:
         shared = jax.tree.map(lambda x: _put(x, self._split, len(mine)), batch["shared"])
         return {"items": jax.tree.map(split, batch["items"]), "shared": shared}
 
+    def abstract(self, state: Any, batch: dict) -> tuple[Any, dict]:
+        """The shapes of a state and of a batch with their leading axis of devices."""
+        count = len(self.devices)
+
+        def whole(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *x.shape), x.dtype)
+
+        def split(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, x.shape[0] // count, *x.shape[1:]), x.dtype)
+
+        shared = jax.tree.map(whole, batch["shared"])
+        items = jax.tree.map(split, batch["items"])
+        return jax.tree.map(whole, state), {"items": items, "shared": shared}
+
     def compile(self, step: Callable) -> Callable:
         """Pmap `step(state, batch, across) -> (state, metrics)`; see `donated` for its state."""
         return jax.pmap(
@@ -255,6 +303,10 @@ class Pmap:
             devices=self.devices,
             donate_argnums=self._donated,
         )
+
+
+def _shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _put(x: Any, sharding: NamedSharding, copies: int = 0) -> jax.Array:
@@ -274,10 +326,5 @@ PARALLEL = {"jit": ShardedJit, "pmap": Pmap, "fsdp": FullyShardedJit}
 
 
 def build(name: str, devices: list[jax.Device], in_place: bool = False) -> ShardedJit | Pmap:
-    """The parallel mode of a name; for `in_place` see `donated`.
-
-    Raises UserError for an unknown name.
-    """
-    if name not in PARALLEL:
-        raise UserError(f"config.parallel={name!r} is unknown; choose one of {', '.join(PARALLEL)}")
+    """The parallel mode of a name in `PARALLEL`; for `in_place` see `donated`."""
     return PARALLEL[name](devices, in_place)

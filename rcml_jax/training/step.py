@@ -45,7 +45,7 @@ def make_step(
 
     def step(state: TrainState, batch: dict, axis: str | None) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(state.key, state.step)
-        progress = state.step / steps
+        progress = state.step.astype(jnp.float32) / steps
         (value, metrics), grads = graded(method, state.params, batch, key, progress, axis=axis)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,13 +1,16 @@
 """The work directory: its configuration, and whether it is the one that is asked for."""
 
+import contextlib
+import io
 import json
-import os
 import pathlib
 from typing import Any
 
 import ml_collections
 import numpy as np
 
+from rcml_jax import files, schema
+from rcml_jax.config import leaves
 from rcml_jax.errors import UserError
 
 _ALWAYS = ("seed", "steps", "method", "parallel", "data")
@@ -32,8 +35,31 @@ _FREE = {
 }
 
 
+#: The lock of a work directory, and what a kill may leave of the making of one.
+LOCK = ".lock"
+_OF_THE_START = (LOCK, f"{LOCK}.json", f"{LOCK}.json.part", "config.json.part")
+
+
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The configuration that a work directory was trained with. Raises UserError without one."""
+    """The configuration that a work directory was trained with, checked by the schema.
+
+    Options that came after it have the values that the schema gives to runs before them. Raises
+    UserError where there is none, and for one that lacks an option without such a value.
+    """
+    config, path = _read_config(workdir), pathlib.Path(workdir) / "config.json"
+    if missing := schema.complete(config):
+        raise UserError(
+            f"{workdir} is of an older version, without config.{missing[0]}: train anew, or write "
+            f"the value that the run had into {path} (rcml-train --help explains every option)"
+        )
+    try:
+        schema.validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
+
+
+def _read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(
@@ -57,34 +83,55 @@ def prepare(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib
     configuration. Raises UserError where it was made with another configuration or is no directory
     of ours.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = make(workdir)
     path = workdir / "config.json"
     if path.is_file():
         _check_same(path, config)
-        return workdir
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the work directory {workdir}: {error.strerror}") from error
-    # A kill may have left the beginning of a configuration.
-    if any(entry.name != "config.json.part" for entry in workdir.iterdir()):
-        raise UserError(
-            f"{workdir} is not empty and holds no config.json; give an empty or a new --workdir"
-        )
-    write_json(path, config.to_dict())
+    else:
+        write_json(path, config.to_dict())
     return workdir
 
 
+def make(workdir: pathlib.Path | str) -> pathlib.Path:
+    """Make a directory that holds nothing, or check that it is a work directory or empty.
+
+    Raises UserError where it is neither, or cannot be made.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in workdir.iterdir()}
+    except OSError as error:
+        raise UserError(f"cannot make the work directory {workdir}: {error.strerror}") from error
+    if "config.json" not in names and names - set(_OF_THE_START):
+        raise UserError(
+            f"{workdir} is not empty and holds no config.json; give an empty or a new --workdir"
+        )
+    return workdir
+
+
+def hold(workdir: pathlib.Path | str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes out of a work directory, which is made, while a block runs.
+
+    Raises UserError, which names the other process, where one is training or evaluating there.
+    """
+    workdir = make(workdir)
+    return files.exclusive(
+        workdir / LOCK,
+        f"is training or evaluating in {workdir}",
+        remedy="wait until it ends, or give another --workdir",
+    )
+
+
 def _check_same(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    old = leaves(load_config(path.parent).to_dict())
+    there = _read_config(path.parent)
+    schema.complete(there)
+    old = leaves(there.to_dict())
     new = leaves(json.loads(json.dumps(config.to_dict())))
     changed = [
         f"{name} ({old.get(name, 'unset')!r} there, {new.get(name, 'unset')!r} here)"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, ...) != new.get(name, ...)
-        and not _free(name, new)
-        # An option that an older version did not have, and that is off.
-        and (name in old or new[name])
+        if old.get(name, ...) != new.get(name, ...) and not _free(name, new)
     ]
     if not changed:
         return
@@ -113,33 +160,13 @@ def _free(name: str, config: dict[str, Any]) -> bool:
     return name in _FREE or name.split(".")[0] in _FREE
 
 
-def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as dotted names → values."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= leaves(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     """Write an `.npz` file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    files.write_whole(path, buffer.getbuffer())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    files.write_whole(path, json.dumps(value, indent=2) + "\n")

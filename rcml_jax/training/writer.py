@@ -1,12 +1,11 @@
-"""Where the figures of a run go: `metrics.jsonl`, TensorBoard, and the terminal."""
+"""Where the figures of a run go: `metrics.jsonl` and TensorBoard."""
 
 import json
 import math
 import pathlib
-import sys
-import time
 from typing import Any
 
+from rcml_jax import files
 from rcml_jax.errors import UserError
 from rcml_jax.training.sharding import is_primary
 
@@ -40,7 +39,7 @@ class MetricsWriter:
         self._board = _tensorboard(workdir, step) if tensorboard else None
         if self._path.is_file():
             whole = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
-            self._path.write_text("".join(line + "\n" for line in whole))
+            files.write_whole(self._path, "".join(line + "\n" for line in whole))
 
     def write(self, step: int, kind: str, metrics: dict) -> None:
         """Write the metrics of a step; kind is "train" or "validation"."""
@@ -90,49 +89,3 @@ def _tensorboard(workdir: pathlib.Path, step: int) -> Any:
             'config.tensorboard needs tensorboardX: pip install "rcml_jax[tensorboard]"'
         ) from error
     return SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1)
-
-
-class Progress:
-    """One live line (step, loss, rate, time left) on a terminal, plain lines elsewhere."""
-
-    def __init__(self, first: int, total: int, examples: int, stream: Any = None):
-        self._stream = stream or sys.stderr
-        self._primary = is_primary()
-        self._live = self._primary and self._stream.isatty()
-        self._first, self._total, self._examples = first, total, examples
-        self._start = time.perf_counter()
-        self._counted = first
-
-    def update(self, step: int, loss: float) -> None:
-        """Show a step. The first step's compilation is left out of the rate."""
-        now = time.perf_counter()
-        if self._counted in (self._first, step):
-            self._counted, self._start = step, now
-            rate = "compiled"
-        else:
-            seconds = (now - self._start) / (step - self._counted)
-            left = int(seconds * (self._total - step))
-            rate = (
-                f"{self._examples / seconds:,.0f} examples/s  "
-                f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
-            )
-        self._show(f"step {step}/{self._total}  loss {loss:.4f}  {rate}")
-
-    def note(self, text: str) -> None:
-        """Print a line that stays."""
-        if not self._primary:
-            return
-        self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
-        self._stream.flush()
-
-    def _show(self, text: str) -> None:
-        if not self._primary:
-            return
-        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """End the live line."""
-        if self._live:
-            self._stream.write("\n")
-            self._stream.flush()

@@ -1,12 +1,13 @@
 """The sweep: its variants, its table, and that nothing is run twice."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from rcml_jax.cli import sweep
-from rcml_jax.cli.sweep import read_variants
+from rcml_jax.cli.sweep import folders_of, read_variants
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.evaluation.measures import columns
@@ -35,7 +36,6 @@ def test_variants_of_their_own():
         ("model.beta=", [], "--vary 'model.beta=' must be NAME=VALUE"),
         ("", [":a=1"], "--variant ':a=1' needs a label of its own"),
         ("", ["x:a=1", "x:a=2"], "--variant 'x:a=2' needs a label of its own"),
-        ("", ["a/b:c=1"], "without a slash"),
         ("", [], "nothing to run: give --vary"),
     ],
 )
@@ -43,6 +43,24 @@ def test_wrong_variants(vary, variants, message):
     with pytest.raises(UserError) as error:
         read_variants(vary, variants)
     assert message in str(error.value)
+
+
+def test_folders_are_safe_and_unique():
+    plain = ["full", "no gate", "model.beta=0.6", "data.modalities=image"]
+    assert folders_of(plain) == {x: x.replace(" ", "_") for x in plain}
+    labels = [
+        "model.init_from=/runs/a", "model.init_from=/runs/b", "model.init_from=runs-a", "../../x",
+        "..", ".hidden", "a/b", "a-b", "a b", "a_b", "A B", "x" * 300, "x" * 301, "β=1", "γ=1",
+        "c:d*?\"<>|", "-", "Full", "full",
+    ]  # fmt: skip
+    folders = folders_of(labels)
+    assert list(folders) == labels
+    assert len({name.lower() for name in folders.values()}) == len(labels)
+    for name in folders.values():
+        assert re.fullmatch(r"[A-Za-z0-9_=+,-][A-Za-z0-9_=.,+-]{0,79}", name), name
+    assert folders_of(labels) == folders
+    # A digest follows the label alone, so that another sweep over it goes on.
+    assert folders_of(["a/b"])["a/b"] == folders["a/b"]
 
 
 def write_result(folder, value):
@@ -118,6 +136,9 @@ def test_a_sweep_runs_each_variant_once(catalogue, tmp_path, capsys):
         k: v for k, v in rows[1].items() if k != "variant"
     }
     assert (tmp_path / "table.md").read_text() == markdown(table)
+    assert json.loads((tmp_path / "variants.json").read_text()) == {
+        name: {"variant": name, "options": [name]} for name in ("patience=0", "patience=3")
+    }
     assert "patience=3" in out
 
     # What is finished is not run again; what is not, goes on.

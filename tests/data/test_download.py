@@ -58,7 +58,8 @@ def part_of(path):
 
 def test_a_file_is_downloaded_once(server, path):
     lines = get(server, "file", path, sha256=hashlib.sha256(BODY).hexdigest().upper())
-    assert lines == [f"Downloading {server.url('file')} (3.0 MB)"]
+    assert lines[0] == f"Downloading {server.url('file')} (3.0 MB)"
+    assert [line.partition("  ")[0] for line in lines[1:]] == [f"{path.name}: 3.0 MB of 3.0 MB"]
     assert get(server, "file", path) == []
     assert server.asked["file"] == 1
 

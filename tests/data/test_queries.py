@@ -300,3 +300,35 @@ def test_no_relation_has_more_pairs_than_allowed(draw):
     assert counts.max() <= 7 * share
     if draw is not queries.validity_examples:
         assert counts.max() > 5 * share  # some relation has more pairs than it may show
+
+
+def test_relations_of_one_sentence_link_the_same_pairs():
+    graph = make_graph(items=60, relations=6, group=6)
+    same = np.array([0, 1, 0, 3, 4, 0], np.int32)
+    twins = dataclasses.replace(graph, same_sentence=same)
+    splits = split_graph(graph, seed=0)
+    pairs = graph.pairs
+    for relation in range(6):
+        own = np.isin(np.arange(6), np.flatnonzero(same == same[relation]))
+        expected = np.array(
+            [any(graph.linked(a, b, r) for r in np.flatnonzero(own)) for a, b, _ in pairs]
+        )
+        found = twins.linked(pairs[:, 0], pairs[:, 1], np.full(len(pairs), relation))
+        np.testing.assert_array_equal(found, expected)
+    rows, relations = twins.links_of(pairs[:, :2])
+    dense = np.zeros((len(pairs), 6), bool)
+    dense[rows, relations] = True
+    every = twins.linked(pairs[:, :1], pairs[:, 1:2], np.arange(6))
+    np.testing.assert_array_equal(dense, every)
+    asked = queries.relation_candidates(twins, splits, "train", candidates=4, seed=0)
+    assert len(asked.a)
+    # No wrong answer has the sentence of the right one.
+    assert not np.any(same[asked.relations[:, 1:]] == same[asked.relations[:, :1]])
+    plain = queries.relation_candidates(graph, splits, "train", candidates=4, seed=0)
+    assert np.any(same[plain.relations[:, 1:]] == same[plain.relations[:, :1]])
+    gallery = queries.gallery_queries(twins, splits, "train", seed=0)
+    right = gallery.right.toarray()
+    own = np.arange(len(gallery.items)) == gallery.query[:, None]
+    a, b = gallery.items[gallery.query][:, None], gallery.items[None]
+    expected = twins.linked(a, b, gallery.relation[:, None]) & ~own
+    np.testing.assert_array_equal(right, expected)

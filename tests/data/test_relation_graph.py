@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
+from rcml_jax.data import relation_graph
 from rcml_jax.data.relation_graph import SPLITS, normalize_pairs, pairs_within, split_graph
 from rcml_jax.errors import UserError
 from tests.data.conftest import make_classes, make_graph, make_respects
@@ -16,10 +17,13 @@ def test_related_is_symmetric_with_a_true_diagonal_under_any_relation(toy):
     related = toy.related()
     assert related.dtype == bool
     np.testing.assert_array_equal(related.toarray(), expected)
-    rows, cols = np.array([5, 3, 3, 59]), np.array([0, 59, 7, 7, 3])
+    near = np.flatnonzero(expected[3])[-1]  # twice among the columns
+    rows, cols = np.array([5, 3, 3, 59]), np.array([0, 59, near, near, 3])
     np.testing.assert_array_equal(toy.related_block(rows, cols), expected[np.ix_(rows, cols)])
     np.testing.assert_array_equal(toy.related_values(rows, rows[::-1]), expected[rows, rows[::-1]])
     assert toy.related_block(rows, cols[:0]).shape == (4, 0)
+    for item in range(len(toy)):
+        np.testing.assert_array_equal(toy.related_to(item), np.flatnonzero(expected[item]))
 
 
 def test_linked_is_whether_the_triple_is_a_pair(toy):
@@ -35,6 +39,26 @@ def test_linked_is_whether_the_triple_is_a_pair(toy):
     assert expected.any()
     none = dataclasses.replace(toy, pairs=toy.pairs[:0], pair_split=toy.pair_split[:0])
     assert not none.linked(a, b, e).any()
+
+
+@pytest.mark.parametrize("make", [make_graph, make_classes, make_respects])
+@pytest.mark.parametrize("many", [0, 1, 16])
+def test_look_ups_of_a_batch_agree_with_single_places(make, many, monkeypatch):
+    """However many neighbors an item has, it is gone through or searched with one result."""
+    monkeypatch.setattr(relation_graph, "_MANY_LINKS", many)
+    graph = make()
+    rng = np.random.default_rng(many)
+    items = rng.permutation(len(graph))[:15]
+    related = graph.related().toarray()
+    np.testing.assert_array_equal(graph.related_block(items, items), related[np.ix_(items, items)])
+    for item in items:
+        np.testing.assert_array_equal(graph.related_to(item), np.flatnonzero(related[item]))
+    a, b = rng.integers(len(graph), size=(2, 3, 40))
+    np.testing.assert_array_equal(graph.related_values(a, b), related[a, b])
+    relations = np.array([2, -1, 0, len(graph.relations) - 1])
+    expected = graph.linked(a[..., None], b[..., None], relations.clip(min=0)) & (relations >= 0)
+    np.testing.assert_array_equal(graph.linked_under(a, b, relations), expected)
+    assert expected.any()
 
 
 def test_pairs_within_lists_every_two_members_once():

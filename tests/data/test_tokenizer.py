@@ -4,11 +4,11 @@ import pickle
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPTokenizerFast
 
 from rcml_jax.data.packing import LENGTHS
-from rcml_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from rcml_jax.data.tokenizer import SPECIAL_TOKENS, StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 from tests.parity.vocabulary import write_siglip2_vocabulary
 
@@ -123,6 +123,49 @@ def test_save_load_and_pickle(tokenizer, tmp_path):
         np.testing.assert_array_equal(copy.encode(texts, 32)[0], expected)
         assert copy.vocab_size == tokenizer.vocab_size
         assert copy.end_id == tokenizer.end_id
+
+
+def words_alone(size):
+    """A tokenizer without a start token, as SigLIP's, whose ids end at a number."""
+    vocabulary = {"<eos>": 0, "<pad>": 1, "heart": 2, "red": size - 1}
+    model = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Tokenizer(model)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(0, np.uint16), (2**16, np.uint16), (2**17, np.int32)])
+def test_stored_texts_are_the_ids_of_the_texts(tokenizer, tmp_path, size, dtype):
+    own = words_alone(size) if size else tokenizer
+    texts = [*TEXTS, "", "heart " * 40, "red heart"]
+    rng = np.random.default_rng(0)
+    for length in (2, 12, 77):
+        stored = StoredTexts(tmp_path, "toy", own, texts, length)
+        assert stored._rows.dtype == dtype
+        for count in (0, 1, 7, 30):
+            items = rng.integers(len(texts), size=count)
+            expected = own.encode([texts[i] for i in items], length)
+            for a, b in zip(stored(items), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+                assert a.dtype == b.dtype == np.int32
+
+
+def test_texts_are_tokenized_once(tokenizer, tmp_path, monkeypatch):
+    items = np.array([3, 0])
+    expected = StoredTexts(tmp_path, "toy", tokenizer, TEXTS, 16)(items)
+    (path,) = tmp_path.glob("*.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "_bodies", lambda self, texts: list(texts) and 1 / 0)
+        same = StoredTexts(tmp_path, "toy", train_tokenizer(TEXTS, 320), TEXTS, 16)(items)
+        for a, b in zip(same, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        with pytest.raises(ZeroDivisionError):
+            StoredTexts(tmp_path, "toy", tokenizer, TEXTS[::-1], 16)
+    # Another tokenizer, other texts or another length are another file.
+    StoredTexts(tmp_path, "toy", train_tokenizer(TEXTS, 300), TEXTS, 16)
+    StoredTexts(tmp_path, "toy", tokenizer, ["a", *TEXTS[1:]], 16)
+    StoredTexts(tmp_path, "toy", tokenizer, TEXTS, 17)
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+    assert path.is_file()
 
 
 def test_damaged_and_missing_files_are_user_errors(tmp_path):

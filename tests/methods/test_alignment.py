@@ -10,6 +10,7 @@ import pytest
 from rcml_jax.cli import commands
 from rcml_jax.methods import alignment
 from rcml_jax.models.frozen import load_towers
+from tests.data.imagetext import jpeg
 from tests.data.sources.test_captions import write_flickr
 from tests.models import towers
 from tests.toy import ROOT, TINY, arguments, write_catalogue
@@ -167,6 +168,11 @@ def test_captions_through_towers_of_checkpoints(checkpoints, tmp_path, capsys):
     assert (whole["images"], whole["texts"]) == (40, 80)
     assert whole["precision"]["text_to_image"]["cosine"]["queries"] == 80
     assert whole["sources"]["clip"]["calibration"] == result["sources"]["clip"]["calibration"]
+    # Another photograph under the same name, or another checkpoint file, is embedded anew.
+    (data / "flickr30k-images" / "3.jpg").write_bytes(jpeg(250))
+    assert evaluate(source, workdir, towers__names=names) == 0
+    assert len(list((workdir / "embeddings").iterdir())) == 4
+    assert [path.stat().st_mtime_ns for path in stored] == before
     assert "figures" in capsys.readouterr().out or not importlib.util.find_spec("matplotlib")
 
 

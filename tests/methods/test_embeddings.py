@@ -226,7 +226,7 @@ def test_the_command_writes_what_it_prints(catalogue, graph, tmp_path, capsys):
     for part in ("– relation only", "– words, relation only", "Hit@5, scored sentence"):
         assert part in out
     directory = tmp_path / "deep" / "run"
-    assert {p.name for p in directory.iterdir()} == {"config.json", "eval.json"}
+    assert {p.name for p in directory.iterdir()} == {".lock", "config.json", "eval.json"}
     result = json.loads((directory / "eval.json").read_text())
     assert result["embeddings"]["ignored"] == 1
     assert (result["method"], result["split"]) == ("embeddings", "test")

@@ -69,6 +69,7 @@ def test_the_evaluation_of_tables_has_its_form(omics_run):
         "all-seed42", "all-seed43", "held-out-seed42", "held-out-seed43",
     ]  # fmt: skip
     assert protocol["looks"] == "one every 3 steps of 12"
+    assert protocol["steps"] == 12
     assert set(protocol) > set(result["classification"])
     # Three views with a shift of one deviation in each column are no secret.
     assert result["classification"]["last"]["accuracy"]["mean"] > 0.7
@@ -325,19 +326,19 @@ def test_vanilla_mixup_mixes_labels_with_their_inputs(tables, tmp_path):
     ("options", "text"),
     [
         ({"loss.contrastive": "simclr"}, "config.loss.contrastive='simclr' is unknown"),
-        ({"mixup.place": "logits"}, "choose input or embedding"),
+        ({"mixup.place": "logits"}, "choose one of input, embedding"),
         ({"mixup.labels": True}, "vanilla mixup, which has no contrastive term"),
         ({"data.modalities": "mrna,proteins"}, "has the modalities mrna, methylation, mirna"),
         ({"data.name": "tcga"}, "config.data.name='tcga' is unknown"),
         ({"parallel": "pmap"}, "set config.parallel=jit"),
-        ({"seeds": 0}, "config.seeds=0 must be at least 1"),
+        ({"seeds": 0}, "config.seeds=0 must be from 1 to 1,000"),
         ({"batch.size": 100}, "does not fit the training split, which has 40"),
         ({"micro_batch": 17, "accumulation": "micro"}, "cannot be accumulated in 3 parts"),
         ({"micro_batch": 20}, "exact accumulation trains one model"),
         ({"accumulation": "half"}, "config.accumulation='half' is unknown"),
         ({"optimizer.schedule": "plateau"}, "look at one model"),
-        ({"optimizer.name": "sgd"}, "choose adam or adamw"),
-        ({"epochs": 0}, "config.steps=0 must be at least 1"),
+        ({"optimizer.name": "sgd"}, "choose one of adam, adamw"),
+        ({"epochs": 0}, "config.steps=0 and config.epochs=0 train nothing"),
         ({"data.folds": 50}, "more than the 40 training samples"),
     ],
 )

@@ -17,6 +17,7 @@ from rcml_jax.evaluation import controls
 from rcml_jax.methods import build
 from rcml_jax.methods.tower_tables import SENTENCE_WEIGHTS
 from rcml_jax.models.clip import small_clip_config
+from rcml_jax.schema import validate
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.workdir import load_config
@@ -373,7 +374,7 @@ def test_negatives_under_the_pairs_own_relation(catalogue, tmp_path):
     assert np.isfinite(loss)
     assert metrics["pairs"] > 0
     with pytest.raises(UserError, match="negatives='none' is unknown"):
-        build(tiny_config(catalogue, **{"loss.negatives": "none"}), tmp_path).task.batches()
+        validate(tiny_config(catalogue, **{"loss.negatives": "none"}))
 
 
 def test_the_weights_of_the_loss(catalogue, tmp_path):

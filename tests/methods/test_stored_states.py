@@ -1,5 +1,7 @@
 """The states of frozen towers: the same losses and tables with them as without, computed once."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from tokenizers import models, pre_tokenizers
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build, stored_states
 from rcml_jax.methods.relational_towers import load_checkpoints
+from rcml_jax.methods.task import RelationTask
+from rcml_jax.schema import validate
 from tests.methods.test_relational_towers import WORDS, checkpoints  # noqa: F401
 from tests.toy import tiny_config
 
@@ -106,7 +110,7 @@ def test_a_second_run_reads_what_the_first_computed(
 ):
     config = config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", model__store_frozen=True)
     first = build(config, tmp_path).stored
-    files = sorted((tmp_path / "token_states").iterdir())
+    files = sorted((tmp_path / "token_states").glob("*.npy"))
     assert [x.name.split("-")[1] for x in files] == ["image", "text"]
     monkeypatch.setattr(stored_states._Blocks, "block", None)
     again = build(config, tmp_path).stored
@@ -133,7 +137,7 @@ def test_a_second_run_reads_what_the_first_computed(
 def test_what_stored_states_cannot_give(catalogue, towers_on_disk, tmp_path, options, message):
     options = {"model.store_frozen": True, **options}
     with pytest.raises(UserError, match=message):
-        build(config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options), tmp_path)
+        validate(config_of(catalogue, towers_on_disk, tmp_path, PAIR, "both", **options))
 
 
 def test_declip_has_views_of_stored_states(catalogue, towers_on_disk, tmp_path):
@@ -155,3 +159,16 @@ def test_declip_has_views_of_stored_states(catalogue, towers_on_disk, tmp_path):
     assert np.isfinite(loss)
     assert terms["masked_tokens"] == 0
     assert terms["simsiam"] != 0
+
+
+def test_texts_are_tokenized_once_or_in_every_batch(catalogue, tmp_path, capsys):
+    """The same batches, whether token ids can be kept beside the prepared data or not."""
+    config = tiny_config(catalogue, data__dir=str(tmp_path / "cache"))
+    ids = tmp_path / "cache" / "token_ids"
+    first = next(RelationTask.load(config, tmp_path).batches())
+    assert len(list(ids.glob("*.npy"))) == 1
+    shutil.rmtree(ids)
+    ids.write_text("")
+    second = next(RelationTask.load(config, tmp_path).batches())
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert "Texts are tokenized in every batch: cannot write" in capsys.readouterr().err

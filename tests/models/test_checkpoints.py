@@ -52,6 +52,13 @@ def test_sharded_weights_are_read(tmp_path, clip, shards):
     same(load_pretrained(str(tmp_path))[1], clip.params)
 
 
+def test_safetensors_without_metadata_are_read(tmp_path, clip):
+    """Files that no class of transformers wrote do not name a format."""
+    save_checkpoint(clip, tmp_path, layout="torch")
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    same(load_pretrained(str(tmp_path))[1], clip.params)
+
+
 @pytest.mark.parametrize("layout", ["torch", "sharded"])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_float32(tmp_path, clip, layout, dtype):

@@ -13,7 +13,6 @@ from rcml_jax.models.backbones import build_backbone, example_input
 from rcml_jax.models.checkpoints import expected_params
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.two_towers import PairConfig, TwoTowers, build_towers
-from rcml_jax.models.vit import normalize_pixels
 from tests.models import test_classification_encoders as encoders
 from tests.models import test_encoders as clip
 from tests.models.hugging_face import ORACLES, flax_model
@@ -111,7 +110,7 @@ def test_text_states_are_the_encoders_projected_and_their_mean(oracle, text, ima
 def test_image_states_are_the_encoders_projected(oracle, text, image, built, inputs):
     towers, variables, out = built(text, image)
     params = variables["params"]
-    pixels, config = normalize_pixels(inputs[1]), towers.config.vision_config
+    pixels, config = inputs[1] / np.float32(127.5) - np.float32(1), towers.config.vision_config
     theirs = hidden(oracle, "vit", config, params["vision_model"], pixels)
     expected = theirs @ params["visual_projection"]["kernel"]
     tokens = out["image projected"]

@@ -51,7 +51,7 @@ def save_resnet(directory):
 
 
 def save_bert(directory, *, mean=False):
-    config = small_bert_config(**SIZES, vocab_size=11, pad_token_id=0, max_length=32)
+    config = small_bert_config(**SIZES, vocab_size=12, pad_token_id=0, max_length=32)
     bert_tokenizer(directory)
     if mean:
         (directory / "1_Pooling").mkdir()

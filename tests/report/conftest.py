@@ -92,8 +92,8 @@ def whole_report(without_models, rcml_dir, clip_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "out & about"
     found = without_models | {"rcml": rcml_dir, "clip": clip_dir}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rcml_jax.report.relational_data.KINDS", 12)  # more items than t-SNE needs
-        patch.setattr("rcml_jax.report.relational_data.REPEATS", 2)
+        patch.setattr("rcml_jax.report.relational.KINDS", 12)  # more items than t-SNE needs
+        patch.setattr("rcml_jax.report.runs.REPEATS", 2)
         return write_report(out, found.values())
 
 

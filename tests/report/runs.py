@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import optax
 
+from configs import alignment as alignment_recipe
+from configs import m3col as m3col_recipe
+from configs import rcml as rcml_recipe
 from rcml_jax.evaluation.controls import gains
 from rcml_jax.methods import build
 from rcml_jax.training.checkpoint import Checkpoints
@@ -74,6 +77,7 @@ def classification_result(accuracies=(0.5,), kinds=None):
         "protocol": {
             "samples": {"train": 40, "test": 20},
             "modalities": kinds or {"mrna": "table", "mirna": "table"},
+            "steps": 8,
             "looks": "one every 2 steps of 8",
         },
         "classification": dict.fromkeys(protocols, accuracy),
@@ -92,13 +96,15 @@ def relational_lines(steps=(2, 4, 6)):
     return lines
 
 
-def classification_lines(steps=(2, 4, 6, 8), models=("seed42",)):
+def classification_lines(steps=(2, 4, 6, 8), models=("seed42",), held_out=()):
+    """Lines as the loop writes them: where samples are held out, only of those on validation."""
     lines = []
     for step in steps:
         train = {"loss": 9 - step, "learning_rate": 1e-3, "mrna": 1.0}
         lines.append({"step": step, "kind": "train", **train})
-        looks = {f"look/{m}/test/accuracy": 0.1 * step - 0.01 * i for i, m in enumerate(models)}
-        looks |= {f"look/{m}/validation/accuracy": 0.09 * step for m in models}
+        both = (*models, *held_out)
+        looks = {f"look/{m}/test/accuracy": 0.1 * step - 0.01 * i for i, m in enumerate(both)}
+        looks |= {f"look/{m}/validation/accuracy": 0.09 * step for m in held_out or models}
         lines.append({"step": step, "kind": "validation", "accuracy": 0.09 * step, **looks})
     return lines
 
@@ -114,17 +120,13 @@ def write_run(path, config, result=None, lines=()):
 
 
 def small_config(method="rcml", **options):
-    """What a report reads of a configuration where no model is opened."""
-    config = {
-        "method": method,
-        "seed": 42,
-        "steps": 8,
-        "parallel": "jit",
-        "platform": "",
-        "data": {"name": "folder", "dir": "", "path": "", "modalities": ""},
-        "model": {"beta": 0.6},
-        "loss": {"contrastive": "scheduled", "intra_modal_weight": 0.5},
-    }
+    """The configuration of a recipe, as of a run of eight steps."""
+    recipe = {"m3col": m3col_recipe, "alignment": alignment_recipe}.get(method, rcml_recipe)
+    config = recipe.get_config().to_dict() | {"method": method, "seed": 42}
+    if method != "alignment":
+        config["steps"] = 8
+    if "warmup_steps" in config.get("optimizer", {}):
+        config["optimizer"]["warmup_steps"] = 0
     for name, value in options.items():
         part = config
         *parents, last = name.split("__")

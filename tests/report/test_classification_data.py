@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.report import classification, relational_data
+from rcml_jax.report import classification, page
 from rcml_jax.report.page import LeftOutError
 from rcml_jax.report.runs import Models, read_sources
 from tests.data.imagetext import write_news
@@ -17,7 +17,7 @@ from tests.report.runs import (
     write_run,
 )
 
-MODELS = ("all-seed42", "all-seed43", "held-out-seed42")
+MODELS, HELD_OUT = ("all-seed42", "all-seed43"), ("a", "b", "c")
 
 
 def untrained(path, config):
@@ -40,7 +40,7 @@ def tables(tmp_path_factory):
 
 
 def test_accuracy_by_epoch_has_the_models_of_each_split(tmp_path):
-    lines = classification_lines(models=MODELS)
+    lines = classification_lines(models=MODELS, held_out=HELD_OUT)
     config = small_config("m3col", steps=0) | {"epochs": 4}
     path = write_run(tmp_path / "run", config, classification_result(), lines)
     (run,) = read_sources([path]).runs
@@ -103,16 +103,16 @@ def test_few_samples_have_no_umap(news):
 def test_umap_is_left_out_where_it_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(LeftOutError, match=r"umap-learn cannot be imported .*plots"):
-        relational_data.umap(np.eye(40))
+        page.umap(np.eye(40))
 
 
 @pytest.mark.slow  # compiles for half a minute
 def test_umap_keeps_far_things_apart():
     pytest.importorskip("umap")
     far = np.eye(3)[np.arange(60) % 3] + np.random.default_rng(0).normal(0, 0.05, (60, 3))
-    points = relational_data.umap(far)
+    points = page.umap(far)
     assert points.shape == (60, 2)
-    assert relational_data.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
+    assert page.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
 
 
 def test_heat_maps_are_cosines_of_words_and_patches(news):
@@ -140,7 +140,7 @@ def test_heat_maps_are_cosines_of_words_and_patches(news):
 
 
 def test_tables_have_no_words_over_pictures(tables):
-    with pytest.raises(LeftOutError, match="has not a picture and a text"):
+    with pytest.raises(LeftOutError, match="has not an image and a text"):
         classification.drawn_samples(tables, seed=0)
 
 

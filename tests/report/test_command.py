@@ -49,14 +49,50 @@ def test_a_report_says_where_it_is(workdir, tmp_path, capsys):
 
 
 def test_a_report_takes_the_place_of_an_older_one(workdir, tmp_path, capsys):
-    args = ["--workdir", workdir, "--out", tmp_path / "report"]
-    assert run(args, capsys)[0] == 0
-    (tmp_path / "report" / "old.svg").touch()
+    lines = [{"step": 2, "kind": "train", "loss": 1.0}]
+    other = write_run(tmp_path / "rcml", small_config(), None, lines)
+    report = tmp_path / "report"
+    assert run(["--workdir", other, "--out", report], capsys)[0] == 0
+    assert (report / "curve-relational-loss.svg").is_file()
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    assert run(args, capsys)[0] == 0
-    assert not (tmp_path / "report" / "old.svg").exists()
+    assert run(["--workdir", workdir, "--out", report], capsys)[0] == 0
+    assert not (report / "curve-relational-loss.svg").exists()
+    assert "Report: m3col" in (report / "index.html").read_text("utf-8")
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_files_of_the_user_in_a_report_stay(workdir, tmp_path, capsys):
+    report = tmp_path / "report"
+    args = ["--workdir", workdir, "--out", report]
+    assert run(args, capsys)[0] == 0
+    mine = [report / name for name in ("notes.txt", "old.svg", "data/mine.csv", "own/a.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert run(args, capsys)[0] == 0
+    assert [path.read_text() for path in mine] == ["mine"] * 4
+
+
+def test_a_file_of_the_user_is_not_replaced_by_a_new_figure(workdir, tmp_path, capsys):
+    report = tmp_path / "report"
+    assert run(["--workdir", workdir, "--out", report], capsys)[0] == 0
+    page = (report / "index.html").read_bytes()
+    (report / "curve-relational-loss.svg").write_text("mine")
+    other = write_run(tmp_path / "rcml", small_config(), None, relational_lines())
+    status, _, err = run(["--workdir", other, "--out", report], capsys)
+    assert status == 2
+    assert "curve-relational-loss.svg is no file of the older report" in err
+    assert (report / "curve-relational-loss.svg").read_text() == "mine"
+    assert (report / "index.html").read_bytes() == page
+
+
+def test_a_report_without_a_list_of_its_files_is_not_replaced(workdir, tmp_path, capsys):
+    (tmp_path / "report").mkdir()
+    page = tmp_path / "report" / "index.html"
+    page.write_text('<meta name="generator" content="rcml_jax.report">')
+    fails(["--workdir", workdir, "--out", page.parent], capsys, "no list of its files")
+    assert page.is_file()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "index.html"])

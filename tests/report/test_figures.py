@@ -81,8 +81,8 @@ def case(**options):
         "query": "red apple",
         "relation": "both of them cost $5 and more, so that $10 buys one",
         "candidates": ["green apple", *(f"thing {i}" for i in range(1, 21))],
-        "query_picture": pictures[0],
-        "pictures": pictures,
+        "query_image": pictures[0],
+        "images": pictures,
         "scores": ["tt", "ii", "ti", "it", "avg"],
         "order": [[0, 1, 2], [3, 0, 4], [5, 6, 7], [1, 2, 0], [8, 0, 9]],
         "score": np.linspace(0.9, -0.5, 15).reshape(5, 3),
@@ -249,7 +249,7 @@ def test_a_number_that_was_varied_is_an_axis(tmp_path):
     here = arrays["measure"] == "relation validity"
     np.testing.assert_allclose(arrays["option"][here], [0, 0.5, 1])
     np.testing.assert_allclose(arrays["mean"][here], [0, 3 / 16, 3 / 8])
-    assert common.labels(arrays, "panel") == ["Hit@5", "other"]
+    assert page.labels(arrays, "panel") == ["Hit@5", "other"]
     path = common.draw_against(arrays, tmp_path / "a.svg", "β", "Hit@5")
     check(path, "β", "percent", "Hit@5 AVG", "Hit@5 TT")
 
@@ -300,7 +300,7 @@ def test_heat_maps_have_a_line_for_each_run(tmp_path):
         "pixels": RNG.integers(0, 255, (2, 16, 16, 3)).astype(np.uint8),
     }
     path = classification.draw_heat(saved(tmp_path, arrays), tmp_path / "a.svg")
-    check(path, "full", "only M3Co", "Food", "Drink", "picture", "cosine of word and patch")
+    check(path, "full", "only M3Co", "Food", "Drink", "image", "cosine of word and patch")
 
 
 def test_histograms_of_confidence(tmp_path):

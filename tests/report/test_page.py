@@ -6,7 +6,17 @@ from urllib.parse import unquote
 
 import pytest
 
-from rcml_jax.report.page import Figure, Folder, Picture, Section, Table, is_ours, load, write_page
+from rcml_jax.report.page import (
+    Figure,
+    Folder,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    load,
+    write_page,
+    written_files,
+)
 
 
 class Links(html.parser.HTMLParser):
@@ -54,6 +64,21 @@ def test_everything_that_was_written_is_linked(report):
     linked = {unquote(link) for link in read(report / "index.html").links}
     written = {p.relative_to(report).as_posix() for p in report.rglob("*") if p.is_file()}
     assert written - linked == {"index.html"}
+
+
+def test_the_page_lists_every_file_of_the_report(report):
+    written = {p.relative_to(report).as_posix() for p in report.rglob("*") if p.is_file()}
+    assert set(written_files(report / "index.html")) == written
+
+
+def test_a_list_names_nothing_outside_the_folder(tmp_path):
+    page = tmp_path / "index.html"
+    write_page(page, "T", [], [], ["a.svg", "../b", "/c", "data/../../d", 'e"<&>.svg'])
+    assert written_files(page) == ["a.svg", 'e"<&>.svg']
+    page.write_text("<html>my own page</html>")
+    assert written_files(page) is None
+    page.write_text('<meta name="generator" content="rcml_jax.report">')
+    assert written_files(page) == []
 
 
 def test_every_file_of_numbers_can_be_read(report):
@@ -125,16 +150,17 @@ def test_texts_are_escaped_and_numbers_stand_right(tmp_path):
             ),
         )
     ]
-    write_page(tmp_path / "index.html", "T<i>tle", ["<code>ok</code>"], sections)
+    write_page(tmp_path / "index.html", "T<i>tle", [Paragraph("<i>", ("<u>", "b"))], sections)
     text = (tmp_path / "index.html").read_text("utf-8")
     read(tmp_path / "index.html")
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "because &lt;of&gt; this" in text
+    assert "<code>&lt;u&gt;</code>,\n<code>b</code>." in text
     assert 'href="data/a%20b%26c.csv"' in text
     assert '<td class="number marked">1.5 ± 0.2</td>' in text
     assert "<td>a&lt;b</td>" in text
-    assert is_ours(tmp_path / "index.html")
+    assert written_files(tmp_path / "index.html") == []
 
 
 def test_names_are_given_once(tmp_path):

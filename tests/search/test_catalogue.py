@@ -235,7 +235,31 @@ def test_queries_that_cannot_be(runs, model, embedded, tmp_path):
         ({"text": " ", "model": model}, "the text is empty"),
         ({"text": "x", "model": other}, "was embedded by another model"),
         ({"image": tmp_path / "nowhere.png", "model": model}, "No such file"),
-        ({"image": tmp_path / "no.png", "model": model}, "no.png cannot be read (cannot identify"),
+        ({"image": tmp_path / "no.png", "model": model}, "no.png cannot be read (no JPEG"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             find(embedded, **options)
+
+
+def test_changed_images_and_texts_are_embedded_anew(model, patchy, tmp_path, capsys):
+    to = tmp_path / "e"
+    before = embed_catalogue(model, read_items(patchy), SENTENCES, to)
+    before = {name: np.array(x) for name, x in before.vectors.items()}
+    capsys.readouterr()
+    embed_catalogue(model, read_items(patchy), SENTENCES, to)
+    assert "changed" not in capsys.readouterr().err
+    (patchy / "images" / "13.png").write_bytes((patchy / "images" / "20.png").read_bytes())
+    after = embed_catalogue(model, read_items(patchy), SENTENCES, to)
+    assert "1 of 6 items have changed since they were embedded" in capsys.readouterr().err
+    anew = embed_catalogue(model, read_items(patchy), SENTENCES, tmp_path / "anew")
+    for name, vectors in after.vectors.items():
+        np.testing.assert_allclose(vectors, anew.vectors[name], atol=1e-5)
+        np.testing.assert_array_equal(vectors[:, 1:], before[name][:, 1:])
+    assert np.abs(after.vectors["image"][:, 0] - before["image"][:, 0]).max() > 1e-3
+
+
+def test_arguments_that_are_no_text(model, embedded, patchy, tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        embed_catalogue(model, read_items(patchy), ["caf\udce9"], tmp_path / "other")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        find(embedded, text="caf\udce9", model=model)

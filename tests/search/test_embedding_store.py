@@ -174,7 +174,7 @@ def test_damaged_files(tmp_path, store):
     damaged("manifest.json", lambda good: good[:50])
     damaged("manifest.json", lambda good: b"{}")
     damaged("manifest.json", lambda good: good.replace(b'"done"', b'"over"'))
-    damaged("manifest.json", lambda good: good.replace(b'"format": 1', b'"format": 9'))
+    damaged("manifest.json", lambda good: good.replace(b'"format": 2', b'"format": 9'))
     damaged("items.jsonl", lambda good: good[:50])
     damaged("items.jsonl", lambda good: good.splitlines(keepends=True)[0])
     damaged("text.npy", lambda good: good[:-1])
@@ -189,3 +189,44 @@ def test_damaged_files(tmp_path, store):
     (store / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"holds no manifest.json, so nothing was embedded there"):
         open_embeddings(store)
+
+
+def test_changed_items_are_written_anew(tmp_path):
+    for name in "abcde":
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    pictures = tuple(f"{name}.png" for name in "abcde")
+
+    def plan(texts=("words",) * 5):
+        ids = tuple(f"i{i}" for i in range(5))
+        return make_plan(tmp_path, items=from_names(ids, texts, pictures, tmp_path))
+
+    store = tmp_path / "store"
+    fill(Writer(store, plan()), shards=2)
+    fill(Writer(store, plan()))
+    before = open_embeddings(store)
+    assert Writer(store, plan()).stale == []
+    (tmp_path / "b.png").write_bytes(b"another picture")
+    changed = plan(("words", "words", "words", "other", "words"))
+    writer = Writer(store, changed)
+    assert writer.stale == [1, 3]
+    with pytest.raises(UserError, match="2 items have changed since they were embedded"):
+        open_embeddings(store)
+    # Stopped here, and the picture is as before: what may be half written is still stale.
+    (tmp_path / "b.png").write_bytes(b"b")
+    (tmp_path / "e.png").unlink()
+    writer = Writer(store, changed)
+    assert writer.stale == [1, 3, 4]
+    blocks = {"text": np.full((3, 3, 4), 7.0), "image": np.full((1, 3, 4), 8.0)}
+    has = {"text": np.array([1, 1, 1], bool), "image": np.array([1, 1, 0], bool)}
+    writer.rewrite(writer.stale, blocks, has)
+    writer.refresh()
+    found = open_embeddings(store)
+    assert found.items.texts == ("words", "words", "words", "other", "words")
+    assert found.problems["unreadable"] == {"count": 1, "first": ["i4"]}
+    np.testing.assert_array_equal(found.has["image"], [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(found.vectors["image"][0, 3:, 0], [8, 0])
+    for name in ("text", "image"):
+        np.testing.assert_array_equal(
+            found.vectors[name][:, [0, 2]], before.vectors[name][:, [0, 2]]
+        )
+    assert Writer(store, changed).stale == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcml_jax.data.images import ImageBank
+from rcml_jax.data.images import ImageBank, ImageError
 from rcml_jax.data.sources import folder as folder_source
 from rcml_jax.errors import UserError
 from rcml_jax.search.items import from_graph, pixels, read_items
@@ -111,5 +111,5 @@ def test_pixels_and_items_are_those_of_the_folder_source(tmp_path):
             np.testing.assert_array_equal(pixels(items.read(i), 24), bank([i])[0])
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(ImageError, match="truncated"):
         pixels(buffer.getvalue()[:200], 24)

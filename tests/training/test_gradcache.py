@@ -335,7 +335,7 @@ def test_a_run_in_micro_batches_is_that_of_whole_ones(whole_run, catalogue, tmp_
 
 
 def test_a_negative_micro_batch_is_refused(catalogue, tmp_path):
-    with pytest.raises(UserError, match=r"config.micro_batch=-1 must not be negative"):
+    with pytest.raises(UserError, match=r"config.micro_batch=-1 must be at least 0"):
         loop.train_and_evaluate(tiny_config(catalogue, micro_batch=-1), tmp_path)
 
 

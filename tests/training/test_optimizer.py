@@ -173,24 +173,10 @@ def test_the_others_are_constant(kind):
     assert [float(optimizer.schedule(config, 10)(k)) for k in (0, 9)] == pytest.approx([0.01] * 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"schedule": "stairs"}, r"schedule='stairs' is unknown; choose one of cosine, step, plat"),
-        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be above 0"),
-        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be above 0"),
-        ({"learning_rate": float("nan")}, r"learning_rate=nan must be above 0"),
-        ({"schedule": "step", "step_size": 0}, r"step_size=0 must be at least 1"),
-        (
-            {"schedule": "cosine", "warmup_steps": 10},
-            r"warmup_steps=10 leaves no step of config\.steps=10 for the decay; lower it",
-        ),
-        ({"name": "sgd"}, r"name='sgd' is unknown; choose adam or adamw"),
-    ],
-)
-def test_what_cannot_be_is_named(options, message):
-    with pytest.raises(UserError, match=rf"^config\.optimizer\.{message}"):
-        optimizer.build(settings(**options), 10, NONE, NONE)
+def test_a_warm_up_that_takes_all_steps_of_the_epochs():
+    message = r"^config\.optimizer\.warmup_steps=10 leaves no step of config\.steps=10"
+    with pytest.raises(UserError, match=message):
+        optimizer.build(settings(schedule="cosine", warmup_steps=10), 10, NONE, NONE)
 
 
 # The plateau
@@ -321,7 +307,7 @@ def test_rates_of_parts_follow_the_schedule_and_decay():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-@pytest.mark.parametrize("schedule", optimizer.SCHEDULES)
+@pytest.mark.parametrize("schedule", ["cosine", "step", "plateau", "constant"])
 def test_frozen_parameters_do_not_move_and_hold_no_moments(name, schedule):
     config = settings(
         name=name, schedule=schedule, weight_decay=0.1, clip_norm=1.0, rates={"bias": 1e-3}

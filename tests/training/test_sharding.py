@@ -164,20 +164,12 @@ def test_pick_devices():
         ("tpu", 0, "no device of the kind 'tpu'; JAX sees 'cpu' here: leave config.platform empty"),
         ("quantum", 0, "no device of the kind 'quantum'"),
         ("cpu", 9, "config.devices=9, but there are 8 devices of the kind 'cpu'; lower it"),
-        ("cpu", -1, "config.devices=-1 is negative; 0 takes all devices"),
     ],
 )
 def test_pick_devices_says_what_is_missing(platform, count, message):
     with pytest.raises(UserError) as error:
         pick_devices(platform, count)
     assert str(error.value).startswith(message)
-
-
-def test_an_unknown_parallel_mode_is_named():
-    with pytest.raises(
-        UserError, match=r"config.parallel='ddp' is unknown; choose one of jit, pmap, fsdp"
-    ):
-        sharding.build("ddp", jax.devices())
 
 
 def test_a_coordinator_without_counts_is_named(monkeypatch):

@@ -27,11 +27,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_worker(index, address, log, args):
-    """One of two processes, with four devices of its own."""
+def start_worker(index, address, log, args, devices):
+    """One of two processes, with so many devices of its own."""
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     env = os.environ | {
-        "XLA_FLAGS": " ".join([*flags, "--xla_force_host_platform_device_count=4"]),
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(index),
@@ -40,7 +40,7 @@ def start_worker(index, address, log, args):
     return subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=ROOT)
 
 
-def run_two(directory, kind, *args):
+def run_two(directory, kind, *args, devices=(4, 4)):
     """What both processes wrote on stdout and stderr, once they have ended well."""
     address = f"localhost:{free_port()}"
     paths = [directory / f"{i}.log" for i in range(2)]
@@ -49,7 +49,7 @@ def run_two(directory, kind, *args):
     try:
         for i, path in enumerate(paths):
             with path.open("w") as log:
-                workers.append(start_worker(i, address, log, [kind, directory, *args]))
+                workers.append(start_worker(i, address, log, [kind, directory, *args], devices[i]))
         # The other one would wait for one that has failed.
         while any(w.poll() is None for w in workers) and not any(w.poll() for w in workers):
             assert time.monotonic() < deadline, paths[0].read_text()[-2000:]
@@ -68,6 +68,11 @@ def check_logs(logs):
     """Both processes saw the devices of both."""
     for log in logs:
         assert [f"{mode} 2 8 4" in log.splitlines() for mode in MODES] == [True] * len(MODES)
+
+
+def test_unequal_numbers_of_devices_are_refused_by_both_processes(tmp_path):
+    for log in run_two(tmp_path, "unequal", devices=(1, 3)):
+        assert "refused: the processes have different numbers of devices (1, 3); start" in log
 
 
 @pytest.fixture(scope="module")

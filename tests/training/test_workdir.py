@@ -94,7 +94,7 @@ def test_options_that_one_side_lacks_are_differences(tmp_path):
 
 
 def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
-    workdir = prepare(tmp_path / "run", tiny_config(tmp_path, method="clipp"))
+    workdir = prepare(tmp_path / "run", tiny_config(tmp_path, method="clip"))
     (workdir / "tokenizer.json").write_text("{}")
     config = tiny_config(tmp_path)
     prepare(workdir, config)

@@ -1,13 +1,11 @@
-"""metrics.jsonl, TensorBoard files and the progress line."""
+"""metrics.jsonl and TensorBoard files."""
 
-import io
 import json
-import re
 
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.training.writer import MetricsWriter, Progress, flatten
+from rcml_jax.training.writer import MetricsWriter, flatten
 
 
 def lines(folder):
@@ -56,57 +54,3 @@ def test_tensorboard(tmp_path):
     writer.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_in_a_file_is_plain_lines():
-    stream = io.StringIO()
-    progress = Progress(0, 100, 32, stream)
-    progress.update(1, 2.5)
-    progress.update(11, 1.25)
-    progress.note("step 11  validation 0.5")
-    progress.close()
-    first, second, note = stream.getvalue().splitlines()
-    assert first == "step 1/100  loss 2.5000  compiled"
-    pattern = r"step 11/100  loss 1\.2500  [\d,]+ examples/s  \d+:\d\d:\d\d left"
-    assert re.fullmatch(pattern, second)
-    assert note == "step 11  validation 0.5"
-
-
-def test_progress_on_a_terminal_is_one_line_that_is_written_over():
-    stream = Terminal()
-    progress = Progress(0, 100, 32, stream)
-    progress.update(1, 2.5)
-    progress.update(2, 2.0)
-    assert stream.getvalue().count("\n") == 0
-    assert stream.getvalue().count("\r\x1b[K") == 2
-    progress.note("a note stays")
-    assert stream.getvalue().endswith("\r\x1b[Ka note stays\n")
-    progress.close()
-    assert stream.getvalue().endswith("\n\n")
-
-
-def test_the_rate_counts_from_the_first_step_of_this_start(monkeypatch):
-    clock = iter([0.0, 100.0, 101.0, 103.0])
-    monkeypatch.setattr("rcml_jax.training.writer.time.perf_counter", lambda: next(clock))
-    stream = io.StringIO()
-    progress = Progress(50, 4000, 32, stream)  # resumed at step 50; 100 seconds to compile
-    progress.update(51, 1.0)
-    progress.update(61, 1.0)  # 10 steps in one second
-    progress.update(81, 1.0)  # 30 steps in three
-    last = stream.getvalue().splitlines()
-    assert last[0].endswith("compiled")
-    assert last[1].endswith("320 examples/s  0:06:33 left")
-    assert last[2].endswith("320 examples/s  0:06:31 left")
-
-
-def test_a_step_shown_twice_is_no_division_by_zero():
-    stream = io.StringIO()
-    progress = Progress(0, 10, 32, stream)
-    progress.update(1, 1.0)
-    progress.update(1, 1.0)
-    assert stream.getvalue() == 2 * "step 1/10  loss 1.0000  compiled\n"

@@ -2,6 +2,7 @@
 
     python -m tests.training.worker toy DIRECTORY
     python -m tests.training.worker rcml DIRECTORY CATALOGUE
+    python -m tests.training.worker unequal DIRECTORY
 
 The environment names the coordinator. Each parallel mode has its run in DIRECTORY/<mode>.
 """
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import optax
 
+from rcml_jax.errors import UserError
 from rcml_jax.training import loop, sharding
 from rcml_jax.training.checkpoint import Checkpoints
 from rcml_jax.training.step import create, make_step
@@ -80,8 +82,19 @@ def rcml(mode, directory, catalogue):
     assert loop.train_and_evaluate(tiny_config(catalogue, parallel=mode, **RCML), directory) is None
 
 
+def unequal():
+    """The processes have different numbers of devices: what each of them says."""
+    try:
+        sharding.pick_devices()
+    except UserError as error:
+        print(f"refused: {error}")
+
+
 def main(kind: str, directory: str, *rest: str) -> None:
     sharding.initialize_distributed()
+    if kind == "unequal":
+        unequal()
+        return
     for mode in MODES:
         {"toy": toy, "rcml": rcml}[kind](mode, pathlib.Path(directory) / mode, *rest)
         print(mode, jax.process_count(), len(jax.devices()), len(jax.local_devices()))

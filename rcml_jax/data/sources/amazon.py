@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rcml_jax.data import images, prepared
+from rcml_jax.data.gates import read_file, user_path
 from rcml_jax.data.images import EncodedImages
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
-from rcml_jax.data.sources.amazon_records import read_items, read_purchases
+from rcml_jax.data.sources.amazon_records import CATEGORIES, read_items, read_purchases
 from rcml_jax.data.sources.copurchases import (
     CORE,
     Purchases,
@@ -50,7 +51,7 @@ from rcml_jax.errors import UserError
 STORED_SIZE = 512
 # If more of the wanted pictures fail in a way that another run may mend, the set is not prepared.
 MOST_FAILED = 0.05
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def local_pictures(directory: Path) -> dict[str, Path]:
@@ -111,7 +112,7 @@ def find_pictures(
 def encoded(path: Path) -> bytes:
     """The bytes of a picture as the data set stores them; UserError if it cannot be read."""
     try:
-        return images.storable(path.read_bytes(), STORED_SIZE)
+        return images.storable(read_file(path), STORED_SIZE)
     except images.DECODE_ERRORS as error:
         raise UserError(
             f"The picture {path} cannot be read ({error}); replace or remove it."
@@ -125,7 +126,7 @@ def _decodable(paths: list[Path | None]) -> list[Path | None]:
         if path is None:
             return None
         try:
-            images.check_decodes(path.read_bytes())
+            images.check_decodes(read_file(path))
         except images.DECODE_ERRORS:
             return None
         return path
@@ -175,7 +176,7 @@ DOMAINS = (
 CLUSTERS = 10
 PAIRS_PER_USER = 10
 PAIRS_PER_ITEM = 50
-RECIPE = 1  # counts changes of what is made from the same files and options
+RECIPE = 2  # counts changes of what is made from the same files and options
 
 _FOLDERS = ("review_categories", "meta_categories")
 _LICENSE = "None is stated for the records and the pictures; see the homepage before sharing any."
@@ -242,7 +243,8 @@ def load(
 
     clusters: kinds of buyers (fewer if there are fewer distinct buyers). pairs_per_user (10) and
     pairs_per_item (50) are the caps, the latter over all sentences together. `seed` draws pairs and
-    starts k-means. Labels are the second-level categories, -1 where there is none. No split is
+    starts k-means. Labels are the second-level categories, -1 where there is none; in a domain
+    without any, the main categories or, where those agree, words of the titles. No split is
     declared.
 
     Malformed lines, items without title or picture and so on are left out, counted, and reported to
@@ -256,9 +258,9 @@ def load(
     """
     options = _Options(strict, clusters, pairs_per_user, pairs_per_item, seed, fetch_images)
     _check(domain, options)
-    cache, log = Path(cache).expanduser(), log or log_line
+    cache, log = user_path(cache), log or log_line
     folder = cache / "amazon"
-    source = _local(Path(path).expanduser(), domain) if path else _public(folder, domain)
+    source = _local(user_path(path), domain) if path else _public(folder, domain)
     return prepared.load_or_prepare(
         cache,
         f"amazon_{domain}",
@@ -338,6 +340,11 @@ def _build(
         log=log,
     )
     graph, users = _graph(domain, core, items, kinds, pictures, options)
+    if (by := unpack(items["by"])) != CATEGORIES:
+        log(
+            f"Amazon {domain}: no item has a second-level category; the kinds of buyers and the "
+            f"labels go by {by} ({len(unpack(items['categories'])):,} values)."
+        )
     counts = unpack(core["counts"]) | unpack(items["counts"]) | missing | users
     reviews = counts.pop("reviews")
     problems = [f"{number:,} {name}" for name, number in counts.items() if number]

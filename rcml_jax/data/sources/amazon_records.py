@@ -7,17 +7,19 @@ is the item's id here.
 
 import gzip
 import hashlib
+import html
 import io
-import json
+import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rcml_jax.data.gates import NO_TEXT, TextGate, read_json, replaced
 from rcml_jax.data.sources.copurchases import CORE, distinct_purchases, k_core
 from rcml_jax.data.stages import Arrays, pack
 from rcml_jax.errors import UserError
@@ -25,6 +27,7 @@ from rcml_jax.errors import UserError
 # A longer line is no record: without a limit, a foreign file could fill the memory.
 LONGEST_LINE = 16 * 2**20
 _BUFFER = 2**20
+_WIDTH = re.compile("[1-9][0-9]{1,4}w")
 _TIME_NAMES = ("timestamp", "sort_timestamp", "sortTimestamp")
 _VOTE_NAMES = ("helpful_vote", "helpful_votes")
 
@@ -48,6 +51,7 @@ class Item(NamedTuple):
     categories: tuple[str, ...]
     price: float | None
     details: dict[str, Any]
+    main_category: str = ""
 
     @property
     def category(self) -> str:
@@ -70,10 +74,10 @@ def records(path: Path, counts: Counter, *, strict: bool = False) -> Iterator[tu
             while line := file.readline(LONGEST_LINE):
                 number += 1
                 try:
-                    record = json.loads(line)
+                    record = read_json(line)
                     if not isinstance(record, dict):
                         raise ValueError("no JSON object")
-                except (ValueError, RecursionError) as error:
+                except ValueError as error:
                     if line.strip():
                         malformed(path, number, str(error), counts, strict)
                     continue
@@ -116,26 +120,35 @@ def parse_review(record: dict) -> Review | None:
     )
 
 
-def parse_item(record: dict) -> Item | None:
-    """An item from either view; None if it has no `parent_asin`."""
+def parse_item(record: dict, check: Callable[[str], str] = replaced) -> Item | None:
+    """An item from either view; None if it has no `parent_asin`.
+
+    HTML entities in the title and the categories become the characters that they stand for. check:
+    what these go through, such as a `TextGate`.
+    """
     key = record.get("parent_asin")
     if not _is_id(key):
         return None
     categories = record.get("categories")
     return Item(
         id=key,
-        title=_clean(record.get("title")),
+        title=_text(record.get("title"), check),
         image=main_image(record.get("images")),
-        categories=tuple(map(_clean, categories)) if isinstance(categories, list) else (),
+        categories=tuple(_text(x, check) for x in categories)
+        if isinstance(categories, list)
+        else (),
         price=_price(record.get("price")),
         details=_details(record.get("details")),
+        main_category=_text(record.get("main_category"), check),
     )
 
 
 def main_image(images: Any) -> str:
     """The MAIN picture's address, in high resolution where there is one; "" without any.
 
-    images: a list of objects (raw files), or one object of lists (Hugging Face).
+    images: a list of objects (raw files), or one object of lists (Hugging Face). Items of Prime
+    Video have their widths as keys, such as "720w"; of these the smallest that is wide enough for
+    the store is taken.
     """
     if isinstance(images, dict):
         lists = {key: value for key, value in images.items() if isinstance(value, list)}
@@ -144,12 +157,26 @@ def main_image(images: Any) -> str:
             {key: value[i] for key, value in lists.items() if i < len(value)} for i in range(length)
         ]
     for image in images if isinstance(images, list) else ():
-        if isinstance(image, dict) and image.get("variant") == "MAIN":
-            for size in ("hi_res", "large"):
+        if not isinstance(image, dict):
+            continue
+        widths = _widths(image)
+        if image.get("variant") == "MAIN" or (widths and "variant" not in image):
+            for size in ("hi_res", "large", *widths):
                 address = image.get(size)
                 if isinstance(address, str) and address.startswith(("http://", "https://")):
                     return address
     return ""
+
+
+_STORED_WIDTH = 512
+
+
+def _widths(image: dict) -> list[str]:
+    """The keys that are widths, such as "720w": the smallest that is enough, larger, smaller."""
+    found = [int(key[:-1]) for key in image if _WIDTH.fullmatch(key)]
+    enough = sorted(width for width in found if width >= _STORED_WIDTH)
+    smaller = sorted((width for width in found if width < _STORED_WIDTH), reverse=True)
+    return [f"{width}w" for width in (*enough, *smaller)]
 
 
 def identity(key: str) -> int:
@@ -172,10 +199,17 @@ def _is_id(value: Any) -> bool:
 
 
 def _clean(value: Any) -> str:
-    """Text in one line that UTF-8 can hold; "" for anything but text."""
+    """Text in one line; "" for anything but Unicode text."""
+    return " ".join(value.split()) if isinstance(value, str) and not NO_TEXT.search(value) else ""
+
+
+def _text(value: Any, check: Callable[[str], str]) -> str:
+    """Text in one line for people to read, HTML entities replaced; "" for anything but text."""
     if not isinstance(value, str):
         return ""
-    return " ".join(value.encode("utf-8", "ignore").decode("utf-8").split())
+    while (plain := html.unescape(value)) != value:  # "&amp;quot;" was escaped twice
+        value = plain
+    return " ".join(check(value).split())
 
 
 def _first(record: dict, names: tuple[str, ...]) -> Any:
@@ -198,8 +232,8 @@ def _details(value: Any) -> dict[str, Any]:
     """Hugging Face has a JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = read_json(value)
+        except ValueError:
             return {}
     return value if isinstance(value, dict) else {}
 
@@ -255,8 +289,9 @@ def read_items(
     """The records of the items with hashes (N,) uint64, as a stage.
 
     ids, titles, images: packed lists of N strings, "" where something is missing; category (N,)
-    int32, a place in the packed list `categories`, -1 for unknown; packed `counts`. Of several
-    records of one item the first with a title and an image counts.
+    int32, a place in the packed list `categories`, -1 for unknown; `by`: what these are (see
+    `categories_of`); packed `counts`. Of several records of one item the first with a title and an
+    image counts.
 
     With `strict` an item lacks no record, title, second-level category, or image (unless it is in
     `pictured`).
@@ -268,16 +303,19 @@ def read_items(
     place = {key: i for i, key in enumerate(items.tolist())}
     found: list[Item | None] = [None] * len(items)
     problems: Counter[str] = Counter()
+    gate = TextGate(strict)
     for number, record in records(path, problems, strict=strict):
-        item = parse_item(record)
-        if item is None:
+        key = record.get("parent_asin")
+        if not _is_id(key):
             malformed(path, number, "no parent_asin", problems, strict)
             continue
-        i = place.get(identity(item.id))
+        i = place.get(identity(key))
         if i is None:
             continue
+        where = f"{path}, line {number}"
+        item = parse_item(record, lambda text, where=where: gate(text, where))
         if strict:
-            _check(item, pictured, f"{path}, line {number}")
+            _check(item, pictured, where)
         known = found[i]
         problems["repeated"] += known is not None
         if known is None or (not (known.title and known.image) and item.title and item.image):
@@ -291,15 +329,19 @@ def read_items(
             "name; give the item file of the same domain, whole"
             + (", or turn strict off." if missing < len(found) else ".")
         )
-    categories = sorted({item.category for item in whole} - {""})
+    of_item, by = categories_of(whole)
+    categories = sorted({*of_item} - {""})
     number_of = {name: i for i, name in enumerate(categories)} | {"": -1}
-    category = np.array([number_of[item.category] for item in whole], np.int32)
+    category = np.array([number_of[name] for name in of_item], np.int32)
     counts = {
         "malformed item lines": problems["malformed"],
         "repeated item records": problems["repeated"],
         "items without a record": missing,
         "items without a title": sum(not item.title for item in whole) - missing,
-        "items without a second-level category": int(np.sum(category < 0)) - missing,
+        f"items without {'a second-level category' if by == CATEGORIES else by}": (
+            int(np.sum(category < 0)) - missing
+        ),
+        "texts with a NUL or half of a surrogate pair, replaced": gate.replaced,
     }
     return {
         "ids": pack([item.id for item in whole]),
@@ -307,8 +349,41 @@ def read_items(
         "images": pack([item.image for item in whole]),
         "category": category,
         "categories": pack(categories),
+        "by": pack(by),
         "counts": pack(counts),
     }
+
+
+#: What items are sorted into, in the order of preference.
+CATEGORIES, MAIN_CATEGORIES, WORDS = "second-level categories", "main categories", "words of titles"
+_MOST_WORDS = 50
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_FILLERS = frozenset(
+    {"and", "the", "for", "with", "without", "from", "your", "you", "our", "set", "pack", "pcs",
+     "piece", "pieces", "new", "inch", "size", "count", "box", "kit", "all", "best", "free"}
+)  # fmt: skip
+
+
+def categories_of(items: Sequence[Item]) -> tuple[list[str], str]:
+    """A category for each item, "" where none is known, and which kind of category it is.
+
+    The second-level categories, where any item has one. Whole domains have none: then the main
+    categories, where there are two at least, else the words of titles: of the commonest words that
+    at most half of the titles have, each item has the commonest of its own.
+    """
+    second = [item.category for item in items]
+    if any(second):
+        return second, CATEGORIES
+    main = [item.main_category for item in items]
+    if len({*main} - {""}) > 1:
+        return main, MAIN_CATEGORIES
+    words = [dict.fromkeys(_WORD.findall(item.title.lower())) for item in items]
+    count = Counter(word for mine in words for word in mine if word not in _FILLERS)
+    titled = sum(bool(mine) for mine in words)
+    usable = [(word, n) for word, n in count.items() if 1 < n <= titled / 2]
+    rank = dict(sorted(usable, key=lambda x: (-x[1], x[0]))[:_MOST_WORDS])
+    own = [[word for word in mine if word in rank] for mine in words]
+    return [max(mine, key=rank.get, default="") for mine in own], WORDS
 
 
 def _check(item: Item, pictured: Container[str], where: str) -> None:

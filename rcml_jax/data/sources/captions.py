@@ -9,7 +9,6 @@ split `dataset_flickr8k.json`, which is preferred. Flickr30K (Young et al., 2014
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.imagetext import ImageFiles, reading, require_files
+from rcml_jax.data.gates import TextGate, read_json, text_lines
+from rcml_jax.data.imagetext import ImageFiles, image_problems, reading, require_files
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages
 from rcml_jax.errors import UserError
@@ -64,7 +64,12 @@ class CaptionedImages:
 
 
 def flickr8k(
-    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> CaptionedImages:
     """Flickr8k with its official split: 6,000 images to train, 1,000 each to validate and test.
 
@@ -73,6 +78,7 @@ def flickr8k(
     and raised as for `flickr30k`. `seed` has no effect. Raises UserError for an image in two lists.
     """
     del seed
+    gate = TextGate(strict)
     folder = require_files(directory, (), title="Flickr8k", remedy=_FLICKR8K_REMEDY)
     images = next((folder / n for n in _FLICKR8K_IMAGES if (folder / n).is_dir()), None)
     if images is None:
@@ -85,11 +91,11 @@ def flickr8k(
     json_file = next((text / n for n in _FLICKR8K_JSON if (text / n).is_file()), None)
     token_file = next((text / n for n in _FLICKR8K_TOKENS if (text / n).is_file()), None)
     if json_file:
-        captions, split, left_out = _karpathy(json_file)
+        captions, split, left_out = _karpathy(json_file, gate)
     elif token_file:
         require_files(text, _FLICKR8K_LISTS, title="Flickr8k", remedy=_FLICKR8K_REMEDY)
-        captions, _, left_out = _token_file(token_file)
-        split = _image_lists(text, left_out)
+        captions, _, left_out = _token_file(token_file, gate)
+        split = _image_lists(text, gate, left_out)
         unlisted = captions.keys() - split.keys()
         left_out["images in no list"] = len(unlisted)
         # In the caption file's order; what only a list names has no captions.
@@ -101,44 +107,65 @@ def flickr8k(
             f"{_FLICKR8K_TOKENS[0]}; {_FLICKR8K_REMEDY}"
         )
     paths = {name: str(images / name) for name in captions}
-    return _assemble("flickr8k", captions, paths, split, 0, log, _FLICKR8K_REMEDY, left_out)
+    return _assemble(
+        "flickr8k", captions, paths, split, 0, gate, cache, log, _FLICKR8K_REMEDY, left_out
+    )
 
 
 def flickr30k(
-    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> CaptionedImages:
     """Flickr30K. Without the Karpathy split, 60, 20 and 20 % of the pictures by the seed.
 
-    Pictures without a file or a caption, and empty captions, are left out and counted in one line
-    to `log` (default: standard error). Raises UserError for a missing or malformed file, and where
-    more than half of the pictures are missing.
+    Pictures without a file that can be decoded or a caption, and empty captions, are left out and
+    counted in one line to `log` (default: standard error); with `strict` a damaged picture and a
+    caption that is no Unicode text are an error. What was found out about the pictures is kept in
+    `cache`, if one is given. Raises UserError for a missing or malformed file, and where more than
+    half of the pictures are missing.
     """
     folder = require_files(directory, (), title="Flickr30K", remedy=_FLICKR_REMEDY)
     found = [name for name in _FLICKR_FILES if (folder / name).is_file()]
     if not found:
         require_files(folder, _FLICKR_FILES[1:], title="Flickr30K", remedy=_FLICKR_REMEDY)
     read = _karpathy if found[0] == _FLICKR_FILES[0] else _token_file
-    captions, split, left_out = read(folder / found[0])
+    gate = TextGate(strict)
+    captions, split, left_out = read(folder / found[0], gate)
     paths = {name: str(folder / "flickr30k-images" / name) for name in captions}
-    return _assemble("flickr30k", captions, paths, split, seed, log, _FLICKR_REMEDY, left_out)
+    return _assemble(
+        "flickr30k", captions, paths, split, seed, gate, cache, log, _FLICKR_REMEDY, left_out
+    )
 
 
 def coco(
-    directory: str | Path, *, seed: int = 0, log: Callable[[str], None] | None = None
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> CaptionedImages:
     """MS-COCO 2017: val2017 is the test split, and 5 % of train2017 by the seed the validation.
 
     Left out, counted and raised as for `flickr30k`.
     """
     folder = require_files(directory, _COCO_FILES, title="MS-COCO", remedy=_COCO_REMEDY)
+    gate = TextGate(strict)
     captions: dict[str, list[str]] = {}
-    paths, split, notes, left_out = {}, {}, set(), {_TWICE: 0}
+    paths: dict[str, str] = {}
+    split: dict[str, int] = {}
+    notes: set[tuple[str, int]] = set()
+    left_out = {_TWICE: 0}
     for part, file in zip(("train", "val"), _COCO_FILES, strict=True):
         content = _read_json(folder / file)
         names = {}
         for entry in _records(content, "images", file):
-            name = f"{part}2017/{_field(entry, 'file_name', str, file)}"
-            key = _field(entry, "id", int, file)
+            name = f"{part}2017/{_field(entry, 'file_name', str, file, gate)}"
+            key = _field(entry, "id", int, file, gate)
             if names.get(key, name) != name:
                 raise UserError(f"{file}: two images have the id {key}; get the file anew.")
             left_out[_TWICE] += key in names
@@ -147,7 +174,7 @@ def coco(
             if part == "val":
                 split[name] = 2
         for entry in _records(content, "annotations", file):
-            image = _field(entry, "image_id", int, file)
+            image = _field(entry, "image_id", int, file, gate)
             if image not in names:
                 raise UserError(f"{file}: a caption names the image {image}, which is not there.")
             note = entry.get("id")
@@ -156,8 +183,8 @@ def coco(
                     left_out[_TWICE] += 1
                     continue
                 notes.add((part, note))
-            captions[names[image]].append(_field(entry, "caption", str, file))
-    return _assemble("coco", captions, paths, split, seed, log, _COCO_REMEDY, left_out)
+            captions[names[image]].append(_field(entry, "caption", str, file, gate))
+    return _assemble("coco", captions, paths, split, seed, gate, cache, log, _COCO_REMEDY, left_out)
 
 
 #: Captions of each image, the split of each, and by reason how many records were left out.
@@ -165,11 +192,13 @@ _Read = tuple[dict[str, list[str]], dict[str, int], dict[str, int]]
 _TWICE = "records that repeat another"
 
 
-def _karpathy(path: Path) -> _Read:
+def _karpathy(path: Path, gate: TextGate) -> _Read:
     """Of an image with two records the first one is kept, if both are of the same split."""
-    captions, split, left_out = {}, {}, {_TWICE: 0}
+    captions: dict[str, list[str]] = {}
+    split: dict[str, int] = {}
+    left_out = {_TWICE: 0}
     for entry in _records(_read_json(path), "images", path.name):
-        name, part = (_field(entry, key, str, path.name) for key in ("filename", "split"))
+        name, part = (_field(entry, key, str, path.name, gate) for key in ("filename", "split"))
         if part not in _FLICKR_SPLITS:
             raise UserError(f"{path.name}: {name} has the unknown split {part!r}; get it anew.")
         if name in captions:
@@ -179,17 +208,19 @@ def _karpathy(path: Path) -> _Read:
             continue
         split[name] = _FLICKR_SPLITS[part]
         sentences = _records(entry, "sentences", f"{path.name}, {name}")
-        captions[name] = [_field(s, "raw", str, f"{path.name}, {name}") for s in sentences]
+        where = f"{path.name}, {name}"
+        captions[name] = [_field(s, "raw", str, where, gate) for s in sentences]
     return captions, split, left_out
 
 
-def _token_file(path: Path) -> _Read:
+def _token_file(path: Path, gate: TextGate) -> _Read:
     """No splits. Of two captions with the same number the first one is kept."""
     captions: dict[str, list[str]] = {}
     seen, left_out = set(), {_TWICE: 0}
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
+        line = gate(line, f"{path.name}, line {number}")
         image, tab, caption = line.partition("\t")
         name, hash_sign, _ = image.rpartition("#")
         if not (tab and hash_sign and name):
@@ -205,11 +236,14 @@ def _token_file(path: Path) -> _Read:
     return captions, {}, left_out
 
 
-def _image_lists(folder: Path, left_out: dict[str, int]) -> dict[str, int]:
+def _image_lists(folder: Path, gate: TextGate, left_out: dict[str, int]) -> dict[str, int]:
     """The split of each image by Flickr8k's three lists; counts names that a list has twice."""
     split: dict[str, int] = {}
     for part, file in enumerate(_FLICKR8K_LISTS):
-        for name in filter(None, map(str.strip, _lines(folder / file))):
+        for number, line in enumerate(_lines(folder / file), 1):
+            name = gate(line.strip(), f"{file}, line {number}")
+            if not name:
+                continue
             if split.get(name, part) != part:
                 other = _FLICKR8K_LISTS[split[name]]
                 raise UserError(f"{name} is both in {other} and in {file}; get the lists anew.")
@@ -219,9 +253,9 @@ def _image_lists(folder: Path, left_out: dict[str, int]) -> dict[str, int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a text file, whatever its line ends; a caption may hold U+2028 and the like."""
     with reading(path):
-        return path.read_text("utf-8-sig").split("\n")
+        # Not `read_text`, which turns every kind of line end into a new line.
+        return text_lines(path.read_bytes().decode("utf-8-sig"))
 
 
 def _assemble(
@@ -230,6 +264,8 @@ def _assemble(
     paths: dict[str, str],
     split: dict[str, int],
     seed: int,
+    gate: TextGate,
+    cache: str | Path | None,
     log: Callable[[str], None] | None,
     remedy: str,
     left_out: dict[str, int],
@@ -238,6 +274,7 @@ def _assemble(
 
     left_out: by reason how many images or captions of the files `captions` lacks already.
     """
+    log = log or log_line
     texts = {image: [t.strip() for t in lines if t.strip()] for image, lines in captions.items()}
     no_file = [image for image in captions if not os.path.isfile(paths[image])]
     if 2 * len(no_file) >= len(captions):
@@ -245,16 +282,32 @@ def _assemble(
         raise UserError(
             f"{name}: {len(no_file):,} of {len(captions):,} pictures are missing{first}; {remedy}"
         )
+    for_source = log
+    gate.report(lambda line: for_source(f"{name}: {line}"))
     lost = set(no_file)
+    there = [image for image in captions if image not in lost]
+    problems = image_problems([paths[image] for image in there], cache)
+    damaged = {image: text for image, text in zip(there, problems, strict=True) if text}
+    if damaged and (gate.strict or 2 * len(damaged) >= len(there)):
+        first = next(iter(damaged))
+        raise UserError(
+            f"{name}: {len(damaged):,} pictures cannot be decoded, {paths[first]} among them "
+            f"({damaged[first]}); replace or remove them"
+            + (", or leave `strict` off." if gate.strict else ".")
+        )
+    lost |= damaged.keys()
     no_text = [image for image in captions if image not in lost and not texts[image]]
     if lost or no_text:
-        (log or log_line)(
+        counts = f"{len(no_file):,} without a file, "
+        if damaged:
+            counts += f"{len(damaged):,} that cannot be decoded, "
+        log(
             f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} pictures are left out "
-            f"({len(lost):,} without a file, {len(no_text):,} without a caption)"
+            f"({counts}{len(no_text):,} without a caption)"
         )
     reasons = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
     if reasons:
-        (log or log_line)(f"{name}: also left out: {', '.join(reasons)}")
+        log(f"{name}: also left out: {', '.join(reasons)}")
     kept = [image for image in captions if image not in lost and texts[image]]
     free = np.flatnonzero([image not in split for image in kept])
     place = np.array([split.get(image, 0) for image in kept], np.int8)
@@ -279,8 +332,8 @@ def _read_json(path: Path) -> Any:
     with reading(path):
         content = path.read_text("utf-8-sig")
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return read_json(content)
+    except ValueError as error:
         raise UserError(f"{path} is malformed JSON ({error}); get the file anew.") from error
 
 
@@ -292,9 +345,9 @@ def _records(content: Any, key: str, where: str) -> list:
     return found
 
 
-def _field(entry: Any, key: str, kind: type, where: str) -> Any:
+def _field(entry: Any, key: str, kind: type, where: str, gate: TextGate) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind):
         name = {str: "text", int: "number"}[kind]
         raise UserError(f"{where}: a record has no {name} {key!r}; get the file anew.")
-    return value
+    return gate(value, where) if isinstance(value, str) else value

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 
+from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 
 _KEYS = ("image", "text", "image_of_text")
@@ -32,7 +33,7 @@ def read_npz(path: str | pathlib.Path) -> Pairs:
     What is wrong inside the arrays is said where they are used.
     """
     remedy = "give --config alignment:npz,path=FILE"
-    arrays = _read_arrays(pathlib.Path(path), _KEYS, (), remedy)
+    arrays = _read_arrays(user_path(path), _KEYS, (), remedy)
     return Pairs(*(arrays[name] for name in _KEYS))
 
 
@@ -98,7 +99,7 @@ def read_item_embeddings(
     Raises UserError for a file that cannot be read, lacks `ids` or both `text` and `image`, or has
     an array of the wrong shape or type, an id twice, or a vector that is not finite or zero.
     """
-    path = pathlib.Path(path)
+    path = user_path(path)
     names = tuple(field.name for field in dataclasses.fields(ItemEmbeddings))
     arrays = _read_arrays(path, names[:1], names[1:], "give --embeddings an .npz file")
     ids = arrays.pop("ids")
@@ -165,7 +166,7 @@ def _unit(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
 def file_digest(path: str | pathlib.Path) -> str:
     """SHA-256 of a file's content. Raises UserError where it cannot be read."""
     try:
-        with pathlib.Path(path).open("rb") as file:
+        with user_path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give an .npz file") from error

@@ -12,8 +12,10 @@ once.
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +24,14 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data import images, prepared
+from rcml_jax.data.gates import TextGate, read_file, user_path
+from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
 from rcml_jax.data.tables import optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 
 CACHE = ".prepared"
-_RECIPE = 1
+_RECIPE = 2
 _SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "test": 2}
 _PAIR_COLUMNS = (("item_a", "item_b"), ("item_1", "item_2"), ("a", "b"))
 _log = logging.getLogger(__name__)
@@ -76,14 +80,19 @@ def load(
     Raises:
       UserError: anything else that is wrong in a table, with file, line and reason.
     """
-    folder = Path(folder).expanduser()
-    items = _read_items(folder)
+    folder = user_path(folder)
+    gate = TextGate(strict)
+    items = _read_items(folder, gate)
     fingerprint = _fingerprint(folder, items, f"{strict} {max_image_size} {intra_relation}")
     graph = prepared.load_or_prepare(
         folder / CACHE if cache_dir is None else cache_dir,
         _cache_name(folder),
         lambda: read(
-            folder, strict=strict, max_image_size=max_image_size, intra_relation=intra_relation
+            folder,
+            strict=strict,
+            max_image_size=max_image_size,
+            intra_relation=intra_relation,
+            log=log,
         )[0],
         fingerprint=fingerprint,
         log=log,
@@ -109,16 +118,20 @@ def read(
     strict: bool = False,
     max_image_size: int | None = 512,
     intra_relation: str = INTRA_RELATION,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[RelationGraph, Skipped]:
     """The folder's graph straight from its files, every row and image checked, nothing cached.
 
     Raises:
       UserError: as `load`.
     """
-    folder = Path(folder).expanduser()
-    items = _read_items(folder)
-    relations = _read_relations(folder)
-    pairs, pair_split = _read_pairs(folder, items, relations)
+    folder = user_path(folder)
+    log, gate = log or log_line, TextGate(strict)
+    items = _read_items(folder, gate)
+    relations = _read_relations(folder, gate)
+    _check_sentences(relations, strict, log)
+    pairs, pair_split = _read_pairs(folder, items, relations, gate)
+    gate.report(log)
     good = _check_images(items, strict)
     if not good.any():
         raise UserError(f"No image of {folder} can be decoded; check the image files.")
@@ -138,6 +151,7 @@ def read(
         labels=np.array(labels, np.int32),
         label_names=tuple(label_names),
         relations=tuple(relations.values()),
+        relation_ids=tuple(relations),
         intra_relation=intra_relation,
         pairs=pairs,
         pair_split=pair_split,
@@ -149,9 +163,9 @@ def read(
     return graph.validate(), Skipped(lost, int(np.sum(~keep)))
 
 
-def _read_items(folder: Path) -> list[_Item]:
+def _read_items(folder: Path, gate: TextGate) -> list[_Item]:
     items: dict[str, _Item] = {}
-    for where, row in rows_of(table_of(folder, "items")):
+    for where, row in rows_of(table_of(folder, "items"), gate):
         item = _Item(
             id=required(row, "id", where),
             text=required(row, "text", where),
@@ -164,7 +178,7 @@ def _read_items(folder: Path) -> list[_Item]:
                 f"{where}: the id '{item.id}' is used before ({items[item.id].where}); give "
                 "every item its own id."
             )
-        if not item.image.is_file():
+        if not os.path.isfile(item.image):
             raise UserError(
                 f"{where}: there is no image file {item.image}; write a path relative to {folder}."
             )
@@ -174,9 +188,9 @@ def _read_items(folder: Path) -> list[_Item]:
     return list(items.values())
 
 
-def _read_relations(folder: Path) -> dict[str, str]:
+def _read_relations(folder: Path, gate: TextGate) -> dict[str, str]:
     relations: dict[str, str] = {}
-    for where, row in rows_of(table_of(folder, "relations")):
+    for where, row in rows_of(table_of(folder, "relations"), gate):
         key = required(row, "id", where)
         if key in relations:
             raise UserError(
@@ -188,14 +202,32 @@ def _read_relations(folder: Path) -> dict[str, str]:
     return relations
 
 
+def _check_sentences(relations: dict[str, str], strict: bool, log: Callable[[str], None]) -> None:
+    """Tell which relation ids have one and the same sentence; an error with `strict`."""
+    ids: dict[str, list[str]] = {}
+    for key, sentence in relations.items():
+        ids.setdefault(" ".join(sentence.split()), []).append(key)
+    same = [keys for keys in ids.values() if len(keys) > 1]
+    if same:
+        groups = "; ".join(", ".join(map(repr, keys)) for keys in same[:5])
+        groups += "; ..." if len(same) > 5 else ""
+        problem = f"{len(same):,} sentences have several relation ids ({groups})"
+        if strict:
+            raise UserError(
+                f"{problem}; give each its own sentence, or leave `strict` off, so that they are "
+                "one relation to the evaluation."
+            )
+        log(f"{problem}: no model can tell these apart, and the evaluation takes them for one.")
+
+
 def _read_pairs(
-    folder: Path, items: list[_Item], relations: dict[str, str]
+    folder: Path, items: list[_Item], relations: dict[str, str], gate: TextGate
 ) -> tuple[np.ndarray, np.ndarray]:
     item_number = {item.id: number for number, item in enumerate(items)}
     relation_number = {key: number for number, key in enumerate(relations)}
     rows, splits = [], []
     declared: dict[tuple[int, int], tuple[int, str]] = {}
-    for where, row in rows_of(table_of(folder, "pairs")):
+    for where, row in rows_of(table_of(folder, "pairs"), gate):
         names = next((pair for pair in _PAIR_COLUMNS if set(pair) & set(row)), _PAIR_COLUMNS[0])
         a, b = (_known(row, name, where, item_number, "item") for name in names)
         relation = _known(row, "relation", where, relation_number, "relation")
@@ -243,7 +275,7 @@ def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: st
 
 def _check_images(items: list[_Item], strict: bool) -> np.ndarray:
     """Whether each item's image can be decoded (N,) bool; with `strict` all can, or UserError."""
-    problems = images.decode_problems([item.image.read_bytes for item in items])
+    problems = images.decode_problems([functools.partial(read_file, item.image) for item in items])
     for item, text in zip(items, problems, strict=True):
         if text and strict:
             raise UserError(
@@ -255,7 +287,7 @@ def _check_images(items: list[_Item], strict: bool) -> np.ndarray:
 
 def _stored(item: _Item, max_image_size: int | None) -> bytes:
     try:
-        return images.storable(item.image.read_bytes(), max_image_size)
+        return images.storable(read_file(item.image), max_image_size)
     except images.DECODE_ERRORS as error:
         raise UserError(
             f"{item.where}: the image {item.image} cannot be read ({error}); replace it."

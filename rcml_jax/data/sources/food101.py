@@ -11,11 +11,9 @@ From visiir.isir.upmc.fr/explore (Wang et al., ICMEW 2015), in the cleaned split
 `label` is not read: the classes are the annotations.
 """
 
-import contextlib
 import csv
 import os
 import string
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -25,6 +23,7 @@ import numpy as np
 
 from rcml_jax.data import imagetext
 from rcml_jax.data.classification import ClassificationData
+from rcml_jax.data.gates import CsvRows, TextGate
 from rcml_jax.data.relation_graph import split_index
 from rcml_jax.errors import UserError
 
@@ -39,13 +38,11 @@ _REMEDY = (
 )
 # ASCII letters to lower case, every other byte to a blank.
 _LETTERS = bytes(b | 32 if chr(b) in string.ascii_letters else 32 for b in range(256))
-_limit_lock = threading.Lock()
 
 
 def from_config(data: Any, cache: Path) -> ClassificationData:
     """The data of `config.data`: `path`, `strict` and `split_seed`."""
-    del cache  # Pictures are read where they lie.
-    return load(data.path, strict=data.strict, seed=data.split_seed)
+    return load(data.path, strict=data.strict, seed=data.split_seed, cache=cache)
 
 
 def load(
@@ -54,6 +51,7 @@ def load(
     strict: bool = False,
     validation: int = 5000,
     seed: int = 0,
+    cache: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> ClassificationData:
     """The photos, the pages' texts as `clean` leaves them, and the dish as the class.
@@ -61,9 +59,10 @@ def load(
     Modalities: "image" (files, opened when they are asked for) and "text". The classes are the
     annotations of train.csv, sorted. `validation` training samples are held out, but never more
     than a fifth of them. Each class gives its share, rounded down or up so that the shares add up,
-    and keeps one sample at least; which ones is drawn by `seed`. Rows without a picture file, or
-    with an empty text, are skipped and counted in one line to `log` (default: standard error);
-    with `strict` they are an error.
+    and keeps one sample at least; which ones is drawn by `seed`. Rows without a picture that can be
+    decoded, or with an empty text, are skipped and counted in one line to `log` (default: standard
+    error); with `strict` they are an error. What was found out about the pictures is kept in
+    `cache`, if one is given.
 
     Raises:
       UserError: a negative `validation`, a missing or malformed file, an annotation that train
@@ -75,9 +74,9 @@ def load(
         directory, tuple(_FILES.values()), title="UPMC Food-101", remedy=_REMEDY
     )
     pages = (folder / _TEXTS).is_dir()
-    records = []
+    gate, records = TextGate(strict), []
     for part, name in _FILES.items():
-        for line, key, annotation, text in _read(folder / name, with_text=not pages):
+        for line, key, annotation, text in _read(folder / name, gate, with_text=not pages):
             page = folder / _TEXTS / annotation / f"{PurePosixPath(key).stem}.txt"
             records.append(
                 imagetext.Record(
@@ -95,7 +94,8 @@ def load(
         label_field="annotation",
         pictures=str(folder / "images" / "{train,test}" / "<annotation>" / "<id>"),
         texts=f"as {folder / _TEXTS}/<annotation>/<id with .txt>" if pages else "in column 'text'",
-        strict=strict,
+        gate=gate,
+        cache=cache,
         log=log,
     )
     train = data.rows("train")
@@ -142,7 +142,7 @@ def _held_out(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _read(path: Path, *, with_text: bool) -> list[tuple[int, str, str, str]]:
+def _read(path: Path, gate: TextGate, *, with_text: bool) -> list[tuple[int, str, str, str]]:
     """(line, id, annotation, clean text) of every row; the text is empty without `with_text`."""
     needed = ("id", "annotation", *(("text",) if with_text else ()))
     found = []
@@ -163,7 +163,8 @@ def _read(path: Path, *, with_text: bool) -> list[tuple[int, str, str, str]]:
                     "columns; put values with commas in double quotes."
                 )
             values = dict(zip(columns, row, strict=True))
-            key, annotation = values["id"].strip(), values["annotation"].strip()
+            where = f"{path}, line {line}"
+            key, annotation = (gate(values[x], where).strip() for x in ("id", "annotation"))
             if not annotation:
                 raise UserError(
                     f"{path}, line {line}: 'annotation' is empty; fill it in or remove the row."
@@ -174,32 +175,11 @@ def _read(path: Path, *, with_text: bool) -> list[tuple[int, str, str, str]]:
 
 def _rows(file: Iterator[str], path: Path) -> Iterator[tuple[int, list[str]]]:
     """(first line, values) of a CSV file's rows of any length, empty lines left out."""
-    reader = csv.reader(file, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            with _long_fields():
-                row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{path}: the row that starts in line {line} is malformed CSV ({error}); "
-                "correct it."
-            ) from error
-        if row:
-            yield line, row
-
-
-@contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
-    """Lifts csv's limit of 128 KiB a value, which the whole process shares, for a moment.
-
-    The lock keeps two loads from restoring each other's limit.
-    """
-    with _limit_lock:
-        before = csv.field_size_limit(2**31 - 1)  # the most that every platform takes
-        try:
-            yield
-        finally:
-            csv.field_size_limit(before)
+    rows = CsvRows(file)
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: the row that starts in line {rows.line} is malformed CSV ({error}); "
+            "correct it."
+        ) from error

@@ -14,7 +14,6 @@ product have the same text. The official lists are the splits of the items. The 
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data import images, prepared
+from rcml_jax.data.gates import CsvRows, TextGate, text_lines, user_path
 from rcml_jax.data.relation_graph import SPLITS, RelationGraph, normalize_pairs
 from rcml_jax.errors import UserError
 
@@ -300,7 +300,7 @@ def load(
         else:
             fingerprint, expected = hashlib.sha256(_recipe(strict)).hexdigest(), PUBLISHED
             if not prepared.is_prepared(cache, NAME, fingerprint):
-                archive = _download(Path(cache).expanduser() / NAME, log)
+                archive = _download(user_path(cache) / NAME, log)
                 root = files.enter_context(open_root(archive))
         graph = prepared.load_or_prepare(
             cache,
@@ -360,7 +360,7 @@ def open_root(path: str | Path) -> Iterator[Root]:
     Raises:
       UserError: there is no such file or folder, or no classes.csv in it.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.exists():
         raise UserError(f"There is no folder or .zip file {path}; correct --config.data.path.")
     if path.is_dir():
@@ -400,14 +400,15 @@ def _read_classes(root: Root) -> dict[int, _Class]:
     """The rows of classes.csv by the products' numbers, in their order."""
     file = root / "classes.csv"
     classes: dict[int, _Class] = {}
-    reader = csv.DictReader(io.StringIO(_text(root, "classes.csv", "classes.csv"), newline=""))
+    rows = CsvRows(io.StringIO(_text(root, "classes.csv", "classes.csv"), newline=""), strict=False)
     # Columns have their type after the name: "Class ID (int)".
-    names = {(name or "").partition(" (")[0]: name for name in reader.fieldnames or ()}
+    names = [name.partition(" (")[0] for name in next(rows, (1, []))[1]]
     if missing := [name for name in _COLUMNS if name not in names]:
         raise UserError(f"{file} has no column '{missing[0]}'; take the published file.")
-    for row in reader:
-        where = f"{file}, line {reader.line_num}"
-        values = [(row[names[column]] or "").strip() for column in _COLUMNS]
+    for line, row in rows:
+        where = f"{file}, line {line}"
+        found = dict(zip(names, row, strict=False))
+        values = [found.get(column, "").strip() for column in _COLUMNS]
         name, number, kind, kind_number, description = values
         if not all(values):
             raise UserError(f"{where}: a value is missing; take the published file.")
@@ -439,7 +440,7 @@ def _read_lists(root: Root, classes: dict[int, _Class]) -> list[_Photograph]:
     places = {number: place for place, number in enumerate(classes)}
     found: dict[str, _Photograph] = {}
     for split, name in enumerate(_LISTS):
-        for number, line in enumerate(_text(root, name, name).splitlines(), 1):
+        for number, line in enumerate(text_lines(_text(root, name, name)), 1):
             if not line.strip():
                 continue
             where = f"{root / name}, line {number}"
@@ -496,9 +497,11 @@ def _stored(root: Root, photograph: _Photograph) -> bytes:
 
 def _text(root: Root, name: str, where: str) -> str:
     try:
-        return _bytes(root, name, where).decode("utf-8-sig")
+        text = _bytes(root, name, where).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{root / name} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    # The published files are few and fixed, so that nothing is replaced in them.
+    return TextGate(strict=True)(text, str(root / name))
 
 
 def _bytes(root: Root, name: str, where: str) -> bytes:

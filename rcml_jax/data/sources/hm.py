@@ -21,6 +21,7 @@ no split parts. Relations:
 
 import csv
 import datetime
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rcml_jax.data import images, prepared
+from rcml_jax.data.gates import NO_TEXT, CsvRows, read_file, user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph, normalize_pairs, pairs_within
 from rcml_jax.data.sources.copurchases import (
@@ -283,18 +285,17 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str] | None]]:
     """(line, header, row) of each row; None in the place of the row for the header itself."""
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
+            rows = CsvRows(file, strict=False)
+            header = [name.strip() for name in next(rows, (1, []))[1]]
             yield 1, header, None
             while True:
                 try:
-                    row = next(reader)
+                    number, row = next(rows)
                 except StopIteration:
                     return
                 except csv.Error:
-                    row = ["malformed CSV"]
-                if row:
-                    yield reader.line_num, header, row
+                    number, row = rows.line, ["malformed CSV"]
+                yield number, header, row
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); check the file.") from error
 
@@ -303,10 +304,8 @@ def _article_problem(header: list[str], row: list[str], value: dict[str, str]) -
     """What is wrong with a row of articles.csv, "" where nothing is."""
     if len(row) != len(header):
         return f"{len(row)} values for {len(header)} columns"
-    try:
-        "".join(row).encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8 were read as surrogates
-        return "not UTF-8"
+    if wrong := NO_TEXT.search("".join(row)):  # bytes that are no UTF-8 were read as surrogates
+        return "a NUL" if wrong[0] == "\0" else "not UTF-8"
     if not (value["article_id"].isascii() and value["article_id"].isdecimal()):
         return f"article_id {value['article_id'][:20]!r} is no number"
     for name in ("product_code", "prod_name"):
@@ -440,13 +439,13 @@ def load(
     for name, value in options._asdict().items():
         if name not in ("strict", "seed") and value < 1:
             raise UserError(f"{name}={value} must be at least 1.")
-    root = Path(path).expanduser()
+    root = user_path(path)
     files = [_file(root, name) for name in ("articles.csv", "transactions_train.csv")]
     photographs = find_photographs(root)
     pictures = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
     state = [[file_state(file) for file in files], pictures]
     return prepared.load_or_prepare(
-        Path(cache).expanduser(),
+        user_path(cache),
         NAME,
         lambda: _build(*files, photographs, options, log or log_line),
         fingerprint=digest([RECIPE, _LARGEST_SIDE, options, state]),
@@ -510,7 +509,7 @@ def _pictures(
 ) -> list[Path | None]:
     """Each article's photograph, None where there is none or it cannot be decoded."""
     found = [photographs.get(article.id) for article in articles]
-    whole = iter(images.decode_problems([p.path.read_bytes for p in found if p]))
+    whole = iter(images.decode_problems([functools.partial(read_file, p.path) for p in found if p]))
     pictures: list[Path | None] = []
     for article, photograph in zip(articles, found, strict=True):
         problem = next(whole) if photograph else "there is no such file"
@@ -661,6 +660,6 @@ def agreeing_pairs(values: np.ndarray, most: int, rng: np.random.Generator) -> n
 
 def _encoded(path: Path) -> bytes:
     try:
-        return images.storable(path.read_bytes(), _LARGEST_SIDE)
+        return images.storable(read_file(path), _LARGEST_SIDE)
     except images.DECODE_ERRORS as error:
         raise UserError(f"The photograph {path} cannot be read ({error}); replace it.") from error

@@ -7,13 +7,13 @@ From github.com/billywzh717/N24News (Wang et al., LREC 2022). Layout of the dire
 - `imgs/<image_id>.jpg`.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rcml_jax.data import imagetext
 from rcml_jax.data.classification import ClassificationData
+from rcml_jax.data.gates import TextGate, read_json
 from rcml_jax.errors import UserError
 
 NAME = "n24news"
@@ -28,8 +28,7 @@ _REMEDY = (
 
 def from_config(data: Any, cache: Path) -> ClassificationData:
     """The data of `config.data`: `path`, `text` and `strict`."""
-    del cache  # Pictures are read where they lie.
-    return load(data.path, text=data.text, strict=data.strict)
+    return load(data.path, text=data.text, strict=data.strict, cache=cache)
 
 
 def load(
@@ -37,14 +36,16 @@ def load(
     *,
     text: str = "headline",
     strict: bool = False,
+    cache: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> ClassificationData:
     """The pictures, one of the texts of TEXTS, and the section as the class.
 
     Modalities: "image" (files, opened when they are asked for) and "text". The classes are the
     sections of the train file, sorted; dev is the validation split. Records without a picture
-    file, or with an empty text, are skipped and counted in one line to `log` (default: standard
-    error); with `strict` they are an error.
+    that can be decoded, or with an empty text, are skipped and counted in one line to `log`
+    (default: standard error); with `strict` they are an error. What was found out about the
+    pictures is kept in `cache`, if one is given.
 
     Raises:
       UserError: another `text`, a missing or malformed file, a record that lacks a field, a
@@ -53,21 +54,21 @@ def load(
     if text not in TEXTS:
         raise UserError(f"N24News has no text {text!r}; choose one of {', '.join(TEXTS)}.")
     folder = imagetext.require_files(directory, _FILES, title="N24News", remedy=_REMEDY)
-    records = []
+    gate, records = TextGate(strict), []
     for split, name in enumerate(_FILES):
         for number, entry in enumerate(_read(folder / name), 1):
             where = f"{name}, record {number}"
-            section = _value(entry, "section", where)
+            section = _value(entry, "section", where, gate)
             if not section:
                 raise UserError(f"{where}: 'section' is empty; fill it in or remove the record.")
-            picture = folder / "imgs" / f"{_value(entry, 'image_id', where)}.jpg"
+            picture = folder / "imgs" / f"{_value(entry, 'image_id', where, gate)}.jpg"
             records.append(
                 imagetext.Record(
                     where=where,
                     split=split,
                     label=section,
                     image=str(picture),
-                    text=_value(entry, text, where),
+                    text=_value(entry, text, where, gate),
                     text_from=repr(text),
                 )
             )
@@ -77,7 +78,8 @@ def load(
         label_field="section",
         pictures=str(folder / "imgs" / "<image_id>.jpg"),
         texts=f"in the field {text!r} (or choose another of {', '.join(TEXTS)})",
-        strict=strict,
+        gate=gate,
+        cache=cache,
         log=log,
     )
 
@@ -86,15 +88,15 @@ def _read(path: Path) -> list:
     with imagetext.reading(path):
         content = path.read_text("utf-8-sig")
     try:
-        entries = json.loads(content)
-    except (ValueError, RecursionError) as error:  # ValueError's text has line and column
+        entries = read_json(content)
+    except ValueError as error:  # ValueError's text has line and column
         raise UserError(f"{path} is malformed JSON ({error}); get the file anew.") from error
     if not isinstance(entries, list):
         raise UserError(f"{path} is no list of records ([{{...}}, ...]); get the file anew.")
     return entries
 
 
-def _value(entry: Any, field: str, where: str) -> str:
+def _value(entry: Any, field: str, where: str, gate: TextGate) -> str:
     """A field as text, empty for null."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} is no JSON object; write {{...}} for every record.")
@@ -103,5 +105,4 @@ def _value(entry: Any, field: str, where: str) -> str:
     value = "" if entry[field] is None else entry[field]
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{where}: {field!r} is neither text nor a number; correct it.")
-    # Half a surrogate pair, which JSON can spell, would stop a tokenizer.
-    return str(value).encode("utf-8", "replace").decode().strip()
+    return gate(str(value), f"{where}, {field!r}").strip()

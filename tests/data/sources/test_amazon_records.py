@@ -7,8 +7,10 @@ from collections import Counter
 
 import pytest
 
+from rcml_jax.data.gates import TextGate
 from rcml_jax.data.sources import amazon_records
 from rcml_jax.data.sources.amazon_records import (
+    categories_of,
     identity,
     main_image,
     parse_item,
@@ -67,7 +69,7 @@ def test_a_review_without_user_or_item_is_none(field, value):
 
 def test_both_views_give_one_item():
     item = parse_item(ITEM)
-    assert item == ("B1", "A kettle", HIGH, ("Home", "Kettles", "Small"), 12.5, {"Brand": "x"})
+    assert item[:-1] == ("B1", "A kettle", HIGH, ("Home", "Kettles", "Small"), 12.5, {"Brand": "x"})
     assert item.category == "Kettles"
     view = {"images": transposed(RAW_IMAGES), "details": '{"Brand": "x"}', "price": "12.5"}
     assert parse_item(ITEM | view) == item
@@ -75,7 +77,7 @@ def test_both_views_give_one_item():
 
 def test_what_an_item_lacks_is_empty():
     bare = parse_item({"parent_asin": "B1"})
-    assert bare == ("B1", "", "", (), None, {})
+    assert bare[:-1] == ("B1", "", "", (), None, {})
     assert bare.category == ""
     broken = {"title": 3, "images": "x", "categories": "Home", "price": "None", "details": "{"}
     assert parse_item(ITEM | broken) == bare
@@ -83,7 +85,7 @@ def test_what_an_item_lacks_is_empty():
     assert parse_item(ITEM | {"categories": [None, 3]}).category == ""
     assert parse_item(ITEM | {"price": "$7.99"}).price == 7.99
     assert parse_item(ITEM | {"details": "[1]"}).details == {}
-    assert parse_item(ITEM | {"title": "half \ud83d emoji"}).title == "half emoji"
+    assert parse_item(ITEM | {"title": "half \ud83d emoji"}).title == "half \ufffd emoji"
 
 
 @pytest.mark.parametrize(
@@ -177,3 +179,52 @@ def test_of_a_review_two_hashes_are_kept(tmp_path):
     tracemalloc.stop()
     assert len(arrays["user"]) == 7000
     assert peak < 6e6  # a buffer of 1 MB; 16 bytes a review, a few times
+
+
+def test_items_of_prime_video_have_images():
+    widths = {f"{w}w": f"https://images/{w}.jpg" for w in (360, 480, 720, 1080, 1440, 1920)}
+    images = [{"variant": "PT01", "720w": "https://no"}, {**widths, "variant": "MAIN"}]
+    assert main_image(images) == "https://images/720.jpg"
+    assert main_image([widths]) == "https://images/720.jpg"
+    assert main_image([{"360w": "https://a", "480w": "https://b"}]) == "https://b"
+    columns = {key: [value] for key, value in (images[1]).items()}
+    assert main_image(columns) == "https://images/720.jpg"
+    assert main_image([{"variant": "MAIN", "0w": "https://a", "720w": None}]) == ""
+
+
+@pytest.mark.parametrize(
+    "title", ['24" TV & more', "24&quot; TV &amp; more", "24&amp;quot; TV &amp; more"]
+)
+def test_titles_have_no_html_entities(title):
+    item = parse_item({"parent_asin": "B1", "title": title, "categories": ["A", "B &amp; C"]})
+    assert item.title == '24" TV & more'
+    assert item.category == "B & C"
+
+
+def test_texts_of_items_are_checked():
+    gate = TextGate()
+    record = {"parent_asin": "B1", "title": "cup \ud83d", "categories": ["A", "B\0"]}
+    item = parse_item(record, lambda text: gate(text, "here"))
+    assert (item.title, item.category, gate.replaced) == ("cup \ufffd", "B\ufffd", 2)
+    assert parse_item({"parent_asin": "B1\ud83d", "title": "cup"}) is None
+
+
+def test_domains_without_categories():
+    def items(titles, main=None):
+        main = main or [""] * len(titles)
+        return [
+            parse_item({"parent_asin": f"B{i}", "title": t, "main_category": m, "categories": []})
+            for i, (t, m) in enumerate(zip(titles, main, strict=True))
+        ]
+
+    titles = ["Hair brush", "Hair clip for you", "Nail file", "Nail polish", "Soap", ""]
+    found, by = categories_of(items(titles, ["Beauty", "Beauty", "Health", "", "Health", "Beauty"]))
+    assert (found, by) == (
+        ["Beauty", "Beauty", "Health", "", "Health", "Beauty"],
+        "main categories",
+    )
+    found, by = categories_of(items(titles, ["All Beauty"] * 6))
+    assert (found, by) == (["hair", "hair", "nail", "nail", "", ""], "words of titles")
+    one = parse_item({"parent_asin": "B9", "categories": ["A", "B"]})
+    found, by = categories_of([*items(titles), one])
+    assert (found, by) == ([""] * 6 + ["B"], "second-level categories")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from rcml_jax.data.images import image_states
 from rcml_jax.data.sources import captions
 from rcml_jax.errors import UserError
 from tests.data.imagetext import jpeg
@@ -266,3 +267,50 @@ def test_copies_that_are_elsewhere_or_empty(tmp_path):
         picture.unlink()
     with pytest.raises(UserError, match="3 of 6 pictures are missing"):
         captions.flickr30k(root)
+
+
+def test_captions_may_hold_every_sign_but_a_newline(tmp_path):
+    odd = "a\u2028b\x85c\x0cd\x0be"
+    root = write_flickr(tmp_path / "data", karpathy=False, caption=lambda n, k: f"{odd} {n}")
+    found = captions.flickr30k(root)
+    assert set(found.texts) == {f"{odd} {n}" for n in range(6)}
+
+
+def test_captions_that_are_no_unicode_text(tmp_path):
+    root = write_flickr(tmp_path / "data", caption=lambda n, k: f"cup HALF {n}, {k}")
+    file = root / "dataset_flickr30k.json"
+    file.write_text(file.read_text().replace("HALF", "\\ud83d"))
+    lines = []
+    found = captions.flickr30k(root, log=lines.append)
+    assert found.texts[0] == "cup \ufffd 0, 0"
+    assert lines[0].startswith("flickr30k: 12 texts held")
+    with pytest.raises(UserError, match=r"dataset_flickr30k\.json, 0\.jpg: 'cup"):
+        captions.flickr30k(root, strict=True)
+
+
+def test_damaged_pictures_are_left_out_and_remembered(tmp_path, monkeypatch):
+    root = write_flickr(tmp_path / "data")
+    path = root / "flickr30k-images" / "1.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    lines, cache = [], tmp_path / "cache"
+    found = captions.flickr30k(root, cache=cache, log=lines.append)
+    check(found)
+    assert len(found.images) == 5
+    assert "1 of 6 pictures are left out (0 without a file, 1 that cannot be decoded" in lines[0]
+    with pytest.raises(UserError, match=r"1 pictures cannot be decoded, .*1\.jpg"):
+        captions.flickr30k(root, cache=cache, strict=True)
+    monkeypatch.setattr("rcml_jax.data.imagetext.decode_problems", None)  # nothing is decoded anew
+    assert len(captions.flickr30k(root, cache=cache, log=lines.append).images) == 5
+    monkeypatch.undo()
+    path.write_bytes(whole)
+    assert len(captions.flickr30k(root, cache=cache).images) == 6
+
+
+def test_the_state_of_a_picture_changes_with_its_file(tmp_path):
+    root = write_flickr(tmp_path / "data")
+    images = captions.flickr30k(root).images
+    before = image_states(images)
+    (root / "flickr30k-images" / "2.jpg").write_bytes(jpeg(200))
+    after = image_states(images)
+    assert [a != b for a, b in zip(before, after, strict=True)] == [0, 0, 1, 0, 0, 0]

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import logging
 import os
@@ -263,3 +264,66 @@ def test_an_interrupted_preparation_is_made_anew(data, monkeypatch):
     assert not list(data.rglob("dataset_info.json"))
     assert len(folder.load(data, log=quiet)) == 6
     assert prepared.RelationGraphBuilder.name in os.listdir(next((data / folder.CACHE).iterdir()))
+
+
+def test_texts_that_are_no_unicode_text(tmp_path):
+    make(tmp_path, "jsonl")
+    items = [dict(row) for row in ITEMS]
+    items[1].update(text="red cup \ud83d", label="b\0")
+    items[2]["id"] = "i2\udc80"
+    relations = [RELATIONS[0], RELATIONS[1] | {"sentence": "Both \ud83d."}]
+    pairs = [dict(row) for row in PAIRS]
+    pairs[1]["item_b"] = "i2\udc80"
+    for name, rows in (("items", items), ("relations", relations), ("pairs", pairs)):
+        write_table(tmp_path / f"{name}.jsonl", rows)
+    lines = []
+    graph = folder.load(tmp_path, log=lines.append)
+    assert graph.texts[1] == "red cup \ufffd"
+    assert graph.ids[2] == "i2\ufffd"
+    assert graph.relations[1] == "Both \ufffd."
+    assert "b\ufffd" in graph.label_names
+    assert lines[0].startswith("5 texts held a NUL or half of a surrogate pair")
+    assert "the first is in items.jsonl, line 2" in lines[0]
+    with pytest.raises(UserError, match=r"items\.jsonl, line 2: .*surrogate pair"):
+        folder.load(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_lacks_are_refused(tmp_path, value):
+    make(tmp_path, "jsonl")
+    with (tmp_path / "items.jsonl").open("a") as file:
+        file.write(f'{{"id": "x", "text": "t", "image": "images/1.png", "label": {value}}}\n')
+    with pytest.raises(UserError, match=r"items\.jsonl, line 7: malformed JSON"):
+        folder.load(tmp_path)
+
+
+def test_long_values_and_odd_signs(data):
+    kind = next(data.glob("items.*")).suffix
+    text = "word " * 40_000 + "\u2028\x85\x0c end"
+    write_table(data / f"items{kind}", [ITEMS[0] | {"text": text}, *ITEMS[1:]])
+    assert folder.load(data, log=quiet).texts[0] == text
+
+
+def test_relation_ids_with_one_sentence(data):
+    kind = next(data.glob("relations.*")).suffix
+    relations = [*RELATIONS, {"id": "3", "sentence": "Both  are red."}]
+    write_table(data / f"relations{kind}", relations)
+    lines = []
+    graph = folder.load(data, log=lines.append)
+    assert graph.relation_ids == ("1", "2", "3")
+    assert lines[0].startswith("1 sentences have several relation ids ('1', '3')")
+    with pytest.raises(UserError, match=r"1 sentences have several relation ids \('1', '3'\)"):
+        folder.load(data, strict=True)
+
+
+def test_images_of_every_kind_of_damage_are_left_out(tmp_path):
+    make(tmp_path)
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(out, "DDS")
+    (tmp_path / "images" / "3.png").write_bytes(out.getvalue())
+    (tmp_path / "images" / "2.png").write_bytes(png(2, 20)[:60])
+    assert folder.load(tmp_path, log=quiet).ids == ("i0", "i1", "i4", "i5")
+    with pytest.raises(
+        UserError, match=r"items\.csv, line 4: the image .*2\.png cannot be decoded"
+    ):
+        folder.load(tmp_path, strict=True)

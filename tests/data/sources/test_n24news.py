@@ -62,13 +62,27 @@ def test_the_bank_reads_the_pictures(news):
     np.testing.assert_array_equal(copy(rows), bank(rows))
 
 
-def test_pictures_are_not_read_by_load(news):
+@pytest.mark.parametrize("content", [b"no picture", b"", jpeg(0, 400)[:-400]])
+def test_damaged_pictures_are_found_by_load(news, content, tmp_path):
     path = news / "imgs" / "dev1.jpg"
-    path.write_bytes(b"no picture")
-    data = load(news)
-    bank = ImageBank(data.modalities[0].values, 8)
-    with pytest.raises(UserError, match=re.escape(str(path))):
-        bank(np.arange(12))
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    lines, cache = [], tmp_path / "cache"
+    for _ in range(2):
+        data = load(news, log=lines.append, cache=cache)
+        assert len(data) == 11
+        ImageBank(data.modalities[0].values, 8)(np.arange(11))
+    assert "1 of 12 records are skipped (0 without a picture, 1 with a damaged one" in lines[1]
+    assert f"the picture {path} cannot be decoded" in lines[1]
+    with pytest.raises(UserError, match=r"nytimes_dev\.json, record 2: .* cannot be decoded"):
+        load(news, strict=True, cache=cache)
+    path.write_bytes(whole)  # the state of the file is part of what is remembered
+    assert len(load(news, cache=cache)) == 12
+
+
+def test_a_picture_that_vanishes_after_load_is_named(news):
+    path = news / "imgs" / "dev1.jpg"
+    bank = ImageBank(load(news).modalities[0].values, 8)
     path.unlink()
     with pytest.raises(UserError, match=re.escape(str(path))):
         bank(np.arange(12))
@@ -94,11 +108,15 @@ def test_records_without_a_picture_or_a_text_are_skipped(news):
     assert "3 of 12 records are skipped (2 without a picture, 1 without a text)" in line
     assert "news/nytimes_train.json, record 4: there is no picture" in line
     assert str(news / "imgs" / "train3.jpg") in line
-    with pytest.raises(UserError, match=r"record 4: there is no picture .*train3\.jpg; add it"):
+    with pytest.raises(
+        UserError, match=r"record 4: there is no picture .*train3\.jpg; mend or add it"
+    ):
         load(news, strict=True)
     assert len(load(news, text="caption", log=lines.append)) == 10
     (news / "imgs" / "train3.jpg").write_bytes(jpeg(0))
-    with pytest.raises(UserError, match=r"record 5: there is no text in 'headline'; add it"):
+    with pytest.raises(
+        UserError, match=r"record 5: there is no text in 'headline'; mend or add it"
+    ):
         load(news, strict=True)
 
 
@@ -204,7 +222,12 @@ def test_encodings(news):
     records = news_records()["train"]
     records[0]["headline"] = "café \ud83d"  # half a pair, as a cut emoji leaves it
     write_news_file(news, "train", records)
-    assert load(news).modalities[1].values[0] == "café ?"
+    lines = []
+    assert load(news, log=lines.append).modalities[1].values[0] == "café \N{REPLACEMENT CHARACTER}"
+    assert "1 texts held a NUL or half of a surrogate pair" in lines[0]
+    assert lines[0].endswith("the first is in news/nytimes_train.json, record 1, 'headline'.")
+    with pytest.raises(UserError, match=r"nytimes_train\.json, record 1, 'headline': .* surrogate"):
+        load(news, strict=True)
 
 
 def test_numbers_as_names_of_pictures(news):

@@ -6,19 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from rcml_jax.report import relational, relational_data
-from rcml_jax.report.page import Folder, LeftOutError, load
-from rcml_jax.report.relational_data import (
-    BATCH,
-    _rows,
-    cost,
-    measure,
-    parameters,
-    silhouette,
-    tsne,
-    umap,
-)
-from rcml_jax.report.runs import Models, Run
+from rcml_jax.report import relational
+from rcml_jax.report.page import PERPLEXITY, Folder, LeftOutError, load, silhouette, tsne, umap
+from rcml_jax.report.runs import BATCH, Models, Run, _rows, cost, measure, parameters
 
 
 def with_graph(opened, **changes):
@@ -30,45 +20,43 @@ def with_graph(opened, **changes):
 
 
 def test_items_are_of_the_most_frequent_kinds(opened):
-    items = relational_data.chosen_items(opened, seed=0)
+    items = relational.chosen_items(opened, seed=0)
     graph = opened.method.task.graph
     kinds = graph.labels[items]
     every = graph.labels[opened.method.task.splits.items("test")]
     counts = np.sort(np.bincount(every))[::-1]
-    assert len(np.unique(kinds)) == relational_data.KINDS
+    assert len(np.unique(kinds)) == relational.KINDS
     assert sorted(np.bincount(kinds)[np.unique(kinds)])[::-1] == counts[:6].tolist()
     np.testing.assert_array_equal(items, np.sort(items))
-    np.testing.assert_array_equal(items, relational_data.chosen_items(opened, seed=0))
+    np.testing.assert_array_equal(items, relational.chosen_items(opened, seed=0))
 
 
 @pytest.mark.parametrize("label", [0, -1])
 def test_one_kind_is_nothing_to_colour_by(opened, label):
     same = np.full(len(opened.method.task.graph), label, np.int32)
     with pytest.raises(LeftOutError, match=r"fewer than two kinds .* give the items labels"):
-        relational_data.chosen_items(with_graph(opened, labels=same), seed=0)
+        relational.chosen_items(with_graph(opened, labels=same), seed=0)
 
 
 def test_the_relation_is_that_with_most_pairs_or_the_one_asked_for(opened):
     task = opened.method.task
-    chosen = relational_data.chosen_relation(opened, "")
+    chosen = relational.chosen_relation(opened, "")
     counts = np.bincount(task.splits.pairs("test")[:, 2])
     assert counts[chosen] == counts.max()
-    assert (
-        task.graph.relations[relational_data.chosen_relation(opened, "BOTH kind1")] == "both kind1"
-    )
+    assert task.graph.relations[relational.chosen_relation(opened, "BOTH kind1")] == "both kind1"
     with pytest.raises(LeftOutError, match="is in 0 sentences"):
-        relational_data.chosen_relation(opened, "colour of money")
+        relational.chosen_relation(opened, "colour of money")
     with pytest.raises(LeftOutError, match="is in 22 sentences"):
-        relational_data.chosen_relation(opened, "both")
+        relational.chosen_relation(opened, "both")
 
 
 def test_the_same_items_of_two_runs(opened, opened_clip):
-    assert relational_data.same_items(opened, opened_clip)
-    items = relational_data.chosen_items(opened, seed=0)
-    if len(items) <= relational_data.PERPLEXITY:
+    assert relational.same_items(opened, opened_clip)
+    items = relational.chosen_items(opened, seed=0)
+    if len(items) <= PERPLEXITY:
         items = opened.method.task.splits.items("test")
-    tables = [relational_data.table_of(run, items) for run in (opened, opened_clip)]
-    arrays = relational_data.embedding_map([opened, opened_clip], tables, items, 3)
+    tables = [relational.table_of(run, items) for run in (opened, opened_clip)]
+    arrays = relational.embedding_map([opened, opened_clip], tables, items, 3)
     assert arrays["points"].shape == (2, len(items), 2)
     assert np.isfinite(arrays["points"]).all()
     graph = opened.method.task.graph
@@ -84,7 +72,7 @@ def test_the_same_items_of_two_runs(opened, opened_clip):
     # CLIP's does not depend on the relation.
     assert arrays["silhouette"][1] == pytest.approx(arrays["mean_silhouette"][1])
     with pytest.raises(LeftOutError, match="needs more than 30 items"):
-        relational_data.embedding_map([opened], tables[:1], items[:30], 3)
+        relational.embedding_map([opened], tables[:1], items[:30], 3)
 
 
 def slow_silhouette(x, labels):
@@ -117,13 +105,13 @@ def test_silhouettes_and_planes_of_degenerate_embeddings():
 
 def test_case_studies_are_ranked_as_the_evaluation_ranks(opened):
     task = opened.method.task
-    places = relational_data.drawn_queries(opened, seed=0)
-    items = relational_data.items_of_queries(opened, places)
-    table = relational_data.table_of(opened, items)
-    cases = relational_data.case_studies(opened, table, places)
+    places = relational.drawn_queries(opened, seed=0)
+    items = relational.items_of_queries(opened, places)
+    table = relational.table_of(opened, items)
+    cases = relational.case_studies(opened, table, places)
     outcomes = [case["outcome"] for case in cases]
     assert outcomes == sorted(outcomes, reverse=True)  # successes first
-    assert max(outcomes.count(o) for o in set(outcomes)) <= relational_data.CASES
+    assert max(outcomes.count(o) for o in set(outcomes)) <= relational.CASES
     queries = task.retrieval_queries("test")
     for case in cases:
         rank = dict(zip(case["scores"], case["rank"], strict=True))
@@ -135,7 +123,7 @@ def test_case_studies_are_ranked_as_the_evaluation_ranks(opened):
             assert (0 in order) == (found <= 3)
             if 0 in order:
                 assert list(order).index(0) == found - 1
-        assert case["pictures"].shape == (len(case["candidates"]), 96, 96, 3)
+        assert case["images"].shape == (len(case["candidates"]), 96, 96, 3)
     # The text-text scores of the first case are the cosines of the table's embeddings.
     first = cases[0]
     row = next(
@@ -151,7 +139,7 @@ def test_case_studies_are_ranked_as_the_evaluation_ranks(opened):
 
 
 def test_attention_is_the_heads_own(opened):
-    arrays = relational_data.attention(opened, seed=0)
+    arrays = relational.attention(opened, seed=0)
     total = arrays["image"].sum(axis=(1, 2)) + arrays["image_summary"]
     np.testing.assert_allclose(total, 1, atol=1e-5)
     np.testing.assert_allclose(arrays["text"].sum(axis=1), 1, atol=1e-5)
@@ -178,14 +166,14 @@ def test_attention_is_the_heads_own(opened):
 
 def test_a_baseline_has_no_pooling_head(opened_clip):
     with pytest.raises(LeftOutError, match="has no pooling head"):
-        relational_data.attention(opened_clip, seed=0)
+        relational.attention(opened_clip, seed=0)
 
 
 @pytest.fixture
 def twice(monkeypatch):
     """Calls that are measured twice; RCML under one relation alone."""
-    monkeypatch.setattr("rcml_jax.report.relational_data.REPEATS", 2)
-    monkeypatch.setattr("rcml_jax.report.relational_data.RELATIONS", 1)
+    monkeypatch.setattr("rcml_jax.report.runs.REPEATS", 2)
+    monkeypatch.setattr("rcml_jax.report.runs.RELATIONS", 1)
 
 
 def ordered(found):

@@ -1,0 +1,272 @@
+"""Does a training step fit a TPU, and what does it send, without a TPU?
+
+    pip install libtpu
+    python -m benchmarks.topologies --config configs/rcml.py:amazon --config.model.dtype=bfloat16
+    python -m benchmarks.topologies --config configs/rcml.py:amazon --topology v5e:4x4 --items 8192
+
+The step that train.py compiles is compiled for a TPU topology, from shapes alone: no weights, no
+data and no TPU. Printed for one chip, as the compiler plans it: memory (arguments and temporaries),
+FLOP, bytes moved, the compiler's own estimate of a step's time, and the bytes that each kind of
+collective gives out. An operation in a loop, such as the blocks of a loss, counts once.
+
+--items is the batch on all chips; without it every chip has --per-chip items, so that the batch
+grows with the topology. Of n items there are n/2 pairs, an eighth of them intra-sample, under the
+configuration's relations.
+"""
+
+import argparse
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import throughput_flops as flops
+from benchmarks import throughput_models as models
+from benchmarks import timing
+from rcml_jax.cli.commands import guard, load_config_file, parse_flags
+from rcml_jax.errors import UserError
+from rcml_jax.methods.base import Method
+from rcml_jax.training import optimizer, sharding, step
+from rcml_jax.training.gradcache import parts_of
+
+#: Memory of a chip in bytes, from the pages on TPU versions of Google Cloud's documentation.
+MEMORY = {"TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v6 lite": 32 << 30, "TPU v4": 32 << 30}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "s4": 4, "u4": 4}
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+def collective_bytes(text: str) -> dict[str, tuple[int, int]]:
+    """Collectives of a compiled program: kind → (how many, bytes of their results on a chip).
+
+    text: the program as HLO. Of an asynchronous pair the start counts, its last operand-free array
+    being the result.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if match is None:
+            continue
+        shapes, kind, start = match.groups()
+        arrays = [_bytes(*array) for array in _ARRAY.findall(shapes)]
+        # A start gives (operands, results, ...): as many of each.
+        size = max(arrays, default=0) if start else sum(arrays)
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + size
+    return found
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
+    return int(np.prod([int(x) for x in shape.split(",") if x], dtype=np.int64)) * bits // 8
+
+
+def abstract_batch(method: Method, text: int, sentence: int) -> dict:
+    """The shapes of a relational method's batch; lengths in tokens.
+
+    Made of two small batches: a shape's entries that grow with the items or pairs are scaled.
+    """
+    sizes = method.config.batch
+    small = [_resized(method, factor) for factor in (1, 2)]
+    one, two = (models.relation_batch(m, text, sentence) for m in small)
+    factor = sizes.size // small[0].config.batch.size
+
+    def scaled(x: np.ndarray, y: np.ndarray) -> jax.ShapeDtypeStruct:
+        pairs = zip(np.shape(x), np.shape(y), strict=True)
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.ShapeDtypeStruct(tuple(a + (b - a) * (factor - 1) for a, b in pairs), dtype)
+
+    batch = jax.tree.map(scaled, one, two)
+    if method.config.method == "rcml" and method.config.loss.negatives == "unlinked":
+        related = batch["shared"]["related"]
+        under = (sizes.relations + 1, *related.shape)
+        batch["shared"]["related"] = jax.ShapeDtypeStruct(under, related.dtype)
+    return batch
+
+
+def _resized(method: Method, factor: int) -> Method:
+    """The method with `factor` times the smallest batch whose parts are those of its own."""
+    batch = method.config.batch
+    smallest = np.gcd.reduce([batch.size, batch.pairs_per_relation, batch.intra_pairs])
+    config = models.part_of(method.config, factor, int(smallest))
+    return models.relational(config.method, config)
+
+
+def compile_step(method: Method, batch: dict, devices: Any) -> Any:
+    """The compiled step of a method for the devices of a topology, from shapes."""
+    config = method.config
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), batch["items"]
+    )
+    example = {"items": example, "shared": batch["shared"]}
+    params = jax.eval_shape(method.init, key, example)
+    transform, _ = optimizer.build(
+        config.optimizer, method.steps, method.frozen(params), method.decayed(params)
+    )
+    state = jax.eval_shape(functools.partial(step.create, optimizer=transform), params, key=key)
+    parts = parts_of(config.batch.size, config.get("micro_batch", 0))
+    made = step.make_step(
+        method, transform, method.steps, config.get("accumulation", "exact"), parts
+    )
+    state, batch = devices.abstract(state, batch)
+    return devices.compile(made).lower(state, batch).compile()
+
+
+def facts(compiled: Any) -> dict[str, Any]:
+    """What the compiler says of one chip."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    collectives = collective_bytes(compiled.as_text())
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "flops": cost.get("flops"),
+        "bytes_moved": cost.get("bytes accessed"),
+        # Negative where the compiler has no estimate.
+        "estimated_s": cost.get("optimal_seconds", -1.0),
+        "collectives": {kind: {"count": n, "bytes": b} for kind, (n, b) in collectives.items()},
+    }
+
+
+def topology(name: str) -> list[Any]:
+    """The devices of a TPU topology such as "v5e:2x4". Raises UserError where there is none."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # libtpu's own, of several kinds
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology {name}: {reason}; install libtpu, and give a name like v5e:2x4, v6e:4x4 "
+            "or v5p:2x2x2"
+        ) from error
+
+
+def sized(config: Any, items: int) -> Any:
+    """The configuration with a batch of so many items, half as many pairs."""
+    config = config.copy_and_resolve_references()
+    batch = config.batch
+    batch.size = items
+    batch.intra_pairs = max(1, items // 16)
+    batch.pairs_per_relation = max(1, (items // 2 - batch.intra_pairs) // batch.relations)
+    return config
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the overrides of the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.topologies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/rcml.py:amazon")
+    add("--topology", default="v5e:2x4", help="TPU topologies, with commas (v5e:2x4)")
+    add("--only", default="clip,rcml", help="methods, with commas (clip,rcml)")
+    add("--parallel", default="jit", help="jit, fsdp, pmap, with commas (jit)")
+    add("--items", help="items of the batch on all chips, with commas")
+    add("--per-chip", type=int, default=128, help="items a chip, where --items is left out (128)")
+    add("--json", type=timing.pathlib.Path, help="write the figures to this file")
+    return parser.parse_known_args(argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compile, print and write; raises UserError for a wrong option."""
+    arguments, overrides = parse(argv)
+    config = parse_flags(overrides, load_config_file(arguments.config)).config
+    rows = []
+    print(
+        f"{'':<6}{'topology':<12}{'mode':<6}{'items':>7}{'chips':>7}"
+        f"{'args MiB':>10}{'temp MiB':>10}"
+        f"{'of chip':>9}{'GFLOP':>9}{'model':>9}{'GB moved':>10}{'est. ms':>9}{'compile s':>11}"
+        "  collectives: kind number MiB"
+    )
+    for name in arguments.topology.split(","):
+        devices = topology(name)
+        for items in arguments.items.split(",") if arguments.items else [None]:
+            total = int(items) if items else arguments.per_chip * len(devices)
+            for mode in arguments.parallel.split(","):
+                for method in arguments.only.split(","):
+                    rows.append(_row(name, devices, mode, method, sized(config, total)))
+                    _print(rows[-1])
+    timing.write_json(arguments.json, {"jax": jax.__version__, "rows": rows})
+    return 0
+
+
+def _row(name: str, devices: list[Any], mode: str, title: str, config: Any) -> dict[str, Any]:
+    method = models.relational(title, config)
+    text, sentence = models.text_length(method, None), models.text_length(method, None)
+    row = {
+        "method": title,
+        "topology": name,
+        "mode": mode,
+        "items": config.batch.size,
+        "chips": len(devices),
+        "model_flops": flops.training(
+            flops.relational(
+                method.towers_config,
+                items=config.batch.size,
+                text_length=text,
+                relations=config.batch.relations + 1 if title == "rcml" else 0,
+                sentence_length=sentence,
+            )
+        )
+        / len(devices),
+        "memory": MEMORY.get(devices[0].device_kind),
+    }
+    begin = time.perf_counter()
+    try:
+        placed = sharding.build(mode, devices)
+        compiled = compile_step(method, abstract_batch(method, text, sentence), placed)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        return row | {"error": str(error).splitlines()[0][:160]}
+    return row | facts(compiled) | {"compile_s": time.perf_counter() - begin}
+
+
+def _print(row: dict[str, Any]) -> None:
+    start = (
+        f"{row['method']:<6}{row['topology']:<12}{row['mode']:<6}{row['items']:>7}{row['chips']:>7}"
+    )
+    if "error" in row:
+        print(f"{start}  {row['error']}", flush=True)
+        return
+    share = f"{row['total_bytes'] / row['memory']:.1%}" if row["memory"] else "-"
+    kinds = ", ".join(
+        f"{kind} {x['count']} {x['bytes'] / 2**20:.1f}" for kind, x in row["collectives"].items()
+    )
+    estimate = row["estimated_s"]
+    print(
+        f"{start}{row['argument_bytes'] / 2**20:>10.0f}{row['temporary_bytes'] / 2**20:>10.0f}"
+        f"{share:>9}{row['flops'] / 1e9:>9.0f}{row['model_flops'] / 1e9:>9.0f}"
+        f"{row['bytes_moved'] / 1e9:>10.2f}{1e3 * estimate if estimate > 0 else float('nan'):>9.2f}"
+        f"{row['compile_s']:>11.1f}  {kinds}",
+        flush=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its status, 2 for a mistake of the user's."""
+    return guard(run, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

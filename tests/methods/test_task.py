@@ -1,0 +1,77 @@
+"""What a relation task says of its texts, and where it takes relations for one."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from rcml_jax.data.tokenizer import train_tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.methods.task import load_graph, tell_cut_texts, tell_sentences_apart
+from tests.data.conftest import make_graph
+from tests.toy import tiny_config, write_rows
+
+WORDS = [f"word{i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([" ".join(WORDS)] * 20, 400)
+
+
+@pytest.fixture
+def graph():
+    graph = make_graph(items=30, relations=4, group=5)
+    start = " ".join(WORDS)
+    sentences = (f"{start} red", "short", f"{start} blue", f"{start} {start}")
+    return dataclasses.replace(graph, relations=sentences, relation_ids=("a", "b", "c", "d"))
+
+
+def test_sentences_that_differ_behind_the_last_token_are_one(graph, tokenizer, capsys):
+    longest = int(tokenizer.lengths(graph.relations).max())
+    assert tell_sentences_apart(graph, tokenizer, longest, strict=True, tell=True) is graph
+    limit = int(tokenizer.lengths([" ".join(WORDS)])[0])
+    found = tell_sentences_apart(graph, tokenizer, limit, strict=False, tell=True)
+    np.testing.assert_array_equal(found.same_sentence, [0, 1, 0, 0])
+    said = capsys.readouterr().err
+    assert f"1 groups of relations have the same first {limit} tokens" in said
+    assert "('a', 'c', 'd')" in said
+    tell_sentences_apart(graph, tokenizer, limit, strict=False, tell=False)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"'a', 'c', 'd'.*set config\.data\.strict=False"):
+        tell_sentences_apart(graph, tokenizer, limit, strict=True, tell=True)
+
+
+def test_texts_that_are_cut_are_counted(tokenizer, capsys):
+    texts = [" ".join(WORDS[:n]) for n in (1, 2, 10, 12)]
+    lengths = tokenizer.lengths(texts)
+    for text, length in zip(texts, lengths, strict=True):
+        assert tokenizer.encode([text], 1000)[1].sum() == length
+    limit = int(lengths[1])
+    tell_cut_texts(texts, tokenizer, limit)
+    median, most = int(np.median(lengths[2:] - limit)), int(lengths[3] - limit)
+    said = capsys.readouterr().err
+    assert f"2 of 4 texts are longer than the {limit} tokens" in said
+    assert f"{median} tokens in the median, {most} at most" in said
+    tell_cut_texts(texts, tokenizer, 1000)
+    assert capsys.readouterr().err == ""
+
+
+def test_relation_ids_of_one_sentence_link_the_same_pairs(catalogue, tmp_path):
+    folder = shutil.copytree(catalogue, tmp_path / "copy")
+    path = next(folder.glob("relations.*"))
+    config = tiny_config(folder, method="rcml")
+    known = load_graph(config.data)
+    assert known.same_sentence is None
+    ids = known.relation_ids
+    relations = [
+        {"id": key, "sentence": "They  agree." if n < 2 else f"sentence {n}"}
+        for n, key in enumerate(ids)
+    ]
+    path.unlink()
+    write_rows(folder / "relations.jsonl", relations)
+    graph = load_graph(config.data)
+    np.testing.assert_array_equal(graph.same_sentence[:3], [0, 0, 2])
+    a, b, _ = graph.pairs[graph.pairs[:, 2] == 0].T
+    assert graph.linked(a, b, np.full(len(a), 1)).all()
