@@ -66,6 +66,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.bootstrap = 1000
 
     if source == "flickr8k":
+        # How far towers that were trained apart can be aligned, and by how many pairs.
         config.evaluation.learned += (
             ",kernel_cca,relative,optimal_transport,two_tower_mlp,two_tower_sigmoid"
         )

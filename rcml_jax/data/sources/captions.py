@@ -253,6 +253,7 @@ def _image_lists(folder: Path, gate: TextGate, left_out: dict[str, int]) -> dict
 
 
 def _lines(path: Path) -> list[str]:
+    """Lines of a text file, whatever its line ends; a caption may hold U+2028 and the like."""
     with reading(path):
         # Not `read_text`, which turns every kind of line end into a new line.
         return text_lines(path.read_bytes().decode("utf-8-sig"))
@@ -274,7 +275,7 @@ def _assemble(
 
     left_out: by reason how many images or captions of the files `captions` lacks already.
     """
-    log = log or log_line
+    tell = log or log_line
     texts = {image: [t.strip() for t in lines if t.strip()] for image, lines in captions.items()}
     no_file = [image for image in captions if not os.path.isfile(paths[image])]
     if 2 * len(no_file) >= len(captions):
@@ -282,8 +283,7 @@ def _assemble(
         raise UserError(
             f"{name}: {len(no_file):,} of {len(captions):,} pictures are missing{first}; {remedy}"
         )
-    for_source = log
-    gate.report(lambda line: for_source(f"{name}: {line}"))
+    gate.report(lambda line: tell(f"{name}: {line}"))
     lost = set(no_file)
     there = [image for image in captions if image not in lost]
     problems = image_problems([paths[image] for image in there], cache)
@@ -301,13 +301,13 @@ def _assemble(
         counts = f"{len(no_file):,} without a file, "
         if damaged:
             counts += f"{len(damaged):,} that cannot be decoded, "
-        log(
+        tell(
             f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} pictures are left out "
             f"({counts}{len(no_text):,} without a caption)"
         )
     reasons = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
     if reasons:
-        log(f"{name}: also left out: {', '.join(reasons)}")
+        tell(f"{name}: also left out: {', '.join(reasons)}")
     kept = [image for image in captions if image not in lost and texts[image]]
     free = np.flatnonzero([image not in split for image in kept])
     place = np.array([split.get(image, 0) for image in kept], np.int8)
