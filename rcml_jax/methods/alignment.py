@@ -93,7 +93,7 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
-        found[label] = functools.partial(_embedded, name, data_once, config.towers, workdir)
+        found[label] = functools.partial(_loaded_towers, name, data_once, config.towers, workdir)
     return found
 
 
@@ -176,7 +176,7 @@ def _captioned(config: Any) -> CaptionedImages:
     return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
 
 
-def _embedded(
+def _loaded_towers(
     name: str, data: Callable[[], CaptionedImages], asked: Any, workdir: pathlib.Path
 ) -> Splits:
     return _towers(name, data(), asked, workdir)

@@ -221,8 +221,8 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
     for args, text in (
         ((broken, tmp_path / "a"), "row 3"),
         ((tmp_path / "none.npz", tmp_path / "b"), "there is no file"),
-        ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all or from"),
-        ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all or from"),
+        ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all, or any"),
+        ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all, or any"),
         ((file, tmp_path / "f", "--config.evaluation.pair_counts=50,no"), "whole numbers above 1"),
         ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
     ):
@@ -245,10 +245,10 @@ def test_mistakes_about_sources_are_one_sentence(checkpoints, tmp_path, capsys):
         ("flickr8k,path=x", {}, "There is no directory x; get Flickr8k"),
         ("coco", {"towers.names": checkpoints / "vit"}, "no text tower"),
         ("openmoji", {"towers.names": "/no/such"}, "cannot load"),
-        ("runs", {}, "name work directories"),
+        ("runs", {}, "needs a path"),
         ("runs,path=nowhere", {}, "train first"),
         ("npz,path=x", {"towers.names": "clip"}, "takes no towers"),
-        ("npz,path=x", {"evaluation.gallery": "some"}, "choose test or all"),
+        ("npz,path=x", {"evaluation.gallery": "some"}, "choose one of test, all"),
         ("flicker", {}, "no data source 'flicker'"),
     ):
         assert evaluate(source, tmp_path / "run", **options) == 2
