@@ -402,16 +402,18 @@ def _study_source(
             fitted = fit_space(space, *train[:2], seed=seed)
         except UserError:  # a collapsed embedding, of which a warning has told
             continue
-        moved = [(fitted.image(x), fitted.text(y), rows) for x, y, rows in (validation, test)]
-        signed[space] = _signed(*moved, score, config)
+        held_out, shown = (
+            (fitted.image(x), fitted.text(y), rows) for x, y, rows in (validation, test)
+        )
+        signed[space] = _signed(held_out, shown, score, config)
     learned, by_pairs = {}, {}
     for name in learners:
         # Learners take towers of unequal widths as they are.
         own = [x.arrays() for x in (narrow if name == "mlp_cosine" else splits)]
         learned[name], first = _learned(name, own, config, score)
         if first.embeds:
-            moved = [_embedded(first, pairs) for pairs in own[1:]]
-            signed[name] = _signed(*moved, score, config)
+            held_out, shown = (_embedded(first, pairs) for pairs in own[1:])
+            signed[name] = _signed(held_out, shown, score, config)
         counts = [count for count in _pair_counts(config) if count <= len(own[0][1])]
         if counts:
             chosen = learned[name]["options"]
