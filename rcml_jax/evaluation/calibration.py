@@ -188,7 +188,7 @@ def calibration_error(
     w = np.ones(len(p)) if weight is None else np.asarray(weight, np.float64)
     place = np.clip((p * bins).astype(int), 0, bins - 1)
     gaps = np.bincount(place, w * (p - y), minlength=bins)
-    return float(np.abs(gaps).sum() / w.sum())
+    return float(np.abs(gaps).sum()) / float(w.sum())
 
 
 def score_measures(

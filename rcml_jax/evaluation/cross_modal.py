@@ -508,7 +508,7 @@ def measures(
     [low, high]} as in `bootstrap_intervals`; groups: (q,) as there.
     """
     values = _per_query(found, ks)
-    result = {name: float(x.mean()) for name, x in values.items()}
+    result: dict[str, Any] = {name: float(x.mean()) for name, x in values.items()}
     ranks = found.rank + 1
     result["median_rank"] = float(np.median(ranks))
     result["queries"] = len(ranks)
@@ -553,11 +553,11 @@ def bootstrap_intervals(
     """
     rng = np.random.default_rng(seed)
     own = np.arange(len(ranks)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count = own.max() + 1
+    count = int(np.max(own)) + 1
     size = np.bincount(own)
     sums = {name: np.bincount(own, x) for name, x in values.items()}
     order = np.argsort(ranks, kind="stable")
-    drawn: dict[str, list[float]] = {name: [] for name in (*sums, "median_rank")}
+    drawn: dict[str, list[Any]] = {name: [] for name in (*sums, "median_rank")}
     for _ in range(samples):
         times = np.bincount(rng.integers(count, size=count), minlength=count)
         queries = times @ size

@@ -27,7 +27,7 @@ positives. The closed forms are not trained.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,11 +60,13 @@ def _cca(options, prepare, image, text, rows, seed):
 def _kernel_cca(options, prepare, image, text, rows, seed):
     names = ("landmarks", "bandwidth", "shrinkage", "width")
     chosen = {name: getattr(options, name) for name in names}
-    return maps.kernel_cca(*_prepared(prepare, image, text), rows, **chosen)
+    x, y = _prepared(prepare, image, text)
+    return maps.kernel_cca(x, y, rows, **chosen)
 
 
 def _relative(options, prepare, image, text, rows, seed):
-    anchors = maps.anchors_of_pairs(*_prepared(prepare, image, text), rows)
+    x, y = _prepared(prepare, image, text)
+    anchors = maps.anchors_of_pairs(x, y, rows)
     params = dict(zip(maps.MODALITIES, anchors, strict=True)) | {"power": options.power}
     return params | ({"kept": np.int32(options.kept)} if options.kept else {})
 
@@ -77,7 +79,7 @@ def _optimal_transport(options, prepare, image, text, rows, seed):
     return {"rotation": found[0]}
 
 
-CLOSED_FORMS = {
+CLOSED_FORMS: dict[str, Callable[..., dict[str, Any]]] = {
     "procrustes": _procrustes,
     "cca": _cca,
     "kernel_cca": _kernel_cca,
@@ -124,7 +126,7 @@ SPACES: dict[str, dict[str, Any]] = {
 
 
 #: What `fit_best` tries of each closed form: how much to regularise depends on the number of pairs.
-GRIDS = {
+GRIDS: dict[str, dict[str, tuple]] = {
     "cca": {"shrinkage": (0.01, 0.1, 0.3, 0.6, 0.9)},
     "kernel_cca": {"shrinkage": (0.01, 0.1, 0.3, 0.6, 0.9)},
     "relative": {"power": (1.0, 2.0, 4.0), "kept": (0, 100)},

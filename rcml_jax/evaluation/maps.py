@@ -16,6 +16,7 @@ References:
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +77,13 @@ def moments(
     pairs: Iterator[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """XᵀX, YᵀY and XᵀY over the number of pairs; pairs: chunks of matched rows (n, d), (n, d′)."""
-    sums, count = [0.0, 0.0, 0.0], 0
+    sums: list[Any] = [0.0, 0.0, 0.0]
+    count = 0
     for x, y in pairs:
         sums = [s + a.T @ b for s, (a, b) in zip(sums, ((x, x), (y, y), (x, y)), strict=True)]
         count += len(x)
-    return tuple(s / count for s in sums)
+    x_x, y_y, cross = (s / count for s in sums)
+    return x_x, y_y, cross
 
 
 def procrustes(cross: np.ndarray) -> np.ndarray:
@@ -257,10 +260,10 @@ def _ott() -> tuple[Callable, Callable]:
 
     @jax.jit
     def match(x_x, y_y, entropy):
-        spaces = (geometry.Geometry(cost_matrix=c) for c in (x_x, y_y))
-        options = {"epsilon": entropy, "relative_epsilon": "mean"}
+        images, texts = (geometry.Geometry(cost_matrix=c) for c in (x_x, y_y))
+        options: Any = {"epsilon": entropy, "relative_epsilon": "mean"}
         limit = {"max_iterations": 500}
-        return quadratic.solve(*spaces, linear_solver_kwargs=limit, **options).matrix
+        return quadratic.solve(images, texts, linear_solver_kwargs=limit, **options).matrix
 
     @jax.jit
     def transport(cost, entropy):

@@ -473,7 +473,7 @@ def _signed(held_out: tuple, test: tuple, score: Callable, config: Any) -> dict:
     held_out, test: embeddings (images, texts, image_of_text); the zero and the probabilities are
     fitted on the first.
     """
-    scores = []
+    scores: list[Any] = []
     for image, text, rows in (held_out, test):
         unrelated = unmatched_pairs(len(image), rows, _SIGNED_PAIRS, fold_seed(config.seed))
         pairs = (rows, np.arange(len(text))), unrelated
@@ -488,7 +488,7 @@ def _signed(held_out: tuple, test: tuple, score: Callable, config: Any) -> dict:
 
 def _learned(
     name: str,
-    splits: list[tuple],
+    splits: list[Any],
     config: Any,
     score: Callable,
     *,
@@ -512,17 +512,21 @@ def _learned(
     options = {"steps": asked.learner_steps} | (chosen or {})
     runs, learners = [], []
     for seed in seeds:
-        drawn = draw_pairs(*train, pairs, seed) if pairs else train
-        options["batch_size"] = min(asked.learner_batch, len(drawn[1]))
+        image, text, rows = train
+        if pairs:
+            image, text, rows = draw_pairs(image, text, rows, pairs, seed)
+        options["batch_size"] = min(asked.learner_batch, len(text))
         again = chosen is None or name in CLOSED
         if asked.search_trials and name in SPACES and again and seed == seeds[0]:
             base = {k: v for k, v in options.items() if k not in SPACES[name]}
             trials = asked.search_trials
-            found = search(name, *drawn, validation, trials=trials, options=base, seed=seed)
+            found = search(
+                name, image, text, rows, validation, trials=trials, options=base, seed=seed
+            )
             best = max(found.trials, key=lambda trial: trial["mrr"])["options"]
             options, learned = base | best, found.best
         else:
-            learned = fit_best(name, *drawn, validation, options=options, seed=seed)
+            learned = fit_best(name, image, text, rows, validation, options=options, seed=seed)
         learners.append(learned)
         runs.append(_scored(learned, test, config, score))
     if learners[0].embeds and not pairs:
