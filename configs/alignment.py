@@ -41,6 +41,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.dir = ""
     config.data.path = options.get("path", "")
     config.data.split_seed = 0
+    config.data.strict = False
 
     config.towers = ml_collections.ConfigDict()
     frozen = "efficientnet-lite0+minilm" if source == "flickr8k" else ""

@@ -394,6 +394,8 @@ _ALIGNMENT = (
     Option("data.split_seed", int,
         "Seed of the split, 60 % train, 20 % validation and 20 % test, where none is declared.",
         **_SEED),
+    Option("data.strict", bool, "Stop at a damaged image or caption instead of skipping it.",
+        before=False),
     Option("towers.names", str,
         "Checkpoints, with commas between: CLIP or SigLIP, or IMAGE+TEXT for two trained apart."),
     Option("towers.layer", str, "Output of CLIP: the joint space, or what is projected to it.",
