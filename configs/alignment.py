@@ -5,13 +5,15 @@
     python eval.py --config configs/alignment.py:runs,path=runs/rcml --workdir runs/study
     python eval.py --config configs/alignment.py:flickr30k,path=flickr30k \
         --config.towers.names=openai/clip-vit-base-patch32 --workdir runs/flickr
+    python eval.py --config configs/alignment.py:flickr8k,path=flickr8k --workdir runs/flickr8k
 
 `openmoji` (the default) compares towers trained by configs/rcml.py, by its CLIP baseline, and apart
 from each other on the groups of configs/m3col.py; runs that the work directory lacks are trained
 first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,). `runs` takes
 work directories of configs/rcml.py, with commas between, and the items that they were trained for.
-`flickr30k` and `coco` are local copies in their published layouts, embedded by the towers named,
-which `openmoji` takes besides its own. `rcml-eval --help --config alignment` explains each option.
+`flickr8k`, `flickr30k` and `coco` are local copies in their published layouts, embedded by the
+towers named, which `openmoji` takes besides its own; of `flickr8k` they are EfficientNet-Lite0 and
+MiniLM unless others are named. `rcml-eval --help --config alignment` explains each option.
 """
 
 import importlib.util
@@ -39,9 +41,11 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.dir = ""
     config.data.path = options.get("path", "")
     config.data.split_seed = 0
+    config.data.strict = False
 
     config.towers = ml_collections.ConfigDict()
-    config.towers.names = options.get("towers", "")
+    frozen = "efficientnet-lite0+minilm" if source == "flickr8k" else ""
+    config.towers.names = options.get("towers", frozen)
     config.towers.layer = "projected"
     config.towers.pooling = "auto"
     config.towers.max_length = 77
@@ -51,10 +55,25 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.similarity = "all"
     config.evaluation.memory_mb = 512
     config.evaluation.wasserstein = "gaussian"
-    config.evaluation.learned = "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive"
+    config.evaluation.learned = (
+        "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive,attention"
+    )
     config.evaluation.learner_steps = 500
     config.evaluation.learner_batch = 64
     config.evaluation.search_trials = 0
+    config.evaluation.learner_seeds = 1
+    config.evaluation.pair_counts = ""
+    config.evaluation.negative_level = 0.99
+    config.evaluation.bootstrap = 1000
+
+    if source == "flickr8k":
+        # How far towers that were trained apart can be aligned, and by how many pairs.
+        config.evaluation.learned += (
+            ",kernel_cca,relative,optimal_transport,two_tower_mlp,two_tower_sigmoid"
+        )
+        config.evaluation.pair_counts = "50,200,1000,6000"
+        config.evaluation.learner_steps = 1000
+        config.evaluation.learner_batch = 128
 
     config.runs = ml_collections.ConfigDict()
     if source == "openmoji":

@@ -394,6 +394,8 @@ _ALIGNMENT = (
     Option("data.split_seed", int,
         "Seed of the split, 60 % train, 20 % validation and 20 % test, where none is declared.",
         **_SEED),
+    Option("data.strict", bool, "Stop at a damaged image or caption instead of skipping it.",
+        before=False),
     Option("towers.names", str,
         "Checkpoints, with commas between: CLIP or SigLIP, or IMAGE+TEXT for two trained apart."),
     Option("towers.layer", str, "Output of CLIP: the joint space, or what is projected to it.",
@@ -419,6 +421,18 @@ _ALIGNMENT = (
     Option("evaluation.search_trials", int,
         "Trials of the search for each learner, with the extra `search`; 0: none.",
         low=0, high=1_000_000),
+    Option("evaluation.learner_seeds", int,
+        "Fits of each learner; their mean and standard deviation are reported.",
+        low=1, high=1_000_000, before=1),
+    Option("evaluation.pair_counts", str,
+        "Numbers of training pairs to compare the learners on, with commas between; empty: all.",
+        before=""),
+    Option("evaluation.negative_level", float,
+        "Share of unrelated pairs that is to have a negative similarity.",
+        above=0, below=1, before=0.99),
+    Option("evaluation.bootstrap", int,
+        "Samples for the confidence intervals over queries; 0: no intervals.",
+        low=0, high=1_000_000, before=0),
 )
 # fmt: on
 

@@ -656,6 +656,89 @@ def attention_pooling(states, params, *, heads, name, epsilon):
     return out + transformer_mlp(normed, params["mlp"]["fc1"], params["mlp"]["fc2"], name)
 
 
+# --- Maps between embeddings of separate towers, and calibrated similarities ----------------------
+
+
+def nearest_rotation(cross):
+    """The orthogonal factor of a square matrix, by Newton's iteration for the polar factor."""
+    r = np.array(cross, np.float64)
+    for _ in range(100):
+        r = (r + np.linalg.inv(r).T) / 2
+    return r
+
+
+def shrunk(covariance, shrinkage):
+    d = len(covariance)
+    return (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / d * np.eye(d)
+
+
+def canonical_correlations(x, y, shrinkage=0.0):
+    """Of matched rows (n, d), (n, d′): roots of the eigenvalues of Cx⁻¹ C Cy⁻¹ Cᵀ, falling.
+
+    All blocks of the joint covariance are shrunk, those between the two towards 0.
+    """
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    n = len(x)
+    c_x, c_y = shrunk(x.T @ x / n, shrinkage), shrunk(y.T @ y / n, shrinkage)
+    cross = (1 - shrinkage) * x.T @ y / n
+    product = np.linalg.inv(c_x) @ cross @ np.linalg.inv(c_y) @ cross.T
+    values = np.sort(np.linalg.eigvals(product).real)[::-1][: min(x.shape[1], y.shape[1])]
+    return np.sqrt(np.maximum(values, 0))
+
+
+def gaussian_kernel(x, landmarks, bandwidth):
+    found = np.zeros((len(x), len(landmarks)))
+    for i, row in enumerate(x):
+        for j, landmark in enumerate(landmarks):
+            found[i, j] = np.exp(-np.sum((row - landmark) ** 2) / (2 * len(row) * bandwidth))
+    return found
+
+
+def kernel_features(x, landmarks, bandwidth):
+    """Features whose product is the kernel: k(x, L) times the inverse root of k(L, L), Cholesky."""
+    lower = np.linalg.cholesky(gaussian_kernel(landmarks, landmarks, bandwidth))
+    return gaussian_kernel(x, landmarks, bandwidth) @ np.linalg.inv(lower).T
+
+
+def relative(x, anchors, power=1.0, kept=None):
+    found = []
+    for row in x:
+        cosines = [cosine(row, anchor) for anchor in anchors]
+        least = -1.0 if kept is None else sorted(cosines)[-min(kept, len(cosines))]
+        raised = [np.sign(c) * abs(c) ** power if c >= least else 0.0 for c in cosines]
+        found.append(unit(np.array(raised)))
+    return np.array(found)
+
+
+def csls(x, y, images, texts, k):
+    """2 cos(x_i, y_j) less the mean cosine of each with its k nearest reference rows."""
+    near = lambda row, others: np.mean(sorted(cosine(row, o) for o in others)[-k:])  # noqa: E731
+    return np.array([[2 * cosine(a, b) - near(a, texts) - near(b, images) for b in y] for a in x])
+
+
+def isotonic(values):
+    """The nearest rising sequence: max over a ≤ i of the min over b ≥ i of the mean from a to b."""
+    n = len(values)
+    return np.array(
+        [
+            max(min(np.mean(values[a : b + 1]) for b in range(i, n)) for a in range(i + 1))
+            for i in range(n)
+        ]
+    )
+
+
+def calibration_error(probability, matched, weight, bins):
+    """Σ over bins of equal width of the bin's weight times |mean probability − share matched|."""
+    total = 0.0
+    for b in range(bins):
+        own = [i for i, p in enumerate(probability) if min(int(p * bins), bins - 1) == b]
+        w = sum(weight[i] for i in own)
+        if w > 0:
+            gap = sum(weight[i] * (probability[i] - matched[i]) for i in own) / w
+            total += w / sum(weight) * abs(gap)
+    return total
+
+
 # --- Training batches -----------------------------------------------------------------------------
 
 

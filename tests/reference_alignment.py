@@ -44,3 +44,12 @@ def measures(scores, right, ks=(1, 5, 10)):
     result["mrr"] = np.mean([1 / (r + 1) for r in ranks])
     result["median_rank"] = np.median([r + 1 for r in ranks])
     return result | {"queries": len(ranks)}
+
+
+def bootstrap_means(values, groups, draws):
+    """Means of the values (q,) whose groups are drawn, a group as often as it is drawn."""
+    found = []
+    for draw in draws:
+        chosen = [v for g in draw for v, own in zip(values, groups, strict=True) if own == g]
+        found.append(np.mean(chosen))
+    return found

@@ -25,7 +25,8 @@ CASES = [
     "rcml:amazon,domain=Baby_Products", "rcml:hm,path=x", "rcml:my_package.mine:load",
     "m3col", "m3col:rosmap", "m3col:brca", "m3col:n24news,path=x", "m3col:food101,path=x",
     "alignment", "alignment:npz,path=x", "alignment:runs,path=x",
-    "alignment:flickr30k,path=x,towers=x", "alignment:coco,path=x,towers=x",
+    "alignment:flickr8k,path=x", "alignment:flickr30k,path=x,towers=x",
+    "alignment:coco,path=x,towers=x",
 ]  # fmt: skip
 OPTIONS = [(recipe, option) for recipe in RECIPES for option in RECIPES[recipe]]
 NUMBERS = [(r, o) for r, o in OPTIONS if o.type in (int, float)]

@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import jax
@@ -487,29 +487,86 @@ def _places(words: np.ndarray, bit: int) -> np.ndarray | None:
 KS = (1, 5, 10)
 
 
-def measures(found: Found, ks: tuple[int, ...] = KS) -> dict[str, float]:
+#: Measures with an interval; of the others the queries' values are not kept.
+INTERVALS = ("r@1", "r@5", "r@10", "mrr", "map@10", "median_rank")
+
+
+def measures(
+    found: Found,
+    ks: tuple[int, ...] = KS,
+    *,
+    groups: np.ndarray | None = None,
+    bootstrap: int = 0,
+) -> dict[str, Any]:
     """The measures of one direction, means over its queries as fractions.
 
     For each K of ks, of which the lists of `found` must have the largest: `p@K`, the share of the
     top K that is right (with a answers at most a / K), and `r@K`, whether any of them is. `mrr`:
     1 / rank of the best right answer in the whole gallery. `map@K` for the largest K: average
     precision over the top K, Σ_i≤K right_i · p@i / min(K, answers). `median_rank` of the best right
-    answer, 1 at best; `queries`, their number.
+    answer, 1 at best; `queries`, their number. With `bootstrap` samples also `interval`, {measure:
+    [low, high]} as in `bootstrap_intervals`; groups: (q,) as there.
     """
+    values = _per_query(found, ks)
+    result: dict[str, Any] = {name: float(x.mean()) for name, x in values.items()}
+    ranks = found.rank + 1
+    result["median_rank"] = float(np.median(ranks))
+    result["queries"] = len(ranks)
+    if bootstrap:
+        chosen = {name: x for name, x in values.items() if name in INTERVALS}
+        result["interval"] = bootstrap_intervals(chosen, ranks, groups, samples=bootstrap)
+    return result
+
+
+def _per_query(found: Found, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Each measure but the median for each query, (q,)."""
     longest = max(ks)
     queries, listed = found.right.shape
     # A list is shorter than K if the whole gallery is; the places left over hold nothing right.
     right = np.zeros((queries, max(longest, listed)))
     right[:, :listed] = found.right
     hits = right.cumsum(axis=1)
-    result = {f"p@{k}": hits[:, k - 1].mean() / k for k in ks}
-    result |= {f"r@{k}": (hits[:, k - 1] > 0).mean() for k in ks}
+    values = {f"p@{k}": hits[:, k - 1] / k for k in ks}
+    values |= {f"r@{k}": (hits[:, k - 1] > 0).astype(float) for k in ks}
     precision = hits[:, :longest] / np.arange(1, longest + 1)
     average = (right[:, :longest] * precision).sum(axis=1) / np.minimum(longest, found.answers)
-    result["mrr"] = (1 / (found.rank + 1)).mean()
-    result[f"map@{longest}"] = average.mean()
-    result["median_rank"] = np.median(found.rank + 1)
-    return {name: float(value) for name, value in result.items()} | {"queries": queries}
+    values["mrr"] = 1 / (found.rank + 1)
+    values[f"map@{longest}"] = average
+    return values
+
+
+def bootstrap_intervals(
+    values: Mapping[str, np.ndarray],
+    ranks: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Percentile intervals [low, high] of means of values (q,), and of the median rank.
+
+    Queries are drawn with replacement; where `groups` (q,) are given, whole groups are, such as all
+    texts of an image, which are not independent of each other. Equal seeds draw the same queries,
+    so that intervals of one gallery can be compared. ranks: (q,), 1 at best; of an even number of
+    queries the lower median counts.
+    """
+    rng = np.random.default_rng(seed)
+    own = np.arange(len(ranks)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = int(np.max(own)) + 1
+    size = np.bincount(own)
+    sums = {name: np.bincount(own, x) for name, x in values.items()}
+    order = np.argsort(ranks, kind="stable")
+    drawn: dict[str, list[Any]] = {name: [] for name in (*sums, "median_rank")}
+    for _ in range(samples):
+        times = np.bincount(rng.integers(count, size=count), minlength=count)
+        queries = times @ size
+        for name, total in sums.items():
+            drawn[name].append(times @ total / queries)
+        below = np.cumsum(times[own[order]])
+        drawn["median_rank"].append(ranks[order[np.searchsorted(below, queries / 2)]])
+    tails = (1 - level) / 2, (1 + level) / 2
+    return {name: [float(x) for x in np.quantile(v, tails)] for name, v in drawn.items()}
 
 
 def check_pairs(
@@ -543,12 +600,14 @@ def retrieval(
     ks: tuple[int, ...] = KS,
     memory: int = MEMORY,
     signed: str = "absolute",
-) -> dict[str, dict[str, dict[str, float]]]:
+    bootstrap: int = 0,
+) -> dict[str, dict[str, dict[str, Any]]]:
     """The measures of both directions under each similarity.
 
-    image (n, d), text (m, d), image_of_text (m,), memory and signed as in `streaming.search_both`.
-    Returns {"image_to_text": {similarity: measures}, "text_to_image": {...}}; the first's queries
-    are the images. Raises UserError as `check_pairs` does.
+    image (n, d), text (m, d), image_of_text (m,), memory and signed as in `search_both`. bootstrap:
+    samples for intervals, of images with all their texts, or none. Returns {"image_to_text":
+    {similarity: measures}, "text_to_image": {...}}; the first's queries are the images. Raises
+    UserError as `check_pairs` does.
     """
     similarities = tuple(similarities)
     # Opened once, so that a model that embeds on demand runs once for all similarities.
@@ -566,8 +625,11 @@ def retrieval(
             memory=memory,
             signed=signed,
         )
-        for direction, of_direction in zip(result, found, strict=True):
-            result[direction][similarity] = measures(of_direction, ks)
+        groups = (None, image_of_text)
+        for direction, of_direction, own in zip(result, found, groups, strict=True):
+            result[direction][similarity] = measures(
+                of_direction, ks, groups=own, bootstrap=bootstrap
+            )
     return result
 
 
@@ -585,7 +647,8 @@ def pair_retrieval(
     image_of_text: np.ndarray,
     *,
     memory: int = 2**29,
-) -> dict[str, dict[str, float]]:
+    bootstrap: int = 0,
+) -> dict[str, dict[str, Any]]:
     """Measures of both directions under a learned score, in the form of `retrieval`.
 
     score: (n, d), (m, d) → (n, m), larger for more similar. Of queries × gallery only a strip that
@@ -601,9 +664,13 @@ def pair_retrieval(
     def of_texts(part: np.ndarray) -> Found:
         return _found(np.asarray(score(image, text[part])).T, rows[texts[part]][:, None] == images)
 
+    found = {
+        "image_to_text": (_in_strips(of_images, len(image), len(text), memory), None),
+        "text_to_image": (_in_strips(of_texts, len(text), len(image), memory), rows),
+    }
     return {
-        "image_to_text": measures(_in_strips(of_images, len(image), len(text), memory)),
-        "text_to_image": measures(_in_strips(of_texts, len(text), len(image), memory)),
+        direction: measures(of_direction, groups=groups, bootstrap=bootstrap)
+        for direction, (of_direction, groups) in found.items()
     }
 
 

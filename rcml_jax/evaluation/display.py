@@ -26,7 +26,8 @@ from rcml_jax.evaluation.scores import SCORES
 #: Columns of what is no terminal: more than any table has.
 _WIDEST = 1000
 #: Measures of the alignment study in the order of its tables' columns; those of its gap, as shown.
-ALIGNMENT = ("p@1", "p@5", "r@5", "r@10", "mrr", "median_rank")
+ALIGNMENT = ("p@1", "r@5", "r@10", "mrr", "map@10", "median_rank")
+_DIRECTIONS = ("image_to_text", "text_to_image")
 GAP = {
     "centroid": "centroid",
     "wasserstein2": "W2",
@@ -88,7 +89,7 @@ def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
 def _print_alignment(result: dict, console: Console) -> None:
     """A table for each direction, sources and similarities as rows; then the gap of each source."""
     header = ["source, similarity", *(name.replace("_", " ") for name in ALIGNMENT)]
-    for direction in ("image_to_text", "text_to_image"):
+    for direction in _DIRECTIONS:
         table = _table(f"{direction.replace('_', ' ')} on {result['dataset']}", header, ())
         for source, found in result["sources"].items():
             rows = dict(found["precision"][direction])
@@ -110,6 +111,60 @@ def _print_alignment(result: dict, console: Console) -> None:
         rows.append((source, *cells, ranks, ", ".join(gap["collapsed"]) or "no"))
     header = ("source", *GAP.values(), "rank", "collapsed")
     console.print(_table("modality gap", header, rows, "rank: effective rank of images, of texts"))
+    for source, found in result["sources"].items():
+        _print_alignments(source, found, console)
+
+
+def _print_alignments(source: str, found: dict, console: Console) -> None:
+    """Of one source: the gap before and after each alignment, signs, and figures by pairs."""
+    moved = {**found["calibration"], **found["learned"]}
+    header = ("alignment", "centroid", "W2", "R@10 image to text", "R@10 text to image")
+    table = _table(f"{source}: gap before and after each alignment", header, ())
+    for name, row in moved.items():
+        if "wasserstein2" in row:
+            cells = (f"{row[key]:.3f}" for key in ("centroid", "wasserstein2"))
+            table.add_row(name.replace("_", "-"), *cells, *_recalls(row))
+    console.print(table)
+    signed = {k: v for k, v in found.get("signed", {}).items() if "left_out" not in v}
+    if signed:
+        table = _table(
+            f"{source}: unrelated pairs below zero, matched pairs above (%)",
+            ("similarity", "below, above", "fitted", "ECE", "R@10"),
+            (),
+            "with zero as it is, and fitted on validation pairs; ECE: expected calibration "
+            "error by sigmoid, isotonic; R@10: image to text, text to image",
+        )
+        for name, row in signed.items():
+            shares = [
+                ", ".join(_percent(row[k][how]) for k in ("unrelated_negative", "matched_positive"))
+                for how in ("plain", "shifted")
+            ]
+            errors = row["calibration_error"]
+            error = ", ".join(
+                _percent(errors[k]) if k in errors else "–" for k in ("sigmoid", "isotonic")
+            )
+            table.add_row(name.replace("_", "-"), *shares, error, ", ".join(_recalls(row)))
+        console.print(table)
+    by_pairs = found.get("by_pairs", {})
+    for direction in _DIRECTIONS if by_pairs else ():
+        header = ["map", *(f"{int(count):,}" for count in next(iter(by_pairs.values())))]
+        title = f"{source}: R@10 {direction.replace('_', ' ')} by training pairs (%)"
+        table = _table(title, header, ())
+        for name, rows in by_pairs.items():
+            table.add_row(
+                name.replace("_", "-"), *(_recall(row[direction]) for row in rows.values())
+            )
+        console.print(table)
+
+
+def _recalls(row: dict) -> list[str]:
+    return [_recall(row[direction]) for direction in _DIRECTIONS]
+
+
+def _recall(measures: dict) -> str:
+    """R@10 in percent, with its deviation over seeds where there are several."""
+    mean = _percent(measures["r@10"])
+    return f"{mean} ± {_percent(measures['std']['r@10'])}" if "std" in measures else mean
 
 
 def _percent(rate: float) -> str:

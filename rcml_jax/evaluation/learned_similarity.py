@@ -11,19 +11,23 @@ result. Dividing by a single number keeps the angles.
 mlp_mse, mlp_cosine, mlp_contrastive: an MLP on [x; y] (Xu and Leiva, 2025). The first two have
     squared error on each pair and `negatives` others of its batch, against 1 for matched pairs and
     0 for others, or against the pair's cosine before anything is subtracted.
-bilinear: xᵀ W y. two_tower: the cosine of two MLPs, which without hidden layers are projections.
+bilinear: xᵀ W y. two_tower: the cosine of two MLPs, which without hidden layers are projections;
+    two_tower_mlp: with one hidden layer at least; two_tower_sigmoid: with SigLIP's loss, and as
+    score its logit, scale times cosine plus bias, which is negative for what is unrelated.
 attention: both vectors become `tokens` tokens of `width`; each token u of the text attends to those
     of the image, and the score is the mean over tokens of Σ_s softmax_s(q·k_s/√width) cos(u, v_s).
 procrustes: the cosine after the best rotation of images onto texts. cca: the cosine of canonical
-    variates, each times its correlation.
-All others are trained with the CLIP loss over the batch; all texts of an image are its positives.
-The closed forms (procrustes, cca) are not trained.
+    variates, each times its correlation. kernel_cca: the same of Gaussian-kernel features.
+    relative: the cosine of the similarities with the training pairs. optimal_transport: as
+    procrustes, after a matching that uses no pair (`evaluation.maps` has all of these).
+All other networks are trained with the CLIP loss over the batch; all texts of an image are its
+positives. The closed forms are not trained.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,105 +37,71 @@ import numpy as np
 import optax
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import learners
+from rcml_jax.evaluation import learners, maps
 from rcml_jax.evaluation.learners import CLOSED, EMBEDDING, MLPS, Options, read_options
 from rcml_jax.evaluation.learners import LEARNERS as LEARNERS
-from rcml_jax.evaluation.modality_gap import check_pairs, inverse_root
+from rcml_jax.evaluation.modality_gap import check_pairs
 from rcml_jax.ops.ranking import retrieval_metrics
 
-# Closed forms, orthogonal Procrustes and CCA, and the preparation that every learner shares.
+# Closed forms: of options, preparation, images, texts, the image of each text and a seed.
 
 
-MODALITIES = ("image", "text")
-BLOCK = 8192
+def _procrustes(options, prepare, image, text, rows, seed):
+    *_, cross = maps.moments(_prepared_chunks(prepare, image, text, rows))
+    return {"rotation": maps.procrustes(cross)}
 
 
-def fit_preparation(image: np.ndarray, text: np.ndarray, rows: np.ndarray) -> dict[str, dict]:
-    """Fit the preparation of rows: {"image", "text"} → {"mean": (d,), "scale": ()}.
-
-    Rows are scaled to length one first. scale: the root mean square of the entries after the mean
-    is subtracted. Raises UserError if all rows are equal.
-    """
-    sums = [np.zeros(x.shape[1]) for x in (image, text)]
-    squares = [0.0, 0.0]
-    for pair in _pair_blocks(image, text, rows):
-        for i, x in enumerate(pair):
-            sums[i] += x.sum(axis=0)
-            squares[i] += np.sum(x * x)
-    found = {}
-    for name, total, square in zip(MODALITIES, sums, squares, strict=True):
-        mean = total / len(text)
-        variance = square / len(text) - mean @ mean
-        # Below this, rows of float32 differ by their rounding alone.
-        if variance < 1e-13:
-            raise UserError(f"the rows of {name} all point the same way; there is nothing to learn")
-        scale = np.sqrt(variance / len(mean))
-        found[name] = {"mean": jnp.asarray(mean, jnp.float32), "scale": jnp.float32(scale)}
-    return found
+def _cca(options, prepare, image, text, rows, seed):
+    moments = maps.moments(_prepared_chunks(prepare, image, text, rows))
+    found = maps.cca(*moments, shrinkage=options.shrinkage, width=options.width)
+    return dict(zip(("image", "text", "correlations"), found, strict=True))
 
 
-def procrustes(
-    options: Any, prepare: dict, image: np.ndarray, text: np.ndarray, rows: np.ndarray
-) -> dict[str, jax.Array]:
-    """{"rotation": (d, d′)}: the R that brings prepared images X nearest to their texts Y.
-
-    R = U Vᵀ of XᵀY = U S Vᵀ (Schönemann, 1966), a rotation or reflection; with unequal widths the
-    partial isometry that makes tr(Rᵀ XᵀY) greatest.
-    """
-    _, _, cross = _moments(prepare, image, text, rows)
-    u, _, vt = np.linalg.svd(cross, full_matrices=False)
-    return {"rotation": jnp.asarray(u @ vt, jnp.float32)}
+def _kernel_cca(options, prepare, image, text, rows, seed):
+    names = ("landmarks", "bandwidth", "shrinkage", "width")
+    chosen = {name: getattr(options, name) for name in names}
+    x, y = _prepared(prepare, image, text)
+    return maps.kernel_cca(x, y, rows, **chosen)
 
 
-def cca(
-    options: Any, prepare: dict, image: np.ndarray, text: np.ndarray, rows: np.ndarray
-) -> dict[str, jax.Array]:
-    """{"image": (d, k), "text": (d′, k), "correlations": (k,)}: canonical directions, best first.
-
-    Variates have a variance of one. k is the narrower width or `options.width`, if that is less;
-    covariances are shrunk by `options.shrinkage` (`gap.inverse_root`). Raises UserError if one is
-    singular.
-    """
-    x_x, y_y, cross = _moments(prepare, image, text, rows)
-    whiten_x = inverse_root(x_x, options.shrinkage, "image")
-    whiten_y = inverse_root(y_y, options.shrinkage, "text")
-    u, correlations, vt = np.linalg.svd(whiten_x @ cross @ whiten_y, full_matrices=False)
-    kept = slice(0, options.width)
-    params = {
-        "image": (whiten_x @ u)[:, kept],
-        "text": (whiten_y @ vt.T)[:, kept],
-        "correlations": np.minimum(correlations[kept], 1),
-    }
-    return {name: jnp.asarray(p, jnp.float32) for name, p in params.items()}
+def _relative(options, prepare, image, text, rows, seed):
+    x, y = _prepared(prepare, image, text)
+    anchors = maps.anchors_of_pairs(x, y, rows)
+    params = dict(zip(maps.MODALITIES, anchors, strict=True)) | {"power": options.power}
+    return params | ({"kept": np.int32(options.kept)} if options.kept else {})
 
 
-CLOSED_FORMS = {"procrustes": procrustes, "cca": cca}
-
-
-def _moments(prepare, image, text, rows):
-    """XᵀX, YᵀY and XᵀY of the prepared pairs, over their number."""
-    widths = image.shape[1], text.shape[1]
-    moments = [np.zeros((widths[i], widths[j])) for i, j in ((0, 0), (1, 1), (0, 1))]
-    means, scales = (
-        [np.asarray(prepare[name][key], np.float64) for name in MODALITIES]
-        for key in ("mean", "scale")
+def _optimal_transport(options, prepare, image, text, rows, seed):
+    """Of the pairs nothing is used: which text belongs to which image is not looked at."""
+    found = maps.match_unpaired(
+        *_prepared(prepare, image, text), points=options.landmarks, seed=seed
     )
-    for pair in _pair_blocks(image, text, rows):
-        x, y = ((v - m) / s for v, m, s in zip(pair, means, scales, strict=True))
-        for moment, (a, b) in zip(moments, ((x, x), (y, y), (x, y)), strict=True):
-            moment += a.T @ b
-    return [moment / len(text) for moment in moments]
+    return {"rotation": found[0]}
 
 
-def _pair_blocks(
-    image: np.ndarray, text: np.ndarray, rows: np.ndarray
-) -> Iterator[list[np.ndarray]]:
-    """Rows of length one of matched pairs, in float64, block by block; rows of zeros stay zero."""
-    for start in range(0, len(text), BLOCK):
-        part = slice(start, start + BLOCK)
-        pair = [np.asarray(x, np.float64) for x in (image[rows[part]], text[part])]
-        lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in pair]
-        yield [x / np.where(n > 0, n, 1) for x, n in zip(pair, lengths, strict=True)]
+CLOSED_FORMS: dict[str, Callable[..., dict[str, Any]]] = {
+    "procrustes": _procrustes,
+    "cca": _cca,
+    "kernel_cca": _kernel_cca,
+    "relative": _relative,
+    "optimal_transport": _optimal_transport,
+}
+
+
+def _prepared_chunks(prepare, image, text, rows):
+    """Chunks of prepared pairs, in float64."""
+    sides = [
+        [np.asarray(prepare[name][key], np.float64) for key in ("mean", "scale")]
+        for name in maps.MODALITIES
+    ]
+    for pair in maps.paired_chunks(image, text, rows):
+        yield tuple((v - mean) / scale for v, (mean, scale) in zip(pair, sides, strict=True))
+
+
+def _prepared(prepare, image, text):
+    """All images and texts, prepared, in float32."""
+    pairs = zip(maps.MODALITIES, (image, text), strict=True)
+    return [np.asarray(maps.prepared(prepare[name], jnp.asarray(x))) for name, x in pairs]
 
 
 _NETWORK = {
@@ -140,13 +110,26 @@ _NETWORK = {
     "dropout": (0.0, 0.5),
     "learning_rate": (1e-4, 1e-2),
 }
+_CCA = {"width": [16, 32, 64, 128, 256, 512], "shrinkage": (1e-4, 0.9)}
 #: Search space of each learner: choices (a list) or bounds (a tuple).
 SPACES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(MLPS, _NETWORK),
     "two_tower": _NETWORK | {"depth": (0, 2)},
+    "two_tower_mlp": _NETWORK | {"depth": (1, 3)},
+    "two_tower_sigmoid": _NETWORK | {"depth": (0, 2)},
     "attention": {k: v for k, v in _NETWORK.items() if k != "depth"} | {"tokens": [1, 2, 4, 8]},
     "bilinear": {"learning_rate": (1e-4, 1e-2), "weight_decay": (1e-6, 1e-1)},
-    "cca": {"width": [16, 32, 64, 128, 256, 512], "shrinkage": (1e-4, 0.5)},
+    "cca": _CCA,
+    "kernel_cca": _CCA | {"bandwidth": (0.1, 10.0)},
+    "relative": {"kept": [0, 25, 100, 400, 1600], "power": (1.0, 8.0)},
+}
+
+
+#: What `fit_best` tries of each closed form: how much to regularise depends on the number of pairs.
+GRIDS: dict[str, dict[str, tuple]] = {
+    "cca": {"shrinkage": (0.01, 0.1, 0.3, 0.6, 0.9)},
+    "kernel_cca": {"shrinkage": (0.01, 0.1, 0.3, 0.6, 0.9)},
+    "relative": {"power": (1.0, 2.0, 4.0), "kept": (0, 100)},
 }
 
 
@@ -240,13 +223,17 @@ def fit(
         raise UserError(
             f"{name} needs validation=(image, text, image_of_text) to know when to stop"
         )
-    prepare = fit_preparation(image, text, rows)
+    prepare = maps.fit_preparation(image, text, rows)
     if name not in CLOSED:
         params, history, best = _descend(
             name, settings, prepare, image, text, rows, validation, seed
         )
         return Learned(name, settings, params, prepare, history, best)
-    params = CLOSED_FORMS[name](settings, prepare, image, text, rows)
+    params = CLOSED_FORMS[name](settings, prepare, image, text, rows, seed)
+    integers = jax.tree.map(lambda p: np.asarray(p).dtype.kind == "i", params)
+    params = jax.tree.map(
+        lambda p, whole: jnp.asarray(p, jnp.int32 if whole else jnp.float32), params, integers
+    )
     best = None
     if validation is not None:
         best = {"step": 0, "loss": None} | _validate(name, params, prepare, *validation)
@@ -262,8 +249,8 @@ def _descend(name, options, prepare, image, text, rows, validation, seed):
     size = min(options.batch_size, len(rows))
     batches = _endless_batches(rng, len(rows), size)
     arrays = [
-        learners.prepared(prepare["image"], jnp.asarray(image)),
-        learners.prepared(prepare["text"], jnp.asarray(text)),
+        maps.prepared(prepare["image"], jnp.asarray(image)),
+        maps.prepared(prepare["text"], jnp.asarray(text)),
         jnp.asarray(rows, jnp.int32),
     ]
     best = {"step": 0, "loss": None} | _validate(name, params, prepare, *validation)
@@ -360,6 +347,60 @@ def _some(image, text, rows, count, seed):
         return image, text, rows
     chosen = np.sort(np.random.default_rng(seed).choice(len(text), count, replace=False))
     images, rows = np.unique(rows[chosen], return_inverse=True)
+    return image[images], text[chosen], rows
+
+
+def fit_best(
+    name: str,
+    image: np.ndarray,
+    text: np.ndarray,
+    image_of_text: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Learned:
+    """Of the fits with every combination of `GRIDS[name]`, the best on validation by MRR.
+
+    What `options` sets is not varied; a learner without a grid is fitted once. Raises UserError as
+    `fit` does.
+    """
+    given = dict(options or {})
+    grid = {k: v for k, v in GRIDS.get(name, {}).items() if k not in given}
+    fits = (
+        fit(
+            name,
+            image,
+            text,
+            image_of_text,
+            validation,
+            options=given | dict(zip(grid, values, strict=True)),
+            seed=seed,
+        )
+        for values in itertools.product(*grid.values())
+    )
+    return max(fits, key=_validation_mrr)
+
+
+def draw_pairs(
+    image: np.ndarray, text: np.ndarray, image_of_text: np.ndarray, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`count` pairs drawn by the seed: as many images as possible, then their further texts.
+
+    More pairs of the same seed contain the fewer. Returns images, texts and the image of each text,
+    the images without a drawn text left out. Raises UserError if there are fewer pairs.
+    """
+    if not 2 <= count <= len(text):
+        raise UserError(f"{count} pairs cannot be drawn from {len(text)}; ask for 2 at least")
+    order = np.random.default_rng(seed).permutation(len(text))
+    own = image_of_text[order]
+    # How many texts of the same image come before each one.
+    by_image = np.argsort(own, kind="stable")
+    first = np.searchsorted(own[by_image], own[by_image])
+    before = np.empty(len(own), int)
+    before[by_image] = np.arange(len(own)) - first
+    chosen = np.sort(order[np.argsort(before, kind="stable")[:count]])
+    images, rows = np.unique(image_of_text[chosen], return_inverse=True)
     return image[images], text[chosen], rows
 
 

@@ -1,7 +1,7 @@
 """The networks of `evaluation.learned_similarity`: parameters, scores and losses.
 
-Images are x (n, d) and texts y (m, d′), prepared by `prepared`. Functions take the learner's name,
-one of `LEARNERS`, and its parameters, a dict of arrays.
+Images are x (n, d) and texts y (m, d′), prepared by `maps.prepared`. Functions take the learner's
+name, one of `LEARNERS`, and its parameters, a dict of arrays.
 """
 
 import dataclasses
@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation.maps import gaussian_kernel, prepared, relative
+from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.softmax import softmax_contrastive
 from rcml_jax.ops.similarity import l2_normalize
 
 MLPS = ("mlp_mse", "mlp_cosine", "mlp_contrastive")
-CLOSED = ("procrustes", "cca")
+CLOSED = ("procrustes", "cca", "kernel_cca", "relative", "optimal_transport")
+TWO_TOWERS = ("two_tower", "two_tower_mlp", "two_tower_sigmoid")
 #: Those whose score is the dot product of an embedding of each side.
-EMBEDDING = ("bilinear", "two_tower", *CLOSED)
-LEARNERS = (*MLPS, "bilinear", "two_tower", "attention", *CLOSED)
+EMBEDDING = ("bilinear", *TWO_TOWERS, *CLOSED)
+LEARNERS = (*MLPS, "bilinear", *TWO_TOWERS, "attention", *CLOSED)
 #: Numbers that pair scores may hold at once, beyond the scores themselves.
 PAIR_NUMBERS = 2**24
 
@@ -32,11 +35,14 @@ class Options:
     """Options of the learners; each learner uses those that apply to it.
 
     width: of hidden layers, of the two-tower embedding, of a token; for cca the number of variates,
-    cut to the narrower width. depth: hidden layers (0 unless given for two_tower). dropout: of the
-    inputs of every layer. steps: at most; validated every `validate_every` and stopped after
-    `patience` validations without a better one. validation_rows: texts that a validation takes at
-    most, drawn by the seed, with their images alone. temperature: where that of a cosine starts.
-    shrinkage: of cca's covariances, as in `gap.calibrate`.
+    cut to the narrower width. depth: hidden layers (unless given 0 for two_tower and
+    two_tower_sigmoid, 1 for two_tower_mlp). dropout: of the inputs of every layer. steps: at most;
+    validated every `validate_every` and stopped after `patience` validations without a better one.
+    validation_rows: texts that a validation takes at most, drawn by the seed, with their images
+    alone. temperature: where that of a cosine starts.
+    shrinkage: of the covariances of cca and kernel_cca, as in `maps.cca`. landmarks, bandwidth: of
+    kernel_cca, as in `maps.kernel_cca`; landmarks also bounds the points of optimal_transport.
+    kept (0: all), power: of relative, as in `maps.relative`.
     """
 
     width: int = 256
@@ -53,6 +59,10 @@ class Options:
     tokens: int = 4
     temperature: float = 0.07
     shrinkage: float = 0.01
+    landmarks: int = 1000
+    bandwidth: float = 1.0
+    kept: int = 0
+    power: float = 1.0
 
 
 def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
@@ -68,16 +78,16 @@ def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
         kinds = int if known[key] is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise UserError(f"{key}={value!r} must be a {'whole ' * (kinds is int)}number")
-    if name == "two_tower":
-        given = {"depth": 0} | given
+    if name in TWO_TOWERS:
+        given = {"depth": int(name == "two_tower_mlp")} | given
     settings = Options(**given)
     least = dict.fromkeys(
-        ("width", "steps", "validate_every", "patience", "negatives", "tokens"), 1
-    ) | {"batch_size": 2, "validation_rows": 2, "depth": int(name in MLPS)}
+        ("width", "steps", "validate_every", "patience", "negatives", "tokens", "landmarks"), 1
+    ) | {"kept": 0, "batch_size": 2, "validation_rows": 2, "depth": int(name in MLPS)}
     for key, bound in least.items():
         if not getattr(settings, key) >= bound:
             raise UserError(f"{key}={getattr(settings, key)} must be at least {bound}")
-    for key in ("learning_rate", "temperature"):
+    for key in ("learning_rate", "temperature", "bandwidth", "power"):
         if not getattr(settings, key) > 0:
             raise UserError(f"{key}={getattr(settings, key)} must be above 0")
     if not 0 <= settings.dropout < 1:
@@ -87,11 +97,6 @@ def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
     if not settings.weight_decay >= 0:
         raise UserError(f"weight_decay={settings.weight_decay} must not be negative")
     return settings
-
-
-def prepared(preparation: dict, x: jax.Array) -> jax.Array:
-    """Prepare rows: length one, minus the training mean, divided by the training scale."""
-    return (l2_normalize(x) - preparation["mean"]) / preparation["scale"]
 
 
 def unit(preparation: dict, x: jax.Array) -> jax.Array:
@@ -110,10 +115,12 @@ def initial(
     if name == "bilinear":
         return {"w": jnp.zeros((width_image, width_text))}
     log_scale = jnp.asarray(-math.log(options.temperature), jnp.float32)
-    if name == "two_tower":
+    if name in TWO_TOWERS:
         image = _layers(first, [width_image, *hidden, options.width])
         text = _layers(second, [width_text, *hidden, options.width])
-        return {"image": image, "text": text, "log_scale": log_scale}
+        params = {"image": image, "text": text, "log_scale": log_scale}
+        # As SigLIP starts: nearly all pairs of a batch are negatives.
+        return params | ({"bias": jnp.float32(-10)} if name == "two_tower_sigmoid" else {})
     draw = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     tokens = (options.tokens, options.width)
     return {
@@ -163,15 +170,33 @@ def matrix(name: str, params: Any, x: jax.Array, y: jax.Array, drop: Callable = 
 def _embed(name, modality, params, x, drop=_keep):
     if name == "bilinear":
         return x @ params["w"] if modality == "image" else x
-    if name == "two_tower":
+    if name in TWO_TOWERS:
         *hidden, last = params[modality]
         x = drop(x)
         for layer in hidden:
             x = drop(jax.nn.relu(x @ layer["w"] + layer["b"]))
-        return l2_normalize(x @ last["w"] + last["b"])
-    if name == "procrustes":
+        x = l2_normalize(x @ last["w"] + last["b"])
+        if name != "two_tower_sigmoid":
+            return x
+        # One more entry each, so that the dot product is the logit, scale times cosine plus bias.
+        more = params["bias"] if modality == "image" else jnp.float32(1)
+        more = jnp.broadcast_to(more, (len(x), 1))
+        return jnp.concatenate([x * jnp.sqrt(_scale(params)), more], axis=1)
+    if name in ("procrustes", "optimal_transport"):
         return l2_normalize(x @ params["rotation"] if modality == "image" else x)
-    return l2_normalize((x @ params[modality]) * params["correlations"])
+    if name == "relative":
+        return relative(x, params[modality], power=params["power"], kept=params.get("kept"))
+    if name == "kernel_cca":
+        side = params[modality]
+        x = gaussian_kernel(x, side["landmarks"], side["bandwidth"]) @ side["map"] - side["offset"]
+    else:
+        x = x @ params[modality]
+    return l2_normalize(x * params["correlations"])
+
+
+def _scale(params):
+    """What cosines are multiplied by in a loss: at most 100, as in CLIP."""
+    return jnp.exp(jnp.minimum(params["log_scale"], math.log(100)))
 
 
 def _pair_features(name, params, x, y):
@@ -261,8 +286,9 @@ def loss(
             targets = unit(prepare["image"], x) @ unit(prepare["text"], y).T
         a, b = _pair_features(name, params, drop(x), drop(y))
         return jnp.mean((_mlp(params, a, b[text], drop) - targets[image, text]) ** 2)
-    scale: float | jax.Array = 1.0
-    if "log_scale" in params:
-        scale = jnp.exp(jnp.minimum(params["log_scale"], math.log(100)))
+    if name == "two_tower_sigmoid":
+        x, y = (_embed(name, side, params, v, drop) for side, v in (("image", x), ("text", y)))
+        return sigmoid(y, x, temperature=1, bias=0, targets=same, normalize=False)
+    scale: float | jax.Array = _scale(params) if "log_scale" in params else 1.0
     logits = scale * matrix(name, params, x, y, drop)
     return (softmax_contrastive(logits, same) + softmax_contrastive(logits.T, same)) / 2

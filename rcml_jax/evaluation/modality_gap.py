@@ -198,6 +198,12 @@ class Calibration:
         """Calibrated embeddings (n, d) float32 of texts (n, d)."""
         return self._apply("text", x)
 
+    def inverse(self, modality: str, z: np.ndarray) -> np.ndarray:
+        """The rows (n, d) that calibrated ones were made from: of length one, if `normalize`."""
+        mean, whitening = self.means[modality], self.maps[modality]
+        z = np.asarray(check_matrix(modality, z), np.float64)
+        return (z if whitening is None else np.linalg.solve(whitening.T, z.T).T) + mean
+
     def _apply(self, modality: str, x: np.ndarray) -> np.ndarray:
         x, mean = check_matrix(modality, x), self.means[modality]
         if x.shape[1] != len(mean):

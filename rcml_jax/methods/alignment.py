@@ -30,14 +30,26 @@ from rcml_jax.data.stages import file_state, stored_rows
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import modality_gap as gap
+from rcml_jax.evaluation.calibration import SPACES as SIGNED
+from rcml_jax.evaluation.calibration import fit_space, pair_scores, score_measures
 from rcml_jax.evaluation.cross_modal import check_pairs, pair_retrieval, retrieval
-from rcml_jax.evaluation.learned_similarity import LEARNERS, SPACES, fit, search
+from rcml_jax.evaluation.learned_similarity import (
+    GRIDS,
+    LEARNERS,
+    SPACES,
+    Learned,
+    draw_pairs,
+    fit_best,
+    search,
+)
+from rcml_jax.evaluation.learners import CLOSED
 from rcml_jax.evaluation.modality_gap import (
     calibrate,
     cosine_histograms,
     modality_gap,
     negative_share,
     plane,
+    unmatched_pairs,
 )
 from rcml_jax.methods import build
 from rcml_jax.methods.relational import RelationalMethod
@@ -52,6 +64,7 @@ from rcml_jax.training.checkpoint import read_params
 # Where the alignment study's embeddings come from: runs of ours, towers of checkpoints, files.
 
 
+_CAPTIONED = ("flickr8k", "flickr30k", "coco")
 #: Train, validation and test pairs of a source.
 Splits = list[Pairs]
 _SHARES = (0.6, 0.2, 0.2)
@@ -80,7 +93,7 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
-        found[label] = functools.partial(_embedded, name, data_once, config.towers, workdir)
+        found[label] = functools.partial(_loaded_towers, name, data_once, config.towers, workdir)
     return found
 
 
@@ -151,7 +164,7 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
 def _captioned(config: Any) -> CaptionedImages:
     """The pictures and texts that towers of checkpoints embed."""
     data = config.data
-    if data.name in ("flickr30k", "coco"):
+    if data.name in _CAPTIONED:
         load, cache = getattr(captions, data.name), cache_directory(data.dir)
         return load(data.path, seed=data.split_seed, strict=data.get("strict", False), cache=cache)
     graph = openmoji.load(cache_directory(data.dir))
@@ -163,7 +176,7 @@ def _captioned(config: Any) -> CaptionedImages:
     return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
 
 
-def _embedded(
+def _loaded_towers(
     name: str, data: Callable[[], CaptionedImages], asked: Any, workdir: pathlib.Path
 ) -> Splits:
     return _towers(name, data(), asked, workdir)
@@ -212,6 +225,10 @@ def _fingerprints(name: str) -> list:
     return [file_state(file) for found in files for file in found if file.is_file()]
 
 
+#: Texts are cut to the longest of their chunk, in steps of so many tokens.
+_LENGTH_STEP = 16
+
+
 class ImageBlocks:
     """Embeddings of images, computed on demand; a source of rows."""
 
@@ -237,6 +254,8 @@ class TextBlocks:
     def __init__(self, tower: Any, texts: Sequence[str], max_length: int):
         self.shape, self._texts, self._max_length = (tower.width,), texts, max_length
         self._embed = tower.embed
+        # A SigLIP text tower pools the last token, of whatever it was given.
+        self._trim = tower.kind != "siglip"
         self._tokenizer = Tokenizer.from_pretrained_dir(tower.directory)
 
     def __len__(self) -> int:
@@ -248,6 +267,10 @@ class TextBlocks:
 
     def _rows(self, rows: np.ndarray) -> jax.Array:
         ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
+        if self._trim:
+            # Padding changes nothing but the time it takes; few lengths, few compilations.
+            longest = -(-int(mask.sum(axis=1).max()) // _LENGTH_STEP) * _LENGTH_STEP
+            ids, mask = ids[:, :longest], mask[:, :longest]
         return self._embed(ids, mask)
 
 
@@ -266,6 +289,7 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     validate(config)
     similarities = _names(config.evaluation.similarity, tuple(SIMILARITIES))
     learners = _names(config.evaluation.learned, LEARNERS)
+    _pair_counts(config)
     readers = sources(config, workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
     with workdirs.hold(workdir):
@@ -327,6 +351,18 @@ def _names(value: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return known if value == "all" else tuple(name for name in value.split(",") if name)
 
 
+def _pair_counts(config: Any) -> list[int]:
+    """The numbers of training pairs to compare learners on. Raises UserError for no numbers."""
+    value = config.evaluation.get("pair_counts", "")
+    counts = [x for x in value.split(",") if x]
+    if not all(x.isdecimal() and int(x) > 1 for x in counts):
+        raise UserError(
+            f"config.evaluation.pair_counts={value!r}: give whole numbers above 1 with commas "
+            "between"
+        )
+    return sorted({int(x) for x in counts})
+
+
 # Measuring a source
 
 
@@ -337,12 +373,12 @@ def _study_source(
     options, seed = config.evaluation, fold_seed(config.seed)
     widths = [splits[0].image.shape[1], splits[0].text.shape[1]]
     narrow = [project_to_narrower(pairs, seed) for pairs in splits]
-    train, test = narrow[0].arrays(), narrow[2].arrays()
+    train, validation, test = (pairs.arrays() for pairs in narrow)
     whole = join_pairs(narrow).arrays() if options.gallery == "all" else test
-    memory = options.memory_mb * 2**20
+    memory, bootstrap = options.memory_mb * 2**20, options.get("bootstrap", 0)
 
     def score(pairs: tuple, names: tuple[str, ...]) -> dict:
-        return retrieval(*pairs, similarities=names, memory=memory)
+        return retrieval(*pairs, similarities=names, memory=memory, bootstrap=bootstrap)
 
     gap = modality_gap(*whole, wasserstein=options.wasserstein, seed=seed)
     for warning in gap["warnings"]:
@@ -356,12 +392,36 @@ def _study_source(
     }
     calibration, arrays = {}, cosine_histograms(*whole, seed=seed)
     for name, moved in _calibrations(train, test).items():
-        calibration[name] = _calibrated(moved, score, seed)
+        calibration[name] = _calibrated(moved, score, config)
         points = plane(*moved, seed=seed)
         arrays |= {f"{name}/{modality}": rows for modality, rows in points.items()}
     result["calibration"] = calibration
-    result["learned"] = {name: _learned(name, narrow, config, score) for name in learners}
-    return result, arrays
+    signed = {}
+    for space in SIGNED:
+        try:
+            fitted = fit_space(space, *train[:2], seed=seed)
+        except UserError:  # a collapsed embedding, of which a warning has told
+            continue
+        held_out, shown = (
+            (fitted.image(x), fitted.text(y), rows) for x, y, rows in (validation, test)
+        )
+        signed[space] = _signed(held_out, shown, score, config)
+    learned, by_pairs = {}, {}
+    for name in learners:
+        # Learners take towers of unequal widths as they are.
+        own = [x.arrays() for x in (narrow if name == "mlp_cosine" else splits)]
+        learned[name], first = _learned(name, own, config, score)
+        if first.embeds:
+            held_out, shown = (_embedded(first, pairs) for pairs in own[1:])
+            signed[name] = _signed(held_out, shown, score, config)
+        counts = [count for count in _pair_counts(config) if count <= len(own[0][1])]
+        if counts:
+            chosen = learned[name]["options"]
+            by_pairs[name] = {
+                str(n): _learned(name, own, config, score, pairs=n, chosen=chosen)[0]
+                for n in counts
+            }
+    return result | {"signed": signed, "learned": learned, "by_pairs": by_pairs}, arrays
 
 
 def _calibrations(train: tuple, test: tuple) -> dict[str, tuple]:
@@ -377,37 +437,136 @@ def _calibrations(train: tuple, test: tuple) -> dict[str, tuple]:
     return found
 
 
-def _calibrated(pairs: tuple, score: Callable, seed: int) -> dict:
+def _calibrated(pairs: tuple, score: Callable, config: Any) -> dict:
     """Cosine retrieval, the gap that is left, and the share of unrelated pairs below 0."""
-    found = score(pairs, ("cosine",))
     return {
-        "negative_share": negative_share(*pairs, seed=seed),
-        "centroid": modality_gap(*pairs, pairs=1)["centroid"],
-        "image_to_text": found["image_to_text"]["cosine"],
-        "text_to_image": found["text_to_image"]["cosine"],
+        "negative_share": negative_share(*pairs, seed=fold_seed(config.seed)),
+        **_gap_left(pairs, config),
+        **_of(score(pairs, ("cosine",)), "cosine"),
     }
 
 
-def _learned(name: str, splits: list[Pairs], config: Any, score: Callable) -> dict:
-    """A similarity fitted on train, stopped by validation, scored on test."""
-    train, validation, test = (pairs.arrays() for pairs in splits)
-    asked, seed = config.evaluation, fold_seed(config.seed)
-    log_line(f"fitting {name}")
-    options = {"steps": asked.learner_steps, "batch_size": min(asked.learner_batch, len(train[1]))}
-    if asked.search_trials and name in SPACES:
-        learned = search(
-            name, *train, validation, trials=asked.search_trials, options=options, seed=seed
-        ).best
-    else:
-        learned = fit(name, *train, validation, options=options, seed=seed)
+def _gap_left(pairs: tuple, config: Any) -> dict[str, float]:
+    """How far apart modalities are that were moved, rows brought to length one.
+
+    Nothing is said of more than `_WIDEST` dimensions, whose covariances take minutes.
+    """
+    if pairs[0].shape[1] > _WIDEST:
+        return {}
+    kind = config.evaluation.wasserstein
+    gap = modality_gap(*pairs, wasserstein=kind, pairs=1, seed=fold_seed(config.seed))
+    return {name: gap[name] for name in ("centroid", "wasserstein2")}
+
+
+def _of(found: dict, similarity: str) -> dict:
+    return {direction: measures[similarity] for direction, measures in found.items()}
+
+
+_WIDEST = 2048
+#: Pairs that signs and probabilities are looked at on.
+_SIGNED_PAIRS = 100_000
+
+
+def _signed(held_out: tuple, test: tuple, score: Callable, config: Any) -> dict:
+    """Signs and probabilities of a similarity, a dot product, and what its order retrieves.
+
+    held_out, test: embeddings (images, texts, image_of_text); the zero and the probabilities are
+    fitted on the first.
+    """
+    scores: list[Any] = []
+    for image, text, rows in (held_out, test):
+        unrelated = unmatched_pairs(len(image), rows, _SIGNED_PAIRS, fold_seed(config.seed))
+        pairs = (rows, np.arange(len(text))), unrelated
+        scores.append(tuple(pair_scores(image, text, *indices) for indices in pairs))
+    level = config.evaluation.get("negative_level", 0.99)
+    try:
+        found = score_measures(*scores, level=level)
+    except UserError as error:
+        return {"left_out": str(error)}
+    return found | _of(score(test, ("dot",)), "dot")
+
+
+def _learned(
+    name: str,
+    splits: list[Any],
+    config: Any,
+    score: Callable,
+    *,
+    pairs: int | None = None,
+    chosen: dict | None = None,
+) -> tuple[dict, Learned]:
+    """A similarity fitted on train, stopped by validation, scored on test, over the seeds.
+
+    pairs: training pairs to draw by each seed, or None for all; chosen: options that a search on
+    all pairs found. A closed form is searched again, as its best shrinkage depends on the number of
+    pairs; without a search it takes the best of a grid (`learned_similarity.GRIDS`). Returns means
+    over the seeds, their deviations and values, and the first seed's learner.
+    """
+    train, validation, test = splits
+    asked = config.evaluation
+    told = f" on {pairs:,} pairs" if pairs else ""
+    log_line(f"fitting {name}{told}")
+    seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
+    if not pairs and name in CLOSED and name != "optimal_transport":
+        seeds = seeds[:1]  # which does not depend on it
+    options = {"steps": asked.learner_steps} | (chosen or {})
+    runs, learners = [], []
+    for seed in seeds:
+        image, text, rows = train
+        if pairs:
+            image, text, rows = draw_pairs(image, text, rows, pairs, seed)
+        options["batch_size"] = min(asked.learner_batch, len(text))
+        again = chosen is None or name in CLOSED
+        if asked.search_trials and name in SPACES and again and seed == seeds[0]:
+            base = {k: v for k, v in options.items() if k not in SPACES[name]}
+            trials = asked.search_trials
+            found = search(
+                name, image, text, rows, validation, trials=trials, options=base, seed=seed
+            )
+            best = max(found.trials, key=lambda trial: trial["mrr"])["options"]
+            options, learned = base | best, found.best
+        else:
+            learned = fit_best(name, image, text, rows, validation, options=options, seed=seed)
+        learners.append(learned)
+        runs.append(_scored(learned, test, config, score))
+    if learners[0].embeds and not pairs:
+        moved = _embedded(learners[0], test)
+        if name == "two_tower_sigmoid":  # whose last entry is the bias of the logit
+            moved = moved[0][:, :-1], moved[1][:, :-1], moved[2]
+        runs[0] |= _gap_left(moved, config)
+    values = {
+        direction: {k: [run[direction][k] for run in runs] for k in runs[0][direction]}
+        for direction in ("image_to_text", "text_to_image")
+    }
+    result: dict[str, Any] = {
+        "validation": learners[0].best,
+        "options": {k: v for k, v in options.items() if k not in ("steps", "batch_size")},
+        "grid": {k: getattr(learners[0].options, k) for k in GRIDS.get(name, {})},
+        "seeds": seeds,
+        **{k: v for k, v in runs[0].items() if k not in values},
+    }
+    for direction, of_direction in values.items():
+        intervals = of_direction.pop("interval", None)
+        result[direction] = {k: float(np.mean(v)) for k, v in of_direction.items()}
+        if intervals and len(runs) == 1:
+            result[direction]["interval"] = intervals[0]
+        if len(runs) > 1:
+            spread = {k: float(np.std(v, ddof=1)) for k, v in of_direction.items()}
+            result[direction] |= {"std": spread, "values": of_direction}
+    return result, learners[0]
+
+
+def _scored(learned: Learned, test: tuple, config: Any, score: Callable) -> dict:
+    """Retrieval of both directions."""
     if learned.embeds:
-        moved = np.asarray(learned.embed_image(test[0])), np.asarray(learned.embed_text(test[1]))
-        measured = score((*moved, test[2]), ("dot",))
-        found = {direction: measures["dot"] for direction, measures in measured.items()}
-    else:
-        memory = config.evaluation.memory_mb * 2**20
-        found = pair_retrieval(learned.score, *test, memory=memory)
-    return {"validation": learned.best, **found}
+        return _of(score(_embedded(learned, test), ("dot",)), "dot")
+    memory, bootstrap = config.evaluation.memory_mb * 2**20, config.evaluation.get("bootstrap", 0)
+    return pair_retrieval(learned.score, *test, memory=memory, bootstrap=bootstrap)
+
+
+def _embedded(learned: Learned, pairs: tuple) -> tuple:
+    image, text, rows = pairs
+    return np.asarray(learned.embed_image(image)), np.asarray(learned.embed_text(text)), rows
 
 
 def _protocol(config: Any, first: str) -> dict:
@@ -421,8 +580,15 @@ def _protocol(config: Any, first: str) -> dict:
         "ranks": "exact, over the whole gallery of the split",
         "precision": "p@k: share of the top k that is right; r@k: any of the top k is right",
         "calibration": "means and whitening of each modality, fitted on the training split",
-        "learned": "fitted on the training split, stopped by validation",
-        "widths": "where they differ, the wider one is projected by a random orthonormal basis",
+        "learned": "fitted on the training split, stopped by validation; means over the seeds; "
+        "closed forms take shrinkage, power and kept entries from a grid by validation",
+        "by_pairs": "as learned, on so many training pairs drawn by each seed, images first",
+        "signed": "zero and probabilities fitted on validation pairs; probabilities at equal shares"
+        " of matched and unrelated pairs; both maps rise strictly, so that the order is that of "
+        "the space's own score",
+        "interval": "95 %, bootstrap over images, each with all its texts",
+        "widths": "where they differ, the wider one is projected by a random orthonormal basis; "
+        "learned similarities but mlp_cosine take both as they are",
         "top level": f"the figures of the source {first!r}; all of them are under sources",
         "seed": config.seed,
     }

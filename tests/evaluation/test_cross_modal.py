@@ -37,6 +37,39 @@ def test_measures_in_both_directions():
     )
 
 
+def test_intervals_draw_groups_of_queries():
+    rng = np.random.default_rng(3)
+    groups, values, ranks = np.array([7, 2, 2, 5, 7, 5, 9]), rng.random(7), rng.integers(1, 9, 7)
+    found = cross_modal.bootstrap_intervals({"mrr": values}, ranks, groups, samples=50, seed=1)
+    rng = np.random.default_rng(1)
+    draws = [np.array([2, 5, 7, 9])[rng.integers(4, size=4)] for _ in range(50)]
+    means = reference_alignment.bootstrap_means(values, groups, draws)
+    assert found["mrr"] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
+    medians = [
+        np.quantile(np.concatenate([ranks[groups == g] for g in d]), 0.5, method="inverted_cdf")
+        for d in draws
+    ]
+    assert found["median_rank"] == np.quantile(medians, [0.025, 0.975]).tolist()
+
+
+def test_intervals_of_many_queries_are_those_of_a_normal_distribution():
+    values = np.random.default_rng(0).random(400) < 0.3
+    found = cross_modal.bootstrap_intervals({"r@1": values}, np.ones(400), samples=2000)
+    half = 1.96 * values.std() / np.sqrt(400)
+    mean = values.mean()
+    assert found["r@1"] == pytest.approx([mean - half, mean + half], abs=0.006)
+    assert found["median_rank"] == [1, 1]
+    image, text, image_of_text = pairs()
+    result = cross_modal.retrieval(
+        image, text, image_of_text, similarities=["cosine"], bootstrap=20, memory=2**19
+    )
+    for direction in result.values():
+        (measures,) = direction.values()
+        assert set(measures["interval"]) == set(cross_modal.INTERVALS)
+        for name, (low, high) in measures["interval"].items():
+            assert low <= measures[name] <= high
+
+
 def test_a_gallery_smaller_than_k():
     image, text, image_of_text = pairs(3, 7)
     result = cross_modal.retrieval(image, text, image_of_text, similarities=["dot"], ks=(2, 20))

@@ -272,3 +272,14 @@ def test_numbers_below_one_are_said(name):
 def test_an_unknown_wasserstein_is_said():
     with pytest.raises(UserError, match="wasserstein='exact' is unknown; choose one of gaussian"):
         modality_gap(*modalities(), wasserstein="exact")
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_calibration_has_an_inverse(whiten, normalize):
+    image, text, _ = modalities()
+    fitted = calibrate(image, text, whiten=whiten, normalize=normalize)
+    for name, x in (("image", image), ("text", text)):
+        before = unit(x) if normalize else x
+        back = fitted.inverse(name, getattr(fitted, name)(x))
+        np.testing.assert_allclose(back, before, atol=1e-4)

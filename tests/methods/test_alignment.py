@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from rcml_jax.cli import commands
+from rcml_jax.methods import alignment
+from rcml_jax.models.frozen import load_towers
 from tests.data.imagetext import jpeg
 from tests.data.sources.test_captions import write_flickr
 from tests.models import towers
@@ -16,6 +18,7 @@ from tests.toy import ROOT, TINY, arguments, write_catalogue
 CONFIG = ROOT / "configs" / "alignment.py"
 SIMILARITIES = {"cosine", "dot", "euclidean", "manhattan", "chi_square"}
 DIRECTIONS = {"image_to_text", "text_to_image"}
+INTERVALS = {"r@1", "r@5", "r@10", "mrr", "map@10", "median_rank"}
 MEASURES = {"p@1", "p@5", "p@10", "r@1", "r@5", "r@10", "mrr", "map@10", "median_rank", "queries"}
 
 
@@ -39,7 +42,8 @@ def run(file, workdir, *more):
 
 
 def check_measures(measures):
-    assert set(measures) == MEASURES
+    assert set(measures) == MEASURES | {"interval"}
+    assert set(measures["interval"]) == INTERVALS
     assert all(0 <= measures[name] <= 1 for name in MEASURES - {"median_rank", "queries"})
 
 
@@ -75,6 +79,53 @@ def test_a_file_of_embeddings(file, tmp_path, capsys):
     assert result["learned"]["procrustes"]["image_to_text"]["r@1"] > fixed + 0.3
     assert result["precision"]["image_to_text"]["cosine"]["queries"] == 12
     assert result["precision"]["text_to_image"]["cosine"]["queries"] == 24
+
+
+def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
+    options = {
+        "learned": "procrustes,two_tower_sigmoid",
+        "pair_counts": "20,40,9999",
+        "learner_seeds": 2,
+        "learner_steps": 20,
+        "bootstrap": 0,
+        "similarity": "cosine",
+        "negative_level": 0.9,
+    }
+    assert run(file, tmp_path, *(f"--config.evaluation.{k}={v}" for k, v in options.items())) == 0
+    out = capsys.readouterr().out
+    for text in ("before and after", "unrelated pairs below zero", "training pairs", "± "):
+        assert text in out, text
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert set(result["by_pairs"]) == {"procrustes", "two_tower_sigmoid"}
+    for name, found in result["by_pairs"].items():
+        assert set(found) == {"20", "40"}
+        for row in found.values():
+            assert row["seeds"] == [42, 43]
+            for direction in DIRECTIONS:
+                values = row[direction]["values"]["mrr"]
+                assert len(values) == 2
+                assert row[direction]["mrr"] == pytest.approx(np.mean(values))
+                assert row[direction]["std"]["mrr"] == pytest.approx(np.std(values, ddof=1))
+        assert {"centroid", "wasserstein2"} < set(result["learned"][name])
+    # In closed form all pairs give one result; 20 of them are enough for 8 dimensions.
+    assert result["learned"]["procrustes"]["seeds"] == [42]
+    assert result["by_pairs"]["procrustes"]["20"]["text_to_image"]["r@1"] > 0.8
+    apart = result["calibration"]["none"]["wasserstein2"]
+    assert result["learned"]["procrustes"]["wasserstein2"] < 0.5 * apart
+    # Means are taken out before the maps; the logit's bias, -10, is no part of the gap.
+    assert result["learned"]["two_tower_sigmoid"]["centroid"] < 0.8
+    signed = result["signed"]
+    spaces = {"cosine", "centred", "whitened", "csls", "centred_csls"}
+    assert set(signed) == spaces | {"procrustes", "two_tower_sigmoid"}
+    for name, row in signed.items():
+        # Fitted and looked at on twelve images each.
+        assert row["unrelated_negative"]["shifted"] == pytest.approx(0.9, abs=0.15), name
+        assert row["text_to_image"]["r@10"] > 0
+    assert signed["cosine"]["unrelated_negative"]["plain"] < 0.9
+    assert signed["procrustes"]["matched_positive"]["shifted"] > 0.9
+    for direction in DIRECTIONS:
+        same = result["precision"][direction]["cosine"]["r@10"]
+        assert signed["cosine"][direction]["r@10"] == same
 
 
 def evaluate(source, workdir, **options):
@@ -125,6 +176,21 @@ def test_captions_through_towers_of_checkpoints(checkpoints, tmp_path, capsys):
     assert "figures" in capsys.readouterr().out or not importlib.util.find_spec("matplotlib")
 
 
+@pytest.mark.parametrize("names", ["clip", "vit+bert"])
+def test_texts_without_their_padding_embed_the_same(checkpoints, names, monkeypatch):
+    monkeypatch.setattr(alignment, "_LENGTH_STEP", 2)
+    paths = "+".join(str(checkpoints / name) for name in names.split("+"))
+    tower = load_towers(paths)[1]
+    texts = ["a man", "a man is eating food", "food"]
+    blocks = alignment.TextBlocks(tower, texts, tower.size)
+    ids, mask = blocks._tokenizer.encode(texts, tower.size)
+    assert 0 < mask.sum() < mask.size
+    found = blocks.block(0, 3)
+    assert found.shape == (3, tower.width)
+    # Sums over fewer terms round otherwise.
+    np.testing.assert_allclose(found, tower.embed(ids, mask), rtol=1e-4, atol=1e-4)
+
+
 def test_a_run_of_ours_is_a_source(tmp_path):
     catalogue, trained = write_catalogue(tmp_path / "catalogue"), tmp_path / "trained"
     args = arguments(catalogue, trained, method="clip", steps=2, validate_every=2)
@@ -155,8 +221,9 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
     for args, text in (
         ((broken, tmp_path / "a"), "row 3"),
         ((tmp_path / "none.npz", tmp_path / "b"), "there is no file"),
-        ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all or from"),
-        ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all or from"),
+        ((file, tmp_path / "c", "--config.evaluation.similarity=jaccard"), "choose all, or any"),
+        ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all, or any"),
+        ((file, tmp_path / "f", "--config.evaluation.pair_counts=50,no"), "whole numbers above 1"),
         ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
     ):
         assert run(*args) == 2
@@ -175,12 +242,13 @@ def test_mistakes_about_sources_are_one_sentence(checkpoints, tmp_path, capsys):
     for source, options, text in (
         ("flickr30k,path=x", {}, "needs towers"),
         ("flickr30k,path=x", {"towers.names": checkpoints / "clip"}, "There is no directory"),
+        ("flickr8k,path=x", {}, "There is no directory x; get Flickr8k"),
         ("coco", {"towers.names": checkpoints / "vit"}, "no text tower"),
         ("openmoji", {"towers.names": "/no/such"}, "cannot load"),
-        ("runs", {}, "name work directories"),
+        ("runs", {}, "needs a path"),
         ("runs,path=nowhere", {}, "train first"),
         ("npz,path=x", {"towers.names": "clip"}, "takes no towers"),
-        ("npz,path=x", {"evaluation.gallery": "some"}, "choose test or all"),
+        ("npz,path=x", {"evaluation.gallery": "some"}, "choose one of test, all"),
         ("flicker", {}, "no data source 'flicker'"),
     ):
         assert evaluate(source, tmp_path / "run", **options) == 2

@@ -17,4 +17,4 @@ CLASSIFICATION_SOURCES = {
     "food101": "rcml_jax.data.sources.food101:from_config",
 }
 #: Where the embeddings of the alignment study come from.
-STUDY_SOURCES = ("openmoji", "npz", "flickr30k", "coco", "runs")
+STUDY_SOURCES = ("openmoji", "npz", "flickr8k", "flickr30k", "coco", "runs")

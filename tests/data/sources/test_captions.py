@@ -1,4 +1,4 @@
-"""Flickr30K and MS-COCO from small copies in their published layouts."""
+"""Flickr8k, Flickr30K and MS-COCO from small copies in their published layouts."""
 
 import json
 
@@ -32,6 +32,36 @@ def write_flickr(root, *, karpathy=True, images=6, caption=caption_of):
     return root
 
 
+LISTS = ("train", "dev", "test")
+
+
+def write_flickr8k(root, *, images=6, ends="\n", mark=""):
+    """The published layout: the last two images are validation and test; one is in no list."""
+    (root / "Flicker8k_Dataset").mkdir(parents=True)
+    (root / "Flickr8k_text").mkdir()
+    lines, lists = [], {part: [] for part in LISTS}
+    for n in range(images + 1):
+        name = f"{n}.jpg"
+        (root / "Flicker8k_Dataset" / name).write_bytes(jpeg(10 * n))
+        lines += [f"{name}#{k}\t{caption_of(n, k)}" for k in range(2)]
+        if n < images:
+            lists[{images - 2: "dev", images - 1: "test"}.get(n, "train")].append(name)
+    write_lines(root, "Flickr8k.token.txt", lines, ends, mark)
+    for part, names in lists.items():
+        write_lines(root, f"Flickr_8k.{part}Images.txt", names, ends, mark)
+    return root
+
+
+def write_lines(root, name, lines, ends="\n", mark=""):
+    content = mark + "".join(line + ends for line in lines)
+    (root / "Flickr8k_text" / name).write_bytes(content.encode("utf-8"))
+
+
+def add_line(root, name, line):
+    with (root / "Flickr8k_text" / name).open("a") as file:
+        file.write(line + "\n")
+
+
 def write_coco(root, *, train=20, val=3):
     """Captions in another order than the pictures; ids that are no rows."""
     (root / "annotations").mkdir(parents=True)
@@ -56,6 +86,101 @@ def check(found):
     for text, row in zip(found.texts, found.image_of_text, strict=True):
         number = int(found.images.paths[row].rsplit("/", 1)[1].split(".")[0])
         assert f" {number}" in text
+
+
+@pytest.mark.parametrize(("ends", "mark"), [("\n", ""), ("\r\n", "\ufeff")])
+def test_flickr8k_with_the_official_lists(tmp_path, ends, mark):
+    lines = []
+    found = captions.flickr8k(write_flickr8k(tmp_path, ends=ends, mark=mark), log=lines.append)
+    check(found)
+    assert found.split.tolist() == [0, 0, 0, 0, 1, 2]
+    assert [text[-1] for text in found.texts[:2]] == ["0", "0"]
+    assert lines == ["flickr8k: also left out: 1 images in no list"]
+
+
+def test_flickr8k_with_the_karpathy_split_in_another_folder(tmp_path):
+    root = write_flickr(tmp_path)
+    found, official = captions.flickr8k(root), captions.flickr30k(root)
+    check(found)
+    assert (found.name, found.texts) == ("flickr8k", official.texts)
+    np.testing.assert_array_equal(found.split, official.split)
+
+
+def test_what_flickr8k_lacks_or_has_twice_is_counted(tmp_path):
+    root, lines = write_flickr8k(tmp_path, images=9), []
+    (root / "Flicker8k_Dataset" / "1.jpg").unlink()
+    # A caption of an image that is nowhere, as the published file has; a caption that is there
+    # already; a name that a list has twice; one without captions. U+2028 ends no line.
+    add_line(root, "Flickr8k.token.txt", "77.jpg.1#0\tcaption 0 of 77")
+    add_line(root, "Flickr8k.token.txt", "2.jpg#1\tanother caption of 2")
+    add_line(root, "Flickr8k.token.txt", "2.jpg#2\tone\u2028more of 2")
+    add_line(root, "Flickr_8k.trainImages.txt", "3.jpg")
+    add_line(root, "Flickr_8k.testImages.txt", "none.jpg")
+    found = captions.flickr8k(root, log=lines.append)
+    names = [path.rsplit("/", 1)[1] for path in found.images.paths]
+    assert names == ["0.jpg", "2.jpg", "3.jpg", *(f"{n}.jpg" for n in range(4, 9))]
+    assert [t for t, row in zip(found.texts, found.image_of_text, strict=True) if row == 1] == [
+        "caption 0 of 2",
+        "caption 1 of 2",
+        "one\u2028more of 2",
+    ]
+    assert lines == [
+        "flickr8k: 2 of 10 pictures are left out (2 without a file, 0 without a caption)",
+        "flickr8k: also left out: 2 records that repeat another, 2 images in no list",
+    ]
+
+
+def test_flickr8k_that_cannot_be_is_one_sentence(tmp_path):
+    root = write_flickr8k(tmp_path / "copy")
+    add_line(root, "Flickr_8k.testImages.txt", "0.jpg")
+    with pytest.raises(UserError, match=r"0.jpg is both in .*trainImages.txt and in .*testImages"):
+        captions.flickr8k(root)
+    write_lines(root, "Flickr_8k.testImages.txt", [])
+    with pytest.raises(UserError, match="the split test has no pictures"):
+        captions.flickr8k(root)
+    write_lines(root, "Flickr_8k.testImages.txt", [f"no{n}.jpg" for n in range(6)])
+    with pytest.raises(UserError, match="6 of 11 pictures are missing"):
+        captions.flickr8k(root)
+    (root / "Flickr8k_text" / "Flickr_8k.testImages.txt").write_bytes("é.jpg".encode("latin-1"))
+    with pytest.raises(UserError, match=r"testImages.txt is not UTF-8"):
+        captions.flickr8k(root)
+    (root / "Flickr8k_text" / "Flickr_8k.testImages.txt").unlink()
+    with pytest.raises(UserError, match=r"because it has no Flickr_8k.testImages.txt"):
+        captions.flickr8k(root)
+    (root / "Flickr8k_text" / "Flickr8k.token.txt").unlink()
+    with pytest.raises(UserError, match=r"neither dataset_flickr8k.json nor Flickr8k.token"):
+        captions.flickr8k(root)
+    with pytest.raises(UserError, match="has no image folder"):
+        captions.flickr8k(tmp_path)
+
+
+def test_an_image_with_two_records(tmp_path):
+    root, lines = write_flickr(tmp_path), []
+    file = root / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    content["images"].append(content["images"][0] | {"sentences": [{"raw": "again"}]})
+    file.write_text(json.dumps(content))
+    check(captions.flickr30k(root, log=lines.append))
+    assert lines == ["flickr30k: also left out: 1 records that repeat another"]
+    content["images"][-1]["split"] = "test"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"0.jpg stands in two splits"):
+        captions.flickr30k(root)
+
+
+def test_ids_that_coco_has_twice(tmp_path):
+    root, lines = write_coco(tmp_path), []
+    file = root / "annotations" / "captions_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"].append(content["annotations"][0])
+    content["images"].append(content["images"][0])
+    file.write_text(json.dumps(content))
+    check(captions.coco(root, log=lines.append))
+    assert lines == ["coco: also left out: 2 records that repeat another"]
+    content["images"][-1] = content["images"][1] | {"id": content["images"][0]["id"]}
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="two images have the id 100"):
+        captions.coco(root)
 
 
 def test_flickr30k_with_the_karpathy_split(tmp_path):
