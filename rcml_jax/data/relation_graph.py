@@ -180,6 +180,7 @@ class RelationGraph:
 
     def agree(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray | int) -> np.ndarray:
         """Whether items have one value under a relation of attributes: broadcasts → bool."""
+        assert self.attributes is not None  # asked of relations that go by attributes only
         value = self.attributes[a, relation]
         return (value >= 0) & (value == self.attributes[b, relation])
 

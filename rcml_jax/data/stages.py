@@ -97,7 +97,8 @@ def load_arrays(path: Path) -> Arrays | None:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a `.npz` file whole or not at all, whatever other processes do."""
     with files.atomic_file(path, shared=True) as file:
-        np.savez(file, **arrays)
+        values: dict[str, Any] = arrays  # or `allow_pickle` might be one of them
+        np.savez(file, **values)
 
 
 # Rows that are slow to compute, kept in a memory-mapped `.npy` as they come.

@@ -215,7 +215,7 @@ class Tokenizer:
         known = [memo.get(text) for text in texts]
         missing = list(dict.fromkeys(t for t, k in zip(texts, known, strict=True) if k is None))
         if not missing:
-            return known
+            return [k for k in known if k is not None]
         encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
         fresh = {
             text: np.array(encoding.ids, np.int32)
