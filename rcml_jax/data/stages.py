@@ -108,8 +108,11 @@ _STEP = 1024
 
 
 class _Blocks(Protocol):
-    shape: tuple[int, ...]
-    dtype: type
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
     def __len__(self) -> int: ...
 

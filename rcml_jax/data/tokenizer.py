@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -230,7 +231,7 @@ class Tokenizer:
         return {"tokenizer": self._tokenizer.to_str()}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(tokenizers.Tokenizer.from_str(state["tokenizer"]))
+        Tokenizer.__init__(self, tokenizers.Tokenizer.from_str(state["tokenizer"]))
 
 
 class StoredTexts:
@@ -367,7 +368,8 @@ def _siglip_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """SigLIP's SentencePiece model behind what `SiglipTokenizer` does to a text before."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    messages: Any = sentencepiece_model_pb2  # made at its import, which its types leave out
+    model = messages.ModelProto.FromString(path.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, model.trainer_spec.unk_id, False))
     replace = lambda pattern, text: normalizers.Replace(tokenizers.Regex(pattern), text)  # noqa: E731
