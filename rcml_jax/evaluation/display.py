@@ -108,8 +108,8 @@ def _print_alignment(result: dict, console: Console) -> None:
         ranks = ", ".join(f"{gap['effective_rank'][m]:.1f}" for m in ("image", "text"))
         values = (f"{gap[name]:.3f}" for name in GAP)
         gaps.append((source, *values, ranks, ", ".join(gap["collapsed"]) or "no"))
-    names = ("source", *GAP.values(), "rank", "collapsed")
-    console.print(_table("modality gap", names, gaps, "rank: effective rank of images, of texts"))
+    titles = ("source", *GAP.values(), "rank", "collapsed")
+    console.print(_table("modality gap", titles, gaps, "rank: effective rank of images, of texts"))
 
 
 def _percent(rate: float) -> str:
