@@ -54,8 +54,8 @@ class Progress:
             get_time=time.perf_counter,
             disable=not self._live,
         )
-        self._task = self._bars.add_task("", total=total, completed=0)
-        self._bars.update(self._task, completed=done)
+        so_far: Any = done  # rich's annotation says int here and float elsewhere
+        self._task = self._bars.add_task("", total=total, completed=so_far)
         self._detail, self._lines, self._next = "", 0, 0.0
         self._start: float | None = None
 
