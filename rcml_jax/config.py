@@ -82,9 +82,9 @@ def call_config_file(path_and_argument: str, function: str) -> Any:
     name, _, argument = path_and_argument.partition(":")
     path = recipe_path(name)
     spec = importlib.util.spec_from_file_location("rcml_jax_config_file", path)
-    module = importlib.util.module_from_spec(spec) if spec else None
-    if module is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file; give one with a function {function}")
+    module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, function):
@@ -101,7 +101,7 @@ def call_config_file(path_and_argument: str, function: str) -> Any:
 
 def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
     """A nested configuration as dotted names → values."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= leaves(value, f"{prefix}{name}.")

@@ -45,7 +45,7 @@ def atomic_file(
         raise
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+def write_whole(path: pathlib.Path, content: str | bytes | memoryview) -> None:
     """Write a file whole or not at all. Raises UserError where the disk refuses it."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:

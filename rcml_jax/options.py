@@ -120,7 +120,8 @@ class Option:
         """What is wrong with a value, to be read after "config.NAME=VALUE "; None if nothing is."""
         if self.type is float and type(value) is int:
             value = float(value) if abs(value) < 2**1000 else math.inf
-        if type(value) is not self.type:
+        kind: Any = type(value)
+        if kind is not self.type:
             return f"must be {KINDS[self.type]}"
         if self.type is float and not math.isfinite(value):
             return "must be a finite number"
@@ -157,13 +158,13 @@ class Option:
         return f"is unknown; choose {allowed.replace(', or empty', ', or leave it empty')}"
 
 
-_SEED = {"low": 0, "high": _MOST_SEED}
-_SIZE = {"low": 1, "high": 65_536}
-_LENGTH = {"low": 2, "high": 65_536}
-_WEIGHT = {"low": 0, "high": 1e6}
-_SHARE = {"low": 0, "high": 1}
+_SEED: dict[str, Any] = {"low": 0, "high": _MOST_SEED}
+_SIZE: dict[str, Any] = {"low": 1, "high": 65_536}
+_LENGTH: dict[str, Any] = {"low": 2, "high": 65_536}
+_WEIGHT: dict[str, Any] = {"low": 0, "high": 1e6}
+_SHARE: dict[str, Any] = {"low": 0, "high": 1}
 #: Similarities are at most 1: below this temperature logits would overflow 32-bit exponentials.
-_TEMPERATURE = {"low": 1e-4, "high": 100.0}
+_TEMPERATURE: dict[str, Any] = {"low": 1e-4, "high": 100.0}
 
 # fmt: off
 #: What the training loop itself reads. A method of another package has to have these; of the other

@@ -516,9 +516,9 @@ def _shown(recipe: str) -> list[tuple[Option, Any]]:
         for option in RECIPES[recipe_of(config)]
         if option.name in values or option.name.endswith("*")
     ]
-    sections = dict.fromkeys(option.section for option in options)
-    order = ["", *(name for name in _SECTIONS if name in sections)]
-    sections = [*order, *(name for name in sections if name not in order)]
+    used = dict.fromkeys(option.section for option in options)
+    order = ["", *(name for name in _SECTIONS if name in used)]
+    sections = [*order, *(name for name in used if name not in order)]
     return [
         (option, values.get(option.name, MISSING))
         for section in sections

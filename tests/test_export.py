@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from flax.core import FrozenDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
@@ -349,3 +350,11 @@ def test_towers_that_are_not_clips(capsys, copy, tmp_path, monkeypatch):
     monkeypatch.setattr(relational_towers, "towers_config", lambda model, tokenizer: pair)
     assert "only CLIP's own towers" in fails(capsys, "--workdir", copy, "--to", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_a_start_token(tmp_path):
+    words = tokenizers.models.WordLevel({"<eos>": 0, "<pad>": 1, "cat": 2}, unk_token="<pad>")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path / "tokenizer.json").start_id is None
+    with pytest.raises(UserError, match="has no start token"):
+        export.write_tokenizer_files(tmp_path / "out", tmp_path / "tokenizer.json", 8)

@@ -66,7 +66,7 @@ def guard(
     """
     argv = sys.argv if argv is None else argv
     if usage and wants_help(argv):
-        print(inspect.cleandoc(usage))
+        print(inspect.cleandoc(usage or ""))
         return 0
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
     logging.set_verbosity(logging.FATAL)
@@ -96,8 +96,9 @@ def _quiet_about_orbax(hook: Callable) -> Callable:
         if str(unraisable.exc_value) != "Event loop is closed" and not sys.is_finalizing():
             hook(unraisable)
 
-    quiet.quiet = True
-    return quiet
+    marked: Any = quiet
+    marked.quiet = True
+    return marked
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -125,7 +126,9 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _help(usage: str, argv: Sequence[str], only: Callable[[str], bool] = lambda _: True) -> int:
+def _help(
+    usage: str | None, argv: Sequence[str], only: Callable[[str], bool] = lambda _: True
+) -> int:
     """Print how a command is used, and the options of its --config (rcml without one).
 
     only: which options are shown where there is no --config.
@@ -133,7 +136,7 @@ def _help(usage: str, argv: Sequence[str], only: Callable[[str], bool] = lambda 
     from rcml_jax.schema import help_text
 
     path, _ = take_option(argv, "config")
-    print(inspect.cleandoc(usage))
+    print(inspect.cleandoc(usage or ""))
     print()
     print(help_text(path) if path else help_text("rcml", only))
     return 0
@@ -150,7 +153,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise UserError(
             f"--{'list' if listing else 'embeddings'} needs --config rcml:SOURCE, the catalogue"
         )
-    if listing:
+    if listing and path:
         return _list(load_config_file(path), listing, rest)
     if workdir is None:
         raise UserError(
@@ -159,7 +162,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         )
     from rcml_jax.training.workdir import load_config
 
-    if embeddings:
+    if embeddings and path:
         return _evaluate_embeddings(load_config_file(path), embeddings, workdir, rest)
     if path:
         config = load_config_file(path)

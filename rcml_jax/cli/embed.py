@@ -14,7 +14,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rcml_jax.cli.commands import guard, parse_flags
 from rcml_jax.data.gates import argument_text, user_path
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Instead of printing the usage."""
         raise UserError(f"{message}; see --help")
 

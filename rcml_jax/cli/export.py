@@ -65,9 +65,14 @@ def write_tokenizer_files(
     that spells a special token gets the signs' ids. Returns the tokenizer that was read.
 
     Raises:
-      UserError: `tokenizer_json` is missing or damaged.
+      UserError: `tokenizer_json` is missing or damaged, or has no start token.
     """
     tokenizer = Tokenizer.load(tokenizer_json)
+    if tokenizer.start_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer_json} has no start token, as SigLIP's; only runs "
+            "of CLIP's own towers are exported"
+        )
     backend = tokenizers.Tokenizer.from_str(tokenizer_json.read_text("utf-8"))
     start, end, pad = (
         backend.id_to_token(i) for i in (tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)

@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser
@@ -83,7 +84,12 @@ def write_report(
     try:
         part.mkdir(parents=True)
         folder = Folder(part, log_line)
-        options = {"seed": seed, "relation": relation, "data_dir": data_dir, "data_path": data_path}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "relation": relation,
+            "data_dir": data_dir,
+            "data_path": data_path,
+        }
         sections = _sections(folder, sources, **options)
         page, title = part / "index.html", _title(sources)
         files = [p.relative_to(part).as_posix() for p in sorted(part.rglob("*")) if p.is_file()]
@@ -162,13 +168,15 @@ def _sections(
 
 
 def _title(sources: Sources) -> str:
-    names = [x.label for x in (*sources.runs, *sources.sweeps, *sources.studies)]
+    shown: tuple[Any, ...] = (*sources.runs, *sources.sweeps, *sources.studies)
+    names = [x.label for x in shown]
     return f"Report: {', '.join(names[:4])}{' and more' if len(names) > 4 else ''}"
 
 
 def _intro(sources: Sources, command: str) -> list[Paragraph]:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    where = [x.path for x in (*sources.runs, *sources.sweeps, *sources.studies)]
+    shown: tuple[Any, ...] = (*sources.runs, *sources.sweeps, *sources.studies)
+    where = [x.path for x in shown]
     intro = [Paragraph(f"Made {made} from", tuple(map(str, where)))]
     return intro + [Paragraph("", (command,))] * bool(command)
 

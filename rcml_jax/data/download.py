@@ -683,7 +683,7 @@ def _await(coroutine: Coroutine) -> None:
     except RuntimeError:
         asyncio.run(coroutine)
         return
-    running = []
+    running: list[tuple[asyncio.AbstractEventLoop, Any]] = []
 
     async def main() -> None:
         running.append((asyncio.get_running_loop(), asyncio.current_task()))

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -103,7 +104,8 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     bits = 16
     if image.format == "TIFF":  # 12 bits of a camera or a scanner come in the same mode
-        bits = min(16, max(8, int(image.tag_v2.get(258, (16,))[0])))
+        tags: Any = getattr(image, "tag_v2", {})
+        bits = min(16, max(8, int(tags.get(258, (16,))[0])))
     grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
@@ -147,15 +149,16 @@ def storable(encoded: bytes, max_size: int | None) -> bytes:
     with _decoding():
         image = _open(encoded)
         kind = image.format
-        large = max_size is not None and max(image.size) > max_size
+        side = max_size or 0
+        large = max_size is not None and max(image.size) > side
         plain = not image.has_transparency_data and image.mode == "RGB"
         if kind in ("PNG", *_JPEGS) and plain and not large and not _turned(image):
             return encoded
         if large and kind in _JPEGS:
-            image.draft("RGB", (max_size, max_size))
+            image.draft("RGB", (side, side))
         image = _upright_rgb(image)
         if large:
-            image.thumbnail((max_size, max_size), Image.Resampling.BICUBIC)
+            image.thumbnail((side, side), Image.Resampling.BICUBIC)
         # What the file says beside its pixels, such as a colour profile, may be damaged, too.
         image.info = {}
         out = io.BytesIO()
@@ -241,8 +244,10 @@ def to_array(picture: Image.Image, framing: int | Framing) -> np.ndarray:
     filter_ = Image.Resampling(framing.resample)
     if long > _LONGEST_RATIO * short:
         scales = 2 * ((box[2], width), (box[3], height))
-        centre = [place * old / new for place, (old, new) in zip(crop, scales, strict=True)]
-        picture = picture.resize((size, size), filter_, box=centre)
+        parts = [place * old / new for place, (old, new) in zip(crop, scales, strict=True)]
+        picture = picture.resize(
+            (size, size), filter_, box=(parts[0], parts[1], parts[2], parts[3])
+        )
         return np.array(picture)
     picture = picture.resize((width, height), filter_, box=box)
     return np.array(picture.crop(crop))

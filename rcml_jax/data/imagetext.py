@@ -151,7 +151,7 @@ def assemble(
     log = log or log_line
     gate.report(lambda line: log(f"{name}: {line}"))
     no_picture = np.array([not os.path.isfile(record.image) for record in records], bool)
-    there = np.flatnonzero(~no_picture)
+    there = np.flatnonzero(~no_picture).tolist()
     damaged = np.zeros(len(records), bool)
     problems = dict(
         zip(there, image_problems([records[i].image for i in there], cache), strict=True)

@@ -54,8 +54,10 @@ class Progress:
             get_time=time.perf_counter,
             disable=not self._live,
         )
-        self._task = self._bars.add_task("", total=total, completed=done)
-        self._detail, self._lines, self._start, self._next = "", 0, None, 0.0
+        so_far: Any = done  # rich's annotation says int here and float elsewhere
+        self._task = self._bars.add_task("", total=total, completed=so_far)
+        self._detail, self._lines, self._next = "", 0, 0.0
+        self._start: float | None = None
 
     def update(self, done: float, detail: str = "") -> None:
         """Show that so much is done; `detail` stands beside it until there is another one."""

@@ -26,7 +26,7 @@ def pack_order(lengths: np.ndarray, per_row: int) -> np.ndarray:
     Each text, the longest first, goes to the emptiest row with a free place. N is a multiple of
     `per_row`.
     """
-    rows = [[] for _ in range(len(lengths) // per_row)]
+    rows: list[list[int]] = [[] for _ in range(len(lengths) // per_row)]
     emptiest = [(0, number) for number in range(len(rows))]
     for text in np.argsort(-lengths, kind="stable").tolist():
         total, number = heapq.heappop(emptiest)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -45,7 +46,9 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
     code_path = None
 
     def __init__(self, *, graph: RelationGraph | None = None, about: dict | None = None, **kwargs):
-        self._graph, self._about = graph, about or {}
+        # TFDS makes a builder without a graph to read what another one has prepared.
+        self._graph: Any = graph
+        self._about = about or {}
         self.failure: UserError | None = None
         super().__init__(**kwargs)
 
@@ -168,7 +171,7 @@ class StoredImages:
         return {"_folder": self._folder, "_positions": self._positions}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["_folder"], state["_positions"])
+        StoredImages.__init__(self, state["_folder"], state["_positions"])
 
 
 def folder_of(data_dir: str | Path, name: str, fingerprint: str = "") -> Path:

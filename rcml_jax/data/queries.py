@@ -195,7 +195,7 @@ def _members(graph: RelationGraph, pairs: np.ndarray, items: np.ndarray) -> list
 def _linked_places(graph: RelationGraph, query: int, items: np.ndarray) -> np.ndarray:
     """Places in sorted items of those that are linked to a query under any relation, itself too."""
     if graph.class_links is not None:
-        return np.flatnonzero(graph.linked_any(query, items))
+        return np.flatnonzero(graph.linked_any(np.asarray(query), items))
     near = graph.related_to(query)
     place = np.searchsorted(items, near).clip(max=len(items) - 1)
     return place[items[place] == near]
@@ -242,7 +242,7 @@ def relation_candidates(
     free = len(graph.relations) - np.bincount(graph.links_of(pairs)[0], minlength=len(pairs))
     others = min(candidates, len(graph.relations)) - 1
     if np.all(free < others):
-        others = int(free.max())
+        others = int(np.max(free))
     kept = pairs[free >= others]
     frequency = np.bincount(pairs[:, 2], minlength=len(graph.relations)) / len(pairs)
     drawn = _unlinked(graph, kept, others, frequency, rng)
@@ -526,6 +526,7 @@ def _paired(pairs: np.ndarray) -> np.ndarray:
 
 def _by_class(graph: RelationGraph, items: np.ndarray) -> np.ndarray:
     """(item, relation) of every item whose class is linked to that of another item."""
+    assert graph.class_links is not None  # asked of graphs with class links only
     a, b, e = graph.class_links.T
     count = np.bincount(graph.labels[items], minlength=len(graph.label_names))
     reached = np.zeros((len(graph.relations), len(count)), bool)
@@ -553,7 +554,7 @@ def _partners(
 ) -> scipy.sparse.csr_array:
     """Which items are paired with each query under its relation: (Q, n) bool."""
     both = np.concatenate([pairs, pairs[:, [1, 0, 2]]]).astype(np.int64)
-    base = int(max(both[:, 2].max(initial=0), relation.max())) + 1
+    base = int(max(np.max(both[:, 2], initial=0), relation.max())) + 1
     both = both[np.isin(both[:, 1], items)]
     both = both[np.argsort(both[:, 0] * base + both[:, 2], kind="stable")]
     keys, asked = both[:, 0] * base + both[:, 2], query.astype(np.int64) * base + relation

@@ -180,6 +180,7 @@ class RelationGraph:
 
     def agree(self, a: np.ndarray, b: np.ndarray, relation: np.ndarray | int) -> np.ndarray:
         """Whether items have one value under a relation of attributes: broadcasts → bool."""
+        assert self.attributes is not None  # asked of relations that go by attributes only
         value = self.attributes[a, relation]
         return (value >= 0) & (value == self.attributes[b, relation])
 
@@ -397,7 +398,7 @@ class RelationGraph:
         return self
 
     def _check_class_links(self, check: Callable[[bool, str], None]) -> None:
-        links, top = self.class_links, len(self.label_names)
+        links, top = np.asarray(self.class_links), len(self.label_names)
         check(links.ndim == 2 and links.shape[1] == 3, "class links are not (L, 3)")
         a, b, e = links.T
         check(bool(np.all((a >= 0) & (a <= b) & (b < top))), "a class link is not a <= b")
@@ -684,7 +685,7 @@ def _by_relations(
     relation_split = _draw(rng, count, fractions)
     for split in range(len(SPLITS)):  # one at least: taken from the largest split
         if fractions[split] and not np.any(relation_split == split):
-            largest = np.bincount(relation_split).argmax()
+            largest = np.argmax(np.bincount(relation_split))
             relation_split[np.flatnonzero(relation_split == largest)[0]] = split
     splits = _by_items(graph, item_split, "relation")
     own = relation_split[graph.pairs[:, 2]]

@@ -97,7 +97,8 @@ def load_arrays(path: Path) -> Arrays | None:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a `.npz` file whole or not at all, whatever other processes do."""
     with files.atomic_file(path, shared=True) as file:
-        np.savez(file, **arrays)
+        values: dict[str, Any] = arrays  # or `allow_pickle` might be one of them
+        np.savez(file, **values)
 
 
 # Rows that are slow to compute, kept in a memory-mapped `.npy` as they come.
@@ -107,8 +108,11 @@ _STEP = 1024
 
 
 class _Blocks(Protocol):
-    shape: tuple[int, ...]
-    dtype: type
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
     def __len__(self) -> int: ...
 

@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -215,7 +216,7 @@ class Tokenizer:
         known = [memo.get(text) for text in texts]
         missing = list(dict.fromkeys(t for t, k in zip(texts, known, strict=True) if k is None))
         if not missing:
-            return known
+            return [k for k in known if k is not None]
         encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
         fresh = {
             text: np.array(encoding.ids, np.int32)
@@ -230,7 +231,7 @@ class Tokenizer:
         return {"tokenizer": self._tokenizer.to_str()}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(tokenizers.Tokenizer.from_str(state["tokenizer"]))
+        Tokenizer.__init__(self, tokenizers.Tokenizer.from_str(state["tokenizer"]))
 
 
 class StoredTexts:
@@ -367,7 +368,8 @@ def _siglip_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """SigLIP's SentencePiece model behind what `SiglipTokenizer` does to a text before."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    messages: Any = sentencepiece_model_pb2  # made at its import, which its types leave out
+    model = messages.ModelProto.FromString(path.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, model.trainer_spec.unk_id, False))
     replace = lambda pattern, text: normalizers.Replace(tokenizers.Regex(pattern), text)  # noqa: E731

@@ -103,14 +103,14 @@ def _print_alignment(result: dict, console: Console) -> None:
                 table.add_row(f"{source}, {label.replace('_', '-')}", *cells)
             table.add_section()
         console.print(table)
-    rows = []
+    gaps = []
     for source, found in result["sources"].items():
         gap = found["modality_gap"]
         ranks = ", ".join(f"{gap['effective_rank'][m]:.1f}" for m in ("image", "text"))
-        cells = (f"{gap[name]:.3f}" for name in GAP)
-        rows.append((source, *cells, ranks, ", ".join(gap["collapsed"]) or "no"))
-    header = ("source", *GAP.values(), "rank", "collapsed")
-    console.print(_table("modality gap", header, rows, "rank: effective rank of images, of texts"))
+        values = (f"{gap[name]:.3f}" for name in GAP)
+        gaps.append((source, *values, ranks, ", ".join(gap["collapsed"]) or "no"))
+    titles = ("source", *GAP.values(), "rank", "collapsed")
+    console.print(_table("modality gap", titles, gaps, "rank: effective rank of images, of texts"))
     for source, found in result["sources"].items():
         _print_alignments(source, found, console)
 
@@ -361,7 +361,7 @@ def _error_analysis(
         alone = {name: files.get(f"only {name}") for name in _heads(files["full"])}
         if not alone or not all(path and path.is_file() for path in alone.values()):
             continue
-        right = {name: _right(path) for name, path in alone.items()}
+        right = {name: _right(path) for name, path in alone.items() if path}
         for model, fused in _right(files["full"]).items():
             if all(model in found for found in right.values()):
                 unimodal = {name: found[model] for name, found in right.items()}

@@ -23,7 +23,7 @@ def save_clip(
     config: Any,
     params: Any,
     *,
-    start_id: int,
+    start_id: int | None,
     end_id: int,
     pad_id: int,
     temperature: float,

@@ -10,6 +10,7 @@ sharded inputs, `grad` and `vmap`.
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def m3co(
     samples = jnp.arange(len(clean[0]))
     pairs = list(itertools.permutations(range(len(clean)), 2))
     if block is None:
-        total = 0.0
+        total: Any = 0.0
         for a, b in pairs:
             logits = over_temperature(mixed[a] @ clean[b].T, temperature)
             targets = _mixed_targets(coefficient, samples, partner[a], logits)
@@ -145,7 +146,8 @@ def blocked_bidirectional(
     def parts(index, own):
         rows, rows_valid = own
         both = rows_valid[:, None] & valid[None]
-        total, columns = 0.0, []
+        total: Any = 0.0
+        columns = []
         for logits, targets in compare(index, rows):
             targets = jnp.where(both, targets, 0)
             log_sums = jax.nn.logsumexp(jnp.where(both, logits, lowest(logits.dtype)), axis=1)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def multi_soft_clip(
     weights = [_weights(over_temperature(_gram(x), temperature), valid) for x in units]
     if stop_gradient_targets:
         weights = jax.lax.stop_gradient(weights)
-    total = 0.0
+    total: Any = 0.0
     for a, b in itertools.combinations(range(len(units)), 2):
         # L² has the targets w² on these logits, and L¹ has w¹ on the transposed ones.
         logits = over_temperature(units[a] @ units[b].T, temperature)

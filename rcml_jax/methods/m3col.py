@@ -82,6 +82,7 @@ def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
         if kind == "image":
             set_statistics(found, image_preprocessing_of(model))
         else:
+            assert task.tokenizer is not None  # there is one wherever there are texts
             check_tokenizer(name, found, task.tokenizer)
         return found
     sizes = {"width": model.width, "layers": model.layers, "heads": model.heads}

@@ -221,11 +221,11 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
         )
     fold = np.full(len(data), -1)
     fold[train] = stratified_folds(data.labels[train], config.data.folds, config.data.split_seed)
-    keep, validation = [everything] * len(seeds), {}
+    kept, validation = [everything] * len(seeds), {}
     for place, seed in enumerate(seeds, start=len(seeds)):
         held_out = fold == seed % config.data.folds
-        keep.append(~held_out)
+        kept.append(~held_out)
         validation[place] = np.flatnonzero(held_out)
-    names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
-    models = Models(tuple(names), tuple(range(len(seeds))), validation)
-    return jnp.asarray(np.stack(keep)), 2 * seeds, models
+    names = tuple(f"{fold}-seed{seed}" for fold in ("all", "held-out") for seed in seeds)
+    models = Models(names, tuple(range(len(seeds))), validation)
+    return jnp.asarray(np.stack(kept)), 2 * seeds, models

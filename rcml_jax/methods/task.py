@@ -222,8 +222,8 @@ def tell_sentences_apart(
     if first is None or (known is not None and np.array_equal(first, known)):
         return graph
     names = graph.relation_ids or tuple(map(str, range(len(first))))
-    groups = [np.flatnonzero(first == r) for r in np.unique(first)]
-    groups = [", ".join(repr(names[r]) for r in g) for g in groups if len(g) > 1]
+    alike = [np.flatnonzero(first == r) for r in np.unique(first)]
+    groups = [", ".join(repr(names[r]) for r in g) for g in alike if len(g) > 1]
     problem = (
         f"{len(groups):,} groups of relations have the same first {max_length} tokens, all that "
         f"the text tower takes ({'; '.join(groups[:5])}{'; ...' if len(groups) > 5 else ''})"

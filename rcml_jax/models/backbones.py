@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.models.bert import Bert
@@ -41,7 +42,7 @@ class Backbone:
     prefix: str = ""
 
 
-def _efficientnet(config: EfficientNetConfig, dtype: jnp.dtype, remat: str) -> nn.Module:
+def _efficientnet(config: EfficientNetConfig, dtype: DTypeLike, remat: str) -> nn.Module:
     """It keeps all that it computes: its activations are small, and it is frozen as a rule."""
     del config, remat
     return EfficientNetLite0(dtype=dtype)
@@ -97,7 +98,7 @@ def backbone_of(config: Any) -> Backbone:
     return Backbone(resolve(config.model_type, {}, option, wanted=wanted), config.modality)
 
 
-def build_backbone(config: Any, dtype: jnp.dtype = jnp.float32, remat: str = "") -> nn.Module:
+def build_backbone(config: Any, dtype: DTypeLike = jnp.float32, remat: str = "") -> nn.Module:
     """The tower that a configuration describes."""
     return backbone_of(config).make(config, dtype, remat)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from transformers import BertConfig, RobertaConfig
 
 from rcml_jax.models.clip import check_length, check_sizes, transformer_sizes
@@ -31,7 +32,7 @@ class Bert(nn.Module):
     """
 
     config: BertConfig | RobertaConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     @nn.compact
@@ -83,7 +84,7 @@ class Bert(nn.Module):
 
 class _BertEmbeddings(nn.Module):
     config: BertConfig | RobertaConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, ids: jax.Array, positions: jax.Array, deterministic: bool) -> jax.Array:

@@ -254,7 +254,7 @@ def _safetensors(
     directory: pathlib.Path, weight_map: dict[str, str] | None
 ) -> dict[str, Callable[[], np.ndarray]]:
     """One file, or the shards that the index names, each checked."""
-    by_name = {}
+    by_name: dict[str, Callable[[], np.ndarray]] = {}
     for file in sorted(set(weight_map.values())) if weight_map else [_SINGLE]:
         path = directory / file
         if not path.is_file():

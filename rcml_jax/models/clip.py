@@ -1,10 +1,12 @@
 """CLIP's text and image transformers with the states of all tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from rcml_jax.data.packing import PackedTexts
@@ -38,7 +40,7 @@ LAYER_NAMES = LayerNames(
 
 
 def clip_layers(
-    config: CLIPTextConfig | CLIPVisionConfig, dtype: jnp.dtype, *, causal: bool = False
+    config: CLIPTextConfig | CLIPVisionConfig, dtype: DTypeLike, *, causal: bool = False
 ) -> LayerConfig:
     """The layers of CLIP and SigLIP."""
     return LayerConfig(
@@ -73,7 +75,7 @@ class TextEmbeddings(nn.Module):
     """Token and position embeddings, under CLIP's names."""
 
     config: CLIPTextConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -91,7 +93,7 @@ class PatchEmbeddings(nn.Module):
 
     config: CLIPVisionConfig
     class_token: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -130,7 +132,7 @@ class CLIPText(nn.Module):
     """CLIP's causal text transformer; the parameters are those of `FlaxCLIPTextTransformer`."""
 
     config: CLIPTextConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     @nn.compact
@@ -143,7 +145,7 @@ class CLIPText(nn.Module):
         if isinstance(ids, PackedTexts):
             segments = segment_ids(ids)
             mask, positions = segment_mask(segments), packed_positions(ids, segments)
-            ids = ids.ids
+            ids = jnp.asarray(ids.ids)
         else:
             check_length(ids.shape[1], config.max_position_embeddings)
             positions = jnp.arange(ids.shape[1])[None]
@@ -163,7 +165,7 @@ class CLIPText(nn.Module):
         if isinstance(ids, PackedTexts):
             texts = jnp.arange(ids.ends.shape[1], dtype=jnp.int32)
             mask = segment_ids(ids)[:, None, :] == texts[None, :, None]
-            return TokenStates(states, mask, ids.ends)
+            return TokenStates(states, mask, jnp.asarray(ids.ends))
         end = self.config.eos_token_id
         end = jnp.argmax(ids if end == LEGACY_EOS else ids == end, axis=1).astype(jnp.int32)
         mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] <= end[:, None]
@@ -174,7 +176,7 @@ class CLIPVision(nn.Module):
     """CLIP's image transformer; the parameters are those of `FlaxCLIPVisionTransformer`."""
 
     config: CLIPVisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     @nn.compact
@@ -247,7 +249,7 @@ def small_clip_config(
 
 def transformer_sizes(width: int, layers: int, heads: int, dropout: float | None = None) -> dict:
     """Names and values as CLIP's, ViT's and BERT's configurations take them."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,

@@ -321,8 +321,16 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _DTYPES = {"FloatStorage": "<f4", "LongStorage": "<i8"}
 # What the reading of a file of another content or form raises.
-_MALFORMED = (pickle.UnpicklingError, struct.error, EOFError, ArithmeticError, AttributeError)
-_MALFORMED += (LookupError, TypeError, ValueError)
+_MALFORMED = (
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 class _Tensor(NamedTuple):

@@ -128,8 +128,10 @@ def _joint(name: str, modality: str, layer: str) -> Tower:
     model, projected = TwoTowers(config), layer == "projected"
 
     def embed(params, *inputs):
-        options = {"projected": projected, "method": f"{modality}_states"}
-        return model.apply({"params": params}, inputs[0], **options).pooled
+        found: Any = model.apply(
+            {"params": params}, inputs[0], projected=projected, method=f"{modality}_states"
+        )
+        return found.pooled
 
     return Tower(
         modality,
@@ -162,7 +164,7 @@ def _transformer(name: str, modality: str, kind: str, pooling: str) -> Tower:
     mean = pooling == "mean" or (text and pooling == "auto" and read_pooling(name) == "mean")
 
     def embed(params, *inputs):
-        states = model.apply({"params": params}, *inputs, method="tokens")
+        states: Any = model.apply({"params": params}, *inputs, method="tokens")
         if not mean:
             return states[:, 0]
         mask = inputs[1] if modality == "text" else jnp.ones(states.shape[:2])

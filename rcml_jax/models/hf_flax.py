@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
@@ -40,7 +41,7 @@ class HFText(nn.Module):
     """`FlaxCLIPTextTransformer` with the methods and parameters of `CLIPText`."""
 
     config: Any
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Create the transformer, whose parameters lie directly under this module."""
@@ -57,14 +58,14 @@ class HFText(nn.Module):
             raise UserError(
                 "config.model.towers=hf takes one text a row; set config.batch.texts_per_row to 1"
             )
-        return CLIPText.token_states(self, ids, project)
+        return CLIPText.token_states(cast(CLIPText, self), ids, project)
 
 
 class HFVision(nn.Module):
     """`FlaxCLIPVisionTransformer` with the methods and parameters of `CLIPVision`."""
 
     config: Any
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Create the transformer, whose parameters lie directly under this module."""
@@ -80,4 +81,4 @@ class HFVision(nn.Module):
 
     def token_states(self, pixels: jax.Array, project: Callable) -> TokenStates:
         """As `CLIPVision.token_states`."""
-        return CLIPVision.token_states(self, pixels, project)
+        return CLIPVision.token_states(cast(CLIPVision, self), pixels, project)

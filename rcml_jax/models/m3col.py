@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Dropout that draws no more bits than its rate needs.
 
@@ -52,7 +53,7 @@ class MLP(nn.Module):
 
     widths: tuple[int, ...]
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -73,7 +74,7 @@ class TableEncoder(nn.Module):
 
     widths: tuple[int, ...]
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -111,7 +112,7 @@ class M3CoL(nn.Module):
     hidden: tuple[int, ...]
     unimodal: bool = True
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Create the classifiers."""

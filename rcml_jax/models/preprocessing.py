@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
@@ -54,18 +55,18 @@ def set_statistics(config: Any, found: ImagePreprocessing | None) -> None:
         config.image_statistics = (tuple(found.mean), tuple(found.std))
 
 
-def normalize(pixels: jax.Array, mean: tuple, std: tuple, dtype: jnp.dtype) -> jax.Array:
+def normalize(pixels: jax.Array, mean: tuple, std: tuple, dtype: DTypeLike) -> jax.Array:
     """uint8 images (n, H, W, 3) by mean and deviation of values in [0, 1]; floats as they are."""
     if pixels.dtype == jnp.uint8:
-        mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
-        pixels = (pixels.astype(jnp.float32) / 255.0 - mean) / std
+        shift, scale = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
+        pixels = (pixels.astype(jnp.float32) / 255.0 - shift) / scale
     return pixels.astype(dtype)
 
 
 # Images
 
 # Defaults of the processors that transformers has for these towers, where a file leaves them out.
-_CLIP_DEFAULTS = {
+_CLIP_DEFAULTS: dict[str, Any] = {
     "size": {"shortest_edge": 224},
     "crop_size": 224,
     "do_center_crop": True,
@@ -73,14 +74,14 @@ _CLIP_DEFAULTS = {
     "image_mean": CLIP_STATISTICS[0],
     "image_std": CLIP_STATISTICS[1],
 }
-_SQUARE_DEFAULTS = {
+_SQUARE_DEFAULTS: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
     "do_center_crop": False,
     "resample": _BILINEAR,
     "image_mean": HALF_STATISTICS[0],
     "image_std": HALF_STATISTICS[1],
 }
-_PROCESSORS = {
+_PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP_DEFAULTS,
     "ChineseCLIP": _CLIP_DEFAULTS,
     "Bit": _CLIP_DEFAULTS,
@@ -158,6 +159,7 @@ def image_preprocessing(
     resample = options["resample"]
     if resample not in _RESAMPLE:
         raise refuse(f"resizes with resample={resample!r}")
+    crop: int | None
     side, squash = _resized(options["size"], kind in ("CLIP", "ChineseCLIP", "Bit", "ConvNext"))
     if side is None:
         raise refuse(f"resizes to size={options['size']!r}")
@@ -245,11 +247,11 @@ def preprocessing_of(
     if written is None:
         return {"image": None, "pooling": ""}
     if written:
-        image = dict(written.image)
-        if image:
-            image |= {name: tuple(image[name]) for name in ("mean", "std")}
+        own = dict(written.image)
+        if own:
+            own |= {name: tuple(own[name]) for name in ("mean", "std")}
         return {
-            "image": ImagePreprocessing(**image) if image else None,
+            "image": ImagePreprocessing(**own) if own else None,
             "pooling": written.pooling,
         }
     found = read_image_preprocessing(*image) if image else None

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from jax.typing import DTypeLike
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.models.relation_pooling import RelationPooling
@@ -23,7 +24,7 @@ class RCML(nn.Module):
 
     config: Any
     pooling: FrozenDict = FrozenDict()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
     implementation: str = ""
 

@@ -5,12 +5,13 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.ops.similarity import l2_normalize
 
 
-def _identity(key, shape, dtype=jnp.float32):
+def _identity(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     del key
     return jnp.eye(*shape, dtype=dtype)
 
@@ -44,7 +45,7 @@ class RelationPooling(nn.Module):
     learn_summary_prior: bool = False
     gate: bool = False
     head_init: str = "identity"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Create W_Q, W_K, W_V, W_o and, where they are asked for, W_G and the prior."""
@@ -62,7 +63,7 @@ class RelationPooling(nn.Module):
             self.scale = self.param("gate", nn.initializers.zeros, shape, jnp.float32)
         if self.learn_summary_prior:
             prior = jnp.float32(self.summary_prior)
-            self.prior = self.param("summary_prior", lambda _: prior)
+            self.prior: jax.Array | float = self.param("summary_prior", lambda _: prior)
         else:
             self.prior = self.summary_prior
 

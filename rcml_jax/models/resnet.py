@@ -74,6 +74,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Feature map (n, H, W, c) → (n, ⌈H / stride⌉, ⌈W / stride⌉, width)."""
         width, stride = self.width, self.stride
+        shapes: tuple[tuple[str, int, int, int], ...]
         if self.config.layer_type == "bottleneck":
             first, second = (stride, 1) if self.config.downsample_in_bottleneck else (1, stride)
             inner = width // 4

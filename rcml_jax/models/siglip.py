@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from transformers import SiglipTextConfig, SiglipVisionConfig
 
 from rcml_jax.models.clip import (
@@ -28,7 +29,7 @@ class SiglipText(nn.Module):
     """
 
     config: SiglipTextConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     def setup(self):
@@ -78,7 +79,7 @@ class PoolingHead(nn.Module):
     """SigLIP's attention pooling: one learned probe attends to all tokens, then an MLP."""
 
     config: SiglipVisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Create the probe and the layers under the checkpoints' names."""
@@ -114,7 +115,7 @@ class _PackedProjections(nn.Module):
     """The projections of PyTorch's `MultiheadAttention`: queries, keys and values in one matrix."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def setup(self):
         init = nn.initializers.xavier_uniform()
@@ -127,7 +128,7 @@ class _PackedProjections(nn.Module):
 
 class _MLP(nn.Module):
     config: SiglipVisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -145,7 +146,7 @@ class SiglipVision(nn.Module):
     """
 
     config: SiglipVisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     def setup(self):

@@ -64,7 +64,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 + 0.5 * jnp.tanh(0.851 * x))
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
@@ -265,7 +265,8 @@ class Layer(nn.Module):
         return mlp_norm(x + transform(x))
 
 
-def _scope(scope: Scope, path: tuple[str, ...]) -> Scope:
+# Any: a module's `parent` may be a scope, which Flax's annotation of it leaves out.
+def _scope(scope: Any, path: tuple[str, ...]) -> Any:
     """The scope at a path below another one, so that a module can lie deeper than its caller."""
     for name in path:
         scope = scope.push(name, reuse=True)
@@ -322,10 +323,10 @@ def check_remat(remat: str) -> str:
 
 def _rematerialized(layer: Layer, policy: Callable[..., Any], deterministic: bool) -> Callable:
     """The call of a bound layer whose backward pass computes again what the policy drops."""
-    scope = layer.scope
+    scope: Any = layer.scope
 
     def pure(variables: dict, rngs: dict, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        inner = Scope(variables, rngs, path=scope.path, flags=scope.flags)
+        inner: Any = Scope(variables, rngs, path=scope.path, flags=scope.flags)
         return Layer(layer.config, parent=inner)(x, mask, deterministic)
 
     call = _checkpoint(pure, policy)

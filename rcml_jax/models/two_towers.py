@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from transformers import CLIPConfig, SiglipConfig
 
 from rcml_jax.data.gates import checkpoint_name
@@ -34,7 +35,7 @@ class PairConfig:
 
 
 #: What describes two towers: CLIP's or SigLIP's own, or a pair.
-TowersConfig = CLIPConfig | SiglipConfig | PairConfig
+TowersConfig: TypeAlias = CLIPConfig | SiglipConfig | PairConfig
 
 
 class TwoTowers(nn.Module):
@@ -49,7 +50,7 @@ class TwoTowers(nn.Module):
     """
 
     config: TowersConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
     implementation: str = ""
 
@@ -58,8 +59,8 @@ class TwoTowers(nn.Module):
         config = self.config
         text, vision = config.text_config, config.vision_config
         if self.implementation == "hf":
-            self.text_model = HFText(text, self.dtype)
-            self.vision_model = HFVision(vision, self.dtype)
+            self.text_model: nn.Module = HFText(text, self.dtype)
+            self.vision_model: nn.Module = HFVision(vision, self.dtype)
         else:
             self.text_model = build_backbone(text, self.dtype, self.remat)
             self.vision_model = build_backbone(vision, self.dtype, self.remat)
@@ -131,7 +132,7 @@ def _same(states: jax.Array) -> jax.Array:
 
 def build_towers(
     config: TowersConfig,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: str = "",
     implementation: str = "",
 ) -> TwoTowers:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from transformers import ViTConfig
 
 from rcml_jax.models.clip import check_image, check_sizes, transformer_sizes
@@ -32,7 +33,7 @@ class ViT(nn.Module):
     """
 
     config: ViTConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     @nn.compact
@@ -86,7 +87,7 @@ def _init(config: ViTConfig) -> Callable:
 
 class _ViTEmbeddings(nn.Module):
     config: ViTConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, pixels: jax.Array, deterministic: bool) -> jax.Array:
@@ -103,7 +104,7 @@ class _ViTEmbeddings(nn.Module):
 
 class _PatchEmbeddings(nn.Module):
     config: ViTConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:

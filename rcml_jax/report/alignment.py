@@ -18,7 +18,7 @@ _HEIGHT = 2.7  # inches of one of several panels
 
 
 def draw(
-    result: dict, arrays: Mapping[str, np.ndarray], directory: pathlib.Path
+    result: Mapping[str, Any], arrays: Mapping[str, np.ndarray], directory: pathlib.Path
 ) -> list[pathlib.Path]:
     """Write `similarities.svg`, `gap.svg` and `plane.svg` into a directory, made if need be.
 
@@ -54,7 +54,7 @@ def _grid(figure: Any, sources: list[str]) -> list[Any]:
     return list(axes[: len(sources)])
 
 
-def _histograms(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
+def _histograms(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     sources = list(result["sources"])
     for axis, source in zip(_grid(figure, sources), sources, strict=True):
         edges = arrays[f"{source}/edges"]
@@ -67,7 +67,7 @@ def _histograms(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> 
     page.below(figure, *axis.get_legend_handles_labels(), columns=2)
 
 
-def _gap(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
+def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     del arrays
     axis = figure.subplots()
     for number, (name, (marker, colour)) in enumerate(_CALIBRATIONS.items()):
@@ -99,7 +99,7 @@ def _recall(found: dict) -> float:
     return 50 * (found["image_to_text"]["r@1"] + found["text_to_image"]["r@1"])
 
 
-def _planes(figure: Any, result: dict, arrays: Mapping[str, np.ndarray]) -> None:
+def _planes(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     sources = list(result["sources"])
     grid = figure.subplots(len(sources), 2, squeeze=False)
     for row, source in zip(grid, sources, strict=True):

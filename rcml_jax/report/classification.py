@@ -1,5 +1,6 @@
 """The figures of M3CoL and its ablations."""
 
+import functools
 import math
 import pathlib
 import re
@@ -223,7 +224,7 @@ def _accuracies(line: Mapping[str, float]) -> dict[str, list[float]]:
     return {split: list(values.values()) for split, values in found.items()}
 
 
-def _epoch(run: Run, step: int) -> float:
+def _epoch(run: Run, step: float) -> float:
     """The epoch of a step; NaN where the run does not count epochs or was not evaluated."""
     steps, epochs = at(run.result or {}, "protocol/steps"), run.config.get("epochs", 0)
     return step * epochs / steps if steps and epochs and not run.config.steps else math.nan
@@ -337,7 +338,7 @@ def section(
     figures += make.heat_maps()
     figures.append(folder.attempt("Confidence on random inputs", make.confidence))
     figures += [
-        folder.attempt("Error analysis", lambda sweep=sweep: _errors(folder, sweep))
+        folder.attempt("Error analysis", functools.partial(_errors, folder, sweep))
         for sweep in sweeps
     ] or [Figure("Error analysis", left_out=_NO_SWEEP)]
     return Section(f"Multimodal classification: {make.runs[0].dataset}", tuple(figures))

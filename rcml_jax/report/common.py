@@ -268,7 +268,7 @@ def varied_option(sweep: Sweep) -> tuple[str, dict[str, float]] | None:
     ]
     if len(differ) != 1 or len(flat) < 3:
         return None
-    values = {label: options.get(differ[0]) for label, options in flat.items()}
+    values: dict[str, Any] = {label: options.get(differ[0]) for label, options in flat.items()}
     if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values.values()):
         return None
     return differ[0], {label: float(value) for label, value in values.items()}
@@ -287,7 +287,7 @@ def against_option(sweep: Sweep, values: Mapping[str, float]) -> dict[str, Any]:
     rows = [
         (panel, values[label], name, *spread)
         for panel, measures in panels.items()
-        for label in sorted(values, key=values.get)
+        for label in sorted(values, key=values.__getitem__)
         for name, path in measures.items()
         for spread in _spread(sweep.variants[label], path)
     ]
@@ -446,7 +446,8 @@ FAMILIES = {"relational": "relation graphs", "classification": "classification"}
 
 def results(folder: Folder, runs: Sequence[Run]) -> Section:
     """A table of measures for each data set, and one of the options in which the runs differ."""
-    figures, by_data = [], {}
+    figures = []
+    by_data: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         by_data.setdefault((run.family, run.dataset), []).append(run)
     for (family, dataset), found in by_data.items():
@@ -567,7 +568,7 @@ def training(folder: Folder, runs: Sequence[Run]) -> Section:
         if mine:
             title = "Training curves" if len({r.family for r in runs}) == 1 else f"Curves: {what}"
             figures.append(
-                folder.attempt(title, lambda t=title, r=mine, f=family: _curves(folder, t, r, f))
+                folder.attempt(title, functools.partial(_curves, folder, title, mine, family))
             )
     return Section("Training", tuple(figures))
 

@@ -33,7 +33,7 @@ HEAT = "viridis"
 #: Width in inches of a figure, and of one of several side by side: two or three fit a page.
 WIDE, PANEL = 6.2, 4.2
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 12,
     "axes.titlesize": 12,
@@ -246,7 +246,7 @@ def labels(arrays: Arrays, column: str = "run") -> list[str]:
 def where(arrays: Arrays, **cells: str) -> Arrays:
     """Select the rows in which the named columns have these cells."""
     parts = [arrays[name].astype(str) == cell for name, cell in cells.items()]
-    here = np.logical_and.reduce(parts)
+    here = np.all(parts, axis=0)
     return {name: column[here] for name, column in arrays.items()}
 
 
@@ -484,8 +484,9 @@ class _Head(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Called for each start tag."""
         attributes = dict(attrs)
-        if tag == "meta" and "name" in attributes:
-            self.meta[attributes["name"]] = attributes.get("content") or ""
+        name = attributes.get("name")
+        if tag == "meta" and name is not None:
+            self.meta[name] = attributes.get("content") or ""
 
 
 def written_files(path: pathlib.Path) -> list[str] | None:

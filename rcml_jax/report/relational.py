@@ -278,7 +278,7 @@ def _item_with_relations(task: Any, seed: int, wanted: int) -> tuple[int, np.nda
         raise LeftOutError(f"the test split of {task.graph.name} has no pair")
     of_item = np.unique(np.concatenate([pairs[:, [0, 2]], pairs[:, [1, 2]]]), axis=0)
     items, counts = np.unique(of_item[:, 0], return_counts=True)
-    wanted = min(wanted, counts.max())
+    wanted = min(wanted, int(np.max(counts)))
     rng = np.random.default_rng(seed)
     item = int(rng.choice(items[counts >= wanted]))
     drawn = rng.permutation(of_item[of_item[:, 0] == item, 1])[:wanted]
@@ -576,7 +576,7 @@ class _Models:
                 cases = case_studies(opened, table, indices)
         except LeftOutError as error:
             return [Figure(title, left_out=str(error))]
-        by_outcome = {"success": [], "failure": []}
+        by_outcome: dict[str, list[dict]] = {"success": [], "failure": []}
         for case in cases:
             by_outcome[case["outcome"]].append(case)
         return [
@@ -642,7 +642,9 @@ class _Models:
 
     def cost(self) -> Figure:
         """The table of latency and parameters: the runs whose models differ."""
-        opened, skipped, known = [], [], {}
+        opened: list[Any] = []
+        skipped: list[str] = []
+        known: dict[str, Any] = {}
         for run in (self.first, *self.others):
             config = run.config
             # What makes no difference to the model, as a seed, is no second row.

@@ -38,7 +38,7 @@ class Run:
     label: str
     path: pathlib.Path
     config: Any
-    result: Mapping[str, Any] | None
+    result: Any
 
     @property
     def family(self) -> str:

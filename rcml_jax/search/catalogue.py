@@ -15,7 +15,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -92,7 +92,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
     device = sharding.first_local(sharding.pick_devices(config.platform))
     params = read_params(workdir)
     with jax.default_device(device):
-        method = build(config, workdir)
+        method: Any = build(config, workdir)
         about = {
             "workdir": str(workdir.resolve()),
             "method": config.method,
@@ -145,9 +145,9 @@ def embed_catalogue(
                     "embedded; embedding these anew"
                 )
             parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
-            for rows, pictures in _read_ahead(items, parts, framing, pool):
-                _problems(items, rows, pictures, strict)
-                writer.rewrite(rows, *_embed(embedder, items, rows, pictures, framing.size))
+            for part, pictures in _read_ahead(items, parts, framing, pool):
+                _problems(items, part, pictures, strict)
+                writer.rewrite(part, *_embed(embedder, items, part, pictures, framing.size))
             if stale:
                 writer.refresh()
             for rows, pictures in _read_ahead(items, chunks, framing, pool):
@@ -269,20 +269,23 @@ def _sentences(intra: str, relations: Sequence[str]) -> tuple[str, ...]:
 # Embedding
 
 _Picture = np.ndarray | str | None
+_Chunk = TypeVar("_Chunk", bound=Sequence[int])
 
 
 def _read_ahead(
-    items: Items, chunks: Sequence[Sequence[int]], framing: Framing, pool: ThreadPoolExecutor
-) -> Iterator[tuple[Sequence[int], list[_Picture]]]:
+    items: Items, chunks: Sequence[_Chunk], framing: Framing, pool: ThreadPoolExecutor
+) -> Iterator[tuple[_Chunk, list[_Picture]]]:
     """Each chunk with its pictures, while those of the next are read."""
     waiting = None
     for chunk in (*chunks, None):
         reading = (
-            None if chunk is None else [pool.submit(_picture, items, i, framing) for i in chunk]
+            None
+            if chunk is None
+            else (chunk, [pool.submit(_picture, items, i, framing) for i in chunk])
         )
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
-        waiting = chunk, reading
+        waiting = reading
 
 
 def _picture(items: Items, index: int, framing: Framing) -> _Picture:
@@ -338,7 +341,7 @@ def _embed(
         blocks["text"] = embedder.text(texts)
     if has["image"].any():
         batch = np.zeros((padded, size, size, 3), np.uint8)
-        for row in np.flatnonzero(has["image"]):
+        for row in np.flatnonzero(has["image"]).tolist():
             batch[row] = pictures[row]
         blocks["image"] = embedder.image(batch)
     blocks = {name: np.asarray(block, np.float32)[:, :n] for name, block in blocks.items()}
@@ -374,6 +377,7 @@ def _embed_query(
             if not text.strip():
                 raise UserError("the text is empty; give some words")
             return {"text": np.asarray(embedder.text([argument_text(text)])[-1, 0], np.float32)}
+        assert image is not None  # `related` takes one of the two
         try:
             batch = pixels(read_file(user_path(image)), model.method.task.images.framing)
         except DECODE_ERRORS as error:

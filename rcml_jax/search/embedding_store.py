@@ -37,6 +37,7 @@ _LOCK = ".lock"
 #: What a kill may leave before there is a manifest.
 _OF_THE_START = (f"{_MANIFEST}.part", _LOCK, f"{_LOCK}.json", f"{_LOCK}.json.part")
 _EXAMPLES = 5
+_KEYS: tuple[str, ...]
 _KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype", "shard")
 _KEYS += ("done", "problems", "stale")
 
@@ -309,10 +310,11 @@ def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
 
 def _read_items(directory: pathlib.Path, manifest: dict) -> Items:
     rows = _read_rows(directory, manifest)
-    columns = [tuple(row[name] for row in rows) for name in ("id", "text", "image")]
+    columns = (tuple(row[name] for row in rows) for name in ("id", "text", "image"))
+    ids, texts, names = columns
     if manifest["root"] is None:
-        return Items(*columns, read=_not_a_file)
-    return from_names(*columns, pathlib.Path(manifest["root"]))
+        return Items(ids, texts, names, read=_not_a_file)
+    return from_names(ids, texts, names, pathlib.Path(manifest["root"]))
 
 
 def _read_rows(directory: pathlib.Path, manifest: dict) -> list[dict]:

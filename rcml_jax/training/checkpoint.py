@@ -240,11 +240,14 @@ def read_params(workdir: pathlib.Path | str, step: int | str = "best") -> Any:
         )
     checkpoints = Checkpoints(pathlib.Path(workdir))
     try:
+        number: int | None
         if isinstance(step, str):
-            step = checkpoints.latest() if step == "latest" else checkpoints.best()
-        if step is None:
+            number = checkpoints.latest() if step == "latest" else checkpoints.best()
+        else:
+            number = step
+        if number is None:
             raise UserError(f"{directory} holds no whole checkpoint; train first, or let it finish")
-        return checkpoints.restore_params(step)
+        return checkpoints.restore_params(number)
     except UserError as error:
         # What is being written or replaced is not damaged.
         if other := files.holder(pathlib.Path(workdir) / LOCK):

@@ -60,7 +60,7 @@ def _split_rows(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.concatenate([words, jnp.broadcast_to(data[_WORDS:], (*shape, 3))], axis=-1)
 
 
-def _fold_in(data: jax.Array, number: jax.Array) -> jax.Array:
+def _fold_in(data: jax.Array, number: jax.Array | int) -> jax.Array:
     words = jax.random.key_data(jax.random.fold_in(_threefry(data), number))
     return jnp.concatenate([words, data[_WORDS:]])
 

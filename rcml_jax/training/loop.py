@@ -48,8 +48,8 @@ class Prefetched(grain.DatasetIterator):
     def __init__(self, data: grain.DatasetIterator, put: Callable[[Any], Any]):
         super().__init__()
         self._data, self._put = data, put
-        self._ahead: tuple[Any, Exception | None] | None = None
-        self._place: dict | None = None
+        self._ahead: Any = None  # (batch, what loading it raised)
+        self._place: Any = None
 
     def fetch(self) -> None:
         """Load the next batch and start its transfer, unless that is done already.
@@ -383,7 +383,7 @@ class Run:
     @_HOST
     def _validate(self, step: int) -> None:
         metrics = self.method.validate(self.devices.local(self.state.params))
-        value = metrics
+        value: Any = metrics
         for name in self.method.selection.split("/"):
             value = value[name]
         self.writer.write(step, "validation", metrics)

@@ -133,7 +133,7 @@ def observe(config: Any, opt_state: Any, measure: float) -> Any:
     looks in a row are exceeded without a better one (ReduceLROnPlateau of PyTorch, mode max); under
     any other the state stays as it is.
     """
-    reducer = _reducer(config) if config.get("schedule", "cosine") == "plateau" else None
+    reducer: Any = _reducer(config) if config.get("schedule", "cosine") == "plateau" else None
 
     def one(state: Any) -> Any:
         if not _is_plateau(state):

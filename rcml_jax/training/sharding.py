@@ -322,7 +322,11 @@ def _put(x: Any, sharding: NamedSharding, copies: int = 0) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-PARALLEL = {"jit": ShardedJit, "pmap": Pmap, "fsdp": FullyShardedJit}
+PARALLEL: dict[str, type[ShardedJit] | type[Pmap]] = {
+    "jit": ShardedJit,
+    "pmap": Pmap,
+    "fsdp": FullyShardedJit,
+}
 
 
 def build(name: str, devices: list[jax.Device], in_place: bool = False) -> ShardedJit | Pmap:

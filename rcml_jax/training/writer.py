@@ -12,7 +12,7 @@ from rcml_jax.training.sharding import is_primary
 
 def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
     """Nested metrics → slash-separated names; what is no number is left out."""
-    flat = {}
+    flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}/")

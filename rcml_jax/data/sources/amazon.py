@@ -58,7 +58,7 @@ def local_pictures(directory: Path) -> dict[str, Path]:
     """The pictures of a folder by their names without the ending; none where there is no folder."""
     if not directory.is_dir():
         return {}
-    found = {}
+    found: dict[str, Path] = {}
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             stem, ending = os.path.splitext(entry.name)
@@ -315,7 +315,7 @@ def _public(folder: Path, domain: str) -> _Source:
     """Published files do not change: the address is their state, and they may be deleted later."""
     names = f"{domain}.jsonl.gz", f"meta_{domain}.jsonl.gz"
     urls = [f"{SOURCE}/{kind}/{name}" for kind, name in zip(_FOLDERS, names, strict=True)]
-    return _Source(*(folder / name for name in names), {}, urls, urls)
+    return _Source(folder / names[0], folder / names[1], {}, urls, urls)
 
 
 def _build(

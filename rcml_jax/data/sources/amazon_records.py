@@ -5,6 +5,7 @@ are read. Reviews name an item by `asin` (one variant, say a size) and by `paren
 is the item's id here.
 """
 
+import functools
 import gzip
 import hashlib
 import html
@@ -15,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -106,9 +107,10 @@ def malformed(path: Path, number: int, problem: str, counts: Counter, strict: bo
     counts["malformed"] += 1
 
 
-def parse_review(record: dict) -> Review | None:
+def parse_review(record: dict[str, Any]) -> Review | None:
     """A review from either view and spelling; None if it does not tell the user or the item."""
-    user, item = record.get("user_id"), record.get("parent_asin")
+    user: Any = record.get("user_id")
+    item: Any = record.get("parent_asin")
     if not (_is_id(user) and _is_id(item)):
         return None
     return Review(
@@ -126,7 +128,7 @@ def parse_item(record: dict, check: Callable[[str], str] = replaced) -> Item | N
     HTML entities in the title and the categories become the characters that they stand for. check:
     what these go through, such as a `TextGate`.
     """
-    key = record.get("parent_asin")
+    key: Any = record.get("parent_asin")
     if not _is_id(key):
         return None
     categories = record.get("categories")
@@ -188,7 +190,7 @@ def identity(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _open(path: Path) -> io.BufferedReader:
+def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
     return path.open("rb", _BUFFER)
@@ -305,7 +307,7 @@ def read_items(
     problems: Counter[str] = Counter()
     gate = TextGate(strict)
     for number, record in records(path, problems, strict=strict):
-        key = record.get("parent_asin")
+        key: Any = record.get("parent_asin")
         if not _is_id(key):
             malformed(path, number, "no parent_asin", problems, strict)
             continue
@@ -313,7 +315,9 @@ def read_items(
         if i is None:
             continue
         where = f"{path}, line {number}"
-        item = parse_item(record, lambda text, where=where: gate(text, where))
+        check = functools.partial(gate, where=where)
+        item = parse_item(record, check)
+        assert item is not None  # it has an id
         if strict:
             _check(item, pictured, where)
         known = found[i]
@@ -383,7 +387,7 @@ def categories_of(items: Sequence[Item]) -> tuple[list[str], str]:
     usable = [(word, n) for word, n in count.items() if 1 < n <= titled / 2]
     rank = dict(sorted(usable, key=lambda x: (-x[1], x[0]))[:_MOST_WORDS])
     own = [[word for word in mine if word in rank] for mine in words]
-    return [max(mine, key=rank.get, default="") for mine in own], WORDS
+    return [max(mine, key=rank.__getitem__, default="") for mine in own], WORDS
 
 
 def _check(item: Item, pictured: Container[str], where: str) -> None:

@@ -417,8 +417,8 @@ def _read_classes(root: Root) -> dict[int, _Class]:
                 f"{where}: '{number}' and '{kind_number}' are not the numbers of a new class and "
                 "its kind; take the published file."
             )
-        words = (value.replace("-", " ") for value in (name, kind))
-        classes[int(number)] = _Class(*words, int(kind_number), description, where)
+        words = [value.replace("-", " ") for value in (name, kind)]
+        classes[int(number)] = _Class(words[0], words[1], int(kind_number), description, where)
     if not classes:
         raise UserError(f"{file} lists no product; take the published file.")
     return classes
@@ -544,7 +544,7 @@ def _fingerprint(root: Root, listed: list[_Photograph], strict: bool) -> str:
         digest.update(_bytes(root, row.description, row.where))
     for photograph in listed:
         file = _file(root, photograph.path)
-        if file is not None and file.is_file():  # else `read` will say so
+        if isinstance(file, Path) and file.is_file():  # else `read` will say so
             stat = file.stat()
             digest.update(f"{photograph.path} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()

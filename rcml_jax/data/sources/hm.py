@@ -24,7 +24,7 @@ import datetime
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -323,7 +323,7 @@ def _malformed(where: str, problem: str, kind: str, counts: Counter, strict: boo
     counts[f"malformed {kind}"] += 1
 
 
-def _check_columns(path: Path, header: Sequence[str], wanted: Sequence[str]) -> None:
+def _check_columns(path: Path, header: Sequence[str], wanted: Iterable[str]) -> None:
     for name in wanted:
         if name not in header:
             raise UserError(f"{path} has no column '{name}'; take the published file.")
@@ -440,14 +440,14 @@ def load(
         if name not in ("strict", "seed") and value < 1:
             raise UserError(f"{name}={value} must be at least 1.")
     root = user_path(path)
-    files = [_file(root, name) for name in ("articles.csv", "transactions_train.csv")]
+    articles, bought = (_file(root, name) for name in ("articles.csv", "transactions_train.csv"))
     photographs = find_photographs(root)
     pictures = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
-    state = [[file_state(file) for file in files], pictures]
+    state = [[file_state(articles), file_state(bought)], pictures]
     return prepared.load_or_prepare(
         user_path(cache),
         NAME,
-        lambda: _build(*files, photographs, options, log or log_line),
+        lambda: _build(articles, bought, photographs, options, log or log_line),
         fingerprint=digest([RECIPE, _LARGEST_SIDE, options, state]),
         log=log,
         description=(
@@ -487,7 +487,9 @@ def _build(
         raise UserError(
             f"No article of {articles_file} has a photograph that can be decoded; add images/."
         )
-    graph = _graph(articles, [pictures[i] for i in chosen], chosen, bought, options)
+    graph = _graph(
+        articles, [picture for picture in pictures if picture is not None], chosen, bought, options
+    )
     total, customers, empty = (
         counts.pop(name, 0)
         for name in ("transactions", "customers", "articles without a description")
@@ -549,8 +551,8 @@ def _graph(
     used = [relation for relation, part in enumerate(parts) if len(part)]
     if not used:
         raise UserError("No two of these articles are linked; give a larger part of the data.")
-    pairs = [np.insert(parts[r], 2, number, axis=1) for number, r in enumerate(used)]
-    pairs, pair_split = normalize_pairs(np.concatenate(pairs))
+    numbered = [np.insert(parts[r], 2, number, axis=1) for number, r in enumerate(used)]
+    pairs, pair_split = normalize_pairs(np.concatenate(numbered))
     names, label = _numbered(columns[LABEL])
     present = np.unique(label[chosen])
     present = present[present >= 0]
@@ -584,7 +586,7 @@ def _purchase_relations(
     """Sentences of the kinds of customers and of the same day; the item pairs (P, 2) of each."""
     place = np.full(len(categories), -1, np.int32)
     place[chosen] = np.arange(len(chosen))
-    caps = {
+    caps: dict[str, Any] = {
         "items": len(chosen),
         "per_user": options.pairs_per_user,
         "per_item": options.pairs_per_item,

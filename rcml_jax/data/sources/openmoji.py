@@ -212,11 +212,11 @@ def pairs_of_respects(emoji: Sequence[Emoji]) -> np.ndarray:
     }
     found = {name: _sharing(values) for name, values in keys.items()}
     last = [name.split()[-1] if _named(name) else "" for name in names]
-    count = Counter(last)
-    last = _sharing([[x] if x and count[x] <= _MOST_FORMS else [] for x in last])
+    times = Counter(last)
+    same_last = _sharing([[x] if x and times[x] <= _MOST_FORMS else [] for x in last])
     main = [p[0] if p else "" for p in paint]
-    other = [bool(main[a] and main[b] and main[a] != main[b]) for a, b in last]
-    found["recoloured"] = last[np.array(other, bool)]
+    other = [bool(main[a] and main[b] and main[a] != main[b]) for a, b in same_last]
+    found["recoloured"] = same_last[np.array(other, bool)]
     count = len(SENTENCES)
     keys_of = [
         (found[name][:, 0] * len(emoji) + found[name][:, 1]) * count + place
@@ -233,7 +233,7 @@ def colours(pixels: np.ndarray) -> list[str]:
     """
     names = list(PALETTE)
     palette = _palette()
-    packed = pixels.reshape(-1, 3).astype(np.int64) @ [65536, 256, 1]
+    packed = pixels.reshape(-1, 3).astype(np.int64) @ np.array([65536, 256, 1])
     packed, count = np.unique(packed, return_counts=True)
     seen = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1)
     distance = np.linalg.norm(_lab(seen)[:, None] - palette, axis=-1)
