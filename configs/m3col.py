@@ -145,7 +145,7 @@ def _is_omics(source: str) -> bool:
 
 
 def _openmoji(config: ml_collections.ConfigDict) -> None:
-    """The group of an emoji from half of its picture and half of the words of its name."""
+    """The group of an emoji from half of its image and half of the words of its name."""
     config.data.patches_hidden = 0.5
     config.data.words_dropped = 0.5
     config.batch.image_shift = 3

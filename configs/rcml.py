@@ -174,7 +174,7 @@ def get_ablations(arg: str = "openmoji") -> dict[str, str]:
 
 
 def _photographs(config: ml_collections.ConfigDict) -> None:
-    """Larger pictures and longer texts; a mirrored photograph shows the same product."""
+    """Larger images and longer texts; a mirrored photograph shows the same product."""
     config.model.image_size = 48
     config.batch.image_shift = 0 if config.model.pretrained else 6
     config.batch.image_flip = not config.model.pretrained

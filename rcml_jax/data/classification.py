@@ -15,7 +15,7 @@ class Modality:
     """One view of every sample.
 
     values: a float32 array (n, features) for a table, n strings for text, and for images an
-    `ItemImages` of n pictures.
+    `ItemImages` of n images.
     """
 
     name: str

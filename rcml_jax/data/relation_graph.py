@@ -17,18 +17,18 @@ INTRA_RELATION = "These two items represent the same product. Align their featur
 
 
 class ItemImages(Protocol):
-    """The pictures of a graph's items, in the order of the items."""
+    """The images of a graph's items, in the order of the items."""
 
     def __len__(self) -> int:
         """Number of items."""
         ...
 
     def __getitem__(self, index: int) -> Image.Image:
-        """The RGB picture of one item, decoded on demand."""
+        """The RGB image of one item, decoded on demand."""
         ...
 
     def encoded(self, index: int) -> bytes:
-        """The PNG or JPEG bytes of one item's picture."""
+        """The PNG or JPEG bytes of one item's image."""
         ...
 
 

@@ -200,11 +200,11 @@ def collator(
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked_under(anchor, positive, relations)
-        pictures = images(items)
+        pixels = images(items)
         if augment is not None:
-            pictures = augment(pictures, np.random.default_rng(plan["noise"]))
+            pixels = augment(pixels, np.random.default_rng(plan["noise"]))
         if texts_per_row > 1:
-            pictures = _in_rows(pictures, texts_per_row)
+            pixels = _in_rows(pixels, texts_per_row)
         drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
         relation_ids, _ = tokenizer.encode([sentence(r, k) for r, k in drawn], max_length)
         more = {}
@@ -212,7 +212,7 @@ def collator(
             rng = np.random.default_rng([*plan["noise"], 1])
             more["sentence_noise"] = sentence_noise(rng, len(relations))
         return {
-            "items": {"ids": ids, "images": pictures},
+            "items": {"ids": ids, "images": pixels},
             "shared": more
             | {
                 "relation_ids": relation_ids,

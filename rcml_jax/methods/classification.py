@@ -113,18 +113,18 @@ class ClassificationTask:
         return self.tokenizer.encode(texts, self.max_length)
 
     def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        pictures, config = self.banks[name](rows), self.config
+        images, config = self.banks[name](rows), self.config
         if rng is not None and (config.batch.image_shift or config.batch.image_flip):
-            pictures = augment(
-                pictures, rng, shift=config.batch.image_shift, flip=config.batch.image_flip
+            images = augment(
+                images, rng, shift=config.batch.image_shift, flip=config.batch.image_flip
             )
         share, patch = config.data.patches_hidden, config.data.patch_size
         if not share:
-            return pictures
+            return images
         if rng is not None:
-            return hide_patches(pictures, rng, share=share, patch=patch)
+            return hide_patches(images, rng, share=share, patch=patch)
         one = functools.partial(hide_patches, share=share, patch=patch)
-        hidden = [one(p[None], self._noise(row)) for p, row in zip(pictures, rows, strict=True)]
+        hidden = [one(p[None], self._noise(row)) for p, row in zip(images, rows, strict=True)]
         return np.concatenate(hidden)
 
     def _noise(self, row: int) -> np.random.Generator:

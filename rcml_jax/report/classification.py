@@ -357,7 +357,7 @@ class _Figures:
         """Accuracy at every look of training."""
         shown = self.runs[:_MOST]
         path, saved = self.folder.save("accuracy-by-epoch.csv", accuracy_by_epoch(shown))
-        pictures = [
+        images = [
             self.folder.draw(
                 f"accuracy-by-epoch-{split}.svg",
                 f"{split} accuracy against the epoch.",
@@ -376,7 +376,7 @@ class _Figures:
             "held out from the models that are scored on them."
             + several
             + (f" The first {_MOST} of {len(self.runs)} runs." if rest > 0 else ""),
-            tuple(pictures),
+            tuple(images),
             data=(path,),
         )
 
@@ -386,7 +386,7 @@ class _Figures:
         with on_device(opened.run.config):
             arrays = embedding_map(opened, self.seed)
         path, saved = self.folder.save("umap.npz", arrays)
-        pictures = [
+        images = [
             self.folder.draw(
                 f"umap-{slug(str(part))}.svg",
                 f"Scatter plot of {part} embeddings by class.",
@@ -401,12 +401,12 @@ class _Figures:
             f"(at most {CLASSES}, the most frequent). Fused: the modalities' "
             "embeddings one after the other, which the fusion classifier is given. Silhouette of "
             "the classes by cosine in the full space, not in the plane.",
-            tuple(pictures),
+            tuple(images),
             data=(path,),
         )
 
     def heat_maps(self) -> list[Figure]:
-        """A picture for each of a few samples, a line in it for each run."""
+        """An image for each of a few samples, a line in it for each run."""
         title = "Words of the class name over the image"
         self.folder.log(title)
         shown, found, reasons = [], [], []
@@ -432,13 +432,13 @@ class _Figures:
         return drawn_samples(opened, self.seed)
 
     def _heat_figure(self, title: str, shown: list[str], found: list[list[dict]]) -> Figure:
-        pictures, files = [], []
+        images, files = [], []
         for number, maps in enumerate(zip(*found, strict=True), 1):
             arrays = {name: maps[0][name] for name in ("class", "words", "row")}
             arrays |= {name: np.stack([m[name] for m in maps]) for name in ("heat", "pixels")}
             path, saved = self.folder.save(f"heat-{number}.npz", arrays | {"runs": shown})
             alt = f"Heat maps of {', '.join(maps[0]['words'])} over an image of {maps[0]['class']}."
-            pictures.append(self.folder.draw(f"heat-{number}.svg", alt, draw_heat, saved))
+            images.append(self.folder.draw(f"heat-{number}.svg", alt, draw_heat, saved))
             files.append(path)
         return Figure(
             title,
@@ -447,7 +447,7 @@ class _Figures:
             "mean over its tokens; bilinear upsampling from the patches to the pixels. The image "
             "is what the model is given. Test samples of different classes, drawn by the seed "
             f"{self.seed}; a line for each run, one colour scale for each sample.",
-            tuple(pictures),
+            tuple(images),
             data=tuple(files),
         )
 
@@ -468,13 +468,13 @@ class _Figures:
             raise LeftOutError(reasons[0])
         path, saved = self.folder.save("confidence.csv", columns(("run", "confidence"), rows))
         alt = "Histograms of the top softmax score."
-        picture = self.folder.draw("confidence.svg", alt, draw_confidence, saved, min(chances))
+        image = self.folder.draw("confidence.svg", alt, draw_confidence, saved, min(chances))
         return Figure(
             "Confidence on random inputs",
             "Top softmax score of the fused prediction where every modality is Gaussian noise with "
             "the mean and variance of the training split (pixels and tables at the input, texts at "
             f"the encoder's output). The lowest possible score is {100 * min(chances):.0f} %.",
-            (picture,),
+            (image,),
             data=(path,),
         )
 

@@ -574,7 +574,7 @@ def training(folder: Folder, runs: Sequence[Run]) -> Section:
 
 def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Figure:
     path, saved = folder.save(f"curves-{family}.csv", curves(runs))
-    names, pictures = labels(saved, "name"), []
+    names, images = labels(saved, "name"), []
     terms = [name for name in names if name.startswith("term/")]
     for name in ("loss", "validation", "learning_rate", *terms):
         if name in names:
@@ -582,7 +582,7 @@ def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Fig
                 f"curve-{family}-{slug(name)}.svg",
                 f"{what(name, family)} against the step.",
             )
-            pictures.append(folder.draw(file, alt, draw_runs, saved, name, family))
+            images.append(folder.draw(file, alt, draw_runs, saved, name, family))
     silent = [run.label for run in runs[:MOST_RUNS] if run.label not in labels(saved)]
     rest = len(runs) - MOST_RUNS
     return Figure(
@@ -591,7 +591,7 @@ def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Fig
         "ring is the best validation. Terms are as the loss has them before their weights."
         + (f" The first {MOST_RUNS} of {len(runs)} runs." if rest > 0 else "")
         + (f" Without a metrics.jsonl: {', '.join(silent)}." if silent else ""),
-        tuple(pictures),
+        tuple(images),
         data=(path,),
     )
 
@@ -619,12 +619,12 @@ def _seeds(sweep: Sweep) -> str:
 def _variants(folder: Folder, found: Sweep, name: str) -> Figure:
     path, saved = folder.save(f"variants-{name}.csv", sweep_measures(found))
     alt = f"Bars of {', '.join(labels(saved, 'measure'))} for each variant."
-    picture = folder.draw(f"variants-{name}.svg", alt, draw_variants, saved)
+    image = folder.draw(f"variants-{name}.svg", alt, draw_variants, saved)
     return Figure(
         f"Variants: {found.label}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}. A run that trains "
         "several seeds at once counts as so many.",
-        (picture,),
+        (image,),
         data=(path,),
     )
 
@@ -632,14 +632,14 @@ def _variants(folder: Folder, found: Sweep, name: str) -> Figure:
 def _against(folder: Folder, found: Sweep, name: str, option: str, values: dict) -> Figure:
     path, saved = folder.save(f"against-{name}.csv", against_option(found, values))
     label = "β of the pooling head (model.beta)" if option == "model.beta" else option
-    pictures = []
+    images = []
     for panel in labels(saved, "panel"):
         file, alt = f"against-{name}-{slug(panel)}.svg", f"{panel} against {option}."
-        pictures.append(folder.draw(file, alt, draw_against, saved, label, panel))
+        images.append(folder.draw(file, alt, draw_against, saved, label, panel))
     what = main_of("retrieval").label if found.family == "relational" else "Accuracy"
     return Figure(
         f"{what} against {'β' if option == 'model.beta' else option}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}.",
-        tuple(pictures),
+        tuple(images),
         data=(path,),
     )

@@ -21,9 +21,9 @@ from rcml_jax.report.page import (
     PERPLEXITY,
     Arrays,
     Figure,
+    FigureImage,
     Folder,
     LeftOutError,
-    Picture,
     Section,
     Table,
     box,
@@ -406,7 +406,7 @@ def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Pa
         right.grid(visible=True, axis="x")
         right.set(xlabel="of a token (%)", xlim=(0, 1.08 * longest))
         sentence = page.wrap(str(arrays["relations"][place]), 40, 2)
-        # Always two lines, so that pictures side by side are of one height.
+        # Always two lines, so that images side by side are of one height.
         figure.suptitle(sentence + "\n " * ("\n" not in sentence), fontsize=11.5)
         return page.save_figure(figure, path)
 
@@ -440,16 +440,16 @@ def section(
 
 
 def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
-    """Runs and their controls: one picture of retrieval, one of the relation tasks."""
+    """Runs and their controls: one image of retrieval, one of the relation tasks."""
     path, saved = folder.save("controls.csv", common.beside_controls(runs))
-    pictures = []
+    images = []
     measures = common.with_controls(runs)
     for number, retrieval in enumerate((True, False), 1):
         names = [m.label for m in measures if m.task.startswith("retrieval") == retrieval]
-        drawn = common.draw_controls(saved, folder.picture(f"controls-{number}.svg"), names)
+        drawn = common.draw_controls(saved, folder.image_path(f"controls-{number}.svg"), names)
         if drawn:
             alt = f"Bars of runs and controls: {', '.join(names)}."
-            pictures.append(Picture(drawn, alt))
+            images.append(FigureImage(drawn, alt))
     bare = [run.label for run in runs if run.label not in saved["row"]]
     return Figure(
         title,
@@ -461,7 +461,7 @@ def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
         "ones are unrelated to the query. Ties count against the model."
         + f" Without controls, so not shown: {', '.join(bare)}."
         * bool(bare),
-        tuple(pictures),
+        tuple(images),
         data=(path,),
     )
 
@@ -482,8 +482,8 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
         path, saved = folder.save(f"{name}.csv", arrays())
         alt = f"Bars: {what} by {', '.join(page.labels(saved, 'group'))}."
         least = chance(main_of(task))
-        picture = folder.draw(f"{name}.svg", alt, common.draw_groups, saved, what, least)
-        return Figure(title, caption, (picture,), data=(path,))
+        image = folder.draw(f"{name}.svg", alt, common.draw_groups, saved, what, least)
+        return Figure(title, caption, (image,), data=(path,))
 
     types = (
         f"The true relation of a test pair among {candidates}: {protocol['relation_type']}. "
@@ -524,7 +524,7 @@ class _Models:
         self.models, self.seed = models, seed
 
     def maps(self, asked: str) -> Figure:
-        """t-SNE of the same items, a picture for each run."""
+        """t-SNE of the same items, an image for each run."""
         first = self.models.open(self.first)
         relation = chosen_relation(first, asked)
         items = chosen_items(first, self.seed)
@@ -541,7 +541,7 @@ class _Models:
                 skipped.append(f"{run.label} was tested on other items")
         arrays = self._map(runs, items, relation)
         path, saved = self.folder.save("map.npz", arrays)
-        pictures = [
+        images = [
             self.folder.draw(
                 f"map-{slug(str(label))}.svg",
                 f"Scatter plot of {len(items)} items of {label}, coloured by kind.",
@@ -552,7 +552,7 @@ class _Models:
         return Figure(
             "The same items under one relation",
             _map_caption(saved, bool(asked)) + "".join(f" Left out: {why}." for why in skipped),
-            tuple(pictures),
+            tuple(images),
             data=(path,),
         )
 
@@ -590,7 +590,7 @@ class _Models:
         ]
 
     def _case_figure(self, title: str, outcome: str, cases: list[dict], any_case: dict) -> Figure:
-        pictures, files = [], []
+        images, files = [], []
         for number, case in enumerate(cases, 1):
             path, saved = self.folder.save(f"case-{outcome}-{number}.npz", case)
             best = case["candidates"][case["order"][-1][0]]
@@ -599,7 +599,7 @@ class _Models:
                 f"first by average: {best}."
             )
             name = f"case-{outcome}-{number}.svg"
-            pictures.append(self.folder.draw(name, alt, draw_case, saved))
+            images.append(self.folder.draw(name, alt, draw_case, saved))
             files.append(path)
         top, count = TOP, len(cases[0]["candidates"])
         return Figure(
@@ -610,17 +610,17 @@ class _Models:
             f"queries {any_case['successes']} have the truth among the top {top} by average (a "
             f"success); these are the first {len(cases)} {_PLURAL[outcome]} in the order drawn. "
             "Ties count against the truth.",
-            tuple(pictures),
+            tuple(images),
             data=tuple(files),
         )
 
     def attention(self) -> Figure:
-        """One picture for each of the relations."""
+        """One image for each of the relations."""
         opened = self.models.open(self.first)
         with on_device(opened.run.config):
             arrays = attention(opened, self.seed)
         path, saved = self.folder.save("attention.npz", arrays)
-        pictures = [
+        images = [
             self.folder.draw(
                 f"attention-{place + 1}.svg",
                 f"Attention over patches and tokens of {saved['item']} under: {sentence}",
@@ -635,8 +635,8 @@ class _Models:
             f"“{saved['item']}” under {len(saved['relations'])} of its relations; item and "
             f"relations are drawn by the seed {self.seed}. The {patches} patches and [CLS] add up "
             f"to 100 %, so do the {tokens} tokens; were all alike, each would have "
-            f"{100 / (patches + 1):.0f} % and {100 / tokens:.0f} %. One scale for all pictures.",
-            tuple(pictures),
+            f"{100 / (patches + 1):.0f} % and {100 / tokens:.0f} %. One scale for all images.",
+            tuple(images),
             data=(path,),
         )
 

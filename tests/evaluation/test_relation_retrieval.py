@@ -201,7 +201,7 @@ def test_collapsed_embeddings_rank_every_wrong_one_first():
 
 
 def test_a_perfect_gallery_and_nan():
-    """Texts and pictures of one direction a class, the query's own class right."""
+    """Texts and images of one direction a class, the query's own class right."""
     classes = TEXTS
     direction = np.eye(10, dtype=np.float32)[classes][None]
     table = EmbeddingTable(ITEMS, direction, direction, units(np.random.default_rng(0), 1, 10))

@@ -43,7 +43,7 @@ class Review(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A product: `title` and `image` (the address of its MAIN picture) are "" where missing."""
+    """A product: `title` and `image` (the address of its MAIN image) are "" where missing."""
 
     id: str
     title: str
@@ -144,7 +144,7 @@ def parse_item(record: dict, check: Callable[[str], str] = replaced) -> Item | N
 
 
 def main_image(images: Any) -> str:
-    """The MAIN picture's address, in high resolution where there is one; "" without any.
+    """The MAIN image's address, in high resolution where there is one; "" without any.
 
     images: a list of objects (raw files), or one object of lists (Hugging Face). Items of Prime
     Video have their widths as keys, such as "720w"; of these the smallest that is wide enough for
@@ -284,7 +284,7 @@ def read_purchases(path: Path, *, strict: bool = False) -> Arrays:
 
 
 def read_items(
-    path: Path, items: np.ndarray, *, strict: bool = False, pictured: Container[str] = ()
+    path: Path, items: np.ndarray, *, strict: bool = False, local: Container[str] = ()
 ) -> Arrays:
     """The records of the items with hashes (N,) uint64, as a stage.
 
@@ -294,7 +294,7 @@ def read_items(
     image counts.
 
     With `strict` an item lacks no record, title, second-level category, or image (unless it is in
-    `pictured`).
+    `local`).
 
     Raises:
       UserError: the file is cut or cannot be read, none of the items is in it, or one that is not
@@ -315,7 +315,7 @@ def read_items(
         where = f"{path}, line {number}"
         item = parse_item(record, lambda text, where=where: gate(text, where))
         if strict:
-            _check(item, pictured, where)
+            _check(item, local, where)
         known = found[i]
         problems["repeated"] += known is not None
         if known is None or (not (known.title and known.image) and item.title and item.image):
@@ -386,10 +386,10 @@ def categories_of(items: Sequence[Item]) -> tuple[list[str], str]:
     return [max(mine, key=rank.get, default="") for mine in own], WORDS
 
 
-def _check(item: Item, pictured: Container[str], where: str) -> None:
+def _check(item: Item, local: Container[str], where: str) -> None:
     lacks = {
         "title": not item.title,
-        "MAIN image": not item.image and item.id not in pictured,
+        "MAIN image": not item.image and item.id not in local,
         "second-level category": not item.category,
     }
     for part, missing in lacks.items():

@@ -442,8 +442,8 @@ def load(
     root = user_path(path)
     files = [_file(root, name) for name in ("articles.csv", "transactions_train.csv")]
     photographs = find_photographs(root)
-    pictures = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
-    state = [[file_state(file) for file in files], pictures]
+    versions = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
+    state = [[file_state(file) for file in files], versions]
     return prepared.load_or_prepare(
         user_path(cache),
         NAME,
@@ -479,15 +479,15 @@ def _build(
 ) -> RelationGraph:
     counts: Counter[str] = Counter()
     articles = read_articles(articles_file, tuple(RESPECTS), counts, strict=options.strict)
-    pictures = _pictures(articles, photographs, counts, options.strict)
+    paths = _photograph_paths(articles, photographs, counts, options.strict)
     log(f"Reading {transactions_file} ({transactions_file.stat().st_size / 1e6:,.1f} MB)")
     bought = read_transactions(transactions_file, articles, counts, strict=options.strict)
-    chosen = np.flatnonzero([picture is not None for picture in pictures])
+    chosen = np.flatnonzero([path is not None for path in paths])
     if not len(chosen):
         raise UserError(
             f"No article of {articles_file} has a photograph that can be decoded; add images/."
         )
-    graph = _graph(articles, [pictures[i] for i in chosen], chosen, bought, options)
+    graph = _graph(articles, [paths[i] for i in chosen], chosen, bought, options)
     total, customers, empty = (
         counts.pop(name, 0)
         for name in ("transactions", "customers", "articles without a description")
@@ -504,13 +504,13 @@ def _build(
     return graph
 
 
-def _pictures(
+def _photograph_paths(
     articles: list[Article], photographs: dict[str, Photograph], counts: Counter, strict: bool
 ) -> list[Path | None]:
     """Each article's photograph, None where there is none or it cannot be decoded."""
     found = [photographs.get(article.id) for article in articles]
     whole = iter(images.decode_problems([functools.partial(read_file, p.path) for p in found if p]))
-    pictures: list[Path | None] = []
+    paths: list[Path | None] = []
     for article, photograph in zip(articles, found, strict=True):
         problem = next(whole) if photograph else "there is no such file"
         name = photograph.path if photograph else f"images/{article.id[:3]}/{article.id}.jpg"
@@ -521,13 +521,13 @@ def _pictures(
             )
         kind = "with a damaged photograph" if photograph else "without a photograph"
         counts[f"articles {kind}"] += bool(problem)
-        pictures.append(None if problem or not photograph else photograph.path)
-    return pictures
+        paths.append(None if problem or not photograph else photograph.path)
+    return paths
 
 
 def _graph(
     articles: list[Article],
-    pictures: list[Path],
+    paths: list[Path],
     chosen: np.ndarray,
     bought: Transactions,
     options: _Options,
@@ -565,7 +565,7 @@ def _graph(
         relations=tuple(sentences[r] for r in used),
         pairs=pairs,
         pair_split=pair_split,
-        images=images.EncodedImages(len(items), lambda index: _encoded(pictures[index])),
+        images=images.EncodedImages(len(items), lambda index: _encoded(paths[index])),
         item_group=product.astype(np.int32),
         attributes=attributes[:, used],
     )
