@@ -116,9 +116,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.vocab_size = 4096
     config.model.max_length = 32
     config.model.beta = 0.6
-    config.model.summary_logit = 1.0
-    config.model.summary_prior = 0.0
-    config.model.learn_summary_prior = False
+    config.model.pooled_logit = 1.0
+    config.model.pooled_prior = 0.0
+    config.model.learn_pooled_prior = False
     config.model.gate = chosen  # beyond the paper
     config.model.head_init = "identity"
 

@@ -235,7 +235,7 @@ MODELS = {
     "siglip": (
         TwoTowers(tiny_siglip(text={"vocab_size": 16, "eos_token_id": 3})), (IDS, None), {}
     ),
-    "rcml": (RCML(CLIP, {"gate": True, "learn_summary_prior": True}), (IDS, IDS, PIXELS), {}),
+    "rcml": (RCML(CLIP, {"gate": True, "learn_pooled_prior": True}), (IDS, IDS, PIXELS), {}),
     "rcml, half": (RCML(CLIP, {"gate": True}, jnp.bfloat16), (IDS, IDS, PIXELS), {}),
     "bert": (build_backbone(bert()), (IDS, MASK), TRAIN),
     "roberta": (build_backbone(roberta()), (IDS, MASK), TRAIN),
@@ -273,7 +273,7 @@ def test_a_model(name):
 # Training steps
 
 RELATIONAL = {
-    "rcml": {"model.learn_summary_prior": True, "loss.learn_temperature": True},
+    "rcml": {"model.learn_pooled_prior": True, "loss.learn_temperature": True},
     "rcml, packed": {"batch.texts_per_row": 2, "loss.block": 2, "batch.sentence_noise": 0.1},
     "clip": {"loss.mask_related": True},
     "siglip": {"loss.learn_temperature": True},

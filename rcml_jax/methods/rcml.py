@@ -30,9 +30,9 @@ class RCMLMethod(RelationalMethod):
             self.towers_config,
             FrozenDict(
                 beta=head.beta,
-                summary_logit=head.summary_logit,
-                summary_prior=head.summary_prior,
-                learn_summary_prior=head.learn_summary_prior,
+                pooled_logit=head.pooled_logit,
+                pooled_prior=head.pooled_prior,
+                learn_pooled_prior=head.learn_pooled_prior,
                 gate=head.gate,
                 head_init=head.head_init,
             ),

@@ -240,7 +240,7 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
 
     The item is drawn by the seed among the test items that have so many relations, or the most that
     any has; so are its relations. image (R, g, g) and text (R, T): weights of the patches and of
-    the tokens; image_summary (R,): that of the token that is no patch. Raises LeftOutError where
+    the tokens; image_pooled (R,): that of the token that is no patch. Raises LeftOutError where
     the method has no such head, or its image tokens are no square of patches.
     """
     method = opened.method
@@ -255,9 +255,9 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
     ids = task.encode([task.graph.texts[item]])
     pixels = task.images(np.array([item]))
     found = jax.device_get(_weights(method.model, variables, task.encode(sentences), ids, pixels))
-    (text, text_mask, _), (image, _, image_summary) = found["text"], found["image"]
+    (text, text_mask, _), (image, _, image_pooled) = found["text"], found["image"]
     kept = np.flatnonzero(text_mask[0])
-    patches = np.delete(image[0], image_summary[0], axis=1)
+    patches = np.delete(image[0], image_pooled[0], axis=1)
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
         raise LeftOutError(f"the image tower of {opened.run.label} has no square of patches")
@@ -268,7 +268,7 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
         "tokens": [_token(task.tokenizer, int(ids[0, place])) for place in kept],
         "text": text[0][:, kept],
         "image": patches.reshape(len(drawn), side, side),
-        "image_summary": image[0][:, image_summary[0]],
+        "image_pooled": image[0][:, image_pooled[0]],
     }
 
 
@@ -390,7 +390,7 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
 def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
     """Weights of patches over the image, and of tokens as bars, under one relation."""
     tokens = [str(token) for token in arrays["tokens"]]
-    top = 100 * float(max(arrays["image"].max(), arrays["image_summary"].max()))
+    top = 100 * float(max(arrays["image"].max(), arrays["image_pooled"].max()))
     longest = 100 * float(arrays["text"].max())
     with page.drawing(page.PANEL, max(3.9, 1.5 + 0.26 * len(tokens))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -398,7 +398,7 @@ def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Pa
         bar = figure.colorbar(heat, ax=left, orientation="horizontal", pad=0.03, aspect=12)
         bar.set_label("weight of a patch (%)")
         left.set_anchor("N")
-        left.set_title(f"[CLS] {100 * arrays['image_summary'][place]:.0f} %", fontsize=11)
+        left.set_title(f"[CLS] {100 * arrays['image_pooled'][place]:.0f} %", fontsize=11)
         right.barh(range(len(tokens)), 100 * arrays["text"][place], color=page.COLOURS[0])
         right.set_yticks(range(len(tokens)), [page.short(token, 10) for token in tokens])
         right.invert_yaxis()

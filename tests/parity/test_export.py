@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def rcml(catalogue, tmp_path_factory):
     """(method, parameters, exported directory) of RCML, towers and tokenizer from scratch."""
-    options = {"model__summary_logit": 3.0, "model__summary_prior": 1.5}
+    options = {"model__pooled_logit": 3.0, "model__pooled_prior": 1.5}
     return exported(catalogue, tmp_path_factory.mktemp("rcml"), **options)
 
 

@@ -114,7 +114,7 @@ def test_attention_shows_every_token_and_its_relation(tmp_path):
             "tokens": ["[start]", "red", "$", "[end]"],
             "text": [[0.1, 0.6, 0.2, 0.1], [0.25] * 4],
             "image": np.full((2, 2, 2), 0.2),
-            "image_summary": [0.2, 0.2],
+            "image_pooled": [0.2, 0.2],
             "pixels": np.zeros((8, 8, 3), np.uint8),
         },
     )
