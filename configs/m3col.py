@@ -94,7 +94,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.temperature = 0.1
     config.loss.soft_temperature = 0.1
     config.loss.stop_gradient_targets = False
-    config.loss.block = 0
+    config.loss.chunk_size = 0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"

@@ -134,8 +134,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.declip.self_supervision = 0.2
     config.loss.declip.multi_view = 0.2
     config.loss.declip.nearest_neighbor = 0.2
-    config.loss.block = 0
-    config.loss.pair_block = 0
+    config.loss.chunk_size = 0
+    config.loss.pair_chunk_size = 0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3

@@ -220,7 +220,7 @@ _TRAINED = (
         low=1, high=2_000_000),
     Option("model.max_length", int, "Largest number of tokens of a text.", **_LENGTH),
     Option("loss.temperature", float, "Temperature of the contrastive loss.", **_TEMPERATURE),
-    Option("loss.block", int,
+    Option("loss.chunk_size", int,
         "Rows of the loss computed at a time, to save memory (of RCML: relations); 0: all.", low=0),
 )
 
@@ -311,7 +311,7 @@ _RCML = (
         **_SHARE),
     Option("loss.declip.nearest_neighbor", float, "declip: γ, weight of the nearest texts.",
         **_SHARE),
-    Option("loss.pair_block", int,
+    Option("loss.pair_chunk_size", int,
         "RCML: pairs of each relation computed at a time, to save memory; 0: all.", low=0),
     Option("evaluation.similarity", str, "Similarity of the retrieval; all: compare them.",
         choices=lambda: ("all", *SIMILARITIES)),

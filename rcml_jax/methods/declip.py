@@ -225,7 +225,7 @@ class DeCLIPMethod(BaselineMethod):
             self_supervised=sum(terms.values()),
             temperature=self.temperature(params),
             where=where,
-            block=self.config.loss.block or None,
+            chunk_size=self.config.loss.chunk_size or None,
             **weights,
         )
         return value, more | terms

@@ -303,7 +303,7 @@ class M3CoLMethod(Method):
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss = self.config.loss
-        options: dict[str, Any] = {"where": shared["valid"], "block": loss.block or None}
+        options: dict[str, Any] = {"where": shared["valid"], "chunk_size": loss.chunk_size or None}
         if self.contrastive == "m3co":
             return m3co(
                 z,

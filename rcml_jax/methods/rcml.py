@@ -102,8 +102,8 @@ class RCMLMethod(RelationalMethod):
             *pairs,
             related=shared["related"],
             intra_modal_weight=loss.intra_modal_weight,
-            block=loss.block or None,
-            pair_block=loss.pair_block or None,
+            chunk_size=loss.chunk_size or None,
+            pair_chunk_size=loss.pair_chunk_size or None,
             **common,
         )
         if loss.identification_weight:

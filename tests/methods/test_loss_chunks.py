@@ -1,4 +1,4 @@
-"""`config.loss.block` and `.pair_block` reach the loss of every method, which stays the same."""
+"""`config.loss.chunk_size` and `.pair_chunk_size` reach every method's loss and keep its value."""
 
 import functools
 
@@ -24,14 +24,14 @@ LOSSES = {
 
 @pytest.fixture
 def given(monkeypatch):
-    """Watch a loss: (module, name) → a list of the (block, pair_block) that it is given."""
+    """Watch a loss: (module, name) → a list of the chunk sizes that it is given."""
 
     def watch(module, name):
         real, seen = getattr(module, name), []
 
         @functools.wraps(real)
         def watched(*args, **options):
-            seen.append((options["block"], options.get("pair_block")))
+            seen.append((options["chunk_size"], options.get("pair_chunk_size")))
             return real(*args, **options)
 
         monkeypatch.setattr(module, name, watched)
@@ -41,10 +41,10 @@ def given(monkeypatch):
 
 
 def check(config, z, loss, seen, ways, expected):
-    """Value and gradient of `loss` are the same with each (block, pair_block), which is given."""
+    """Value and gradient of `loss` stay the same with each pair of chunk sizes in `ways`."""
     found = []
     for way in ways:
-        config.loss.update(dict(zip(("block", "pair_block"), way, strict=False)))
+        config.loss.update(dict(zip(("chunk_size", "pair_chunk_size"), way, strict=False)))
         # Traced anew, so that the options are read again.
         found.append(jax.jit(jax.value_and_grad(lambda z: loss(z)))(z))
     assert seen == expected
@@ -100,10 +100,10 @@ def test_of_m3col(tables, tmp_path, name, given):
     check(config, z, loss, seen, [(0,), (7,)], [(None, None)] * calls + [(7, None)] * calls)
 
 
-def test_a_block_that_cannot_be(tables, catalogue, tmp_path):
-    with pytest.raises(UserError, match=r"config.loss.block=-1 must not be negative"):
-        build(omics_config(tables, loss__block=-1), tmp_path)
-    for name in ("block", "pair_block"):
+def test_a_chunk_that_cannot_be(tables, catalogue, tmp_path):
+    with pytest.raises(UserError, match=r"config.loss.chunk_size=-1 must not be negative"):
+        build(omics_config(tables, loss__chunk_size=-1), tmp_path)
+    for name in ("chunk_size", "pair_chunk_size"):
         config = tiny_config(catalogue, method="rcml")
         config.loss.update({name: -1})
         with pytest.raises(UserError, match=rf"config.loss.{name}=-1 must not be negative"):
