@@ -176,9 +176,9 @@ class DeCLIPMethod(BaselineMethod):
         hidden, bias = out
         costs = masked_tokens(hidden, _token_table(params["towers"]), bias, labels)
         # The text of a row that each masked token belongs to.
-        owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1, dtype=jnp.int32)
+        segment_ids = jnp.sum(positions[..., None] > ends[:, None], axis=-1, dtype=jnp.int32)
         texts = jnp.arange(ends.shape[1], dtype=jnp.int32)
-        mine = chosen[..., None] & (owner[..., None] == texts[None, None])
+        mine = chosen[..., None] & (segment_ids[..., None] == texts[None, None])
         loss = jnp.sum(jnp.where(mine, costs[..., None], 0), axis=1)
         count = jnp.sum(mine, axis=1).astype(loss.dtype)
         if not packed:

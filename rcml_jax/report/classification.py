@@ -12,7 +12,7 @@ import numpy as np
 from rcml_jax.evaluation.display import collect
 from rcml_jax.evaluation.measures import at
 from rcml_jax.methods import classification as analyses
-from rcml_jax.methods.seeds import Members
+from rcml_jax.methods.seeds import SeedEnsemble
 from rcml_jax.report import page
 from rcml_jax.report.page import (
     NEIGHBOURS,
@@ -158,7 +158,7 @@ def _tokens(name: str) -> Any:
 def _single(opened: Opened) -> tuple[Any, Any]:
     """The first model alone, where several were trained side by side."""
     method, params = opened.method, opened.params
-    if not isinstance(method, Members):
+    if not isinstance(method, SeedEnsemble):
         return method, params
     place = _first_model(method)
     return method.single, jax.tree.map(lambda x: x[place], params)
