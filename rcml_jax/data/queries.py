@@ -426,7 +426,7 @@ def _exchanged(
 def every_relation(graph: RelationGraph, queries: RelationQueries) -> tuple[np.ndarray, np.ndarray]:
     """All relations for each pair (P, R), the true one first, and which count (P, R) bool.
 
-    The others that link the pair do not count: they are right, too.
+    The other relations that link the pair do not count: they are correct, too.
     """
     total, pairs = len(graph.relations), np.stack([queries.a, queries.b], axis=1)
     true = queries.relations[:, :1]
@@ -439,25 +439,25 @@ def every_relation(graph: RelationGraph, queries: RelationQueries) -> tuple[np.n
     return relations, counts
 
 
-# Queries that rank a whole split: every item or text that is linked to the query is right.
+# Queries that rank a whole split: every item or text linked to the query is relevant.
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryQueries:
     """Find every partner: Q queries, (query, relation) each, over a gallery of n items.
 
-    items (n,): the gallery, sorted item numbers. texts (n,): for each, the place in the gallery of
-    the first item with the same text. query (Q,): places in the gallery; relation (Q,), sorted.
-    right (Q, n) sparse bool: what is linked to the query under its relation, one at least.
-    hidden (Q, n) sparse bool: what is not ranked, the query itself and what another split's pairs
-    link to it. left_out: how many queries the limits leave out.
+    items (n,): the gallery, sorted item numbers. texts (n,): for each, the gallery index of the
+    first item with the same text. query (Q,): gallery indices; relation (Q,), sorted.
+    relevance (Q, n) sparse bool: items linked to the query under its relation, at least one.
+    hidden (Q, n) sparse bool: items that are not ranked: the query itself, and items that pairs of
+    another split link to it. left_out: how many queries the limits leave out.
     """
 
     items: np.ndarray
     texts: np.ndarray
     query: np.ndarray
     relation: np.ndarray
-    right: scipy.sparse.csr_array
+    relevance: scipy.sparse.csr_array
     hidden: scipy.sparse.csr_array
     left_out: int
 
@@ -474,8 +474,8 @@ def gallery_queries(
     """Every item of a split under every relation that links it to another of the split.
 
     At most `per_relation` items under each relation (0: any number) and `limit` queries in all are
-    drawn by the seed. With class links or attributes all that they link is right, not only the
-    drawn pairs.
+    drawn by the seed. With class links or attributes every item that they link is relevant, not
+    only the drawn pairs.
 
     Raises:
       UserError: no item of the split is linked to another.
@@ -488,15 +488,15 @@ def gallery_queries(
     chosen = _draw(queries[:, 1], limit, per_relation, [seed, split_index(split), 4])
     query, relation = queries[chosen].T
     if by_class:
-        right = _linked_classes(graph, query, relation, items)
-        hidden = scipy.sparse.csr_array(right.shape, dtype=bool)
+        relevance = _linked_classes(graph, query, relation, items)
+        hidden = scipy.sparse.csr_array(relevance.shape, dtype=bool)
     else:
         pairs, every = (_by_sentence(graph, some) for some in (pairs, graph.pairs))
         asked = graph.first_with_sentence(relation)
-        right = _agreeing(graph, query, relation, items) + _partners(pairs, query, asked, items)
-        hidden = _partners(every, query, asked, items) > right
+        relevance = _agreeing(graph, query, relation, items) + _partners(pairs, query, asked, items)
+        hidden = _partners(every, query, asked, items) > relevance
     place = np.searchsorted(items, query)
-    own = _matrix(np.arange(len(query)), place, right.shape)
+    own = _matrix(np.arange(len(query)), place, relevance.shape)
     first: dict[str, int] = {}
     texts = [first.setdefault(graph.texts[item], i) for i, item in enumerate(items)]
     return GalleryQueries(
@@ -504,7 +504,7 @@ def gallery_queries(
         texts=np.array(texts),
         query=place,
         relation=relation,
-        right=right > own,
+        relevance=relevance > own,
         hidden=hidden + own,
         left_out=len(queries) - len(chosen),
     )
