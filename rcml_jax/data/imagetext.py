@@ -23,8 +23,8 @@ from rcml_jax.errors import UserError
 class Record(NamedTuple):
     """One sample as its source has it.
 
-    where: file and line or record number, for messages; split: a place in SPLITS; image: the path
-    of its image; text_from: where the text stands, for messages.
+    where: file and line or record number, for messages; split: an index into SPLITS; image: its
+    path; text_from: where the text stands, for messages.
     """
 
     where: str

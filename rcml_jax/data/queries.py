@@ -127,7 +127,7 @@ def controlled_queries(
     barred, is_member = np.zeros((2, len(graph)), bool)
     for row in np.argsort(both[:, 2], kind="stable"):
         query, _, relation = both[row]
-        near = items[_linked_places(graph, query, items)]
+        near = items[_linked_indices(graph, query, items)]
         other = near[~graph.linked(query, near, relation) & (near != query)]
         if graph.class_links is not None:  # Items of one label are one thing to a text.
             other = other[graph.labels[other] != graph.labels[query]]
@@ -192,13 +192,13 @@ def _members(graph: RelationGraph, pairs: np.ndarray, items: np.ndarray) -> list
     return [items[row[graph.labels[items]]] for row in linked]
 
 
-def _linked_places(graph: RelationGraph, query: int, items: np.ndarray) -> np.ndarray:
+def _linked_indices(graph: RelationGraph, query: int, items: np.ndarray) -> np.ndarray:
     """Places in sorted items of those that are linked to a query under any relation, itself too."""
     if graph.class_links is not None:
         return np.flatnonzero(graph.linked_any(query, items))
     near = graph.related_to(query)
-    place = np.searchsorted(items, near).clip(max=len(items) - 1)
-    return place[items[place] == near]
+    index = np.searchsorted(items, near).clip(max=len(items) - 1)
+    return index[items[index] == near]
 
 
 def _sample(
@@ -312,8 +312,8 @@ def _pairs_of(splits: Splits, split: str, per_relation: int, seed: int) -> np.nd
         order = np.random.default_rng([seed, split_index(split), 0]).permutation(len(pairs))
         order = order[np.argsort(pairs[order, 2], kind="stable")]
         relations = pairs[order, 2]
-        place = np.arange(len(order)) - np.searchsorted(relations, relations)
-        pairs = pairs[np.sort(order[place < per_relation])]
+        index = np.arange(len(order)) - np.searchsorted(relations, relations)
+        pairs = pairs[np.sort(order[index < per_relation])]
     return pairs
 
 
@@ -495,14 +495,14 @@ def gallery_queries(
         asked = graph.first_with_sentence(relation)
         relevance = _agreeing(graph, query, relation, items) + _partners(pairs, query, asked, items)
         hidden = _partners(every, query, asked, items) > relevance
-    place = np.searchsorted(items, query)
-    own = _matrix(np.arange(len(query)), place, relevance.shape)
+    index = np.searchsorted(items, query)
+    own = _matrix(np.arange(len(query)), index, relevance.shape)
     first: dict[str, int] = {}
     texts = [first.setdefault(graph.texts[item], i) for i, item in enumerate(items)]
     return GalleryQueries(
         items=items,
         texts=np.array(texts),
-        query=place,
+        query=index,
         relation=relation,
         relevance=relevance > own,
         hidden=hidden + own,
@@ -543,8 +543,8 @@ def _draw(relation: np.ndarray, limit: int, per_relation: int, seed: list[int]) 
     order = rng.permutation(len(relation))
     if per_relation:
         order = order[np.argsort(relation[order], kind="stable")]
-        place = np.arange(len(order)) - np.searchsorted(relation[order], relation[order])
-        order = rng.permutation(order[place < per_relation])
+        index = np.arange(len(order)) - np.searchsorted(relation[order], relation[order])
+        order = rng.permutation(order[index < per_relation])
     return np.sort(order[:limit])
 
 

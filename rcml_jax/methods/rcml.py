@@ -153,9 +153,9 @@ class RCMLMethod(RelationalMethod):
         intra = jnp.arange(len(relation)) == 0
 
         def text(texts: Sequence[str]) -> np.ndarray:
-            places, tokens = self.packed(*task.tokenizer.encode(texts, task.max_length))
+            indices, tokens = self.packed(*task.tokenizer.encode(texts, task.max_length))
             z = np.empty((len(relation), len(texts), relation.shape[1]), np.float32)
-            z[:, places] = self._pool_text(variables, tokens, relation, intra)
+            z[:, indices] = self._pool_text(variables, tokens, relation, intra)
             return z
 
         def image(pixels: np.ndarray) -> np.ndarray:

@@ -456,8 +456,8 @@ class RelationalMethod(Method):
             if texts:
                 yield rows, texts(items[rows]), images(items[rows])
                 continue
-            places, tokens = self.packed(ids[rows], mask[rows])
-            rows = rows[places]
+            indices, tokens = self.packed(ids[rows], mask[rows])
+            rows = rows[indices]
             yield rows, tokens, images(items[rows])
 
 

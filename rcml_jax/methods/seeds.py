@@ -209,10 +209,10 @@ def _seed_models(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
     declared = data.rows("validation")
     if len(declared) or config.data.folds < 2:
         names = tuple(f"seed{seed}" for seed in seeds)
-        places = tuple(range(len(seeds)))
-        validation = dict.fromkeys(places, declared) if len(declared) else {}
+        indices = tuple(range(len(seeds)))
+        validation = dict.fromkeys(indices, declared) if len(declared) else {}
         keep = jnp.asarray(np.stack([everything] * len(seeds)))
-        return keep, seeds, Models(names, places, validation)
+        return keep, seeds, Models(names, indices, validation)
     train = data.rows("train")
     if config.data.folds > len(train):
         raise UserError(
@@ -222,10 +222,10 @@ def _seed_models(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
     fold = np.full(len(data), -1)
     fold[train] = stratified_folds(data.labels[train], config.data.folds, config.data.split_seed)
     keep, validation = [everything] * len(seeds), {}
-    for place, seed in enumerate(seeds, start=len(seeds)):
+    for index, seed in enumerate(seeds, start=len(seeds)):
         held_out = fold == seed % config.data.folds
         keep.append(~held_out)
-        validation[place] = np.flatnonzero(held_out)
+        validation[index] = np.flatnonzero(held_out)
     names = [f"all-seed{seed}" for seed in seeds] + [f"held-out-seed{seed}" for seed in seeds]
     models = Models(tuple(names), tuple(range(len(seeds))), validation)
     return jnp.asarray(np.stack(keep)), 2 * seeds, models

@@ -160,8 +160,8 @@ def _single(opened: Opened) -> tuple[Any, Any]:
     method, params = opened.method, opened.params
     if not isinstance(method, SeedEnsemble):
         return method, params
-    place = _first_model(method)
-    return method.single, jax.tree.map(lambda x: x[place], params)
+    index = _first_model(method)
+    return method.single, jax.tree.map(lambda x: x[index], params)
 
 
 def class_words(label: str) -> list[str]:
@@ -185,7 +185,7 @@ def noise_confidence(opened: Opened) -> np.ndarray:
     method, params = opened.method, opened.params
     noise = analyses.noise_inputs(method, params, len(method.task.data.rows("test")))
     fused = np.asarray(method.classify_all(params, noise)["fused"])
-    return np.concatenate([fused[place].max(axis=-1) for place in method.models().reported])
+    return np.concatenate([fused[index].max(axis=-1) for index in method.models().reported])
 
 
 # Accuracy by epoch
@@ -235,12 +235,12 @@ def _epoch(run: Run, step: int) -> float:
 BINS = 25
 
 
-def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
+def draw_map(arrays: Arrays, path: pathlib.Path, index: int) -> pathlib.Path:
     """The plane of a modality's or the fused embeddings: a colour and a mark for each class."""
     with page.panel(path, page.PANEL, 5.2, legend=2) as axes:
-        scatter(axes, arrays["points"][place], arrays["class"], [str(c) for c in arrays["classes"]])
-        score = f"silhouette {page.signed(arrays['silhouette'][place])}"
-        axes.set_title(f"{arrays['parts'][place]}, {score}", loc="left")
+        scatter(axes, arrays["points"][index], arrays["class"], [str(c) for c in arrays["classes"]])
+        score = f"silhouette {page.signed(arrays['silhouette'][index])}"
+        axes.set_title(f"{arrays['parts'][index]}, {score}", loc="left")
     return path
 
 
@@ -281,8 +281,8 @@ def draw_heat(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
                 image = overlay(cell, pixels, upsample(found, pixels.shape[:2]), limits)
             for cell, title in zip([shown, *cells], ["image", *words], strict=True):
                 cell.set_title("" if row else page.short(title, 13), fontsize=11)
-        place = (_LEFT / width, 0.52 / height, (across - _MARGIN) / width, 0.13 / height)
-        bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
+        bounds = (_LEFT / width, 0.52 / height, (across - _MARGIN) / width, 0.13 / height)
+        bar = figure.colorbar(image, cax=figure.add_axes(bounds), orientation="horizontal")
         bar.ax.locator_params(nbins=4)
         bar.set_label("cosine of word and patch")
         return page.save_figure(figure, path)
@@ -293,12 +293,12 @@ def draw_confidence(arrays: Arrays, path: pathlib.Path, chance: float) -> pathli
     runs = labels(arrays)
     with page.panel(path, page.WIDE, 3.8 + 0.25 * len(runs), legend=1) as axes:
         edges = np.linspace(chance, 1, BINS + 1)
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             values = where(arrays, run=run)["confidence"]
             share = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
             axes.stairs(
                 share, edges, label=f"{page.short(run, 46)} (mean {100 * values.mean():.0f} %)",
-                color=page.COLOURS[place % 8], linestyle=page.LINES[place % 4], linewidth=2.2,
+                color=page.COLOURS[index % 8], linestyle=page.LINES[index % 4], linewidth=2.2,
             )  # fmt: skip
         axes.set(xlabel="top softmax score", ylabel="samples (%)", xlim=(chance, 1))
         axes.set_ylim(bottom=0)
@@ -310,10 +310,10 @@ def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Pat
     arrays = where(arrays, split=split)
     runs, unit = labels(arrays), "step" if np.isnan(arrays["epoch"]).any() else "epoch"
     with page.panel(path, page.WIDE, 3.6 + 0.25 * len(runs), legend=1) as axes:
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             mine = where(arrays, run=run)
             x, mean, std = mine[unit], 100 * mine["mean"], 100 * mine["std"]
-            look = page.series(place) | {"markevery": max(1, len(x) // 8)}
+            look = page.series(index) | {"markevery": max(1, len(x) // 8)}
             axes.plot(x, mean, label=page.short(run, 46), **look)
             if len(runs) <= 2 and np.any(std > 0):
                 axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15)
@@ -390,9 +390,9 @@ class _Figures:
             self.folder.draw(
                 f"umap-{slug(str(part))}.svg",
                 f"Scatter plot of {part} embeddings by class.",
-                draw_map, saved, place,
+                draw_map, saved, index,
             )
-            for place, part in enumerate(saved["parts"])
+            for index, part in enumerate(saved["parts"])
         ]  # fmt: skip
         return Figure(
             "Embeddings of each modality and fused",

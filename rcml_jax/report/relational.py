@@ -265,7 +265,7 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
         "item": task.graph.texts[item],
         "pixels": pixels[0],
         "relations": sentences,
-        "tokens": [_token(task.tokenizer, int(ids[0, place])) for place in kept],
+        "tokens": [_token(task.tokenizer, int(ids[0, index])) for index in kept],
         "text": text[0][:, kept],
         "image": patches.reshape(len(drawn), side, side),
         "image_pooled": image[0][:, image_pooled[0]],
@@ -322,14 +322,14 @@ _SCORE_NAMES = {
 }
 
 
-def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
+def draw_map(arrays: Arrays, path: pathlib.Path, index: int) -> pathlib.Path:
     """One run's plane: a colour and a mark for each kind."""
     kinds = [str(kind) for kind in arrays["kinds"]]
-    points = arrays["points"][place]
+    points = arrays["points"][index]
     with page.panel(path, page.PANEL, 4.9, legend=2) as axes:
         scatter(axes, points, arrays["kind"], kinds)
-        score = f"silhouette {page.signed(arrays['silhouette'][place])}"
-        axes.set_title(f"{page.wrap(arrays['runs'][place], 40)}\n{score}", loc="left")
+        score = f"silhouette {page.signed(arrays['silhouette'][index])}"
+        axes.set_title(f"{page.wrap(arrays['runs'][index], 40)}\n{score}", loc="left")
     return path
 
 
@@ -375,37 +375,37 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
     count = len(arrays["images"])
     said = f"{_SCORE_NAMES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
     _write(figure, _LEFT, top + 0.12, said, fontsize=11)
-    for column, place in enumerate(arrays["order"][row]):
+    for column, index in enumerate(arrays["order"][row]):
         left = _COLUMNS_AT + _COLUMN * column
         axes = box(figure, left, top, _SIZE)
-        axes.imshow(arrays["images"][place])
-        right = place == 0
+        axes.imshow(arrays["images"][index])
+        right = index == 0
         frame(axes, page.RIGHT if right else "#BBBBBB", 4 if right else 1)
         title = f"{column + 1}. {page.signed(arrays['score'][row, column])}"
         axes.set_title(f"{title} ✓" if right else title, fontsize=10, pad=4)
-        text = page.wrap(str(arrays["candidates"][place]), 14, 3)
+        text = page.wrap(str(arrays["candidates"][index]), 14, 3)
         _write(figure, left + _SIZE / 2, top + _SIZE + 0.06, text, fontsize=8.5, ha="center")
 
 
-def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
+def draw_attention(arrays: Arrays, path: pathlib.Path, index: int) -> pathlib.Path:
     """Weights of patches over the image, and of tokens as bars, under one relation."""
     tokens = [str(token) for token in arrays["tokens"]]
     top = 100 * float(max(arrays["image"].max(), arrays["image_pooled"].max()))
     longest = 100 * float(arrays["text"].max())
     with page.drawing(page.PANEL, max(3.9, 1.5 + 0.26 * len(tokens))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-        heat = overlay(left, arrays["pixels"], 100 * arrays["image"][place], (0, top))
+        heat = overlay(left, arrays["pixels"], 100 * arrays["image"][index], (0, top))
         bar = figure.colorbar(heat, ax=left, orientation="horizontal", pad=0.03, aspect=12)
         bar.set_label("weight of a patch (%)")
         left.set_anchor("N")
-        left.set_title(f"[CLS] {100 * arrays['image_pooled'][place]:.0f} %", fontsize=11)
-        right.barh(range(len(tokens)), 100 * arrays["text"][place], color=page.COLOURS[0])
+        left.set_title(f"[CLS] {100 * arrays['image_pooled'][index]:.0f} %", fontsize=11)
+        right.barh(range(len(tokens)), 100 * arrays["text"][index], color=page.COLOURS[0])
         right.set_yticks(range(len(tokens)), [page.short(token, 10) for token in tokens])
         right.invert_yaxis()
         right.grid(visible=False, axis="y")
         right.grid(visible=True, axis="x")
         right.set(xlabel="of a token (%)", xlim=(0, 1.08 * longest))
-        sentence = page.wrap(str(arrays["relations"][place]), 40, 2)
+        sentence = page.wrap(str(arrays["relations"][index]), 40, 2)
         # Always two lines, so that images side by side are of one height.
         figure.suptitle(sentence + "\n " * ("\n" not in sentence), fontsize=11.5)
         return page.save_figure(figure, path)
@@ -545,9 +545,9 @@ class _Models:
             self.folder.draw(
                 f"map-{slug(str(label))}.svg",
                 f"Scatter plot of {len(items)} items of {label}, coloured by kind.",
-                draw_map, saved, place,
+                draw_map, saved, index,
             )
-            for place, label in enumerate(saved["runs"])
+            for index, label in enumerate(saved["runs"])
         ]  # fmt: skip
         return Figure(
             "The same items under one relation",
@@ -622,11 +622,11 @@ class _Models:
         path, saved = self.folder.save("attention.npz", arrays)
         images = [
             self.folder.draw(
-                f"attention-{place + 1}.svg",
+                f"attention-{index + 1}.svg",
                 f"Attention over patches and tokens of {saved['item']} under: {sentence}",
-                draw_attention, saved, place,
+                draw_attention, saved, index,
             )
-            for place, sentence in enumerate(saved["relations"])
+            for index, sentence in enumerate(saved["relations"])
         ]  # fmt: skip
         patches, tokens = saved["image"][0].size, len(saved["tokens"])
         return Figure(

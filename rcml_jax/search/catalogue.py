@@ -69,7 +69,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """An item that was found: its place in the catalogue, and its score, a mean of cosines."""
+    """An item that was found: its index in the catalogue, and its score, a mean of cosines."""
 
     index: int
     id: str
@@ -216,7 +216,7 @@ def related(
 
 
 def item_number(embeddings: Embeddings, key: str) -> int:
-    """The place of an item in the catalogue. Raises UserError, with ids that are like it."""
+    """The index of an item in the catalogue. Raises UserError, with ids that are like it."""
     ids = embeddings.items.ids
     try:
         return ids.index(key)
@@ -228,7 +228,7 @@ def item_number(embeddings: Embeddings, key: str) -> int:
 
 
 def relation_number(embeddings: Embeddings, sentence: str | None) -> int:
-    """The place of a sentence among the embedded ones; None: the first, the intra-sample one.
+    """The index of a sentence among the embedded ones; None: the first, the intra-sample one.
 
     Raises UserError that names the sentences there are.
     """

@@ -81,7 +81,7 @@ def _random_bits(data: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax
 
 
 def _counters(row: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The 64-bit places row·width + 0, 1, ... in an array of rows, as two 32-bit words."""
+    """The 64-bit counters row·width + 0, 1, ... in an array of rows, as two 32-bit words."""
     width = math.prod(shape[1:])
     if width >= 2**32:
         raise NotImplementedError(f"a row of the shape {shape} has 2**32 draws or more")
@@ -94,8 +94,8 @@ def _counters(row: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Ar
     high = a * c + ((a * d) >> half) + ((b * c) >> half) + (middle >> half)
     spread = (len(row),) + (1,) * (len(shape) - 1)
     low, high = low.reshape(spread), high.reshape(spread)
-    place = low + jnp.arange(width, dtype=jnp.uint32).reshape(1, *shape[1:])
-    return high + (place < low).astype(jnp.uint32), place
+    counter = low + jnp.arange(width, dtype=jnp.uint32).reshape(1, *shape[1:])
+    return high + (counter < low).astype(jnp.uint32), counter
 
 
 _IMPLEMENTATION = define_prng_impl(

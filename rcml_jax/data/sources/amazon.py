@@ -98,8 +98,8 @@ def find_images(
         found = (
             _fetch(addresses, cache, log, counts) if fetch else _stored(addresses, cache, counts)
         )
-        for place, path in zip(wanted, found, strict=True):
-            paths[place] = path
+        for index, path in zip(wanted, found, strict=True):
+            paths[index] = path
     if strict and None in paths:
         first = paths.index(None)
         raise UserError(

@@ -289,7 +289,7 @@ def read_items(
     """The records of the items with hashes (N,) uint64, as a stage.
 
     ids, titles, images: packed lists of N strings, "" where something is missing; category (N,)
-    int32, a place in the packed list `categories`, -1 for unknown; `by`: what these are (see
+    int32, an index into the packed list `categories`, -1 for unknown; `by`: what these are (see
     `categories_of`); packed `counts`. Of several records of one item the first with a title and an
     image counts.
 
@@ -300,7 +300,7 @@ def read_items(
       UserError: the file is cut or cannot be read, none of the items is in it, or one that is not
         whole (`strict`), with file and line.
     """
-    place = {key: i for i, key in enumerate(items.tolist())}
+    index = {key: i for i, key in enumerate(items.tolist())}
     found: list[Item | None] = [None] * len(items)
     problems: Counter[str] = Counter()
     gate = TextGate(strict)
@@ -309,7 +309,7 @@ def read_items(
         if not _is_id(key):
             malformed(path, number, "no parent_asin", problems, strict)
             continue
-        i = place.get(identity(key))
+        i = index.get(identity(key))
         if i is None:
             continue
         where = f"{path}, line {number}"

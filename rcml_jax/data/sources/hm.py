@@ -229,24 +229,24 @@ class _TransactionReader:
             with self._path.open(encoding="utf-8-sig", errors="replace") as file:
                 header = _unquoted(file.readline()).rstrip("\n").split(",")
                 _check_columns(self._path, header, _TRANSACTION_COLUMNS)
-                places = [header.index(name) for name in _TRANSACTION_COLUMNS]
+                indices = [header.index(name) for name in _TRANSACTION_COLUMNS]
                 first = 2
                 while text := file.read(_CHUNK):
                     text += file.readline()
                     # A last line is as whole as the others, whether it ends in a new line or not.
                     lines = _unquoted(text).removesuffix("\n").split("\n")
-                    yield self._keys(lines, first, places, len(header))
+                    yield self._keys(lines, first, indices, len(header))
                     first += len(lines)
         except OSError as error:
             raise UserError(f"{self._path} cannot be read ({error}); check the file.") from error
 
-    def _keys(self, lines: list[str], first: int, places: list[int], width: int) -> np.ndarray:
+    def _keys(self, lines: list[str], first: int, indices: list[int], width: int) -> np.ndarray:
         rows = [line.split(",") for line in lines]
         if set(map(len, rows)) != {width}:
             empty = [""] * width  # fails the checks below
             rows = [row if len(row) == width else empty for row in rows]
         columns = list(zip(*rows, strict=True))
-        date, customer_id, article_id = (columns[place] for place in places)
+        date, customer_id, article_id = (columns[index] for index in indices)
         count, get = len(rows), self._index.get
         day = np.fromiter(map(self._days.__getitem__, date), np.int64, count)
         whole = (day >= 0) & np.fromiter(map(bool, customer_id), bool, count)
@@ -269,10 +269,10 @@ class _TransactionReader:
         self, lines: list[str], first: int, malformed: np.ndarray, unknown: np.ndarray
     ) -> None:
         if self._strict and np.any(malformed | unknown):
-            place = int(np.argmax(malformed | unknown))
-            where = f"{self._path}, line {first + place}"
-            if malformed[place]:
-                _malformed(where, f"{lines[place][:80]!r}", "transactions", self._counts, True)
+            index = int(np.argmax(malformed | unknown))
+            where = f"{self._path}, line {first + index}"
+            if malformed[index]:
+                _malformed(where, f"{lines[index][:80]!r}", "transactions", self._counts, True)
             raise UserError(
                 f"{where}: its article is not in articles.csv; complete that file, or turn strict "
                 "off to leave such transactions out."
@@ -582,8 +582,8 @@ def _purchase_relations(
     categories: Sequence[str], chosen: np.ndarray, bought: Transactions, options: _Options
 ) -> tuple[list[str], list[np.ndarray]]:
     """Sentences of the kinds of customers and of the same day; the item pairs (P, 2) of each."""
-    place = np.full(len(categories), -1, np.int32)
-    place[chosen] = np.arange(len(chosen))
+    index = np.full(len(categories), -1, np.int32)
+    index[chosen] = np.arange(len(chosen))
     caps = {
         "items": len(chosen),
         "per_user": options.pairs_per_user,
@@ -603,12 +603,12 @@ def _purchase_relations(
         purchases, category[article], names, clusters=options.clusters, seed=options.seed
     )
     sentences, cluster = merge_kinds(sentences, cluster)
-    item = place[article[purchases.item]]
+    item = index[article[purchases.item]]
     keep = (item >= 0) & (cluster[purchases.user] >= 0)
     pairs = copurchase_pairs(purchases.user[keep], item[keep], cluster, **caps)
     parts = [pairs[pairs[:, 2] == kind, :2] for kind in range(len(sentences))]
 
-    item = place[bought.article]
+    item = index[bought.article]
     customer, day, item = (x[item >= 0] for x in (bought.customer, bought.day, item))
     new = np.ones(len(item), bool)
     new[1:] = (np.diff(customer) != 0) | (np.diff(day) != 0)

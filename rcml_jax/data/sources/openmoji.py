@@ -219,8 +219,8 @@ def pairs_of_respects(emoji: Sequence[Emoji]) -> np.ndarray:
     found["recoloured"] = last[np.array(other, bool)]
     count = len(SENTENCES)
     keys_of = [
-        (found[name][:, 0] * len(emoji) + found[name][:, 1]) * count + place
-        for place, name in enumerate(SENTENCES)
+        (found[name][:, 0] * len(emoji) + found[name][:, 1]) * count + index
+        for index, name in enumerate(SENTENCES)
     ]
     units, respect = np.divmod(np.sort(np.concatenate(keys_of)), count)
     return np.stack([*np.divmod(units, len(emoji)), respect], axis=1).astype(np.int32)
@@ -313,9 +313,9 @@ def _tags(name: str, table: dict[str, str]) -> list[str]:
 def _sharing(values: Sequence[Sequence[Hashable]]) -> np.ndarray:
     """The pairs (p, 2), a < b, unique, of those that have a value in common."""
     groups = defaultdict(list)
-    for place, mine in enumerate(values):
+    for index, mine in enumerate(values):
         for value in mine:
-            groups[value].append(place)
+            groups[value].append(index)
     blocks = [np.zeros(0, np.int64)]
     for members in groups.values():
         i, j = np.triu_indices(len(members), 1)
@@ -492,8 +492,8 @@ def load_groups(
     group_of_label = np.array([names.index(found[kind]) for kind in graph.label_names], np.int32)
     splits = split_graph(graph, seed=split_seed, disjoint="item")
     split = np.empty(len(graph), np.int8)
-    for place, name in enumerate(("train", "validation", "test")):
-        split[splits.items(name)] = place
+    for index, name in enumerate(("train", "validation", "test")):
+        split[splits.items(name)] = index
     return ClassificationData(
         name="openmoji",
         modalities=(
