@@ -65,7 +65,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """The image, of which the header alone is read."""
+    """Open the image; only its header is read."""
     image = Image.open(io.BytesIO(encoded), formats=_formats())
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:

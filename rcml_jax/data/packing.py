@@ -37,7 +37,7 @@ def pack_order(lengths: np.ndarray, per_row: int) -> np.ndarray:
 
 
 def pack_texts(ids: np.ndarray, mask: np.ndarray, per_row: int) -> tuple[np.ndarray, PackedTexts]:
-    """Padded texts, ids and mask (n, T), in rows of about equal length, and which text is where.
+    """Pack padded texts, ids and mask (n, T), into rows of about equal length.
 
     Returns indices (N,) into the texts, in the order of the rows. If the texts do not fill the last
     row, the last text is repeated.

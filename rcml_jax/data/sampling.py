@@ -172,10 +172,10 @@ def collator(
 
     `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
     "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
-    draws what is added to the embeddings of so many sentences, `shared["sentence_noise"]`.
+    draws the noise added to the embeddings of that many sentences, `shared["sentence_noise"]`.
     `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
 
-    `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
+    `items` are split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
     come in another order. `shared` has what every device needs whole: relation_ids (R, T'),
     intra (R,), anchor, positive and pair_valid (R, G), linked (R, G, R), whether a pair is linked

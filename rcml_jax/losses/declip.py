@@ -1,7 +1,7 @@
 """DeCLIP (Li et al., 2022, arXiv 2110.05208): CLIP with three further kinds of supervision.
 
-All are pure functions of arrays, computed in float32 at least, and right as they stand under
-`grad`, `jit` and sharded inputs. Rows that `where` leaves out are neither rows nor candidates.
+All are pure functions of arrays, computed in float32 at least, and correct under `grad`, `jit`
+and sharded inputs. Rows that `where` excludes are neither queries nor candidates.
 """
 
 from collections.abc import Sequence
@@ -66,9 +66,9 @@ def neighbor_supervision(
     """InfoNCE from images to the nearest neighbours of their texts, t'_i = bank[k(i)] (L_NNS).
 
     k(i) is the row j ≠ i of the bank with the largest cosine to text i. The keys are t'_1, ...,
-    t'_n, constants without a gradient. Two rows may have the same neighbour: each is then a
-    positive of the other. A key that is the row's own text, because that is another row's
-    neighbour, is no candidate. Without a second valid row the loss is 0.
+    t'_n, constants without a gradient. If two rows have the same neighbour, each is a positive of
+    the other. A row's own text may be a key, as another row's neighbour; it is then not a candidate
+    for that row. Without a second valid row the loss is 0.
 
     text, image: (n, d), a view of each. bank: (n, d), the texts of the same rows to look among. The
     paper looks in a queue of the 65,536 texts before the batch; a queue would be a state that a

@@ -3,7 +3,7 @@
 `bidirectional` is what M3Co and MultiSClip have in common: Eq. 5 along rows and along columns,
 weighted by a matrix of targets. Its plain form comes first; `_bidirectional_without_shift` is the
 same at a known temperature, and `chunked_bidirectional` bounds the memory. Both losses are pure
-functions of whole batches, computed in float32 at least; they work as they stand under `jit` with
+functions of whole batches, computed in float32 at least. They work unchanged under `jit` with
 sharded inputs, `grad` and `vmap`.
 """
 
@@ -90,9 +90,9 @@ def bidirectional(
 ) -> jax.Array:
     """1/N Σ_il t_il [−log softmax_l(s_i·)[l] − log softmax_i(s_·l)[i]] of logits s and targets t.
 
-    logits, targets: (n, n). where: (n,) bool, false for rows and columns that are padding; N counts
-    the others, and the loss is 0 if there is none. temperature: if the logits are cosines over a
-    temperature that is known while tracing, a faster form of the same may be used.
+    logits, targets: (n, n). where: (n,) bool, false for padded rows and columns; N counts the
+    others. If there are none, the loss is 0. temperature: pass it if the logits are cosines divided
+    by a temperature known at trace time; a faster, equal form may then be used.
     """
     valid = all_valid(where, len(logits))
     if isinstance(temperature, int | float) and temperature >= _NO_SHIFT:

@@ -35,13 +35,13 @@ def relation_contrastive(
     L_tt and L_ii leave the intra-sample pairs out: an item compared with itself has similarity 1
     and no gradient. A mean over no pairs is 0.
 
-    text, image: (R, N, d) embeddings of all N items under each of R relations, L2-normalised (by
-        the pooling head; they are not normalised again here) and finite at padding, too.
+    text, image: (R, N, d) embeddings of all N items under each of R relations, L2-normalised by
+        the pooling head (not normalised again here). They must also be finite at padding.
     anchor, positive: (R, G) indices of the items of each relation's pairs, within 0..N−1.
-    pair_valid: (R, G) bool, false for padding. A pair of an item that is not valid does not count.
-    related: (N, N) bool, whether two items are paired under any relation of the whole graph, as in
-        the paper; or (R, N, N), whether they are under each relation of the batch, so that items
-        paired under another relation alone are negatives. Symmetric, true on the diagonal.
+    pair_valid: (R, G) bool, false for padding. Pairs with an invalid item are ignored.
+    related: (N, N) bool, true if two items are paired under any relation of the whole graph, as in
+        the paper. Or (R, N, N), true if they are paired under that relation of the batch; items
+        paired under another relation only are then negatives. Symmetric, true on the diagonal.
     valid: (N,) bool, false for padding.
     intra: (R,) bool, true for the intra-sample relation, whose pairs have anchor = positive.
     intra_modal_weight: λ.

@@ -29,7 +29,7 @@ class RelationPooling(nn.Module):
     β = 1 with a large `pooled_logit` (1e4) selects the pooled state: the tower's own embedding.
     `pooled_prior` is no part of the paper: with it the pooled state leads under every relation,
     so that a pretrained tower starts from the embedding it was trained for. 0 is the paper's form.
-    With `gate`, no part of the paper either, what was pooled is scaled under each relation:
+    With `gate`, also no part of the paper, the pooled vector is scaled under each relation:
     z = norm((a · H W_Vᵀ) ∘ (1 + √d · W_G h_E/‖h_E‖) · W_o), where W_G starts at 0. Attention alone
     picks tokens; the gate also picks what of them counts, so that one state serves several
     respects.
