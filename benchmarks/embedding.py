@@ -4,7 +4,7 @@
     python -m benchmarks.embedding --small
 
 Peers: CLIP on the same towers (`TwoTowers`, which projects every token) and Hugging Face's own
-Flax CLIP (which projects the summary token alone), where transformers has it. Each call embeds
+Flax CLIP (which projects the pooled token alone), where transformers has it. Each call embeds
 texts and images of a batch.
 """
 
@@ -94,7 +94,7 @@ def build_functions(args, batch: int) -> dict:
     pixels = jnp.asarray(inputs.images(rng, batch, config))
     sentences = jnp.asarray(inputs.token_ids(rng, max(TARGETS), args.sentence_length, config))
     head = get_config().model
-    model = RCML(config, FrozenDict(beta=head.beta, summary_prior=head.summary_prior))
+    model = RCML(config, FrozenDict(beta=head.beta, pooled_prior=head.pooled_prior))
     variables = jax.jit(model.init)(jax.random.key(0), sentences[:1], ids[:1], pixels[:1])
     functions = clip_functions(config, variables["params"]["towers"], ids, pixels)
     return functions | rcml_functions(model, variables, ids, pixels, sentences)

@@ -75,7 +75,7 @@ def _loss_cases(small: bool) -> Iterator[tuple[str, Callable[..., jax.Array], li
     rows = [3 * unit(rng, (count, width)) for _ in range(4)]
     labels = rng.integers(0, 5, count)
     yield "loss: CLIP", clip, rows[:2]
-    yield "loss: CLIP, in blocks", functools.partial(clip, block=count // 4), rows[:2]
+    yield "loss: CLIP, in chunks", functools.partial(clip, chunk_size=count // 4), rows[:2]
     yield "loss: SigLIP", sigmoid, rows[:2]
     yield "loss: UniCL", lambda x, y: label_supervised(x, y, labels), rows[:2]
     partner = [rng.permutation(count) for _ in range(2)]

@@ -129,7 +129,7 @@ class _Side:
         torch, peer, clip = self.torch, self.peer, self.method.towers_config
         if self._model is None:
             head = self.config.model
-            model = peer.TorchRCML(clip, beta=head.beta, summary_logit=head.summary_logit)
+            model = peer.TorchRCML(clip, beta=head.beta, pooled_logit=head.pooled_logit)
             model = peer.load(model, models.random_params(self.method)).to(self.device).train()
             # The two share weights and moments.
             self._model = model, peer.torch_adamw(model, self.config)

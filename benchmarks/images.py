@@ -1,11 +1,11 @@
-"""Does reading pictures keep up with a training step of ViT-B/32?
+"""Does reading images keep up with a training step of ViT-B/32?
 
     python -m benchmarks.images                     # about 5 minutes on 2 cores
     python -m benchmarks.images --steps-together 0  # without the step on read batches
 
-The pictures are JPEGs of 800 and of 500 pixels, noise with the spectrum of photographs, prepared as
+The images are JPEGs of 800 and of 500 pixels, noise with the spectrum of photographs, prepared as
 a data set and read back as in training: an ArrayRecord file, Pillow, CLIP's resize to 224 pixels,
-collation, grain. The memory cache is off, so that every picture is decoded. The step is that of
+collation, grain. The memory cache is off, so that every image is decoded. The step is that of
 `benchmarks.train_step`. First each runs alone, in turn, then the step takes the batches that are
 read; it is waited for before the next batch is asked for, so that all waiting shows.
 """
@@ -40,7 +40,7 @@ TARGET = 1 / 3  # of the step's time for an image
 WAITING = 0.02  # of the time, at most
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty")
 _TEXT_LENGTH = 16
-_PICTURES = 32
+_IMAGES = 32
 _SKIPPED = 16  # batches that may have been read ahead while something else was timed
 
 
@@ -59,15 +59,15 @@ def photograph(rng: np.random.Generator, side: int) -> bytes:
 
 
 def prepare(folder: pathlib.Path, side: int, items: int, relations: int) -> RelationGraph:
-    """A data set of random items on the disk; its pictures come again after every 32."""
+    """A data set of random items on the disk; its images come again after every 32."""
     rng = np.random.default_rng(side)
-    pictures = [photograph(rng, side) for _ in range(min(items, _PICTURES))]
-    size = sum(map(len, pictures)) / len(pictures) / 1024
-    print(f"{side} pixels: {size:.0f} KiB a picture", flush=True)
+    images = [photograph(rng, side) for _ in range(min(items, _IMAGES))]
+    size = sum(map(len, images)) / len(images) / 1024
+    print(f"{side} pixels: {size:.0f} KiB an image", flush=True)
     texts = [" ".join(rng.choice(WORDS, 10)) for _ in range(items + relations)]
     pairs = pairs_within([np.arange(items)[r::relations] for r in range(relations)])
     graph = RelationGraph(
-        name=f"pictures_{side}",
+        name=f"images_{side}",
         ids=tuple(map(str, range(items))),
         texts=tuple(texts[:items]),
         labels=np.full(items, -1, np.int32),
@@ -76,7 +76,7 @@ def prepare(folder: pathlib.Path, side: int, items: int, relations: int) -> Rela
         intra_relation=" ".join(WORDS),
         pairs=pairs,
         pair_split=np.full(len(pairs), -1, np.int8),
-        images=EncodedImages(items, lambda index: pictures[index % len(pictures)]),
+        images=EncodedImages(items, lambda index: images[index % len(images)]),
     )
     prepared.prepare(folder, graph)
     return prepared.load(folder, graph.name)
@@ -225,7 +225,7 @@ def main() -> None:
     config, clip_config = train_step.configuration(argparse.Namespace(small=False, **vars(args)))
     image_size = clip_config.vision_config.image_size
     machine = timing.start(
-        f"Reading pictures for training steps of ViT-B/32 on {config.batch.size} items"
+        f"Reading images for training steps of ViT-B/32 on {config.batch.size} items"
     )
     with tempfile.TemporaryDirectory() as folder:
         graphs = {

@@ -6,8 +6,8 @@ Value and gradient of `relation_contrastive` with respect to the embeddings, aga
 which gathers the candidates of every pair: (pairs, items, d). Memory is what XLA plans for
 temporaries, inputs and gradients apart, and with --rss also the peak of a process of its own.
 
-A last table has what batches of thousands need, compiled but not run (with --rss, the blocked form
-is): RCML's loss in blocks of relations and of pairs, and the plain losses in blocks of rows.
+A last table has what batches of thousands need, compiled but not run (with --rss, the chunked form
+is): RCML's loss in chunks of relations and of pairs, and the plain losses in chunks of rows.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from rcml_jax.losses.rcml import relation_contrastive
 from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.softmax import info_nce
 
-OURS, BLOCKED, NAIVE = "ours", "ours, block=1", "naive"
-PAIRS = "ours, block=1, pair_block=128"
-ROWS = 512  # of the plain losses, a block
+OURS, CHUNKED, NAIVE = "ours", "ours, chunk_size=1", "naive"
+PAIRS = "ours, chunk_size=1, pair_chunk_size=128"
+ROWS = 512  # of the plain losses, a chunk
 TEMPERATURE, INTRA_MODAL_WEIGHT = 0.1, 0.5
 MEBIBYTE = 2**20
 
@@ -59,14 +59,16 @@ def naive(text, image, anchor, positive, *, pair_valid, related, valid, intra) -
     return loss
 
 
-def ours(*args, block=None, pair_block=None, **kwargs) -> jax.Array:
+def ours(*args, chunk_size=None, pair_chunk_size=None, **kwargs) -> jax.Array:
     """The library's loss, without its metrics."""
     options = {"temperature": TEMPERATURE, "intra_modal_weight": INTRA_MODAL_WEIGHT}
-    return relation_contrastive(*args, **kwargs, **options, block=block, pair_block=pair_block)[0]
+    return relation_contrastive(
+        *args, **kwargs, **options, chunk_size=chunk_size, pair_chunk_size=pair_chunk_size
+    )[0]
 
 
-FORMS = {OURS: ours, BLOCKED: functools.partial(ours, block=1), NAIVE: naive}
-LARGE = FORMS | {PAIRS: functools.partial(ours, block=1, pair_block=128)}
+FORMS = {OURS: ours, CHUNKED: functools.partial(ours, chunk_size=1), NAIVE: naive}
+LARGE = FORMS | {PAIRS: functools.partial(ours, chunk_size=1, pair_chunk_size=128)}
 PLAIN = {"info_nce": info_nce, "clip": clip, "sigmoid": sigmoid}
 
 
@@ -186,9 +188,11 @@ def large_rows(pairs: int, options: argparse.Namespace, width: int) -> list[dict
                 rows[-1]["resident_mib"] = peak_resident(form, pairs, relations, width)
     pair = [jax.ShapeDtypeStruct((2 * pairs, width), jnp.float32)] * 2
     for name, loss in PLAIN.items():
-        for block in (None, ROWS):
-            graded = jax.jit(jax.value_and_grad(functools.partial(loss, block=block), (0, 1)))
-            form = f"{name}, block={block}"
+        for chunk_size in (None, ROWS):
+            graded = jax.jit(
+                jax.value_and_grad(functools.partial(loss, chunk_size=chunk_size), (0, 1))
+            )
+            form = f"{name}, chunk_size={chunk_size}"
             rows.append(sizes | {"form": form} | planned(graded.lower(*pair).compile()))
     return rows
 

@@ -21,7 +21,7 @@ SIZES = Sizes(relations=10, pairs=3, self_pairs=2)
 
 
 class Workload(NamedTuple):
-    """One batch in the three forms, with random texts and pictures.
+    """One batch in the three forms, with random texts and images.
 
     ours: as `rcml_jax.data.sampling.collator` makes it; packed: the same with TEXTS_PER_ROW titles
     in a row, as in configs/rcml.py:amazon; factored: ours as tensors; plain: pair by pair and
@@ -67,7 +67,7 @@ def configuration(items: int):
 
 
 def factored_batch(ours: dict, clip_config: CLIPConfig) -> Tensors:
-    """Our batch as tensors; the pictures are normalised ahead of time, channels first."""
+    """Our batch as tensors; the images are normalised ahead of time, channels first."""
     end = clip_config.text_config.eos_token_id
 
     def texts(ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -194,7 +194,7 @@ def clip_step(load: Workload, args: Any) -> dict:
 def peer_model(load: Workload, params: Any) -> torch_rcml.TorchRCML:
     """The PyTorch model with our parameters."""
     head = load.config.model
-    model = torch_rcml.TorchRCML(load.clip_config, beta=head.beta, summary_logit=head.summary_logit)
+    model = torch_rcml.TorchRCML(load.clip_config, beta=head.beta, pooled_logit=head.pooled_logit)
     return torch_rcml.load(model, params)
 
 

@@ -79,7 +79,7 @@ def relational(
     """A forward pass over items (a text and an image each), by the part of the model.
 
     config: the towers', a `CLIPConfig` or a `PairConfig`. relations: how many the items are pooled
-    under; 0: CLIP, which projects the summary token alone. sentence_length: of the relations'
+    under; 0: CLIP, which projects the pooled token alone. sentence_length: of the relations'
     sentences, 0 where they are encoded ahead. The parts have their names in the parameters.
     """
     text, vision, width = config.text_config, config.vision_config, config.projection_dim

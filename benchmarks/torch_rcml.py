@@ -24,30 +24,30 @@ Tensors = dict[str, torch.Tensor]
 
 
 class States(NamedTuple):
-    """Projected tokens (n, T, d), which of them are no padding (n, T), the summary tokens (n,)."""
+    """Projected tokens (n, T, d), which of them are no padding (n, T), the pooled tokens (n,)."""
 
     tokens: torch.Tensor
     mask: torch.Tensor
-    summary: torch.Tensor
+    pooled: torch.Tensor
 
     @property
     def pooled(self) -> torch.Tensor:
         """CLIP's own embeddings (n, d), not normalised."""
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        return self.tokens[rows, self.summary]
+        return self.tokens[rows, self.pooled]
 
 
 class TorchRCML(nn.Module):
     """CLIP's towers and the four matrices of the pooling head (Eq. 3–6), nn.Linear each."""
 
-    def __init__(self, config: CLIPConfig, *, beta: float = 0.6, summary_logit: float = 1.0):
+    def __init__(self, config: CLIPConfig, *, beta: float = 0.6, pooled_logit: float = 1.0):
         super().__init__()
         self.clip = AutoModel.from_config(config, attn_implementation="sdpa")
         dim = config.projection_dim
         self.query, self.key, self.value, self.output = (
             nn.Linear(dim, dim, bias=False) for _ in range(4)
         )
-        self.beta, self.summary_logit = beta, summary_logit
+        self.beta, self.pooled_logit = beta, pooled_logit
 
     def text_states(self, ids: torch.Tensor, mask: torch.Tensor, masked: bool = True) -> States:
         """Texts (n, T), mask (n, T) bool → states of every token up to EOT.
@@ -76,8 +76,8 @@ class TorchRCML(nn.Module):
         query = self.query(relation)
         keys, values = self.key(states.tokens), self.value(states.tokens)
         scores = (keys @ query[:, :, None])[:, :, 0] / math.sqrt(keys.shape[-1])
-        summary = F.one_hot(states.summary, keys.shape[1]) * intra[:, None]
-        logits = (1 - self.beta) * scores + self.beta * self.summary_logit * summary
+        pooled = F.one_hot(states.pooled, keys.shape[1]) * intra[:, None]
+        logits = (1 - self.beta) * scores + self.beta * self.pooled_logit * pooled
         weights = logits.masked_fill(~states.mask, -torch.inf).softmax(dim=-1)
         pooled = (weights[:, None, :] @ values)[:, 0]
         return F.normalize(self.output(pooled), dim=-1)
@@ -100,8 +100,8 @@ class TorchRCML(nn.Module):
         """Every item under every relation: relation (R, d), intra (R,) bool → z (n, R, d)."""
         query = self.query(relation) @ self.key.weight
         scores = states.tokens @ query.T / math.sqrt(query.shape[-1])
-        summary = F.one_hot(states.summary, scores.shape[1])[..., None] * intra
-        logits = (1 - self.beta) * scores + self.beta * self.summary_logit * summary
+        pooled = F.one_hot(states.pooled, scores.shape[1])[..., None] * intra
+        logits = (1 - self.beta) * scores + self.beta * self.pooled_logit * pooled
         weights = logits.masked_fill(~states.mask[..., None], -torch.inf).softmax(dim=1)
         pooled = weights.transpose(1, 2) @ states.tokens
         return F.normalize(self.output(self.value(pooled)), dim=-1)

@@ -94,7 +94,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.temperature = 0.1
     config.loss.soft_temperature = 0.1
     config.loss.stop_gradient_targets = False
-    config.loss.block = 0
+    config.loss.chunk_size = 0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
@@ -145,7 +145,7 @@ def _is_omics(source: str) -> bool:
 
 
 def _openmoji(config: ml_collections.ConfigDict) -> None:
-    """The group of an emoji from half of its picture and half of the words of its name."""
+    """The group of an emoji from half of its image and half of the words of its name."""
     config.data.patches_hidden = 0.5
     config.data.words_dropped = 0.5
     config.batch.image_shift = 3

@@ -116,9 +116,9 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.vocab_size = 4096
     config.model.max_length = 32
     config.model.beta = 0.6
-    config.model.summary_logit = 1.0
-    config.model.summary_prior = 0.0
-    config.model.learn_summary_prior = False
+    config.model.pooled_logit = 1.0
+    config.model.pooled_prior = 0.0
+    config.model.learn_pooled_prior = False
     config.model.gate = chosen  # beyond the paper
     config.model.head_init = "identity"
 
@@ -134,8 +134,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.loss.declip.self_supervision = 0.2
     config.loss.declip.multi_view = 0.2
     config.loss.declip.nearest_neighbor = 0.2
-    config.loss.block = 0
-    config.loss.pair_block = 0
+    config.loss.chunk_size = 0
+    config.loss.pair_chunk_size = 0
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3
@@ -174,7 +174,7 @@ def get_ablations(arg: str = "openmoji") -> dict[str, str]:
 
 
 def _photographs(config: ml_collections.ConfigDict) -> None:
-    """Larger pictures and longer texts; a mirrored photograph shows the same product."""
+    """Larger images and longer texts; a mirrored photograph shows the same product."""
     config.model.image_size = 48
     config.batch.image_shift = 0 if config.model.pretrained else 6
     config.batch.image_flip = not config.model.pretrained

@@ -26,12 +26,12 @@ from rcml_jax.report.page import box, frame
 PARTNERS, WRONG = 3, 2
 FIGURE = pathlib.Path(__file__).parent / "figures" / "openmoji.png"
 _SOURCE = "Emoji: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0"
-# Inches: the text of a line, a picture, the way from one to the next, the gaps, a line's height.
+# Inches: the text of a line, an image, the way from one to the next, the gaps, a line's height.
 _LEFT, _SIZE, _STEP, _GAP, _HEIGHT, _HEAD = 1.9, 0.62, 0.98, 0.22, 1.22, 0.42
 
 
 class Example(NamedTuple):
-    """A line of the picture: a respect, items, and of each wrong one the respects that link it."""
+    """A line of the image: a respect, items, and of each wrong one the respects that link it."""
 
     relation: int
     query: int
@@ -94,7 +94,7 @@ def _pixels(graph: RelationGraph, item: int) -> np.ndarray:
 
 
 def draw(graph: RelationGraph, found: list[Example], path: pathlib.Path) -> pathlib.Path:
-    """The picture of the examples, a line each, as PNG."""
+    """The image of the examples, a line each, as PNG."""
     names = list(SENTENCES)
     partners = _LEFT + _STEP + _GAP
     wrong = partners + PARTNERS * _STEP + _GAP
@@ -141,14 +141,14 @@ def draw(graph: RelationGraph, found: list[Example], path: pathlib.Path) -> path
         write(0.1, height - 0.2, _SOURCE, fontsize=8, color="#444444")
         page.save_figure(figure, path)
     # Drawings of few colours: a palette is a third of the size and looks the same.
-    with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(255, dither=Image.Dither.NONE)
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(255, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     return path
 
 
 def main() -> None:
-    """Draw the picture, and print the example pairs."""
+    """Draw the image, and print the example pairs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default="", help="where the data set is prepared")
     parser.add_argument("--seed", default=11, type=int)

@@ -262,8 +262,8 @@ def relation_identification(
 
 
 def relation_pooling(
-    states, mask, summary, relation, intra, *, query, key, value, output, beta,
-    summary_logit=1.0, summary_prior=0.0, gate=None,
+    states, mask, pooled, relation, intra, *, query, key, value, output, beta,
+    pooled_logit=1.0, pooled_prior=0.0, gate=None,
 ):  # fmt: skip
     """z (n, R, d): one item, one relation and one token at a time."""
     n, tokens, d = states.shape
@@ -274,11 +274,11 @@ def relation_pooling(
             logits = np.full(tokens, -np.inf)
             for t in range(tokens):
                 if mask[i, t]:
-                    selected = float(t == summary[i])
+                    selected = float(t == pooled[i])
                     bias = selected * float(intra[r])
                     score = q @ (key @ states[i, t]) / np.sqrt(d)
-                    logits[t] = (1 - beta) * score + beta * summary_logit * bias
-                    logits[t] += summary_prior * selected
+                    logits[t] = (1 - beta) * score + beta * pooled_logit * bias
+                    logits[t] += pooled_prior * selected
             weights = np.exp(logits - logits.max())
             weights /= weights.sum()
             pooled = sum(weights[t] * (value @ states[i, t]) for t in range(tokens))

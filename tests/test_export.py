@@ -75,8 +75,8 @@ def runs(catalogue, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     options = {
         "rcml": {
-            "model__learn_summary_prior": True,
-            "model__summary_logit": 3.0,
+            "model__learn_pooled_prior": True,
+            "model__pooled_logit": 3.0,
             "model__gate": True,
         },
         "siglip": {"loss__learn_temperature": True, "method": "siglip"},
@@ -92,7 +92,7 @@ def runs(catalogue, tmp_path_factory):
     return found
 
 
-def pictures(method, count=5):
+def item_images(method, count=5):
     return method.task.images(np.arange(count))
 
 
@@ -128,7 +128,7 @@ def test_towers_come_back_to_the_bit(runs):
     tokenizer = Tokenizer.from_pretrained_dir(target)
     ids, _ = tokenizer.encode(TEXTS, 16)
     np.testing.assert_array_equal(ids, method.task.encode(TEXTS))
-    images = pictures(method)
+    images = item_images(method)
     towers = TwoTowers(config).apply({"params": found | {"logit_scale": scale}}, ids, images)
     params = jax.tree.map(jnp.asarray, read_params(directory))
     batch = {"items": {"ids": ids, "images": images}}
@@ -143,11 +143,11 @@ def test_the_head_gives_the_same_embeddings(runs):
     head = load_file(target / "relation_pooling.safetensors")
     with safe_open(target / "relation_pooling.safetensors", "np") as file:
         options = json.loads(file.metadata()["options"])
-    assert (options["beta"], options["summary_logit"]) == (0.6, 3.0)
+    assert (options["beta"], options["pooled_logit"]) == (0.6, 3.0)
     assert options["intra_relation"] == method.task.sentence(-1)
-    pooling = FrozenDict(beta=0.6, summary_logit=3.0, learn_summary_prior=True, gate=True)
+    pooling = FrozenDict(beta=0.6, pooled_logit=3.0, learn_pooled_prior=True, gate=True)
     assert head["gate"].any()
-    inputs = method.task.encode(SENTENCES), method.task.encode(TEXTS), pictures(method)
+    inputs = method.task.encode(SENTENCES), method.task.encode(TEXTS), item_images(method)
     intra = jnp.array([False, True, False])
     model = RCML(config, pooling)
     found = model.apply({"params": {"towers": towers, "head": head}}, *inputs, intra)
@@ -159,14 +159,14 @@ def test_the_head_gives_the_same_embeddings(runs):
 def test_a_prior_that_is_not_learned_is_in_the_file(runs, tmp_path):
     _, directory, _ = runs["rcml"]
     config = workdir.load_config(directory)
-    config.model.summary_prior = 2.5
+    config.model.pooled_prior = 2.5
     head = dict(read_params(directory)["head"])
-    del head["summary_prior"]
+    del head["pooled_prior"]
     export._save_head(tmp_path / "head.safetensors", config.model, head)
-    assert load_file(tmp_path / "head.safetensors")["summary_prior"] == 2.5
+    assert load_file(tmp_path / "head.safetensors")["pooled_prior"] == 2.5
 
 
-def test_pictures_and_tokens_are_processed_as_here(runs):
+def test_images_and_tokens_are_processed_as_here(runs):
     method, _, target = runs["rcml"]
     processor = json.loads((target / "preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": method.task.images.size}

@@ -1,4 +1,4 @@
-"""The picture of the data set's card: what it says of a respect is so in the graph."""
+"""The image of the data set's card: what it says of a respect is so in the graph."""
 
 import dataclasses
 import io
@@ -49,12 +49,12 @@ def test_the_seed_alone_decides(graph):
     assert first != other
 
 
-def test_the_picture_is_of_the_same_bytes_again(graph, tmp_path):
+def test_the_image_is_of_the_same_bytes_again(graph, tmp_path):
     found = examples(graph, 0)
     one, two = (draw(graph, found, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
     assert one == two
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.width > picture.height > 500
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > image.height > 500
 
 
 def test_values_are_told_where_they_cannot_be_seen():

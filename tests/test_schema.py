@@ -388,10 +388,10 @@ def test_a_longer_seed_is_folded_for_every_method(tmp_path):
 
     config = omics_config(write_tables(tmp_path / "tables"), seed=long)
     schema.validate(config)
-    members = build(config, tmp_path)
+    ensemble = build(config, tmp_path)
     expected = [fold_seed(long), fold_seed(long + 1)] * 2
-    assert members._seeds.tolist() == expected
-    assert members._seeds.dtype == jnp.uint32
+    assert ensemble._seeds.tolist() == expected
+    assert ensemble._seeds.dtype == jnp.uint32
 
 
 # --- Help -----------------------------------------------------------------------------------------

@@ -107,36 +107,36 @@ TEMPERATURE = np.float32(0.1)
 LOSSES = {
     "clip": lambda t, i: clip(t, i, where=VALID),
     "clip of no rows": lambda t, i: clip(t, i, where=np.zeros(N, bool)),
-    "clip by blocks": lambda t, i: clip(t, i, where=VALID, block=4),
+    "clip by chunks": lambda t, i: clip(t, i, where=VALID, chunk_size=4),
     "clip with a mask of pairs": lambda t, i: clip(t, i, where=VALID[:, None] & VALID),
     "siglip": lambda t, i: sigmoid(t, i, where=VALID),
-    "siglip by blocks": lambda t, i: sigmoid(t, i, where=VALID, block=4),
+    "siglip by chunks": lambda t, i: sigmoid(t, i, where=VALID, chunk_size=4),
     "unicl": lambda t, i: label_supervised(t, i, LABELS, where=VALID),
-    "unicl by blocks": lambda t, i: label_supervised(t, i, LABELS, where=VALID, block=4),
+    "unicl by chunks": lambda t, i: label_supervised(t, i, LABELS, where=VALID, chunk_size=4),
     "info_nce": lambda t, i: info_nce(t, i, targets=PARTNERS, weights=LAMBDA),
-    "info_nce by blocks": lambda t, i: info_nce(t, i, targets=PARTNERS, block=4),
+    "info_nce by chunks": lambda t, i: info_nce(t, i, targets=PARTNERS, chunk_size=4),
     "softmax": lambda t, i: softmax_contrastive(t @ i.T, where=VALID),
     "m3co": lambda t, i: m3co([t, i], [i, t], LAMBDA, [PARTNERS, PARTNERS], where=VALID),
-    "m3co by blocks": lambda t, i: m3co(
-        [t, i], [i, t], LAMBDA, [PARTNERS, PARTNERS], where=VALID, block=4
+    "m3co by chunks": lambda t, i: m3co(
+        [t, i], [i, t], LAMBDA, [PARTNERS, PARTNERS], where=VALID, chunk_size=4
     ),
     "m3co, traced temperature": lambda t, i: m3co(
         [t, i], [i, t], LAMBDA, [PARTNERS, PARTNERS], temperature=jnp.exp(t[0, 0])
     ),
     "multi_soft_clip": lambda t, i: multi_soft_clip([t, i], where=VALID),
-    "multi_soft_clip by blocks": lambda t, i: multi_soft_clip([t, i], where=VALID, block=4),
+    "multi_soft_clip by chunks": lambda t, i: multi_soft_clip([t, i], where=VALID, chunk_size=4),
     "multi_soft_clip, traced temperature": lambda t, i: multi_soft_clip(
         [t, i], where=VALID, temperature=jnp.exp(t[0, 0])
     ),
     "declip": lambda t, i: declip([t, i], [i, t], self_supervised=jnp.sum(t), where=VALID),
-    "declip by blocks": lambda t, i: declip([t, i], [i, t], where=VALID, block=4),
+    "declip by chunks": lambda t, i: declip([t, i], [i, t], where=VALID, chunk_size=4),
     "simsiam": lambda t, i: simsiam([t, i], [i, t], where=VALID),
     "masked tokens": lambda t, i: jnp.sum(
         masked_tokens(t.reshape(3, 2, D), i, np.zeros(N, np.float32), LABELS.reshape(3, 2).clip(0))
     ),
     "rcml": lambda t, i: relation_contrastive(*of_relations(t, i), related=RELATED, **PAIRS),
-    "rcml by blocks": lambda t, i: relation_contrastive(
-        *of_relations(t, i), related=RELATED, block=2, pair_block=1, **PAIRS
+    "rcml by chunks": lambda t, i: relation_contrastive(
+        *of_relations(t, i), related=RELATED, chunk_size=2, pair_chunk_size=1, **PAIRS
     ),
     "rcml, related by relation": lambda t, i: relation_contrastive(
         *of_relations(t, i), related=jnp.stack([RELATED] * R), temperature=TEMPERATURE, **PAIRS
@@ -237,7 +237,7 @@ MODELS = {
     "siglip": (
         TwoTowers(tiny_siglip(text={"vocab_size": 16, "eos_token_id": 3})), (IDS, None), {}
     ),
-    "rcml": (RCML(CLIP, {"gate": True, "learn_summary_prior": True}), (IDS, IDS, PIXELS), {}),
+    "rcml": (RCML(CLIP, {"gate": True, "learn_pooled_prior": True}), (IDS, IDS, PIXELS), {}),
     "rcml, half": (RCML(CLIP, {"gate": True}, jnp.bfloat16), (IDS, IDS, PIXELS), {}),
     "bert": (build_backbone(bert()), (IDS, MASK), TRAIN),
     "roberta": (build_backbone(roberta()), (IDS, MASK), TRAIN),
@@ -275,8 +275,8 @@ def test_a_model(name):
 # Training steps
 
 RELATIONAL = {
-    "rcml": {"model.learn_summary_prior": True, "loss.learn_temperature": True},
-    "rcml, packed": {"batch.texts_per_row": 2, "loss.block": 2, "batch.sentence_noise": 0.1},
+    "rcml": {"model.learn_pooled_prior": True, "loss.learn_temperature": True},
+    "rcml, packed": {"batch.texts_per_row": 2, "loss.chunk_size": 2, "batch.sentence_noise": 0.1},
     "clip": {"loss.mask_related": True},
     "siglip": {"loss.learn_temperature": True},
     "unicl": {"model.freeze": "image"},

@@ -150,7 +150,7 @@ def fake_row(work):
     return row | {"model_flops": 7e9, "mfu": 0.25}
 
 
-def test_m3col_encodes_pictures_twice_where_it_mixes_them():
+def test_m3col_encodes_images_twice_where_it_mixes_them():
     config = load_config_file(str(M3COL))
     config.update_from_flattened_dict(TINY)
     shared = {"text_length": 4, "sentence_length": None, "embedded": 1, "queries": 1, "gallery": 1}

@@ -1,7 +1,7 @@
 """A catalogue of 60 made-up items with planted relations, and configurations small enough to test.
 
-Item i is of kind i % 12, seen in the colour of its picture, and stands at place i % 10, seen in
-where the picture's spot is; its text names both. There is a relation for each kind and each place.
+Item i is of kind i % 12, seen in the colour of its image, and stands at place i % 10, seen in
+where the image's spot is; its text names both. There is a relation for each kind and each place.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ def write_catalogue(folder: pathlib.Path) -> pathlib.Path:
     items, pairs = [], []
     for i in range(ITEMS):
         kind, place = i % KINDS, i % PLACES
-        Image.fromarray(picture(kind, place)).save(folder / "images" / f"{i}.png")
+        Image.fromarray(image(kind, place)).save(folder / "images" / f"{i}.png")
         row = {"id": f"i{i}", "text": f"kind{kind} place{place}", "image": f"images/{i}.png"}
         items.append(row | {"label": f"kind{kind}"})
     names = [f"kind{k}" for k in range(KINDS)] + [f"place{p}" for p in range(PLACES)]
@@ -69,7 +69,7 @@ def write_rows(path: pathlib.Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def picture(kind: int, place: int) -> np.ndarray:
+def image(kind: int, place: int) -> np.ndarray:
     """(16, 16, 3) uint8: the kind's colour, and a white spot at the place."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:] = 80 * (kind % 3), 80 * (kind // 3 % 2), 60 * (kind // 6)

@@ -7,7 +7,7 @@
 `image`; left out, the items of the run's own data set. Beside the given relations the items are
 embedded as what they are. An interrupted command goes on when it is started again. `--dtype
 float16` halves the files; `--shard N` sets how many items are between two points to go on from;
-`--strict` makes a picture that cannot be read an error. Then `rcml-search` finds related items.
+`--strict` makes an image that cannot be read an error. Then `rcml-search` finds related items.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def _report(embeddings: Embeddings) -> None:
     dtype = next(iter(embeddings.vectors.values())).dtype
     print(f"{embeddings.directory}: {shapes}, {dtype}")
     for name, what in (
-        ("unreadable", "pictures that cannot be read, left out"),
-        ("empty", "items with neither text nor picture"),
+        ("unreadable", "images that cannot be read, left out"),
+        ("empty", "items with neither text nor image"),
     ):
         problem = embeddings.problems.get(name, {"count": 0, "first": []})
         count, ids = problem["count"], problem["first"]

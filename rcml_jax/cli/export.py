@@ -218,11 +218,11 @@ def _temperature(config: Any, params: Any) -> float:
 def _save_head(path: pathlib.Path, options: Any, head: Any) -> None:
     """The head's matrices and its prior; what is not learned, as JSON in the file's metadata."""
     tensors = {name: np.asarray(head[name], np.float32) for name in _MATRICES if name in head}
-    prior = head.get("summary_prior", options.summary_prior)
-    tensors["summary_prior"] = np.asarray(prior, np.float32)
+    prior = head.get("pooled_prior", options.pooled_prior)
+    tensors["pooled_prior"] = np.asarray(prior, np.float32)
     fixed = {
         "beta": options.beta,
-        "summary_logit": options.summary_logit,
+        "pooled_logit": options.pooled_logit,
         "intra_relation": INTRA_RELATION,
     }
     # One key: the file format has no order of several, and the same run is the same file.

@@ -6,7 +6,7 @@
 
 The sentence is one that the catalogue was embedded under; left out, the items are compared as what
 they are. `--against text` or `image` compares with that of the candidates alone. `--html` also
-writes a page with the pictures in it. `--workdir` says where the model is if it was moved.
+writes a page with the images in it. `--workdir` says where the model is if it was moved.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddi
 if TYPE_CHECKING:
     from rcml_jax.search.catalogue import Match
 
-# A page of related items: one HTML file with its pictures in it, and nothing from elsewhere.
+# A page of related items: one HTML file with its images in it, and nothing from elsewhere.
 
 
 _SIDE = 320  # pixels of a thumbnail's longer side: sharp on a phone's dense screen
@@ -70,25 +70,25 @@ footer { margin-top: 1.5rem; }
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What is shown of the query or of an item that was found; picture: the bytes of its file."""
+    """What is shown of the query or of an item that was found; image: the bytes of its file."""
 
     id: str = ""
     text: str = ""
-    picture: bytes | None = None
+    image: bytes | None = None
     score: float | None = None
 
 
 def page(relation: str, query: Card, found: Sequence[Card], note: str = "") -> str:
     """The page of what was found for a query under a relation, best first; note: the last line.
 
-    All texts are escaped. A picture that cannot be decoded is shown as missing.
+    All texts are escaped. An image that cannot be decoded is shown as missing.
     """
     cards = "\n".join(
         f"<li>{_frame(card)}<div><p class=score>{number} · {card.score:.3f}</p>{_words(card)}"
         "</div></li>"
         for number, card in enumerate(found, 1)
     )
-    frame = _frame(query) if query.picture is not None or query.id else ""
+    frame = _frame(query) if query.image is not None or query.id else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -117,9 +117,9 @@ def _words(card: Card) -> str:
 
 
 def _frame(card: Card) -> str:
-    data = None if card.picture is None else _thumbnail(card.picture)
+    data = None if card.image is None else _thumbnail(card.image)
     if data is None:
-        return '<div class="frame">no picture</div>'
+        return '<div class="frame">no image</div>'
     alt = _escape(card.text or card.id or "the query")
     return f'<div class="frame"><img src="data:image/jpeg;base64,{data}" alt="{alt}"></div>'
 
@@ -127,12 +127,12 @@ def _frame(card: Card) -> str:
 def _thumbnail(encoded: bytes) -> str | None:
     """A small JPEG in base64, upright, transparent parts white; None where that cannot be made."""
     try:
-        picture = open_rgb(storable(encoded, _SIDE))
-        picture.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        image = open_rgb(storable(encoded, _SIDE))
+        image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         return None
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=85)
+    image.save(out, "JPEG", quality=85)
     return base64.b64encode(out.getvalue()).decode()
 
 
@@ -213,7 +213,7 @@ def _printable(text: str) -> str:
 def _reader(
     embeddings: Embeddings, workdir: pathlib.Path, overrides: Sequence[str]
 ) -> Callable[[int], bytes]:
-    """What gives the bytes of an item's picture: its file, or the data set of the model's run."""
+    """What gives the bytes of an item's image: its file, or the data set of the model's run."""
     if embeddings.items.root is not None:
         return embeddings.items.read
     graph = load_graph(model_config(workdir, overrides).data)
@@ -232,7 +232,7 @@ def _query_card(
         index = embeddings.items.ids.index(args.item)
         return Card(args.item, embeddings.items.texts[index], _bytes(read, index))
     if args.image is not None:
-        return Card(text=args.image.name, picture=read_file(args.image))
+        return Card(text=args.image.name, image=read_file(args.image))
     return Card(text=args.text)
 
 

@@ -15,7 +15,7 @@ class Modality:
     """One view of every sample.
 
     values: a float32 array (n, features) for a table, n strings for text, and for images an
-    `ItemImages` of n pictures.
+    `ItemImages` of n images.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Modality:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationData:
-    """n samples: their modalities, `labels` (n,) int32 and `split` (n,) int8, places in SPLITS.
+    """n samples: their modalities, `labels` (n,) int32 and `split` (n,) int8, indices into SPLITS.
 
     A data set without a declared validation split has no sample there.
     """

@@ -323,7 +323,7 @@ def bytes_text(count: float | None) -> str:
     return f"{count:.1f} GB"
 
 
-# Pictures from the net: many at a time, each once, in any number of runs.
+# Images from the net: many at a time, each once, in any number of runs.
 
 
 __all__ = ["JOURNAL", "OUTCOMES", "FetchReport", "download", "fetch_images", "image_path"]
@@ -335,7 +335,7 @@ OUTCOMES = (
 PERMANENT = ("not_found", "oversized", "no_image", "bad_address")
 JOURNAL = "journal.jsonl"
 _GONE = (404, 410)
-_SLOWEST = 6  # a picture may take so many times `timeout` in all
+_SLOWEST = 6  # an image may take so many times `timeout` in all
 _GIVE_UP = 50  # so many URLs in a row that cannot be had, and a host is left for the next run
 
 
@@ -345,9 +345,9 @@ class _CutShort(Temporary):
 
 @dataclasses.dataclass(frozen=True)
 class FetchReport:
-    """What became of the pictures.
+    """What became of the images.
 
-    paths: for each URL asked for, in their order, the picture's file or None; counts: for each of
+    paths: for each URL asked for, in their order, the image's file or None; counts: for each of
     OUTCOMES the number of distinct URLs. "cached" were there already; "failed" is whatever may go
     better in the next run (no answer, an error of the server, too many requests); "bad_address" is
     what no request can be sent to.
@@ -370,16 +370,16 @@ def fetch_images(
     log: Log | None = None,
     backoff: float = 0.5,
 ) -> FetchReport:
-    """Fetch pictures into a directory, each once, in any number of runs.
+    """Fetch images into a directory, each once, in any number of runs.
 
-    At most `concurrency` requests run at a time, `per_host` to one host. A picture is stored when
+    At most `concurrency` requests run at a time, `per_host` to one host. An image is stored when
     Pillow reads the whole of it: PNG or JPEG, its longer side `max_size` at most, in a file named
     by the URL's hash (`image_path`). What is there is not asked for again, nor what `journal.jsonl`
-    there knows to be missing, no picture, over `max_bytes` or no address. Other failures are tried
+    there knows to be missing, no image, over `max_bytes` or no address. Other failures are tried
     again `retries` times, after about `backoff` seconds, doubled each time, or what Retry-After
     says, and then in the next run. A run that was interrupted or killed goes on when it is started
     again.
-    `max_size` counts when a picture is stored; those that are there keep their size.
+    `max_size` counts when an image is stored; those that are there keep their size.
 
     Raises:
       UserError: the disk is full or cannot be written, or another process fetches into the
@@ -399,7 +399,7 @@ def fetch_images(
             if run.left:
                 _await(run.run(concurrency, per_host))
     except OSError as error:
-        missing = f"{run.left:,} pictures are still to be fetched"
+        missing = f"{run.left:,} images are still to be fetched"
         raise disk_error(error, directory, missing) from error
     found = ("ok", "cached")
     return FetchReport(
@@ -409,7 +409,7 @@ def fetch_images(
 
 
 def image_path(directory: str | Path, url: str) -> Path:
-    """Where a URL's picture is stored: a folder of 256 by the first two digits of the hash."""
+    """Where a URL's image is stored: a folder of 256 by the first two digits of the hash."""
     key = _key(url)
     return Path(directory) / key[:2] / key
 
@@ -534,7 +534,7 @@ class _Fetch:
         if host.failures == _GIVE_UP:
             self.log(
                 f"{host.name} cannot be reached or is too busy; its other {len(host.urls):,} "
-                "pictures are left for the next run"
+                "images are left for the next run"
             )
         return outcome
 
@@ -594,7 +594,7 @@ class _Fetch:
         return "ok", bytes(body)
 
     def _store(self, url: str, body: bytes) -> str:
-        """Check, scale down and write a picture; runs in a thread."""
+        """Check, scale down and write an image; runs in a thread."""
         try:
             check_decodes(body)
             stored = storable(body, self.max_size)
@@ -619,7 +619,7 @@ class _Journal:
         self.path = path
 
     def read(self, max_bytes: int) -> dict[str, str]:
-        """Outcomes by hash, but for pictures that the limit of today may let in."""
+        """Outcomes by hash, but for images that the limit of today may let in."""
         known = {}
         if self.path.exists():
             for line in text_lines(self.path.read_text("utf-8", "replace")):

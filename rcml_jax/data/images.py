@@ -66,7 +66,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """The image, of which the header alone is read."""
+    """Open the image; only its header is read."""
     image = Image.open(io.BytesIO(encoded), formats=_formats())
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
@@ -218,8 +218,8 @@ class Framing:
     resample: int = int(Image.Resampling.BICUBIC)
 
 
-def to_array(picture: Image.Image, framing: int | Framing) -> np.ndarray:
-    """The picture as Hugging Face's processors make it: uint8 (size, size, 3).
+def to_array(image: Image.Image, framing: int | Framing) -> np.ndarray:
+    """The image as Hugging Face's processors make it: uint8 (size, size, 3).
 
     framing: as of a checkpoint; a number is that of CLIP, whose short side is resized to it. JPEGs
     are decoded at a smaller scale, of twice the size at least, which changes a photograph by a
@@ -231,12 +231,12 @@ def to_array(picture: Image.Image, framing: int | Framing) -> np.ndarray:
     """
     framing = Framing(framing) if isinstance(framing, int) else framing
     size, short = framing.size, framing.resize or framing.size
-    width, height = picture.size
+    width, height = image.size
     with _decoding():
-        # The smaller scale rounds both sides up; the box says where in it the picture ends.
-        drafted = picture.draft("RGB", (2 * short, 2 * short))
-        picture = picture.convert("RGB")
-    box = drafted[1] if drafted else (0, 0, *picture.size)
+        # The smaller scale rounds both sides up; the box says where in it the image ends.
+        drafted = image.draft("RGB", (2 * short, 2 * short))
+        image = image.convert("RGB")
+    box = drafted[1] if drafted else (0, 0, *image.size)
     long = short if framing.squash else int(short * max(width, height) / min(width, height))
     width, height = (long, short) if width > height else (short, long)
     left, top = (width - size) // 2, (height - size) // 2
@@ -245,16 +245,14 @@ def to_array(picture: Image.Image, framing: int | Framing) -> np.ndarray:
     if long > _LONGEST_RATIO * short:
         scales = 2 * ((box[2], width), (box[3], height))
         parts = [place * old / new for place, (old, new) in zip(crop, scales, strict=True)]
-        picture = picture.resize(
-            (size, size), filter_, box=(parts[0], parts[1], parts[2], parts[3])
-        )
-        return np.array(picture)
-    picture = picture.resize((width, height), filter_, box=box)
-    return np.array(picture.crop(crop))
+        image = image.resize((size, size), filter_, box=(parts[0], parts[1], parts[2], parts[3]))
+        return np.array(image)
+    image = image.resize((width, height), filter_, box=box)
+    return np.array(image.crop(crop))
 
 
 class EncodedImages:
-    """Pictures of items that one function gives as encoded bytes, by the item's index."""
+    """Images of items that one function gives as encoded bytes, by the item's index."""
 
     def __init__(self, count: int, encode: Callable[[int], bytes]):
         self._count, self._encode = count, encode
@@ -266,14 +264,14 @@ class EncodedImages:
         return open_rgb(self.encoded(index))
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of one item's picture."""
+        """The bytes of one item's image."""
         return self._encode(int(index))
 
 
 class ImageBank:
-    """Items' pictures as arrays, decoded once while they fit into `cache_bytes` of memory.
+    """Items' images as arrays, decoded once while they fit into `cache_bytes` of memory.
 
-    Which pictures are kept: the first that are asked for. Thread-safe; a pickled copy starts with
+    Which images are kept: the first that are asked for. Thread-safe; a pickled copy starts with
     an empty cache.
     """
 
@@ -292,7 +290,7 @@ class ImageBank:
 
     def _reset(self) -> None:
         capacity = min(len(self.images), self.cache_bytes // (3 * self.size**2))
-        # np.empty: the system hands out the memory only as the pictures come in.
+        # np.empty: the system hands out the memory only as the images come in.
         self._store = np.empty((capacity, self.size, self.size, 3), np.uint8)
         self._slot = np.full(len(self.images), -1, np.int64)
         self._used = 0
@@ -308,14 +306,14 @@ class ImageBank:
 
     @property
     def cached(self) -> int:
-        """The number of pictures in memory."""
+        """The number of images in memory."""
         return self._used
 
     def __call__(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The pictures of items (n,): uint8 (n, size, size, 3).
+        """The images of items (n,): uint8 (n, size, size, 3).
 
         Raises:
-          UserError: a picture cannot be decoded.
+          UserError: an image cannot be decoded.
         """
         indices = np.asarray(indices, np.int64)
         slots = self._slot[indices]
@@ -377,7 +375,7 @@ def augment(
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-# Taking information away from pictures and texts, to make a task that needs both.
+# Taking information away from images and texts, to make a task that needs both.
 
 
 _GREY = 128

@@ -1,4 +1,4 @@
-"""What the image-text sources share: records with a picture file, a text and a class."""
+"""What the image-text sources share: records with an image file, a text and a class."""
 
 import contextlib
 import functools
@@ -23,8 +23,8 @@ from rcml_jax.errors import UserError
 class Record(NamedTuple):
     """One sample as its source has it.
 
-    where: file and line or record number, for messages; split: a place in SPLITS; image: the path
-    of its picture; text_from: where the text stands, for messages.
+    where: file and line or record number, for messages; split: an index into SPLITS; image: its
+    path; text_from: where the text stands, for messages.
     """
 
     where: str
@@ -36,10 +36,10 @@ class Record(NamedTuple):
 
 
 class ImageFiles:
-    """The pictures in files, read whenever they are asked for; an `ItemImages`.
+    """The images in files, read whenever they are asked for; an `ItemImages`.
 
     Raises:
-      UserError: on access, a file that cannot be read or is no picture; it is named.
+      UserError: on access, a file that cannot be read or is no image; it is named.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -120,7 +120,7 @@ def assemble(
     records: Sequence[Record],
     *,
     label_field: str,
-    pictures: str,
+    images: str,
     texts: str,
     gate: TextGate,
     cache: str | Path | None,
@@ -132,11 +132,11 @@ def assemble(
     image that can be decoded, are skipped, and one line with their number and the first one goes to
     `log` (default: to standard error); if the gate is strict the first one is an error.
 
-    gate: what the texts came through; cache: as of `image_problems`. label_field, pictures, texts:
-    the class's field and where pictures and texts are expected, for messages.
+    gate: what the texts came through; cache: as of `image_problems`. label_field, images, texts:
+    the class's field and where images and texts are expected, for messages.
 
     Raises:
-      UserError: a class that no training record has; most of a split's pictures or texts are
+      UserError: a class that no training record has; most of a split's images or texts are
         missing; or as `ClassificationData.validate`.
     """
     label_names = sorted({record.label for record in records if record.split == 0})
@@ -150,37 +150,37 @@ def assemble(
     split = np.array([record.split for record in records], np.int8)
     log = log or log_line
     gate.report(lambda line: log(f"{name}: {line}"))
-    no_picture = np.array([not os.path.isfile(record.image) for record in records], bool)
-    there = np.flatnonzero(~no_picture).tolist()
+    no_image = np.array([not os.path.isfile(record.image) for record in records], bool)
+    there = np.flatnonzero(~no_image).tolist()
     damaged = np.zeros(len(records), bool)
     problems = dict(
         zip(there, image_problems([records[i].image for i in there], cache), strict=True)
     )
     damaged[there] = [problem != "" for problem in problems.values()]
     no_text = np.array([not record.text for record in records], bool)
-    _check_most(name, records, split, no_picture, f"picture; pictures are expected as {pictures}.")
+    _check_most(name, records, split, no_image, f"image; images are expected as {images}.")
     _check_most(name, records, split, no_text, f"text; texts are expected {texts}.")
-    _check_most(name, records, split, damaged, "picture that can be decoded; get them anew.")
-    keep = ~(no_picture | no_text | damaged)
+    _check_most(name, records, split, damaged, "image that can be decoded; get them anew.")
+    keep = ~(no_image | no_text | damaged)
     skipped = np.flatnonzero(~keep)
     if skipped.size:
         i, first = skipped[0], records[skipped[0]]
         lacks = f"there is no text in {first.text_from}"
-        if no_picture[i]:
-            lacks = f"there is no picture {first.image}"
+        if no_image[i]:
+            lacks = f"there is no image {first.image}"
         elif damaged[i]:
-            lacks = f"the picture {first.image} cannot be decoded ({problems[i]})"
+            lacks = f"the image {first.image} cannot be decoded ({problems[i]})"
         if gate.strict:
             raise UserError(
                 f"{first.where}: {lacks}; mend or add it, or leave `strict` off, so that the "
                 "record is skipped."
             )
-        counts = f"{np.sum(no_picture):,} without a picture"
+        counts = f"{np.sum(no_image):,} without an image"
         if damaged.any():
             counts += f", {np.sum(damaged):,} with a damaged one"
         log(
             f"{name}: {len(skipped):,} of {len(records):,} records are skipped ({counts}, "
-            f"{np.sum(no_text & ~no_picture & ~damaged):,} without a text); the first is "
+            f"{np.sum(no_text & ~no_image & ~damaged):,} without a text); the first is "
             f"{first.where}: {lacks}"
         )
     kept = [record for record, good in zip(records, keep, strict=True) if good]

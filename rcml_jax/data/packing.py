@@ -23,7 +23,7 @@ class PackedTexts(NamedTuple):
 def pack_order(lengths: np.ndarray, per_row: int) -> np.ndarray:
     """An order (N,) of texts whose consecutive groups of `per_row` have about equal sums of tokens.
 
-    Each text, the longest first, goes to the emptiest row with a free place. N is a multiple of
+    Each text, the longest first, goes to the emptiest row with a free slot. N is a multiple of
     `per_row`.
     """
     rows: list[list[int]] = [[] for _ in range(len(lengths) // per_row)]
@@ -37,15 +37,15 @@ def pack_order(lengths: np.ndarray, per_row: int) -> np.ndarray:
 
 
 def pack_texts(ids: np.ndarray, mask: np.ndarray, per_row: int) -> tuple[np.ndarray, PackedTexts]:
-    """Padded texts, ids and mask (n, T), in rows of about equal length, and which text is where.
+    """Pack padded texts, ids and mask (n, T), into rows of about equal length.
 
-    Returns places (N,) in the texts, in the order of the rows; where the texts do not fill the last
-    row the last one is repeated.
+    Returns indices (N,) into the texts, in the order of the rows. If the texts do not fill the last
+    row, the last text is repeated.
     """
     count = len(ids)
-    places = np.arange(count + -count % per_row).clip(max=count - 1)
-    places = places[pack_order(mask[places].sum(axis=1), per_row)]
-    return places, pack(ids[places], mask[places], per_row)
+    indices = np.arange(count + -count % per_row).clip(max=count - 1)
+    indices = indices[pack_order(mask[indices].sum(axis=1), per_row)]
+    return indices, pack(ids[indices], mask[indices], per_row)
 
 
 def pack(ids: np.ndarray, mask: np.ndarray, per_row: int) -> PackedTexts:

@@ -2,7 +2,7 @@
 
 No TensorFlow is imported. Layout: `<data_dir>/<name>-<fingerprint>/relation_graph/<version>/`.
 A preparation writes into a folder `incomplete.*` and renames it when it is whole, so a folder of
-that layout is a whole data set. The graph (all but the pictures) is kept beside the records in
+that layout is a whole data set. The graph (all but the images) is kept beside the records in
 `graph.npz`; it is made from the records wherever it is missing.
 """
 
@@ -127,7 +127,7 @@ class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 class StoredImages:
-    """Pictures of a prepared graph: read from the ArrayRecord file and decoded on demand.
+    """Images of a prepared graph: read from the ArrayRecord file and decoded on demand.
 
     Thread-safe; a pickled copy opens the files again.
     """
@@ -155,7 +155,7 @@ class StoredImages:
         return [f"{state} {position}" for position in self._positions.tolist()]
 
     def encoded(self, index: int) -> bytes:
-        """The PNG or JPEG bytes of one item's picture."""
+        """The PNG or JPEG bytes of one item's image."""
         records = self._records
         if records is None:
             with self._lock:
@@ -194,12 +194,12 @@ def prepare(
     fingerprint: str = "",
     **about: str,
 ) -> Path:
-    """Writes a graph with its pictures (`graph.images.encoded`) and returns its folder.
+    """Writes a graph with its images (`graph.images.encoded`) and returns its folder.
 
     Nothing is done where it is there already. `about`: description, license, citation, homepage.
 
     Raises:
-      UserError: the graph is not valid, a picture cannot be had, or the disk is full or read-only.
+      UserError: the graph is not valid, an image cannot be had, or the disk is full or read-only.
     """
     graph.validate()
     folder = folder_of(data_dir, name or graph.name, fingerprint)
@@ -222,7 +222,7 @@ def prepare(
 
 
 def load(data_dir: str | Path, name: str, *, fingerprint: str = "") -> RelationGraph:
-    """A prepared graph; its pictures are read from the ArrayRecord file on demand.
+    """A prepared graph; its images are read from the ArrayRecord file on demand.
 
     Raises:
       UserError: it has not been prepared, or its files are damaged (the folder is named).
@@ -319,7 +319,7 @@ def _damaged(folder: Path, error: Exception | str) -> UserError:
 
 
 def _records(folder: Path):
-    """The records as TFDS's data source, pictures left encoded."""
+    """The records as TFDS's data source, images left encoded."""
     try:
         builder = tfds.builder_from_directory(str(folder))
         return builder.as_data_source(_SPLIT, decoders={"image": tfds.decode.SkipDecoding()})

@@ -127,7 +127,7 @@ def controlled_queries(
     barred, is_member = np.zeros((2, len(graph)), bool)
     for row in np.argsort(both[:, 2], kind="stable"):
         query, _, relation = both[row]
-        near = items[_linked_places(graph, query, items)]
+        near = items[_linked_indices(graph, query, items)]
         other = near[~graph.linked(query, near, relation) & (near != query)]
         if graph.class_links is not None:  # Items of one label are one thing to a text.
             other = other[graph.labels[other] != graph.labels[query]]
@@ -192,13 +192,13 @@ def _members(graph: RelationGraph, pairs: np.ndarray, items: np.ndarray) -> list
     return [items[row[graph.labels[items]]] for row in linked]
 
 
-def _linked_places(graph: RelationGraph, query: int, items: np.ndarray) -> np.ndarray:
+def _linked_indices(graph: RelationGraph, query: int, items: np.ndarray) -> np.ndarray:
     """Places in sorted items of those that are linked to a query under any relation, itself too."""
     if graph.class_links is not None:
         return np.flatnonzero(graph.linked_any(np.asarray(query), items))
     near = graph.related_to(query)
-    place = np.searchsorted(items, near).clip(max=len(items) - 1)
-    return place[items[place] == near]
+    index = np.searchsorted(items, near).clip(max=len(items) - 1)
+    return index[items[index] == near]
 
 
 def _sample(
@@ -312,8 +312,8 @@ def _pairs_of(splits: Splits, split: str, per_relation: int, seed: int) -> np.nd
         order = np.random.default_rng([seed, split_index(split), 0]).permutation(len(pairs))
         order = order[np.argsort(pairs[order, 2], kind="stable")]
         relations = pairs[order, 2]
-        place = np.arange(len(order)) - np.searchsorted(relations, relations)
-        pairs = pairs[np.sort(order[place < per_relation])]
+        index = np.arange(len(order)) - np.searchsorted(relations, relations)
+        pairs = pairs[np.sort(order[index < per_relation])]
     return pairs
 
 
@@ -426,7 +426,7 @@ def _exchanged(
 def every_relation(graph: RelationGraph, queries: RelationQueries) -> tuple[np.ndarray, np.ndarray]:
     """All relations for each pair (P, R), the true one first, and which count (P, R) bool.
 
-    The others that link the pair do not count: they are right, too.
+    The other relations that link the pair do not count: they are correct, too.
     """
     total, pairs = len(graph.relations), np.stack([queries.a, queries.b], axis=1)
     true = queries.relations[:, :1]
@@ -439,25 +439,25 @@ def every_relation(graph: RelationGraph, queries: RelationQueries) -> tuple[np.n
     return relations, counts
 
 
-# Queries that rank a whole split: every item or text that is linked to the query is right.
+# Queries that rank a whole split: every item or text linked to the query is relevant.
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryQueries:
     """Find every partner: Q queries, (query, relation) each, over a gallery of n items.
 
-    items (n,): the gallery, sorted item numbers. texts (n,): for each, the place in the gallery of
-    the first item with the same text. query (Q,): places in the gallery; relation (Q,), sorted.
-    right (Q, n) sparse bool: what is linked to the query under its relation, one at least.
-    hidden (Q, n) sparse bool: what is not ranked, the query itself and what another split's pairs
-    link to it. left_out: how many queries the limits leave out.
+    items (n,): the gallery, sorted item numbers. texts (n,): for each, the gallery index of the
+    first item with the same text. query (Q,): gallery indices; relation (Q,), sorted.
+    relevance (Q, n) sparse bool: items linked to the query under its relation, at least one.
+    hidden (Q, n) sparse bool: items that are not ranked: the query itself, and items that pairs of
+    another split link to it. left_out: how many queries the limits leave out.
     """
 
     items: np.ndarray
     texts: np.ndarray
     query: np.ndarray
     relation: np.ndarray
-    right: scipy.sparse.csr_array
+    relevance: scipy.sparse.csr_array
     hidden: scipy.sparse.csr_array
     left_out: int
 
@@ -474,8 +474,8 @@ def gallery_queries(
     """Every item of a split under every relation that links it to another of the split.
 
     At most `per_relation` items under each relation (0: any number) and `limit` queries in all are
-    drawn by the seed. With class links or attributes all that they link is right, not only the
-    drawn pairs.
+    drawn by the seed. With class links or attributes every item that they link is relevant, not
+    only the drawn pairs.
 
     Raises:
       UserError: no item of the split is linked to another.
@@ -488,23 +488,23 @@ def gallery_queries(
     chosen = _draw(queries[:, 1], limit, per_relation, [seed, split_index(split), 4])
     query, relation = queries[chosen].T
     if by_class:
-        right = _linked_classes(graph, query, relation, items)
-        hidden = scipy.sparse.csr_array(right.shape, dtype=bool)
+        relevance = _linked_classes(graph, query, relation, items)
+        hidden = scipy.sparse.csr_array(relevance.shape, dtype=bool)
     else:
         pairs, every = (_by_sentence(graph, some) for some in (pairs, graph.pairs))
         asked = graph.first_with_sentence(relation)
-        right = _agreeing(graph, query, relation, items) + _partners(pairs, query, asked, items)
-        hidden = _partners(every, query, asked, items) > right
-    place = np.searchsorted(items, query)
-    own = _matrix(np.arange(len(query)), place, right.shape)
+        relevance = _agreeing(graph, query, relation, items) + _partners(pairs, query, asked, items)
+        hidden = _partners(every, query, asked, items) > relevance
+    index = np.searchsorted(items, query)
+    own = _matrix(np.arange(len(query)), index, relevance.shape)
     first: dict[str, int] = {}
     texts = [first.setdefault(graph.texts[item], i) for i, item in enumerate(items)]
     return GalleryQueries(
         items=items,
         texts=np.array(texts),
-        query=place,
+        query=index,
         relation=relation,
-        right=right > own,
+        relevance=relevance > own,
         hidden=hidden + own,
         left_out=len(queries) - len(chosen),
     )
@@ -544,8 +544,8 @@ def _draw(relation: np.ndarray, limit: int, per_relation: int, seed: list[int]) 
     order = rng.permutation(len(relation))
     if per_relation:
         order = order[np.argsort(relation[order], kind="stable")]
-        place = np.arange(len(order)) - np.searchsorted(relation[order], relation[order])
-        order = rng.permutation(order[place < per_relation])
+        index = np.arange(len(order)) - np.searchsorted(relation[order], relation[order])
+        order = rng.permutation(order[index < per_relation])
     return np.sort(order[:limit])
 
 

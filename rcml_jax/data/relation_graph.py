@@ -17,18 +17,18 @@ INTRA_RELATION = "These two items represent the same product. Align their featur
 
 
 class ItemImages(Protocol):
-    """The pictures of a graph's items, in the order of the items."""
+    """The images of a graph's items, in the order of the items."""
 
     def __len__(self) -> int:
         """Number of items."""
         ...
 
     def __getitem__(self, index: int) -> Image.Image:
-        """The RGB picture of one item, decoded on demand."""
+        """The RGB image of one item, decoded on demand."""
         ...
 
     def encoded(self, index: int) -> bytes:
-        """The PNG or JPEG bytes of one item's picture."""
+        """The PNG or JPEG bytes of one item's image."""
         ...
 
 
@@ -134,20 +134,20 @@ class RelationGraph:
         if not len(cols):
             return np.zeros((len(rows), 0), bool)
         names, column = np.unique(cols, return_inverse=True)
-        found, place, _ = self._adjacency.meet(rows, names)
+        found, index, _ = self._adjacency.meet(rows, names)
         own, known = _find(names, rows)
         found = np.concatenate([found, np.flatnonzero(known)])
-        place = np.concatenate([place, own[known]])
+        index = np.concatenate([index, own[known]])
         block = np.zeros((len(rows), len(names)), bool)
         if len(names) == len(cols):
-            block[found, np.argsort(column)[place]] = True
+            block[found, np.argsort(column)[index]] = True
         else:  # a column comes twice
-            block[found, place] = True
+            block[found, index] = True
             block = block[:, column]
         return block if self.class_links is None else block | self._one_label(rows[:, None], cols)
 
     def related_values(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
-        """`related()` at single places: two index arrays of one shape to bool of that shape."""
+        """`related()` of single cells: two index arrays of one shape to bool of that shape."""
         rows, cols = np.asarray(rows), np.asarray(cols)
         start, stop = self._adjacency.between(rows.ravel(), cols.ravel())
         values = (start < stop).reshape(rows.shape) | (rows == cols)
@@ -194,7 +194,7 @@ class RelationGraph:
     def linked_any(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Whether items are linked by any relation, or have one label: broadcasts → bool.
 
-        Without class links and attributes it is `related` at single places.
+        Without class links and attributes it is `related` of single cells.
         """
         if self.class_links is None:
             return self._or_agreeing(self.related_values(*np.broadcast_arrays(a, b)), a, b)
@@ -215,9 +215,9 @@ class RelationGraph:
         """
         order = np.argsort(relations)
         row, relation = self.links_of(np.stack([np.ravel(a), np.ravel(b)], axis=1))
-        place, known = _find(relations[order], relation)
+        index, known = _find(relations[order], relation)
         linked = np.zeros((np.size(a), len(relations)), bool)
-        linked[row[known], order[place[known]]] = True
+        linked[row[known], order[index[known]]] = True
         return linked.reshape(*np.shape(a), len(relations))
 
     def linked_blocks(self, items: np.ndarray, relations: np.ndarray) -> np.ndarray:
@@ -228,16 +228,16 @@ class RelationGraph:
         """
         if self.class_links is None:
             order = np.argsort(items)
-            row, place, relation = self._adjacency.meet(items, items[order])
-            column = order[place]
+            row, index, relation = self._adjacency.meet(items, items[order])
+            column = order[index]
         else:
             a, b = np.nonzero(self.linked_any_block(items, items))
             among, relation = self.links_of(np.stack([items[a], items[b]], axis=1))
             row, column = a[among], b[among]
         by_number = np.argsort(relations)
-        place, known = _find(relations[by_number], relation)
+        index, known = _find(relations[by_number], relation)
         blocks = np.zeros((len(relations), len(items), len(items)), bool)
-        blocks[by_number[place[known]], row[known], column[known]] = True
+        blocks[by_number[index[known]], row[known], column[known]] = True
         for block, relation in zip(blocks, relations.tolist(), strict=True):
             if relation in self.respects:
                 block |= self.agree(items[:, None], items, relation)
@@ -476,19 +476,19 @@ class _Adjacency:
 def _meet(
     neighbors: np.ndarray, bounds: np.ndarray, rows: np.ndarray, ordered: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where lists of neighbors have one of some sorted units: row, place in these and entry."""
+    """Where lists of neighbors have one of some sorted units: row, index among these, and entry."""
     start, stop = bounds[rows], bounds[rows + 1]
     many = stop - start > _MANY_LINKS * len(ordered)
     row, entry = _ranges(start, np.where(many, start, stop))
-    place, known = _find(ordered, neighbors[entry])
-    parts = [(row[known], place[known], entry[known])]
+    index, known = _find(ordered, neighbors[entry])
+    parts = [(row[known], index[known], entry[known])]
     for i in np.flatnonzero(many):
         own = neighbors[start[i] : stop[i]]
         left, right = (np.searchsorted(own, ordered, side) for side in ("left", "right"))
-        place, entry = _ranges(start[i] + left, start[i] + right)
-        parts.append((np.full(len(place), i), place, entry))
-    row, place, entry = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return row, place, entry
+        index, entry = _ranges(start[i] + left, start[i] + right)
+        parts.append((np.full(len(index), i), index, entry))
+    row, index, entry = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return row, index, entry
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -501,14 +501,14 @@ def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where values are in a sorted array of one at least, and whether they are."""
-    place = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
-    return place, ordered[place] == values
+    index = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    return index, ordered[index] == values
 
 
 def _lower_bound(
     values: np.ndarray, low: np.ndarray, high: np.ndarray, keys: np.ndarray
 ) -> np.ndarray:
-    """The first place from low to before high whose value is no less than the key, else high.
+    """The first index from low to before high whose value is no less than the key, else high.
 
     low, high, keys (k,); values ascend in every such range.
     """
@@ -654,7 +654,7 @@ def _by_domain(
     """The split (N,) of items: test for those whose label matches one of the patterns."""
     patterns = [pattern.strip() for pattern in domain.split(",")]
     matched = [any(fnmatch.fnmatchcase(x, p) for p in patterns) for x in graph.label_names]
-    # The last place stands for items without a label.
+    # The last index stands for items without a label.
     inside = np.array([*matched, False])[graph.labels]
     if inside.all() or not inside.any():
         raise UserError(

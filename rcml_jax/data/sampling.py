@@ -39,14 +39,14 @@ class BatchSizes:
 class RelationSampler:
     """Random-access source of batch plans: plan k is a function of the seed and k alone.
 
-    A plan names items (N,), the relation of each row (R,), and anchor and positive (R, G) as places
-    in the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is padded, with
-    `pair_valid` false there. `noise` seeds the batch's augmentation, `paraphrase` (R,) draws one of
-    each relation's sentences.
+    A plan names items (N,), the relation of each row (R,), and anchor and positive (R, G) as
+    indices into the items. Row 0 is the intra-sample relation, named −1. A row short of pairs is
+    padded, with `pair_valid` false there. `noise` seeds the batch's augmentation. `paraphrase` (R,)
+    draws one of each relation's sentences.
 
     Relations, the pairs of each, and the items that fill the batch are uniform draws without
-    replacement. A plan costs what the batch holds, however large the graph is; kept are the
-    training pairs, sorted by relation, and the training items, in int32.
+    replacement. The cost of a plan depends on the batch size, not on the graph's size. The sampler
+    keeps the training pairs, sorted by relation, and the training items, in int32.
     """
 
     def __init__(self, graph: RelationGraph, splits: Splits, sizes: BatchSizes, seed: int):
@@ -57,10 +57,10 @@ class RelationSampler:
         counts = np.bincount(pairs[:, 2], minlength=len(graph.relations))
         self._bounds = np.concatenate([[0], np.cumsum(counts)])
         self._relations = np.flatnonzero(counts)
-        # Pairs hold places in the split's items, so that the rest are the numbers they leave out.
-        place = np.zeros(len(graph), np.int32)
-        place[self._items] = np.arange(len(self._items), dtype=np.int32)
-        self._pairs = place[pairs[np.argsort(pairs[:, 2], kind="stable"), :2]]
+        # Pairs hold indices into the split's items; the other items are the indices not among them.
+        index_of = np.zeros(len(graph), np.int32)
+        index_of[self._items] = np.arange(len(self._items), dtype=np.int32)
+        self._pairs = index_of[pairs[np.argsort(pairs[:, 2], kind="stable"), :2]]
         if sizes.relations > len(self._relations):
             raise UserError(
                 f"config.batch.relations={sizes.relations}, but only {len(self._relations)} "
@@ -78,7 +78,7 @@ class RelationSampler:
         relations = self._relations[chosen]
         rows = [self._draw_pairs(rng, relation) for relation in relations]
         drawn = self._pairs[np.concatenate([np.zeros(0, np.int64), *rows])]
-        paired, place = np.unique(drawn, return_inverse=True)
+        paired, inverse = np.unique(drawn, return_inverse=True)
         free = sizes.items - len(paired)
         ranks = rng.choice(len(self._items) - len(paired), free, replace=False)
         items = self._items[np.concatenate([paired, _not_among(paired, ranks)])]
@@ -88,7 +88,7 @@ class RelationSampler:
         counts = np.array([len(itself), *map(len, rows)])
         pair_valid = np.arange(width) < counts[:, None]
         anchor, positive = np.zeros((2, *pair_valid.shape), np.int32)
-        first, second = place.reshape(-1, 2).T
+        first, second = inverse.reshape(-1, 2).T
         anchor[pair_valid] = np.concatenate([itself, first])
         positive[pair_valid] = np.concatenate([itself, second])
         return {
@@ -136,9 +136,9 @@ class EpochSampler:
         return 2**31 - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        epoch, place = divmod(int(index), self.per_epoch)
+        epoch, position = divmod(int(index), self.per_epoch)
         rows = self._rows if self.per_epoch == 1 else self._rows_of(epoch)
-        rows = rows[place * self.size : (place + 1) * self.size]
+        rows = rows[position * self.size : (position + 1) * self.size]
         padding = self.size - len(rows)
         rng = np.random.default_rng((self._seed, int(index), 1))
         return {
@@ -172,10 +172,10 @@ def collator(
 
     `sentence` gives the sentence of a relation for a number that was drawn. `stored` may have, for
     "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
-    draws what is added to the embeddings of so many sentences, `shared["sentence_noise"]`.
+    draws the noise added to the embeddings of that many sentences, `shared["sentence_noise"]`.
     `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
 
-    `items` holds what is split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
+    `items` are split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
     come in another order. `shared` has what every device needs whole: relation_ids (R, T'),
     intra (R,), anchor, positive and pair_valid (R, G), linked (R, G, R), whether a pair is linked
@@ -200,11 +200,11 @@ def collator(
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked_under(anchor, positive, relations)
-        pictures = images(items)
+        pixels = images(items)
         if augment is not None:
-            pictures = augment(pictures, np.random.default_rng(plan["noise"]))
+            pixels = augment(pixels, np.random.default_rng(plan["noise"]))
         if texts_per_row > 1:
-            pictures = _in_rows(pictures, texts_per_row)
+            pixels = _in_rows(pixels, texts_per_row)
         drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
         relation_ids, _ = tokenizer.encode([sentence(r, k) for r, k in drawn], max_length)
         more = {}
@@ -212,7 +212,7 @@ def collator(
             rng = np.random.default_rng([*plan["noise"], 1])
             more["sentence_noise"] = sentence_noise(rng, len(relations))
         return {
-            "items": {"ids": ids, "images": pictures},
+            "items": {"ids": ids, "images": pixels},
             "shared": more
             | {
                 "relation_ids": relation_ids,
@@ -241,13 +241,13 @@ def _in_rows(x: Any, per_row: int) -> Any:
 
 def _reordered(plan: dict, order: np.ndarray) -> dict:
     """The same plan with its items in another order."""
-    place = np.argsort(order).astype(np.int32)
-    pairs = {name: place[plan[name]] for name in ("anchor", "positive")}
+    position = np.argsort(order).astype(np.int32)
+    pairs = {name: position[plan[name]] for name in ("anchor", "positive")}
     return {**plan, **pairs, "items": plan["items"][order]}
 
 
 def batch_iterator(sampler: Any, collate: Callable[[dict], dict], threads: int = 1):
-    """A grain iterator over batches, whose state is its place; `threads` read ahead."""
+    """A grain iterator over batches, whose state is its position; `threads` read ahead."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
     dataset = grain.MapDataset.source(sampler).map(collate)
     return iter(dataset.to_iter_dataset(options))

@@ -37,16 +37,16 @@ def tf_idf(texts: Sequence[str], fitted: Sequence[str]) -> scipy.sparse.csr_arra
     log((1 + m) / (1 + f)) + 1, where f of the m `fitted` texts have it.
     """
     words = [re.findall(r"\w+", text.lower()) for text in texts]
-    place: dict[str, int] = {}
+    index: dict[str, int] = {}
     for word in (w for row in words for w in row):
-        place.setdefault(word, len(place))
+        index.setdefault(word, len(index))
     found = Counter(w for text in fitted for w in set(re.findall(r"\w+", text.lower())))
-    idf = np.array([np.log((1 + len(fitted)) / (1 + found[w])) + 1 for w in place])
+    idf = np.array([np.log((1 + len(fitted)) / (1 + found[w])) + 1 for w in index])
     rows = np.repeat(np.arange(len(words)), [len(row) for row in words])
-    columns = np.array([place[w] for row in words for w in row], np.int64)
-    shape = (len(words), len(place))
+    columns = np.array([index[w] for row in words for w in row], np.int64)
+    shape = (len(words), len(index))
     counts = scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
-    return unit_rows(counts.multiply(idf[None]).tocsr() if place else counts)
+    return unit_rows(counts.multiply(idf[None]).tocsr() if index else counts)
 
 
 def unit_rows(x: scipy.sparse.csr_array) -> scipy.sparse.csr_array:

@@ -300,9 +300,9 @@ def check_pairs(
         )
     wrong = (rows < 0) | (rows >= len(image))
     if wrong.any():
-        place = int(np.argmax(wrong))
+        index = int(np.argmax(wrong))
         raise UserError(
-            f"image_of_text[{place}] is {rows[place]}, but image has the rows 0 to {len(image) - 1}"
+            f"image_of_text[{index}] is {rows[index]}, but image has the rows 0 to {len(image) - 1}"
         )
     return image, text, rows.astype(np.int64)
 

@@ -81,16 +81,17 @@ def gallery_retrieval(
     texts: np.ndarray,
     query: np.ndarray,
     relation: np.ndarray,
-    right: scipy.sparse.csr_array,
+    relevance: scipy.sparse.csr_array,
     hidden: scipy.sparse.csr_array,
     *,
     similarity: str = "cosine",
 ) -> dict:
     """Hit@5, R-precision and mean average precision over a gallery, for each of the five scores.
 
-    items (n,): identifiers of the gallery. texts (n,): the place of the first item with the same
+    items (n,): identifiers of the gallery. texts (n,): the index of the first item with the same
         text, whose embedding stands for all of them.
-    query (q,): indices into the gallery; relation (q,), sorted; right, hidden (q, n) sparse bool:
+    query (q,): indices into the gallery; relation (q,), sorted; relevance, hidden (q, n) sparse
+        bool:
         the relevant items, and items that are not ranked.
 
     Where texts are ranked (TT, IT), each distinct text is ranked once. It is relevant if any item
@@ -112,19 +113,19 @@ def gallery_retrieval(
     total: dict = {name: np.zeros((2, len(_MEASURES))) for name in SCORES}
     counts = dict.fromkeys(SCORES, 0)
     for part in _blocks_of(relation):
-        places, e = query[part], relation[part[0]]
-        of_item = right[part].toarray(), ~hidden[part].toarray()
+        indices, e = query[part], relation[part[0]]
+        of_item = relevance[part].toarray(), ~hidden[part].toarray()
         shown = np.asarray(carried.sum(axis=0)) > (hidden[part].astype(float) @ carried).toarray()
-        of_text = (right[part].astype(float) @ carried).toarray() > 0, shown
-        others = shown & (np.arange(len(first)) != text_of[places][:, None])
-        scores = _gallery_scores(table, e, rows, texts, first, places, similarity)
+        of_text = (relevance[part].astype(float) @ carried).toarray() > 0, shown
+        others = shown & (np.arange(len(first)) != text_of[indices][:, None])
+        scores = _gallery_scores(table, e, rows, texts, first, indices, similarity)
         for name in SCORES:
-            is_right, ranked = of_text if name[-1] == "t" else of_item
+            is_relevant, ranked = of_text if name[-1] == "t" else of_item
             ranked = others if name == "tt" else ranked
-            counted = np.any(is_right & ranked, axis=1)
+            counted = np.any(is_relevant & ranked, axis=1)
             if name[0] == "t":
                 counted &= once[part]
-            chosen = scores[name][counted], is_right[counted], ranked[counted]
+            chosen = scores[name][counted], is_relevant[counted], ranked[counted]
             total[name] += np.stack([_ranked_measures(*chosen), _expected_measures(*chosen[1:])])
             counts[name] += int(counted.sum())
     means = {name: total[name] / max(counts[name], 1) for name in SCORES}
@@ -145,21 +146,21 @@ def _blocks_of(relation: np.ndarray):
 
 
 def _gallery_scores(
-    table: EmbeddingTable, relation: int, rows, texts, first, places, similarity: str
+    table: EmbeddingTable, relation: int, rows, texts, first, indices, similarity: str
 ) -> dict[str, np.ndarray]:
     """Scores of queries with every item (II, TI, AVG) or every distinct text (TT, IT)."""
     text, image = (
         side[relation if len(side) > 1 else 0][rows] for side in (table.text, table.image)
     )
     text = text[texts]
-    padded = np.minimum(np.arange(_BLOCK), len(places) - 1)
+    padded = np.minimum(np.arange(_BLOCK), len(indices) - 1)
     sentence = (table.relation[relation], table.sentence_weight) if table.sentence_weight else None
-    scores = _score_block(text, image, text[first], places[padded], sentence, similarity)
-    return {name: np.asarray(block)[: len(places)] for name, block in scores.items()}
+    scores = _score_block(text, image, text[first], indices[padded], sentence, similarity)
+    return {name: np.asarray(block)[: len(indices)] for name, block in scores.items()}
 
 
 @functools.partial(jax.jit, static_argnames="similarity")
-def _score_block(text, image, distinct, places, sentence, similarity):
+def _score_block(text, image, distinct, indices, sentence, similarity):
     def score_rows(x, y):
         return blocks.scores(
             similarity, blocks.prepare(similarity, x), blocks.prepare(similarity, y)
@@ -175,46 +176,46 @@ def _score_block(text, image, distinct, places, sentence, similarity):
 
     both = l2_normalize(text + image)
     return {
-        "tt": score(text[places], distinct),
-        "ii": score(image[places], image),
-        "ti": score(text[places], image),
-        "it": score(image[places], distinct),
-        "avg": score(both[places], both),
+        "tt": score(text[indices], distinct),
+        "ii": score(image[indices], image),
+        "ti": score(text[indices], image),
+        "it": score(image[indices], distinct),
+        "avg": score(both[indices], both),
     }
 
 
-def _ranked_measures(scores: np.ndarray, right: np.ndarray, ranked: np.ndarray) -> np.ndarray:
-    """Sums (3,) of the measures over rows (q, c), each with one right and ranked place at least."""
-    right = right & ranked
-    worst = np.where(right, -np.inf, np.inf)
+def _ranked_measures(scores: np.ndarray, relevance: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Sums (3,) of the measures over rows (q, c), each with a relevant, ranked item."""
+    relevance = relevance & ranked
+    worst = np.where(relevance, -np.inf, np.inf)
     scores = np.where(np.isnan(scores), worst, scores).astype(np.float32) + np.float32(0)
-    # One unsigned key a place: by falling score, then wrong before right; last what is not ranked.
+    # One unsigned key per item: falling score, irrelevant before relevant, unranked items last.
     bits = scores.view(np.uint32)
     rising = bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
-    keys = (~rising).astype(np.uint64) << np.uint64(1) | right
+    keys = (~rising).astype(np.uint64) << np.uint64(1) | relevance
     keys[~ranked] = np.iinfo(np.uint64).max - 1
     keys.sort(axis=1)
     hits = (keys & np.uint64(1)).astype(np.int64)
-    found, answers = hits.cumsum(axis=1), right.sum(axis=1)
-    in_first = np.take_along_axis(found, answers[:, None] - 1, axis=1)[:, 0]
-    precision = np.sum(hits * found / np.arange(1, hits.shape[1] + 1), axis=1) / answers
+    found, relevant = hits.cumsum(axis=1), relevance.sum(axis=1)
+    in_first = np.take_along_axis(found, relevant[:, None] - 1, axis=1)[:, 0]
+    precision = np.sum(hits * found / np.arange(1, hits.shape[1] + 1), axis=1) / relevant
     return np.array(
         [
             np.sum(np.any(hits[:, :5], axis=1)),
-            np.sum(in_first / answers),
+            np.sum(in_first / relevant),
             np.sum(precision),
         ]
     )
 
 
-def _expected_measures(right: np.ndarray, ranked: np.ndarray) -> np.ndarray:
-    """What `_ranked_measures` is on average over all orders of the ranked places."""
+def _expected_measures(relevance: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Expected value of `_ranked_measures` over all orders of the ranked items."""
     n = ranked.sum(axis=1).astype(float)
-    answers = (right & ranked).sum(axis=1).astype(float)
-    # Of n places, the first five all hold none of the answers.
-    free = np.stack([(n - answers - k).clip(min=0) / (n - k).clip(min=1) for k in range(5)])
+    relevant = (relevance & ranked).sum(axis=1).astype(float)
+    # The first k of n ranked items hold no relevant one.
+    free = np.stack([(n - relevant - k).clip(min=0) / (n - k).clip(min=1) for k in range(5)])
     harmonic = np.cumsum(1 / np.arange(1, ranked.shape[1] + 1))[n.astype(int) - 1]
     # E[AP] = Σ_k (1 + (k - 1) (R - 1)/(n - 1)) / (k n)
-    others = (answers - 1) / (n - 1).clip(min=1)
+    others = (relevant - 1) / (n - 1).clip(min=1)
     precision = (harmonic + others * (n - harmonic)) / n
-    return np.array([np.sum(1 - np.prod(free, axis=0)), np.sum(answers / n), np.sum(precision)])
+    return np.array([np.sum(1 - np.prod(free, axis=0)), np.sum(relevant / n), np.sum(precision)])

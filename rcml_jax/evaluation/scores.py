@@ -126,8 +126,8 @@ def pair_scores(
     rows = block * max(1, min(_QUERIES // block, -(-queries // block)))
 
     def run(start: int) -> dict[str, np.ndarray]:
-        places = np.arange(start, start + rows).clip(max=queries - 1)
-        blocks = (x[places].reshape(-1, block, x.shape[1]) for x in index)
+        indices = np.arange(start, start + rows).clip(max=queries - 1)
+        blocks = (x[indices].reshape(-1, block, x.shape[1]) for x in index)
         with jax.default_device(device):  # which is each thread's own setting
             scores = _scores_of_blocks(*arrays, *blocks, similarity=similarity)
         return {name: np.asarray(x)[: queries - start] for name, x in scores.items()}

@@ -10,7 +10,7 @@ import numpy as np
 class Found:
     """What a search found for each of q queries.
 
-    index, scores, right: (q, k), best first: places in the gallery, their scores, and whether they
+    index, scores, right: (q, k), best first: gallery indices, their scores, and whether they
     are right; fewer columns if the gallery is smaller than k. Among equal scores the wrong ones
     come first, then the lower places. rank: (q,) how many wrong items of the whole gallery score no
     less than the best of the right ones; 0 is best. answers: (q,) number of right answers.
@@ -146,8 +146,8 @@ def nearest(
         found = (count > 0) & (scores > best.floor[0])
         if leave_out is not None and start <= leave_out < part.stop:
             found[leave_out - start] = False
-        places = np.flatnonzero(found)
-        best.add(np.zeros_like(places), places + start, scores[places])
+        indices = np.flatnonzero(found)
+        best.add(np.zeros_like(indices), indices + start, scores[indices])
     best.merge()
     kept = best.index[0] >= 0
     return best.index[0][kept], best.scores[0][kept]

@@ -82,7 +82,7 @@ def _check_end(text: Any, end_id: int) -> None:
 
 
 def _processor(framing: Framing, mean: tuple, std: tuple) -> dict:
-    """What `data.images.to_array` and the towers do to a picture, for `CLIPImageProcessor`."""
+    """What `data.images.to_array` and the towers do to an image, for `CLIPImageProcessor`."""
     side = framing.resize or framing.size
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -25,21 +25,21 @@ def clip(
     where: jax.Array | None = None,
     targets: jax.Array | None = None,
     normalize: bool = True,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """CLIP: the average of InfoNCE from text to image and back (Radford et al., 2021).
 
     text, image: (n, d). where: (n,) bool, false for padding, which is neither row nor candidate; or
     (n, n) bool, false for pairs of a text and an image that are neither positive nor negative.
     targets: as in `softmax_contrastive`, text to image; image to text takes the transposed matrix,
-    each row of it normalised on its own. block: texts compared at a time, or None. Raises
+    each row of it normalised on its own. chunk_size: texts compared at a time, or None. Raises
     ValueError if text and image differ in shape.
     """
     check_paired(text, image)
-    if block is not None:
+    if chunk_size is not None:
         targets = checked_targets(targets, len(text), len(text))
         text, image = prepare(text, image, normalize)
-        return blocked_clip(text, image, temperature, where, targets, block)
+        return chunked_clip(text, image, temperature, where, targets, chunk_size)
     logits = scaled_similarities(text, image, temperature, normalize)
     targets = target_matrix(targets, logits)
     valid = all_valid(where, len(text))
@@ -49,12 +49,12 @@ def clip(
     return (forward + backward) / 2
 
 
-def blocked_clip(text, image, temperature, where, targets, block, matrix=None):
-    """CLIP with `block` texts compared with all images at a time, in one pass for both directions.
+def chunked_clip(text, image, temperature, where, targets, chunk_size, matrix=None):
+    """CLIP in one pass for both directions: `chunk_size` texts against all images at a time.
 
-    For an image j the loss is lse_j − Σ_i t_ij l_ij / Σ_i t_ij. Every block adds its texts i to the
+    For an image j the loss is lse_j − Σ_i t_ij l_ij / Σ_i t_ij. Every chunk adds its texts i to the
     two sums and to the log-sum of exponentials lse_j. matrix(index, targets) makes the target
-    matrix of a block; without it `targets` have one of the forms of `target_matrix`.
+    matrix of a chunk; without it `targets` have one of the forms of `target_matrix`.
     """
     valid = all_valid(where, len(text))
     rows = {"text": text, "targets": targets, "valid": valid}
@@ -74,7 +74,7 @@ def blocked_clip(text, image, temperature, where, targets, block, matrix=None):
         )
         return softmax_sums(logits, target, both, None), by_image
 
-    by_text, (log_sums, sums, mass) = map_rows(parts, rows, block)
+    by_text, (log_sums, sums, mass) = map_rows(parts, rows, chunk_size)
     sums, mass = jnp.sum(sums, axis=0), jnp.sum(mass, axis=0)
     live = mass > 0
     losses = jax.nn.logsumexp(log_sums, axis=0) - sums / jnp.where(live, mass, 1)

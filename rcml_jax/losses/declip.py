@@ -1,7 +1,7 @@
 """DeCLIP (Li et al., 2022, arXiv 2110.05208): CLIP with three further kinds of supervision.
 
-All are pure functions of arrays, computed in float32 at least, and right as they stand under
-`grad`, `jit` and sharded inputs. Rows that `where` leaves out are neither rows nor candidates.
+All are pure functions of arrays, computed in float32 at least, and correct under `grad`, `jit`
+and sharded inputs. Rows that `where` excludes are neither queries nor candidates.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ def declip(
     nearest_neighbor: float = 0.2,
     temperature: float | jax.Array = 0.07,
     where: jax.Array | None = None,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(1 − α − β − γ) L_CLIP + α (L_ISS + L_TSS) + β L_MVS + γ L_NNS, and its terms by name.
 
     text, image: two views (n, d) of each item, the first of them the item as it is.
     self_supervised: L_ISS + L_TSS, such as `simsiam` plus `masked_tokens`.
     self_supervision, multi_view, nearest_neighbor: α, β and γ; a term of weight 0 is not computed.
-    where: (n,) bool, false for padding. block: rows compared at a time, or None.
+    where: (n,) bool, false for padding. chunk_size: rows compared at a time, or None.
 
     L_MVS is the mean CLIP loss of the three pairs of views beside the plain one. L_NNS is the mean
     of `neighbor_supervision` over the four pairs of views.
     """
-    options: dict[str, Any] = {"temperature": temperature, "where": where, "block": block}
+    options: dict[str, Any] = {"temperature": temperature, "where": where, "chunk_size": chunk_size}
     terms: dict[str, Any] = {"clip": clip(text[0], image[0], **options)}
     value = (1 - self_supervision - multi_view - nearest_neighbor) * terms["clip"]
     if self_supervision:
@@ -61,24 +61,24 @@ def neighbor_supervision(
     *,
     temperature: float | jax.Array = 0.07,
     where: jax.Array | None = None,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """InfoNCE from images to the nearest neighbours of their texts, t'_i = bank[k(i)] (L_NNS).
 
     k(i) is the row j ≠ i of the bank with the largest cosine to text i. The keys are t'_1, ...,
-    t'_n, constants without a gradient. Two rows may have the same neighbour: each is then a
-    positive of the other. A key that is the row's own text, because that is another row's
-    neighbour, is no candidate. Without a second valid row the loss is 0.
+    t'_n, constants without a gradient. If two rows have the same neighbour, each is a positive of
+    the other. A row's own text may be a key, as another row's neighbour; it is then not a candidate
+    for that row. Without a second valid row the loss is 0.
 
     text, image: (n, d), a view of each. bank: (n, d), the texts of the same rows to look among. The
     paper looks in a queue of the 65,536 texts before the batch; a queue would be a state that a
     step has to carry, so here it is the batch itself.
-    where: (n,) bool, false for padding. block: rows compared at a time, or None; the (n, n) masks
-    are bool and kept whole.
+    where: (n,) bool, false for padding. chunk_size: rows compared at a time, or None.
+    The (n, n) masks are bool and kept whole.
     """
     valid = all_valid(where, len(text))
     bank = jax.lax.stop_gradient(l2_normalize(bank))
-    neighbor = nearest_rows(text, bank, where=where, block=block)
+    neighbor = nearest_rows(text, bank, where=where, chunk_size=chunk_size)
     everyone = jnp.arange(len(text))
     some = valid & (jnp.sum(valid) > 1)
     return info_nce(
@@ -87,17 +87,21 @@ def neighbor_supervision(
         temperature=temperature,
         targets=neighbor[:, None] == neighbor[None],
         where=some[:, None] & some[None] & (neighbor[None] != everyone[:, None]),
-        block=block,
+        chunk_size=chunk_size,
     )
 
 
 def nearest_rows(
-    text: jax.Array, bank: jax.Array, *, where: jax.Array | None = None, block: int | None = None
+    text: jax.Array,
+    bank: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """For each text (n, d) the row of the bank (n, d) with the largest cosine, (n,) int.
 
-    The text's own row and those that `where` leaves out are not looked at; where no row is left the
-    answer is row 0. Of equal cosines the first counts. block: rows compared at a time, or None.
+    The text's own row and rows that `where` excludes are skipped. If no row remains, the result is
+    row 0. Of equal cosines the first counts. chunk_size: rows compared at a time, or None.
     """
     valid = all_valid(where, len(text))
     text, bank = (jax.lax.stop_gradient(as_float(x)) for x in (text, bank))
@@ -108,9 +112,9 @@ def nearest_rows(
         scores = cosine(rows, bank)
         return jnp.argmax(jnp.where(allowed, scores, lowest(scores.dtype)), axis=1)
 
-    if block is None:
+    if chunk_size is None:
         return nearest(everyone, text)
-    return unstack(map_rows(nearest, text, block), len(text))
+    return unstack(map_rows(nearest, text, chunk_size), len(text))
 
 
 def simsiam(

@@ -2,8 +2,8 @@
 
 `bidirectional` is what M3Co and MultiSClip have in common: Eq. 5 along rows and along columns,
 weighted by a matrix of targets. Its plain form comes first; `_bidirectional_without_shift` is the
-same at a known temperature, and `blocked_bidirectional` bounds the memory. Both losses are pure
-functions of whole batches, computed in float32 at least; they work as they stand under `jit` with
+same at a known temperature, and `chunked_bidirectional` bounds the memory. Both losses are pure
+functions of whole batches, computed in float32 at least. They work unchanged under `jit` with
 sharded inputs, `grad` and `vmap`.
 """
 
@@ -27,7 +27,7 @@ def m3co(
     *,
     temperature: float | jax.Array = 0.1,
     where: jax.Array | None = None,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """M3Co, bidirectional and mixup-contrastive, summed over pairs of modalities (Eq. 6–8, 12).
 
@@ -38,14 +38,14 @@ def m3co(
 
     clean, mixed: M ≥ 2 arrays (n, d), normalised here. coefficient: λ (n,). partner: M index arrays
     (n,), each a permutation. where: (n,) bool, false for padding, which must partner itself only.
-    block: samples compared at a time, or None for all; with it memory grows with block × n and not
-    with n × n. Raises ValueError for shapes that do not fit.
+    chunk_size: samples compared at a time, or None for all; with it memory grows with
+    chunk_size × n, not n × n. Raises ValueError for shapes that do not fit.
     """
     check_modalities(clean, mixed, partner)
     clean, mixed = [l2_normalize(x) for x in clean], [l2_normalize(x) for x in mixed]
     samples = jnp.arange(len(clean[0]))
     pairs = list(itertools.permutations(range(len(clean)), 2))
-    if block is None:
+    if chunk_size is None:
         total: Any = 0.0
         for a, b in pairs:
             logits = over_temperature(mixed[a] @ clean[b].T, temperature)
@@ -59,7 +59,9 @@ def m3co(
             logits = over_temperature(mixed[a] @ clean[b].T, temperature)
             yield logits, _mixed_targets(coefficient, index, partner[a], logits)
 
-    return blocked_bidirectional(compare, (mixed, coefficient, list(partner)), where, block) / 2
+    return (
+        chunked_bidirectional(compare, (mixed, coefficient, list(partner)), where, chunk_size) / 2
+    )
 
 
 def over_temperature(cosines: jax.Array, temperature: float | jax.Array) -> jax.Array:
@@ -89,9 +91,9 @@ def bidirectional(
 ) -> jax.Array:
     """1/N Σ_il t_il [−log softmax_l(s_i·)[l] − log softmax_i(s_·l)[i]] of logits s and targets t.
 
-    logits, targets: (n, n). where: (n,) bool, false for rows and columns that are padding; N counts
-    the others, and the loss is 0 if there is none. temperature: if the logits are cosines over a
-    temperature that is known while tracing, a faster form of the same may be used.
+    logits, targets: (n, n). where: (n,) bool, false for padded rows and columns; N counts the
+    others. If there are none, the loss is 0. temperature: pass it if the logits are cosines divided
+    by a temperature known at trace time; a faster, equal form may then be used.
     """
     valid = all_valid(where, len(logits))
     if isinstance(temperature, int | float) and temperature >= _NO_SHIFT:
@@ -132,14 +134,14 @@ def _bidirectional_without_shift(
     return jnp.sum(jnp.where(valid, sums - 2 * product(targets * logits, mask), 0))
 
 
-def blocked_bidirectional(
-    compare: Callable[..., Iterator], rows, where: jax.Array | None, block: int
+def chunked_bidirectional(
+    compare: Callable[..., Iterator], rows, where: jax.Array | None, chunk_size: int
 ) -> jax.Array:
-    """`bidirectional` summed over comparisons, `block` rows of all of them at a time.
+    """`bidirectional` summed over comparisons, `chunk_size` rows of all of them at a time.
 
-    compare(index, rows of a block) yields the logits and targets, (block, n), of each comparison;
-    rows is a tree of arrays with a leading axis n. Every block computes its rows' log-sums of
-    exponentials, and its share of the columns', again in the backward pass.
+    compare(index, rows of a chunk) yields the logits and targets, (chunk_size, n), of each
+    comparison. rows is a tree of arrays with a leading axis n. The backward pass computes again
+    every chunk's log-sums of exponentials: those of its rows, and its share of the columns'.
     """
     valid = all_valid(where, len(jax.tree.leaves(rows)[0]))
 
@@ -155,7 +157,7 @@ def blocked_bidirectional(
             columns.append((column_log_sums(logits, both), targets.sum(axis=0)))
         return total, columns
 
-    totals, columns = map_rows(parts, (rows, valid), block)
+    totals, columns = map_rows(parts, (rows, valid), chunk_size)
     total = jnp.sum(totals)
     for log_sums, mass in columns:
         total += jnp.sum(jax.nn.logsumexp(log_sums, axis=0) * mass.sum(axis=0))

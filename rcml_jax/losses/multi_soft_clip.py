@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from rcml_jax.losses._chunked import all_valid, lowest, map_rows, unstack
 from rcml_jax.losses.m3co import (
     bidirectional,
-    blocked_bidirectional,
     check_modalities,
+    chunked_bidirectional,
     over_temperature,
 )
 from rcml_jax.ops.similarity import l2_normalize
@@ -23,7 +23,7 @@ def multi_soft_clip(
     temperature: float | jax.Array = 0.1,
     where: jax.Array | None = None,
     stop_gradient_targets: bool = False,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """MultiSClip: similarities within one modality are the targets across (Eq. 9–11, 13).
 
@@ -32,14 +32,14 @@ def multi_soft_clip(
     L² with the modalities swapped, and the loss (L¹ + L²)/2, summed over pairs of modalities.
 
     embeddings: M ≥ 2 arrays (n, d), normalised here. where: (n,) bool, false for padding.
-    stop_gradient_targets: no gradient through w; the paper's has it. block: samples compared at a
-    time, or None for all; with it memory grows with block × n and not with n × n. Raises ValueError
-    for shapes that do not fit.
+    stop_gradient_targets: stop the gradient through w; in the paper it flows. chunk_size: samples
+    compared at a time, or None for all; with it memory grows with chunk_size × n, not n × n.
+    Raises ValueError for shapes that do not fit.
     """
     check_modalities(embeddings)
     units = [l2_normalize(x) for x in embeddings]
-    if block is not None:
-        return _blocked(units, temperature, where, stop_gradient_targets, block)
+    if chunk_size is not None:
+        return _chunked(units, temperature, where, stop_gradient_targets, chunk_size)
     valid = all_valid(where, len(units[0]))
     weights = [_weights(over_temperature(_gram(x), temperature), valid) for x in units]
     if stop_gradient_targets:
@@ -70,11 +70,11 @@ def _gram(x: jax.Array) -> jax.Array:
 _gram.defvjp(lambda x: (x @ x.T, x), lambda x, g: ((g + g.T) @ x,))
 
 
-def _blocked(units, temperature, where, stop_gradient_targets, block):
-    """`multi_soft_clip` of unit vectors, `block` samples at a time.
+def _chunked(units, temperature, where, stop_gradient_targets, chunk_size):
+    """`multi_soft_clip` of unit vectors, `chunk_size` samples at a time.
 
-    A block has rows of w² but columns of w¹. Similarities within a modality are symmetric, so with
-    r_i = log Σ_l exp(s_il) both come from the block's s_il: w_il = exp(s_il − r_i) and
+    A chunk has rows of w² but columns of w¹. Similarities within a modality are symmetric, so with
+    r_i = log Σ_l exp(s_il) both come from the chunk's s_il: w_il = exp(s_il − r_i) and
     w_li = exp(s_il − r_l). The r of all samples are computed first.
     """
     valid = all_valid(where, len(units[0]))
@@ -88,7 +88,7 @@ def _blocked(units, temperature, where, stop_gradient_targets, block):
         logits = (jnp.where(valid[None], s, lowest(s.dtype)) for s in similarities(rows))
         return [jax.nn.logsumexp(s, axis=1) for s in logits]
 
-    normalizers = [unstack(r, len(valid)) for r in map_rows(log_sums, units, block)]
+    normalizers = [unstack(r, len(valid)) for r in map_rows(log_sums, units, chunk_size)]
 
     def compare(index, own):
         del index
@@ -103,4 +103,4 @@ def _blocked(units, temperature, where, stop_gradient_targets, block):
                 targets = jax.lax.stop_gradient(targets)
             yield over_temperature(rows[a] @ units[b].T, temperature), targets
 
-    return blocked_bidirectional(compare, (units, normalizers, valid), where, block) / 2
+    return chunked_bidirectional(compare, (units, normalizers, valid), where, chunk_size) / 2

@@ -23,8 +23,8 @@ def relation_contrastive(
     intra: jax.Array,
     temperature: float | jax.Array = 0.1,
     intra_modal_weight: float | jax.Array = 0.5,
-    block: int | None = None,
-    pair_block: int | None = None,
+    chunk_size: int | None = None,
+    pair_chunk_size: int | None = None,
     remat: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """RCML's loss (L_ti + L_it)/2 + λ (L_tt + L_ii) of a batch (arXiv 2508.17497, Eq. 1–2).
@@ -35,21 +35,21 @@ def relation_contrastive(
     L_tt and L_ii leave the intra-sample pairs out: an item compared with itself has similarity 1
     and no gradient. A mean over no pairs is 0.
 
-    text, image: (R, N, d) embeddings of all N items under each of R relations, L2-normalised (by
-        the pooling head; they are not normalised again here) and finite at padding, too.
+    text, image: (R, N, d) embeddings of all N items under each of R relations, L2-normalised by
+        the pooling head (not normalised again here). They must also be finite at padding.
     anchor, positive: (R, G) indices of the items of each relation's pairs, within 0..N−1.
-    pair_valid: (R, G) bool, false for padding. A pair of an item that is not valid does not count.
-    related: (N, N) bool, whether two items are paired under any relation of the whole graph, as in
-        the paper; or (R, N, N), whether they are under each relation of the batch, so that items
-        paired under another relation alone are negatives. Symmetric, true on the diagonal.
+    pair_valid: (R, G) bool, false for padding. Pairs with an invalid item are ignored.
+    related: (N, N) bool, true if two items are paired under any relation of the whole graph, as in
+        the paper. Or (R, N, N), true if they are paired under that relation of the batch; items
+        paired under another relation only are then negatives. Symmetric, true on the diagonal.
     valid: (N,) bool, false for padding.
     intra: (R,) bool, true for the intra-sample relation, whose pairs have anchor = positive.
     intra_modal_weight: λ.
-    block: relations handled at a time; None for all at once, which is the fastest and holds the
-        8·R·G·N logits.
-    pair_block: pairs of a relation handled at a time; None for all. With block=1, 8·pair_block·N
-        logits are held, however many the pairs and relations.
-    remat: with blocks, compute their logits again in the backward pass instead of keeping them.
+    chunk_size: relations computed at a time. None computes all at once: the fastest form, which
+        holds 8·R·G·N logits.
+    pair_chunk_size: pairs of a relation computed at a time; None for all. With chunk_size=1 only
+        8·pair_chunk_size·N logits are held, for any number of pairs and relations.
+    remat: with chunks, compute their logits again in the backward pass instead of keeping them.
 
     Returns the loss and a dict of scalars: the terms `tt`, `ti`, `it` and `ii` (`ti` goes from the
     anchor's text to the positive's image), `pairs`, the number of valid pairs, and `accuracy`, the
@@ -59,8 +59,8 @@ def relation_contrastive(
         {"text": text, "image": image, "related": jnp.asarray(related, bool)},
         (anchor, positive, pair_valid),
         functools.partial(relation_terms, valid=valid, temperature=temperature),
-        block=block or len(text),
-        pair_block=pair_block,
+        chunk_size=chunk_size or len(text),
+        pair_chunk_size=pair_chunk_size,
         remat=remat,
     )
     inter = ~jnp.asarray(intra, bool)
@@ -174,8 +174,8 @@ def relation_identification(
     return jnp.sum(losses) / count, {"relation_accuracy": accuracy}
 
 
-def _terms_by_relation(states, pairs, terms, *, block, pair_block, remat):
-    """`terms` of every relation, each (R,): `block` relations and `pair_block` pairs at a time.
+def _terms_by_relation(states, pairs, terms, *, chunk_size, pair_chunk_size, remat):
+    """`terms` (R,) of every relation, computed in chunks of relations and of pairs.
 
     states: text and image (R, N, d), related (N, N) or (R, N, N). pairs: anchor, positive and
     pair_valid, (R, G). terms: `relation_terms` with its other options.
@@ -192,22 +192,24 @@ def _terms_by_relation(states, pairs, terms, *, block, pair_block, remat):
     def of_relation(relation):
         own, pairs = relation
         given = own["text"], own["image"], own.get("related", related)
-        if pair_block is None:
+        if pair_chunk_size is None:
             return of_pairs(*given, *pairs)
-        parts = jax.lax.map(lambda part: of_pairs(*given, *part), _split(pairs, pair_block))
+        parts = jax.lax.map(lambda part: of_pairs(*given, *part), _split(pairs, pair_chunk_size))
         return jax.tree.map(jnp.sum, parts)
 
-    return jax.lax.map(of_relation, (states, pairs), batch_size=block)
+    return jax.lax.map(of_relation, (states, pairs), batch_size=chunk_size)
 
 
 def _split(pairs, size):
-    """Arrays (G,) → (blocks, at most size); padded with zeros, which are no valid pair."""
+    """Arrays (G,) → (chunks, at most size); padded with zeros, which are no valid pair."""
     if size < 1:
-        raise ValueError(f"pair_block={size} must be at least 1, or None for all pairs at once")
+        raise ValueError(
+            f"pair_chunk_size={size} must be at least 1, or None for all pairs at once"
+        )
     count = pairs[0].shape[0]
-    blocks = -(-count // size)
-    padding = blocks * -(-count // blocks) - count
-    return [jnp.pad(x, (0, padding)).reshape(blocks, -1) for x in pairs]
+    chunks = -(-count // size)
+    padding = chunks * -(-count // chunks) - count
+    return [jnp.pad(x, (0, padding)).reshape(chunks, -1) for x in pairs]
 
 
 def _live(anchor, positive, pair_valid, valid):

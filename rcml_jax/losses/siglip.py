@@ -23,7 +23,7 @@ def sigmoid(
     where: jax.Array | None = None,
     targets: jax.Array | None = None,
     normalize: bool = True,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """SigLIP: −(1/n) Σ_ij log σ(y_ij (x_i·y_j/τ + b)), y_ij = ±1 (Zhai et al., 2023).
 
@@ -31,7 +31,8 @@ def sigmoid(
     targets: as in `softmax_contrastive`, but not normalised: an entry t in [0, 1] adds
     t log σ(l) + (1 − t) log σ(−l), so 1 stands for y = 1 and 0 for y = −1. A row without a
     positive therefore still has its negatives. Without any valid row the loss is 0.
-    block: texts compared at a time, or None. Raises ValueError if text and image differ in shape.
+    chunk_size: texts compared at a time, or None.
+    Raises ValueError if text and image differ in shape.
     """
     check_paired(text, image)
     text, image = prepare(text, image, normalize)
@@ -46,6 +47,10 @@ def sigmoid(
         terms = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
         return jnp.sum(jnp.where(allowed_pairs(own["valid"], valid), terms, 0))
 
-    sums = total(jnp.arange(len(text)), rows) if block is None else map_rows(total, rows, block)
+    sums = (
+        total(jnp.arange(len(text)), rows)
+        if chunk_size is None
+        else map_rows(total, rows, chunk_size)
+    )
     some = valid if valid.ndim == 1 else jnp.any(valid, axis=1)
     return -jnp.sum(sums) / jnp.maximum(jnp.sum(some), 1).astype(text.dtype)

@@ -4,8 +4,8 @@ All losses of this package are pure functions of arrays to one scalar, computed 
 They work as they stand under `grad`, `vmap` and `jit`, also with inputs sharded over mesh axes of
 type Auto. `temperature` and `bias` may be traced. Embeddings must be finite even where masked.
 
-Losses of embeddings take an option `block`: the number of rows compared with all candidates at a
-time. The comparison runs again in the backward pass, so memory grows with block × candidates
+Losses of embeddings take an option `chunk_size`: the number of rows compared with all candidates at
+a time. The comparison runs again in the backward pass, so memory grows with chunk_size × candidates
 instead of rows × candidates. Value and gradient are the same up to rounding.
 """
 
@@ -51,14 +51,14 @@ def info_nce(
     where: jax.Array | None = None,
     weights: jax.Array | None = None,
     normalize: bool = True,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """InfoNCE from queries (n, d) to keys (m, d), in one direction (van den Oord et al., 2018).
 
     `softmax_contrastive` of the cosines (dot products without `normalize`) over the temperature,
-    with its `targets`, `where` and `weights`. block: queries compared at a time, or None.
+    with its `targets`, `where` and `weights`. chunk_size: queries compared at a time, or None.
     """
-    if block is None:
+    if chunk_size is None:
         logits = scaled_similarities(queries, keys, temperature, normalize)
         return softmax_contrastive(logits, targets, where=where, weights=weights)
     queries, keys = prepare(queries, keys, normalize)
@@ -76,10 +76,10 @@ def info_nce(
     def sums(index, own):
         del index
         logits = scaled_similarities(own["queries"], keys, temperature, False)
-        # The padding of the last block has weight 0, so it counts nowhere.
+        # The padding of the last chunk has weight 0, so it counts nowhere.
         return softmax_sums(logits, own["targets"], own.get("where", where), own["weights"])
 
-    total, weight = map_rows(sums, rows, block)
+    total, weight = map_rows(sums, rows, chunk_size)
     return mean_of(jnp.sum(total), jnp.sum(weight))
 
 

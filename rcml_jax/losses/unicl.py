@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rcml_jax.losses.clip import blocked_clip, clip
+from rcml_jax.losses.clip import chunked_clip, clip
 from rcml_jax.losses.softmax import check_paired, prepare
 
 
@@ -15,13 +15,14 @@ def label_supervised(
     temperature: float | jax.Array = 0.07,
     where: jax.Array | None = None,
     normalize: bool = True,
-    block: int | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """UniCL: CLIP with every item of the same label as a positive (Yang et al., 2022, Eq. 2–4).
 
     text, image: (n, d). labels: (n,) integers; the target is spread evenly over the items of the
     row's label. A negative label is unknown: only the item itself is positive. where: as in `clip`.
-    block: texts compared at a time, or None. Raises ValueError if text and image differ in shape.
+    chunk_size: texts compared at a time, or None.
+    Raises ValueError if text and image differ in shape.
     """
     labels = jnp.asarray(labels)
     everyone = jnp.arange(len(labels))
@@ -30,7 +31,7 @@ def label_supervised(
         same = (own[:, None] == labels[None]) & (labels >= 0)[None]
         return same | (index[:, None] == everyone[None])
 
-    if block is None:
+    if chunk_size is None:
         return clip(
             text,
             image,
@@ -41,4 +42,4 @@ def label_supervised(
         )
     check_paired(text, image)
     text, image = prepare(text, image, normalize)
-    return blocked_clip(text, image, temperature, where, labels, block, same_label)
+    return chunked_clip(text, image, temperature, where, labels, chunk_size, same_label)

@@ -14,7 +14,7 @@ METHODS = {
     "rcml": "rcml_jax.methods.rcml:RCMLMethod",
     **dict.fromkeys(LOSSES, "rcml_jax.methods.baselines:BaselineMethod"),
     "declip": "rcml_jax.methods.declip:DeCLIPMethod",
-    "m3col": "rcml_jax.methods.seeds:Members",
+    "m3col": "rcml_jax.methods.seeds:SeedEnsemble",
     EMBEDDINGS: "rcml_jax.methods.embeddings:EmbeddingsMethod",
 }
 #: Methods that train towers on a relation graph.

@@ -57,7 +57,7 @@ class BaselineMethod(RelationalMethod):
             raise UserError(
                 f"{option}={name!r} takes no argument where, the mask of a batch's items; add it"
             )
-        return found, takes & {"temperature", "where", "bias", "labels", "block"}
+        return found, takes & {"temperature", "where", "bias", "labels", "chunk_size"}
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """Embeddings of the items by the towers, (N, d) each; (N/k, k, d) in rows of k texts."""
@@ -77,7 +77,7 @@ class BaselineMethod(RelationalMethod):
             "where": shared["valid"],
             "bias": params.get("bias"),
             "labels": shared["labels"],
-            "block": config.loss.block or None,
+            "chunk_size": config.loss.chunk_size or None,
         }
         # From rows of items to items.
         text, image = (x.reshape(-1, x.shape[-1]) for x in (embedded["text"], embedded["image"]))

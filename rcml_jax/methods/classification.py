@@ -113,18 +113,18 @@ class ClassificationTask:
         return self.tokenizer.encode(texts, self.max_length)
 
     def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        pictures, config = self.banks[name](rows), self.config
+        images, config = self.banks[name](rows), self.config
         if rng is not None and (config.batch.image_shift or config.batch.image_flip):
-            pictures = augment(
-                pictures, rng, shift=config.batch.image_shift, flip=config.batch.image_flip
+            images = augment(
+                images, rng, shift=config.batch.image_shift, flip=config.batch.image_flip
             )
         share, patch = config.data.patches_hidden, config.data.patch_size
         if not share:
-            return pictures
+            return images
         if rng is not None:
-            return hide_patches(pictures, rng, share=share, patch=patch)
+            return hide_patches(images, rng, share=share, patch=patch)
         one = functools.partial(hide_patches, share=share, patch=patch)
-        hidden = [one(p[None], self._noise(row)) for p, row in zip(pictures, rows, strict=True)]
+        hidden = [one(p[None], self._noise(row)) for p, row in zip(images, rows, strict=True)]
         return np.concatenate(hidden)
 
     def _noise(self, row: int) -> np.random.Generator:
@@ -219,12 +219,12 @@ def look(method: Classifier, params: Params) -> Metrics:
     models, data = method.models(), method.task.data
     probabilities = _Predictions(method, params, _asked(method)).fused
     found: dict[str, dict] = {}
-    for place, name in enumerate(models.names):
+    for index, name in enumerate(models.names):
         splits = {"test": data.rows("test")}
-        if place in models.validation:
-            splits["validation"] = models.validation[place]
+        if index in models.validation:
+            splits["validation"] = models.validation[index]
         found[name] = {
-            split: classification.measures(probabilities(place, rows), data.labels[rows])
+            split: classification.measures(probabilities(index, rows), data.labels[rows])
             for split, rows in splits.items()
         }
     accuracies = [look["validation"]["accuracy"] for look in found.values() if "validation" in look]
@@ -266,21 +266,21 @@ def report(
     }
     if split == "test":
         looks = _looks(history, models)
-        held_out = [models.names[place] for place in models.validation]
-        reported = [models.names[place] for place in models.reported]
+        held_out = [models.names[index] for index in models.validation]
+        reported = [models.names[index] for index in models.reported]
         result["classification"] = classification.protocols(
             looks, trained_on_all=reported, held_out=held_out
         )
         if held_out:
             result["validation"] = classification.validation(looks, held_out)
-    rows, places = _rows_of(models, data, split)
+    rows, indices = _rows_of(models, data, split)
     predictions = _Predictions(method, params, np.unique(np.concatenate(list(rows.values()))))
 
     def over_models(head: str) -> dict:
         return classification.summarize(
             [
                 classification.measures(predictions.head(head, p, rows[p]), data.labels[rows[p]])
-                for p in places
+                for p in indices
             ]
         )
 
@@ -288,13 +288,13 @@ def report(
     heads = [name for name in predictions.heads if name != "fused"]
     if heads:
         result["unimodal"] = {name: over_models(name) for name in heads}
-    if len(places) > 1 and split != "validation":
-        mean = np.mean([predictions.fused(p, rows[p]) for p in places], axis=0)
+    if len(indices) > 1 and split != "validation":
+        mean = np.mean([predictions.fused(p, rows[p]) for p in indices], axis=0)
         result["ensemble"] = classification.summarize(
-            [classification.measures(mean, data.labels[rows[places[0]]])]
+            [classification.measures(mean, data.labels[rows[indices[0]]])]
         )
     if split == "test":
-        result |= _analyses(method, params, predictions, places)
+        result |= _analyses(method, params, predictions, indices)
     result["predictions"] = _arrays(models, predictions, rows, data)
     return result
 
@@ -351,17 +351,17 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     """rows/, labels/ and the predicted class by head, for each model."""
     found = {}
-    for place, asked in rows.items():
-        name = models.names[place]
+    for index, asked in rows.items():
+        name = models.names[index]
         found[f"{name}/rows"], found[f"{name}/labels"] = asked, data.labels[asked]
         for head in predictions.heads:
-            probabilities = predictions.head(head, place, asked)
+            probabilities = predictions.head(head, index, asked)
             found[f"{name}/{head}"] = np.argmax(probabilities, axis=1).astype(np.int32)
     return found
 
 
 def _analyses(
-    method: Classifier, params: Params, predictions: _Predictions, places: Sequence[int]
+    method: Classifier, params: Params, predictions: _Predictions, indices: Sequence[int]
 ) -> dict:
     """Confidence on noise, and accuracy with one modality replaced by it.
 
@@ -377,13 +377,13 @@ def _analyses(
         return np.asarray(method.classify_all(params, embeddings)["fused"])
 
     top = classified(noise)
-    confidences = [classification.confidence(top[p]) for p in places]
+    confidences = [classification.confidence(top[p]) for p in indices]
     result = {"random_inputs": classification.summarize(confidences)}
     if len(noise) > 1:
         corrupted = {name: classified({**clean, name: noise[name]}) for name in noise}
         result["corrupted"] = {
             name: classification.summarize(
-                [classification.measures(x[p], data.labels[test]) for p in places]
+                [classification.measures(x[p], data.labels[test]) for p in indices]
             )
             for name, x in corrupted.items()
         }

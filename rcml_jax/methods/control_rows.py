@@ -45,8 +45,8 @@ def training_items(task: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
     both = np.unique(np.concatenate([pairs[:, [2, 0]], pairs[:, [2, 1]]]), axis=0)
     both = np.random.default_rng(task.config.data.split_seed).permutation(both)
     both = both[np.argsort(both[:, 0], kind="stable")]
-    place = np.arange(len(both)) - np.searchsorted(both[:, 0], both[:, 0])
-    relation, items = both[place < most].T
+    index = np.arange(len(both)) - np.searchsorted(both[:, 0], both[:, 0])
+    relation, items = both[index < most].T
     return items, relation
 
 

@@ -174,11 +174,11 @@ class DeCLIPMethod(BaselineMethod):
         head = self._token_head(params)
         out = head.apply({"params": params["token_head"]}, as_float(found))
         hidden, bias = out
-        costs = masked_tokens(hidden, _token_table(params["towers"]), bias, labels)
+        costs = masked_tokens(hidden, _token_embeddings(params["towers"]), bias, labels)
         # The text of a row that each masked token belongs to.
-        owner = jnp.sum(positions[..., None] > ends[:, None], axis=-1, dtype=jnp.int32)
+        segment_ids = jnp.sum(positions[..., None] > ends[:, None], axis=-1, dtype=jnp.int32)
         texts = jnp.arange(ends.shape[1], dtype=jnp.int32)
-        mine = chosen[..., None] & (owner[..., None] == texts[None, None])
+        mine = chosen[..., None] & (segment_ids[..., None] == texts[None, None])
         loss = jnp.sum(jnp.where(mine, costs[..., None], 0), axis=1)
         count = jnp.sum(mine, axis=1).astype(loss.dtype)
         if not packed:
@@ -194,7 +194,7 @@ class DeCLIPMethod(BaselineMethod):
         return ~special & (index < ends[:, -1:])
 
     def _token_head(self, params: Params) -> TokenHead:
-        vocab_size, width = _token_table(params["towers"]).shape
+        vocab_size, width = _token_embeddings(params["towers"]).shape
         return TokenHead(width, vocab_size)
 
     def objective(
@@ -225,7 +225,7 @@ class DeCLIPMethod(BaselineMethod):
             self_supervised=sum(terms.values()),
             temperature=self.temperature(params),
             where=where,
-            block=self.config.loss.block or None,
+            chunk_size=self.config.loss.chunk_size or None,
             **weights,
         )
         return value, more | terms
@@ -255,7 +255,7 @@ def _first(ids: jax.Array, token: int) -> jax.Array:
     return jnp.argmax(ids == token, axis=1, keepdims=True).astype(jnp.int32)
 
 
-def _token_table(towers: Params) -> jax.Array:
+def _token_embeddings(towers: Params) -> jax.Array:
     """The text tower's token embeddings (V, width), under CLIP's and SigLIP's name or BERT's."""
     embeddings = towers["text_model"]["embeddings"]
     names = ("token_embedding", "word_embeddings")

@@ -75,9 +75,9 @@ class EmbeddingsMethod(RelationalMethod):
             self.scores = SCORES if self.joint else ("tt", "ii", "avg")
         ids = np.array(task.graph.ids)
         order = np.argsort(found.ids)
-        place = order[np.searchsorted(found.ids[order], ids).clip(max=len(order) - 1)]
+        index = order[np.searchsorted(found.ids[order], ids).clip(max=len(order) - 1)]
         #: Row of each item of the graph in the file; −1: it is not there.
-        self._rows = np.where(found.ids[place] == ids, place, -1)
+        self._rows = np.where(found.ids[index] == ids, index, -1)
         self.ignored = len(found.ids) - int(np.sum(self._rows >= 0))
 
     @classmethod

@@ -227,10 +227,10 @@ class M3CoLMethod(Method):
             draw, len(valid), alpha=options.alpha, fraction=options.fraction
         )
         partner = [mixup.partners(k, len(valid), where=valid) for k in keys]
-        for place, name in enumerate(self.names):
+        for index, name in enumerate(self.names):
             if name in self.mixed_inputs:
                 inputs = self._floats(name, items[name])
-                items[f"{name} mixed"] = mixup.mix(inputs, coefficient, partner[place])
+                items[f"{name} mixed"] = mixup.mix(inputs, coefficient, partner[index])
         return {
             "items": items,
             "shared": shared | {"coefficient": coefficient, "partner": jnp.stack(partner, axis=1)},
@@ -273,10 +273,10 @@ class M3CoLMethod(Method):
         valid, labels = shared["valid"], shared["labels"]
         clean, mixed = embedded["clean"], dict(embedded["mixed"])
         if self._mixes:
-            for place, name in enumerate(self.names):
+            for index, name in enumerate(self.names):
                 if name not in mixed:
                     mixed[name] = mixup.mix(
-                        clean[name], shared["coefficient"], shared["partner"][:, place]
+                        clean[name], shared["coefficient"], shared["partner"][:, index]
                     )
         targets = jax.nn.one_hot(labels, self.task.data.classes, dtype=jnp.float32)
         if config.mixup.labels:
@@ -304,7 +304,7 @@ class M3CoLMethod(Method):
         """The contrastive term of this phase."""
         z = [clean[name] for name in self.names]
         loss = self.config.loss
-        options: dict[str, Any] = {"where": shared["valid"], "block": loss.block or None}
+        options: dict[str, Any] = {"where": shared["valid"], "chunk_size": loss.chunk_size or None}
         if self.contrastive == "m3co":
             return m3co(
                 z,
@@ -358,8 +358,8 @@ class M3CoLMethod(Method):
         parts = []
         size = min(_CHUNK, len(rows)) if "table" not in self.kinds.values() else len(rows)
         for start in range(0, len(rows), size):
-            places = np.arange(start, start + size).clip(max=len(rows) - 1)
-            inputs = self.task.inputs(rows[places])
+            indices = np.arange(start, start + size).clip(max=len(rows) - 1)
+            inputs = self.task.inputs(rows[indices])
             found = jax.device_get(embed(params, inputs))
             parts.append({n: x[:, : len(rows) - start] for n, x in found.items()})
         return {name: np.concatenate([p[name] for p in parts], axis=1) for name in self.names}

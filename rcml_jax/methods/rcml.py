@@ -30,9 +30,9 @@ class RCMLMethod(RelationalMethod):
             self.towers_config,
             FrozenDict(
                 beta=head.beta,
-                summary_logit=head.summary_logit,
-                summary_prior=head.summary_prior,
-                learn_summary_prior=head.learn_summary_prior,
+                pooled_logit=head.pooled_logit,
+                pooled_prior=head.pooled_prior,
+                learn_pooled_prior=head.learn_pooled_prior,
                 gate=head.gate,
                 head_init=head.head_init,
             ),
@@ -102,8 +102,8 @@ class RCMLMethod(RelationalMethod):
             *pairs,
             related=shared["related"],
             intra_modal_weight=loss.intra_modal_weight,
-            block=loss.block or None,
-            pair_block=loss.pair_block or None,
+            chunk_size=loss.chunk_size or None,
+            pair_chunk_size=loss.pair_chunk_size or None,
             **common,
         )
         if loss.identification_weight:
@@ -153,9 +153,9 @@ class RCMLMethod(RelationalMethod):
         intra = jnp.arange(len(relation)) == 0
 
         def text(texts: Sequence[str]) -> np.ndarray:
-            places, tokens = self.packed(*task.tokenizer.encode(texts, task.max_length))
+            indices, tokens = self.packed(*task.tokenizer.encode(texts, task.max_length))
             z = np.empty((len(relation), len(texts), relation.shape[1]), np.float32)
-            z[:, places] = self._pool_text(variables, tokens, relation, intra)
+            z[:, indices] = self._pool_text(variables, tokens, relation, intra)
             return z
 
         def image(pixels: np.ndarray) -> np.ndarray:

@@ -406,7 +406,7 @@ class RelationalMethod(Method):
             "this model, words and frozen_towers of none; a gain is one over the best of them",
             "retrieval_all": "items of the split under each relation that links them to others of "
             "it; all its other items are ranked, or its distinct texts but the query's own, and "
-            "all that are linked under the relation are right; texts ask once a relation; chance: "
+            "all items linked under the relation are relevant; texts ask once a relation; chance: "
             "the mean over all orders",
             "retrieval_all_left_out": gallery.left_out,
             "relation_type": "the true relation among relations under which the pair is not "
@@ -456,8 +456,8 @@ class RelationalMethod(Method):
             if texts:
                 yield rows, texts(items[rows]), images(items[rows])
                 continue
-            places, tokens = self.packed(ids[rows], mask[rows])
-            rows = rows[places]
+            indices, tokens = self.packed(ids[rows], mask[rows])
+            rows = rows[indices]
             yield rows, tokens, images(items[rows])
 
 
@@ -522,7 +522,7 @@ def _best_name(variants: dict, task: str) -> str:
 
 def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
     g = gallery
-    return gallery_retrieval(table, g.items, g.texts, g.query, g.relation, g.right, g.hidden)
+    return gallery_retrieval(table, g.items, g.texts, g.query, g.relation, g.relevance, g.hidden)
 
 
 def _needed(

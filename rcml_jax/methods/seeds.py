@@ -36,7 +36,7 @@ def several_models(
     return None
 
 
-class Members(Method):
+class SeedEnsemble(Method):
     """M3CoL models trained in one compiled step, every leaf of their parameters stacked.
 
     The seeds are `config.seed` and the ones after it. On data without a validation split there are
@@ -65,11 +65,11 @@ class Members(Method):
         )
         if error:
             raise UserError(error)
-        self._keep, seeds, self._models = _members(config, data)
+        self._keep, seeds, self._models = _seed_models(config, data)
         self._seeds = jnp.asarray([fold_seed(seed) for seed in seeds], jnp.uint32)
         # Models with different best steps have no best checkpoint in common.
         self.evaluated = "latest" if len(self._models.names) > 1 else "best"
-        self._encode = jax.jit(self._encode_members, static_argnums=1)
+        self._encode = jax.jit(self._encode_ensemble, static_argnums=1)
         self.classify_all = jax.jit(jax.vmap(single.probabilities))
 
     @classmethod
@@ -171,7 +171,7 @@ class Members(Method):
         """The models, those trained on all of train, and the validation rows of the others."""
         return self._models
 
-    def _encode_members(self, params: Params, name: str, inputs: tuple) -> jax.Array:
+    def _encode_ensemble(self, params: Params, name: str, inputs: tuple) -> jax.Array:
         return jax.vmap(lambda one: self.single.encode(one, name, inputs))(params)
 
     def embeddings(self, params: Params, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -202,17 +202,17 @@ def _summed(values: jax.Array, metrics: Metrics) -> tuple[jax.Array, Metrics]:
     return jnp.sum(values), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
 
-def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
+def _seed_models(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
     """Rows that each model may train on, (models, samples) bool; its seed; and the models."""
     seeds = [config.seed + i for i in range(config.seeds)]
     everything = np.ones(len(data), bool)
     declared = data.rows("validation")
     if len(declared) or config.data.folds < 2:
         names = tuple(f"seed{seed}" for seed in seeds)
-        places = tuple(range(len(seeds)))
-        validation = dict.fromkeys(places, declared) if len(declared) else {}
+        indices = tuple(range(len(seeds)))
+        validation = dict.fromkeys(indices, declared) if len(declared) else {}
         keep = jnp.asarray(np.stack([everything] * len(seeds)))
-        return keep, seeds, Models(names, places, validation)
+        return keep, seeds, Models(names, indices, validation)
     train = data.rows("train")
     if config.data.folds > len(train):
         raise UserError(
@@ -222,10 +222,10 @@ def _members(config: Any, data: Any) -> tuple[jax.Array, list[int], Models]:
     fold = np.full(len(data), -1)
     fold[train] = stratified_folds(data.labels[train], config.data.folds, config.data.split_seed)
     kept, validation = [everything] * len(seeds), {}
-    for place, seed in enumerate(seeds, start=len(seeds)):
+    for index, seed in enumerate(seeds, start=len(seeds)):
         held_out = fold == seed % config.data.folds
         kept.append(~held_out)
-        validation[place] = np.flatnonzero(held_out)
+        validation[index] = np.flatnonzero(held_out)
     names = tuple(f"{fold}-seed{seed}" for fold in ("all", "held-out") for seed in seeds)
     models = Models(names, tuple(range(len(seeds))), validation)
     return jnp.asarray(np.stack(kept)), 2 * seeds, models

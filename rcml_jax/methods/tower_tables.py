@@ -84,8 +84,8 @@ class TowerTables:
         out = np.zeros((*needed.shape, width), np.float32)
         relations, rows = np.nonzero(needed)
         asked = [(task.graph.texts[i], r) for i, r in zip(items[rows], relations, strict=True)]
-        place = {pair: number for number, pair in enumerate(dict.fromkeys(asked))}
-        distinct = list(place)
+        index = {pair: number for number, pair in enumerate(dict.fromkeys(asked))}
+        distinct = list(index)
         embedded = np.empty((len(distinct), width), np.float32)
         for start in range(0, len(distinct), _SENTENCE_CHUNK):
             chunk = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(distinct) - 1)
@@ -95,15 +95,15 @@ class TowerTables:
                 towers, *task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
             )
             embedded[start : start + len(part)] = part[: len(distinct) - start]
-        out[relations, rows] = embedded[[place[pair] for pair in asked]]
+        out[relations, rows] = embedded[[index[pair] for pair in asked]]
         return out
 
     def text(self, towers: Params, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Padded texts, ids and mask (n, T) → (n, d)."""
-        places, tokens = self._method.packed(ids, mask)
-        found = np.asarray(self._texts(towers, tokens)).reshape(len(places), -1)
+        indices, tokens = self._method.packed(ids, mask)
+        found = np.asarray(self._texts(towers, tokens)).reshape(len(indices), -1)
         out = np.empty((len(ids), found.shape[1]), np.float32)
-        out[places] = found
+        out[indices] = found
         return out
 
     @property

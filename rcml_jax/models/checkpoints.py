@@ -1,4 +1,4 @@
-"""Checkpoints on disk or on the hub: files, PyTorch's names, and what is wrong with them said."""
+"""Checkpoints on disk or on the hub: files, PyTorch's parameter names, clear errors."""
 
 import functools
 import hashlib

@@ -58,9 +58,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Apply the layers; dropout draws from the random stream "dropout"."""
-        for place, width in enumerate(self.widths):
+        for index, width in enumerate(self.widths):
             x = nn.Dense(width, kernel_init=_GLOROT, dtype=self.dtype)(x)
-            if place + 1 < len(self.widths):
+            if index + 1 < len(self.widths):
                 x = Dropout(self.dropout)(nn.relu(x), deterministic=deterministic)
         return x
 

@@ -19,7 +19,7 @@ def _identity(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.flo
 class RelationPooling(nn.Module):
     """Pool token states under relations: z = norm(a · H W_Vᵀ · W_o) (Eq. 4–6).
 
-    a = softmax((1 − β) · (W_Q h_E)·(W_K H)/√d + β · summary_logit · B + summary_prior · S), where S
+    a = softmax((1 − β) · (W_Q h_E)·(W_K H)/√d + β · pooled_logit · B + pooled_prior · S), where S
     is 1 at the pooled state and B = S under an intra-sample relation, 0 under any other. The four
     d×d matrices have no bias and serve both modalities.
 
@@ -27,10 +27,10 @@ class RelationPooling(nn.Module):
     pooled state is no token (SigLIP's attention pooling, the mean of BERT) H is its tokens and that
     state: the relation then weighs the tower's own embedding against each token, as it does CLIP's.
 
-    β = 1 with a large `summary_logit` (1e4) selects the pooled state: the tower's own embedding.
-    `summary_prior` is no part of the paper: with it the pooled state leads under every relation,
+    β = 1 with a large `pooled_logit` (1e4) selects the pooled state: the tower's own embedding.
+    `pooled_prior` is no part of the paper: with it the pooled state leads under every relation,
     so that a pretrained tower starts from the embedding it was trained for. 0 is the paper's form.
-    With `gate`, no part of the paper either, what was pooled is scaled under each relation:
+    With `gate`, also no part of the paper, the pooled vector is scaled under each relation:
     z = norm((a · H W_Vᵀ) ∘ (1 + √d · W_G h_E/‖h_E‖) · W_o), where W_G starts at 0. Attention alone
     picks tokens; the gate also picks what of them counts, so that one state serves several
     respects.
@@ -40,9 +40,9 @@ class RelationPooling(nn.Module):
 
     dim: int
     beta: float = 0.6
-    summary_logit: float = 1.0
-    summary_prior: float = 0.0
-    learn_summary_prior: bool = False
+    pooled_logit: float = 1.0
+    pooled_prior: float = 0.0
+    learn_pooled_prior: bool = False
     gate: bool = False
     head_init: str = "identity"
     dtype: DTypeLike = jnp.float32
@@ -61,11 +61,11 @@ class RelationPooling(nn.Module):
         self.output = self.param("output", carry, shape, jnp.float32)
         if self.gate:
             self.scale = self.param("gate", nn.initializers.zeros, shape, jnp.float32)
-        if self.learn_summary_prior:
-            prior = jnp.float32(self.summary_prior)
-            self.prior: jax.Array | float = self.param("summary_prior", lambda _: prior)
+        if self.learn_pooled_prior:
+            prior = jnp.float32(self.pooled_prior)
+            self.prior: jax.Array | float = self.param("pooled_prior", lambda _: prior)
         else:
-            self.prior = self.summary_prior
+            self.prior = self.pooled_prior
 
     def attention(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
         """Attention weights (n, R, T) of n items under R relations (Eq. 5–6).
@@ -85,7 +85,7 @@ class RelationPooling(nn.Module):
         pooled = jnp.expand_dims(positions, range(index.ndim - 1)) == index
         intra = jnp.expand_dims(intra[:, None], range(index.ndim - 2))
         logits = (1.0 - self.beta) * scores / math.sqrt(self.dim)
-        logits += jnp.where(pooled & intra, self.beta * self.summary_logit, 0.0)
+        logits += jnp.where(pooled & intra, self.beta * self.pooled_logit, 0.0)
         logits += jnp.where(pooled, self.prior, 0.0)
         return nn.softmax(logits, axis=-1, where=tokens.mask[..., None, :])
 

@@ -48,10 +48,10 @@ def partners(key: jax.Array, size: int, *, where: jax.Array | None = None) -> ja
         return jax.random.permutation(key, size)
     where = jnp.asarray(where, bool)
     # Both orders have the valid samples first and the padding after them, in its own order.
-    places = jnp.argsort(~where, stable=True)
+    indices = jnp.argsort(~where, stable=True)
     draws = jax.random.uniform(key, (size,), jnp.float32)
     shuffled = jnp.argsort(jnp.where(where, draws, 2.0), stable=True)
-    return jnp.zeros(size, shuffled.dtype).at[places].set(shuffled)
+    return jnp.zeros(size, shuffled.dtype).at[indices].set(shuffled)
 
 
 def mix(tree: Any, coefficient: jax.Array, partner: jax.Array) -> Any:

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.report import page
-from rcml_jax.report.page import Figure, Folder, LeftOutError, Picture, Section, load, plain, slug
+from rcml_jax.report.page import (
+    Figure,
+    FigureImage,
+    Folder,
+    LeftOutError,
+    Section,
+    load,
+    plain,
+    slug,
+)
 
 _BLUE, _ORANGE, _GREEN = page.COLOURS[:3]
 _CALIBRATIONS = {"none": ("o", _BLUE), "centred": ("s", _ORANGE), "whitened": ("^", _GREEN)}
@@ -142,13 +151,13 @@ def _study(
         "gap": "The modality gap against retrieval.",
         "plane": "Both modalities in a plane, as they are and centred.",
     }
-    pictures = tuple(Picture(x, names.get(x.stem, x.stem)) for x in drawn)
+    images = tuple(FigureImage(x, names.get(x.stem, x.stem)) for x in drawn)
     protocol = "; ".join(f"{name}: {plain(value)}" for name, value in result["protocol"].items())
     return Figure(
         title,
         "For each source the cosines of matched and of random pairs; the modality gap against "
         "retrieval with each calibration; and both modalities on their first two principal axes "
         f"before and after centring. Protocol: {protocol}.",
-        pictures,
+        images,
         data=(copied,),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from rcml_jax.evaluation.display import collect
 from rcml_jax.evaluation.measures import at
 from rcml_jax.methods import classification as analyses
-from rcml_jax.methods.seeds import Members
+from rcml_jax.methods.seeds import SeedEnsemble
 from rcml_jax.report import page
 from rcml_jax.report.page import (
     NEIGHBOURS,
@@ -159,10 +159,10 @@ def _tokens(name: str) -> Any:
 def _single(opened: Opened) -> tuple[Any, Any]:
     """The first model alone, where several were trained side by side."""
     method, params = opened.method, opened.params
-    if not isinstance(method, Members):
+    if not isinstance(method, SeedEnsemble):
         return method, params
-    place = _first_model(method)
-    return method.single, jax.tree.map(lambda x: x[place], params)
+    index = _first_model(method)
+    return method.single, jax.tree.map(lambda x: x[index], params)
 
 
 def class_words(label: str) -> list[str]:
@@ -186,7 +186,7 @@ def noise_confidence(opened: Opened) -> np.ndarray:
     method, params = opened.method, opened.params
     noise = analyses.noise_inputs(method, params, len(method.task.data.rows("test")))
     fused = np.asarray(method.classify_all(params, noise)["fused"])
-    return np.concatenate([fused[place].max(axis=-1) for place in method.models().reported])
+    return np.concatenate([fused[index].max(axis=-1) for index in method.models().reported])
 
 
 # Accuracy by epoch
@@ -236,12 +236,12 @@ def _epoch(run: Run, step: float) -> float:
 BINS = 25
 
 
-def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
+def draw_map(arrays: Arrays, path: pathlib.Path, index: int) -> pathlib.Path:
     """The plane of a modality's or the fused embeddings: a colour and a mark for each class."""
     with page.panel(path, page.PANEL, 5.2, legend=2) as axes:
-        scatter(axes, arrays["points"][place], arrays["class"], [str(c) for c in arrays["classes"]])
-        score = f"silhouette {page.signed(arrays['silhouette'][place])}"
-        axes.set_title(f"{arrays['parts'][place]}, {score}", loc="left")
+        scatter(axes, arrays["points"][index], arrays["class"], [str(c) for c in arrays["classes"]])
+        score = f"silhouette {page.signed(arrays['silhouette'][index])}"
+        axes.set_title(f"{arrays['parts'][index]}, {score}", loc="left")
     return path
 
 
@@ -282,8 +282,8 @@ def draw_heat(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
                 image = overlay(cell, pixels, upsample(found, pixels.shape[:2]), limits)
             for cell, title in zip([shown, *cells], ["image", *words], strict=True):
                 cell.set_title("" if row else page.short(title, 13), fontsize=11)
-        place = (_LEFT / width, 0.52 / height, (across - _MARGIN) / width, 0.13 / height)
-        bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
+        bounds = (_LEFT / width, 0.52 / height, (across - _MARGIN) / width, 0.13 / height)
+        bar = figure.colorbar(image, cax=figure.add_axes(bounds), orientation="horizontal")
         bar.ax.locator_params(nbins=4)
         bar.set_label("cosine of word and patch")
         return page.save_figure(figure, path)
@@ -294,12 +294,12 @@ def draw_confidence(arrays: Arrays, path: pathlib.Path, chance: float) -> pathli
     runs = labels(arrays)
     with page.panel(path, page.WIDE, 3.8 + 0.25 * len(runs), legend=1) as axes:
         edges = np.linspace(chance, 1, BINS + 1)
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             values = where(arrays, run=run)["confidence"]
             share = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
             axes.stairs(
                 share, edges, label=f"{page.short(run, 46)} (mean {100 * values.mean():.0f} %)",
-                color=page.COLOURS[place % 8], linestyle=page.LINES[place % 4], linewidth=2.2,
+                color=page.COLOURS[index % 8], linestyle=page.LINES[index % 4], linewidth=2.2,
             )  # fmt: skip
         axes.set(xlabel="top softmax score", ylabel="samples (%)", xlim=(chance, 1))
         axes.set_ylim(bottom=0)
@@ -311,10 +311,10 @@ def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Pat
     arrays = where(arrays, split=split)
     runs, unit = labels(arrays), "step" if np.isnan(arrays["epoch"]).any() else "epoch"
     with page.panel(path, page.WIDE, 3.6 + 0.25 * len(runs), legend=1) as axes:
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             mine = where(arrays, run=run)
             x, mean, std = mine[unit], 100 * mine["mean"], 100 * mine["std"]
-            look = page.series(place) | {"markevery": max(1, len(x) // 8)}
+            look = page.series(index) | {"markevery": max(1, len(x) // 8)}
             axes.plot(x, mean, label=page.short(run, 46), **look)
             if len(runs) <= 2 and np.any(std > 0):
                 axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15)
@@ -358,7 +358,7 @@ class _Figures:
         """Accuracy at every look of training."""
         shown = self.runs[:_MOST]
         path, saved = self.folder.save("accuracy-by-epoch.csv", accuracy_by_epoch(shown))
-        pictures = [
+        images = [
             self.folder.draw(
                 f"accuracy-by-epoch-{split}.svg",
                 f"{split} accuracy against the epoch.",
@@ -377,7 +377,7 @@ class _Figures:
             "held out from the models that are scored on them."
             + several
             + (f" The first {_MOST} of {len(self.runs)} runs." if rest > 0 else ""),
-            tuple(pictures),
+            tuple(images),
             data=(path,),
         )
 
@@ -387,13 +387,13 @@ class _Figures:
         with on_device(opened.run.config):
             arrays = embedding_map(opened, self.seed)
         path, saved = self.folder.save("umap.npz", arrays)
-        pictures = [
+        images = [
             self.folder.draw(
                 f"umap-{slug(str(part))}.svg",
                 f"Scatter plot of {part} embeddings by class.",
-                draw_map, saved, place,
+                draw_map, saved, index,
             )
-            for place, part in enumerate(saved["parts"])
+            for index, part in enumerate(saved["parts"])
         ]  # fmt: skip
         return Figure(
             "Embeddings of each modality and fused",
@@ -402,12 +402,12 @@ class _Figures:
             f"(at most {CLASSES}, the most frequent). Fused: the modalities' "
             "embeddings one after the other, which the fusion classifier is given. Silhouette of "
             "the classes by cosine in the full space, not in the plane.",
-            tuple(pictures),
+            tuple(images),
             data=(path,),
         )
 
     def heat_maps(self) -> list[Figure]:
-        """A picture for each of a few samples, a line in it for each run."""
+        """An image for each of a few samples, a line in it for each run."""
         title = "Words of the class name over the image"
         self.folder.log(title)
         shown, found, reasons = [], [], []
@@ -433,13 +433,13 @@ class _Figures:
         return drawn_samples(opened, self.seed)
 
     def _heat_figure(self, title: str, shown: list[str], found: list[list[dict]]) -> Figure:
-        pictures, files = [], []
+        images, files = [], []
         for number, maps in enumerate(zip(*found, strict=True), 1):
             arrays = {name: maps[0][name] for name in ("class", "words", "row")}
             arrays |= {name: np.stack([m[name] for m in maps]) for name in ("heat", "pixels")}
             path, saved = self.folder.save(f"heat-{number}.npz", arrays | {"runs": shown})
             alt = f"Heat maps of {', '.join(maps[0]['words'])} over an image of {maps[0]['class']}."
-            pictures.append(self.folder.draw(f"heat-{number}.svg", alt, draw_heat, saved))
+            images.append(self.folder.draw(f"heat-{number}.svg", alt, draw_heat, saved))
             files.append(path)
         return Figure(
             title,
@@ -448,7 +448,7 @@ class _Figures:
             "mean over its tokens; bilinear upsampling from the patches to the pixels. The image "
             "is what the model is given. Test samples of different classes, drawn by the seed "
             f"{self.seed}; a line for each run, one colour scale for each sample.",
-            tuple(pictures),
+            tuple(images),
             data=tuple(files),
         )
 
@@ -469,13 +469,13 @@ class _Figures:
             raise LeftOutError(reasons[0])
         path, saved = self.folder.save("confidence.csv", columns(("run", "confidence"), rows))
         alt = "Histograms of the top softmax score."
-        picture = self.folder.draw("confidence.svg", alt, draw_confidence, saved, min(chances))
+        image = self.folder.draw("confidence.svg", alt, draw_confidence, saved, min(chances))
         return Figure(
             "Confidence on random inputs",
             "Top softmax score of the fused prediction where every modality is Gaussian noise with "
             "the mean and variance of the training split (pixels and tables at the input, texts at "
             f"the encoder's output). The lowest possible score is {100 * min(chances):.0f} %.",
-            (picture,),
+            (image,),
             data=(path,),
         )
 

@@ -327,13 +327,13 @@ def draw_groups(arrays: Arrays, path: pathlib.Path, what: str, chance: float = 0
     width, legend = 0.8 / len(runs), (1 if len(runs) > 3 else 2) * (len(runs) > 1 or chance > 0)
     height = 3.6 + 0.25 * len(runs) * bool(legend)
     with page.panel(path, page.WIDE, height, legend) as axes:
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             mine = where(arrays, run=run)
             at = [groups.index(str(group)) for group in mine["group"]]
-            x = np.array(at) + (place - (len(runs) - 1) / 2) * width
+            x = np.array(at) + (index - (len(runs) - 1) / 2) * width
             bars = axes.bar(
-                x, 100 * mine["value"], 0.92 * width, color=page.COLOURS[place % 8],
-                edgecolor="white", hatch=page.HATCHES[place % 8], label=page.short(run, 60),
+                x, 100 * mine["value"], 0.92 * width, color=page.COLOURS[index % 8],
+                edgecolor="white", hatch=page.HATCHES[index % 8], label=page.short(run, 60),
             )  # fmt: skip
             if len(runs) * len(groups) <= 20:
                 # On white, so that the line of chance does not cross it.
@@ -362,8 +362,8 @@ def draw_controls(
     with page.drawing(page.WIDE, 1.1 + 0.36 * len(rows)) as figure:
         panels = figure.subplots(1, len(measures), sharey=True)
         for axes, measure in zip(np.atleast_1d(panels), measures, strict=True):
-            for place in np.flatnonzero(arrays["measure"].astype(str) == measure):
-                row, value = str(arrays["row"][place]), 100 * float(arrays["value"][place])
+            for index in np.flatnonzero(arrays["measure"].astype(str) == measure):
+                row, value = str(arrays["row"][index]), 100 * float(arrays["value"][index])
                 number = runs.index(row) % 8 if row in runs else None
                 axes.barh(
                     rows.index(row), value, 0.72, edgecolor="white",
@@ -371,7 +371,7 @@ def draw_controls(
                     hatch="" if number is None else page.HATCHES[number],
                 )  # fmt: skip
                 axes.annotate(
-                    _said(value, arrays["gain"][place], str(arrays["score"][place])),
+                    _said(value, arrays["gain"][index], str(arrays["score"][index])),
                     (value, rows.index(row)), xytext=(4, 0), textcoords="offset points",
                     va="center", fontsize=9.5, weight="normal" if number is None else "bold",
                     bbox=_ON_WHITE,
@@ -401,13 +401,13 @@ def draw_variants(arrays: Arrays, path: pathlib.Path) -> pathlib.Path:
     with page.panel(path, page.WIDE, tall, legend=len(measures)) as axes:
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
-        for place, measure in enumerate(measures):
+        for index, measure in enumerate(measures):
             mine = where(arrays, measure=measure)
             at = [variants.index(str(name)) for name in mine["variant"]]
-            y = np.array(at) + (place - (len(measures) - 1) / 2) * height
+            y = np.array(at) + (index - (len(measures) - 1) / 2) * height
             mean, std = 100 * mine["mean"], 100 * mine["std"]
             axes.barh(
-                y, mean, 0.9 * height, color=page.COLOURS[place], hatch=page.HATCHES[place],
+                y, mean, 0.9 * height, color=page.COLOURS[index], hatch=page.HATCHES[index],
                 edgecolor="white", label=measure,
                 xerr=np.where(mine["seeds"] > 1, std, np.nan), ecolor="black", capsize=3,
             )  # fmt: skip
@@ -428,12 +428,12 @@ def draw_against(arrays: Arrays, path: pathlib.Path, option: str, panel: str) ->
     measures, values = labels(arrays, "measure"), np.unique(arrays["option"])
     height = 3.4 + 0.25 * -(-len(measures) // 2)
     with page.panel(path, page.PANEL, height, legend=2) as axes:
-        for place, measure in enumerate(measures):
+        for index, measure in enumerate(measures):
             mine = where(arrays, measure=measure)
             axes.errorbar(
                 mine["option"], 100 * mine["mean"],
                 yerr=np.where(mine["seeds"] > 1, 100 * mine["std"], np.nan), capsize=3,
-                label=measure, **page.series(place) | {"linewidth": 1.6 if place else 3},
+                label=measure, **page.series(index) | {"linewidth": 1.6 if index else 3},
             )  # fmt: skip
         axes.set(xlabel=option, ylabel="percent")
         if len(values) < 9:
@@ -575,7 +575,7 @@ def training(folder: Folder, runs: Sequence[Run]) -> Section:
 
 def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Figure:
     path, saved = folder.save(f"curves-{family}.csv", curves(runs))
-    names, pictures = labels(saved, "name"), []
+    names, images = labels(saved, "name"), []
     terms = [name for name in names if name.startswith("term/")]
     for name in ("loss", "validation", "learning_rate", *terms):
         if name in names:
@@ -583,7 +583,7 @@ def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Fig
                 f"curve-{family}-{slug(name)}.svg",
                 f"{what(name, family)} against the step.",
             )
-            pictures.append(folder.draw(file, alt, draw_runs, saved, name, family))
+            images.append(folder.draw(file, alt, draw_runs, saved, name, family))
     silent = [run.label for run in runs[:MOST_RUNS] if run.label not in labels(saved)]
     rest = len(runs) - MOST_RUNS
     return Figure(
@@ -592,7 +592,7 @@ def _curves(folder: Folder, title: str, runs: Sequence[Run], family: str) -> Fig
         "ring is the best validation. Terms are as the loss has them before their weights."
         + (f" The first {MOST_RUNS} of {len(runs)} runs." if rest > 0 else "")
         + (f" Without a metrics.jsonl: {', '.join(silent)}." if silent else ""),
-        tuple(pictures),
+        tuple(images),
         data=(path,),
     )
 
@@ -620,12 +620,12 @@ def _seeds(sweep: Sweep) -> str:
 def _variants(folder: Folder, found: Sweep, name: str) -> Figure:
     path, saved = folder.save(f"variants-{name}.csv", sweep_measures(found))
     alt = f"Bars of {', '.join(labels(saved, 'measure'))} for each variant."
-    picture = folder.draw(f"variants-{name}.svg", alt, draw_variants, saved)
+    image = folder.draw(f"variants-{name}.svg", alt, draw_variants, saved)
     return Figure(
         f"Variants: {found.label}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}. A run that trains "
         "several seeds at once counts as so many.",
-        (picture,),
+        (image,),
         data=(path,),
     )
 
@@ -633,14 +633,14 @@ def _variants(folder: Folder, found: Sweep, name: str) -> Figure:
 def _against(folder: Folder, found: Sweep, name: str, option: str, values: dict) -> Figure:
     path, saved = folder.save(f"against-{name}.csv", against_option(found, values))
     label = "β of the pooling head (model.beta)" if option == "model.beta" else option
-    pictures = []
+    images = []
     for panel in labels(saved, "panel"):
         file, alt = f"against-{name}-{slug(panel)}.svg", f"{panel} against {option}."
-        pictures.append(folder.draw(file, alt, draw_against, saved, label, panel))
+        images.append(folder.draw(file, alt, draw_against, saved, label, panel))
     what = main_of("retrieval").label if found.family == "relational" else "Accuracy"
     return Figure(
         f"{what} against {'β' if option == 'model.beta' else option}",
         f"Test figures of the finished runs in {found.path}, {_seeds(found)}.",
-        tuple(pictures),
+        tuple(images),
         data=(path,),
     )

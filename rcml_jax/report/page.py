@@ -344,7 +344,7 @@ def umap(vectors: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class FigureImage:
     """A figure's file and what it shows, in words."""
 
     path: pathlib.Path
@@ -370,11 +370,11 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """An entry of the page: pictures or a table with a caption, or the reason why there is none."""
+    """An entry of the page: images or a table with a caption, or the reason why there is none."""
 
     title: str
     caption: str = ""
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[FigureImage, ...] = ()
     table: Table | None = None
     data: tuple[pathlib.Path, ...] = ()
     left_out: str = ""
@@ -408,14 +408,14 @@ class Folder:
         path = self._path("data", name)
         return path, save(path, arrays)
 
-    def picture(self, name: str) -> pathlib.Path:
-        """Where the picture of this name is to be drawn."""
+    def image_path(self, name: str) -> pathlib.Path:
+        """Where the image of this name is to be drawn."""
         return self._path("", name)
 
-    def draw(self, name: str, alt: str, function: Callable, *arguments: Any) -> Picture:
-        """Draw `function(arrays, path, ...)` as the picture of this name; alt: what it shows."""
+    def draw(self, name: str, alt: str, function: Callable, *arguments: Any) -> FigureImage:
+        """Draw `function(arrays, path, ...)` as the image of this name; alt: what it shows."""
         arrays, *options = arguments
-        return Picture(function(arrays, self.picture(name), *options), alt)
+        return FigureImage(function(arrays, self.image_path(name), *options), alt)
 
     def _path(self, folder: str, name: str) -> pathlib.Path:
         stem, _, suffix = name.rpartition(".")

@@ -21,9 +21,9 @@ from rcml_jax.report.page import (
     PERPLEXITY,
     Arrays,
     Figure,
+    FigureImage,
     Folder,
     LeftOutError,
-    Picture,
     Section,
     Table,
     box,
@@ -240,7 +240,7 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
 
     The item is drawn by the seed among the test items that have so many relations, or the most that
     any has; so are its relations. image (R, g, g) and text (R, T): weights of the patches and of
-    the tokens; image_summary (R,): that of the token that is no patch. Raises LeftOutError where
+    the tokens; image_pooled (R,): that of the token that is no patch. Raises LeftOutError where
     the method has no such head, or its image tokens are no square of patches.
     """
     method = opened.method
@@ -255,9 +255,9 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
     ids = task.encode([task.graph.texts[item]])
     pixels = task.images(np.array([item]))
     found = jax.device_get(_weights(method.model, variables, task.encode(sentences), ids, pixels))
-    (text, text_mask, _), (image, _, image_summary) = found["text"], found["image"]
+    (text, text_mask, _), (image, _, image_pooled) = found["text"], found["image"]
     kept = np.flatnonzero(text_mask[0])
-    patches = np.delete(image[0], image_summary[0], axis=1)
+    patches = np.delete(image[0], image_pooled[0], axis=1)
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
         raise LeftOutError(f"the image tower of {opened.run.label} has no square of patches")
@@ -265,10 +265,10 @@ def attention(opened: Opened, seed: int, relations: int = 3) -> dict[str, Any]:
         "item": task.graph.texts[item],
         "pixels": pixels[0],
         "relations": sentences,
-        "tokens": [_token(task.tokenizer, int(ids[0, place])) for place in kept],
+        "tokens": [_token(task.tokenizer, int(ids[0, index])) for index in kept],
         "text": text[0][:, kept],
         "image": patches.reshape(len(drawn), side, side),
-        "image_summary": image[0][:, image_summary[0]],
+        "image_pooled": image[0][:, image_pooled[0]],
     }
 
 
@@ -322,14 +322,14 @@ _SCORE_NAMES = {
 }
 
 
-def draw_map(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
+def draw_map(arrays: Arrays, path: pathlib.Path, index: int) -> pathlib.Path:
     """One run's plane: a colour and a mark for each kind."""
     kinds = [str(kind) for kind in arrays["kinds"]]
-    points = arrays["points"][place]
+    points = arrays["points"][index]
     with page.panel(path, page.PANEL, 4.9, legend=2) as axes:
         scatter(axes, points, arrays["kind"], kinds)
-        score = f"silhouette {page.signed(arrays['silhouette'][place])}"
-        axes.set_title(f"{page.wrap(arrays['runs'][place], 40)}\n{score}", loc="left")
+        score = f"silhouette {page.signed(arrays['silhouette'][index])}"
+        axes.set_title(f"{page.wrap(arrays['runs'][index], 40)}\n{score}", loc="left")
     return path
 
 
@@ -375,38 +375,38 @@ def _line(figure, arrays: Arrays, row: int, name: str, top: float) -> None:
     count = len(arrays["images"])
     said = f"{_SCORE_NAMES.get(name, name)}\ntruth is\n{arrays['rank'][row]}. of {count}"
     _write(figure, _LEFT, top + 0.12, said, fontsize=11)
-    for column, place in enumerate(arrays["order"][row]):
+    for column, index in enumerate(arrays["order"][row]):
         left = _COLUMNS_AT + _COLUMN * column
         axes = box(figure, left, top, _SIZE)
-        axes.imshow(arrays["images"][place])
-        right = place == 0
+        axes.imshow(arrays["images"][index])
+        right = index == 0
         frame(axes, page.RIGHT if right else "#BBBBBB", 4 if right else 1)
         title = f"{column + 1}. {page.signed(arrays['score'][row, column])}"
         axes.set_title(f"{title} ✓" if right else title, fontsize=10, pad=4)
-        text = page.wrap(str(arrays["candidates"][place]), 14, 3)
+        text = page.wrap(str(arrays["candidates"][index]), 14, 3)
         _write(figure, left + _SIZE / 2, top + _SIZE + 0.06, text, fontsize=8.5, ha="center")
 
 
-def draw_attention(arrays: Arrays, path: pathlib.Path, place: int) -> pathlib.Path:
+def draw_attention(arrays: Arrays, path: pathlib.Path, index: int) -> pathlib.Path:
     """Weights of patches over the image, and of tokens as bars, under one relation."""
     tokens = [str(token) for token in arrays["tokens"]]
-    top = 100 * float(max(arrays["image"].max(), arrays["image_summary"].max()))
+    top = 100 * float(max(arrays["image"].max(), arrays["image_pooled"].max()))
     longest = 100 * float(arrays["text"].max())
     with page.drawing(page.PANEL, max(3.9, 1.5 + 0.26 * len(tokens))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-        heat = overlay(left, arrays["pixels"], 100 * arrays["image"][place], (0, top))
+        heat = overlay(left, arrays["pixels"], 100 * arrays["image"][index], (0, top))
         bar = figure.colorbar(heat, ax=left, orientation="horizontal", pad=0.03, aspect=12)
         bar.set_label("weight of a patch (%)")
         left.set_anchor("N")
-        left.set_title(f"[CLS] {100 * arrays['image_summary'][place]:.0f} %", fontsize=11)
-        right.barh(range(len(tokens)), 100 * arrays["text"][place], color=page.COLOURS[0])
+        left.set_title(f"[CLS] {100 * arrays['image_pooled'][index]:.0f} %", fontsize=11)
+        right.barh(range(len(tokens)), 100 * arrays["text"][index], color=page.COLOURS[0])
         right.set_yticks(range(len(tokens)), [page.short(token, 10) for token in tokens])
         right.invert_yaxis()
         right.grid(visible=False, axis="y")
         right.grid(visible=True, axis="x")
         right.set(xlabel="of a token (%)", xlim=(0, 1.08 * longest))
-        sentence = page.wrap(str(arrays["relations"][place]), 40, 2)
-        # Always two lines, so that pictures side by side are of one height.
+        sentence = page.wrap(str(arrays["relations"][index]), 40, 2)
+        # Always two lines, so that images side by side are of one height.
         figure.suptitle(sentence + "\n " * ("\n" not in sentence), fontsize=11.5)
         return page.save_figure(figure, path)
 
@@ -440,16 +440,16 @@ def section(
 
 
 def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
-    """Runs and their controls: one picture of retrieval, one of the relation tasks."""
+    """Runs and their controls: one image of retrieval, one of the relation tasks."""
     path, saved = folder.save("controls.csv", common.beside_controls(runs))
-    pictures = []
+    images = []
     measures = common.with_controls(runs)
     for number, retrieval in enumerate((True, False), 1):
         names = [m.label for m in measures if m.task.startswith("retrieval") == retrieval]
-        drawn = common.draw_controls(saved, folder.picture(f"controls-{number}.svg"), names)
+        drawn = common.draw_controls(saved, folder.image_path(f"controls-{number}.svg"), names)
         if drawn:
             alt = f"Bars of runs and controls: {', '.join(names)}."
-            pictures.append(Picture(drawn, alt))
+            images.append(FigureImage(drawn, alt))
     bare = [run.label for run in runs if run.label not in saved["row"]]
     return Figure(
         title,
@@ -461,7 +461,7 @@ def _controls(folder: Folder, title: str, runs: Sequence[Run]) -> Figure:
         "ones are unrelated to the query. Ties count against the model."
         + f" Without controls, so not shown: {', '.join(bare)}."
         * bool(bare),
-        tuple(pictures),
+        tuple(images),
         data=(path,),
     )
 
@@ -482,8 +482,8 @@ def _bars(folder: Folder, runs: Sequence[Run]) -> list[Figure]:
         path, saved = folder.save(f"{name}.csv", arrays())
         alt = f"Bars: {what} by {', '.join(page.labels(saved, 'group'))}."
         least = chance(main_of(task))
-        picture = folder.draw(f"{name}.svg", alt, common.draw_groups, saved, what, least)
-        return Figure(title, caption, (picture,), data=(path,))
+        image = folder.draw(f"{name}.svg", alt, common.draw_groups, saved, what, least)
+        return Figure(title, caption, (image,), data=(path,))
 
     types = (
         f"The true relation of a test pair among {candidates}: {protocol['relation_type']}. "
@@ -524,7 +524,7 @@ class _Models:
         self.models, self.seed = models, seed
 
     def maps(self, asked: str) -> Figure:
-        """t-SNE of the same items, a picture for each run."""
+        """t-SNE of the same items, an image for each run."""
         first = self.models.open(self.first)
         relation = chosen_relation(first, asked)
         items = chosen_items(first, self.seed)
@@ -541,18 +541,18 @@ class _Models:
                 skipped.append(f"{run.label} was tested on other items")
         arrays = self._map(runs, items, relation)
         path, saved = self.folder.save("map.npz", arrays)
-        pictures = [
+        images = [
             self.folder.draw(
                 f"map-{slug(str(label))}.svg",
                 f"Scatter plot of {len(items)} items of {label}, coloured by kind.",
-                draw_map, saved, place,
+                draw_map, saved, index,
             )
-            for place, label in enumerate(saved["runs"])
+            for index, label in enumerate(saved["runs"])
         ]  # fmt: skip
         return Figure(
             "The same items under one relation",
             _map_caption(saved, bool(asked)) + "".join(f" Left out: {why}." for why in skipped),
-            tuple(pictures),
+            tuple(images),
             data=(path,),
         )
 
@@ -590,7 +590,7 @@ class _Models:
         ]
 
     def _case_figure(self, title: str, outcome: str, cases: list[dict], any_case: dict) -> Figure:
-        pictures, files = [], []
+        images, files = [], []
         for number, case in enumerate(cases, 1):
             path, saved = self.folder.save(f"case-{outcome}-{number}.npz", case)
             best = case["candidates"][case["order"][-1][0]]
@@ -599,7 +599,7 @@ class _Models:
                 f"first by average: {best}."
             )
             name = f"case-{outcome}-{number}.svg"
-            pictures.append(self.folder.draw(name, alt, draw_case, saved))
+            images.append(self.folder.draw(name, alt, draw_case, saved))
             files.append(path)
         top, count = TOP, len(cases[0]["candidates"])
         return Figure(
@@ -610,23 +610,23 @@ class _Models:
             f"queries {any_case['successes']} have the truth among the top {top} by average (a "
             f"success); these are the first {len(cases)} {_PLURAL[outcome]} in the order drawn. "
             "Ties count against the truth.",
-            tuple(pictures),
+            tuple(images),
             data=tuple(files),
         )
 
     def attention(self) -> Figure:
-        """One picture for each of the relations."""
+        """One image for each of the relations."""
         opened = self.models.open(self.first)
         with on_device(opened.run.config):
             arrays = attention(opened, self.seed)
         path, saved = self.folder.save("attention.npz", arrays)
-        pictures = [
+        images = [
             self.folder.draw(
-                f"attention-{place + 1}.svg",
+                f"attention-{index + 1}.svg",
                 f"Attention over patches and tokens of {saved['item']} under: {sentence}",
-                draw_attention, saved, place,
+                draw_attention, saved, index,
             )
-            for place, sentence in enumerate(saved["relations"])
+            for index, sentence in enumerate(saved["relations"])
         ]  # fmt: skip
         patches, tokens = saved["image"][0].size, len(saved["tokens"])
         return Figure(
@@ -635,8 +635,8 @@ class _Models:
             f"“{saved['item']}” under {len(saved['relations'])} of its relations; item and "
             f"relations are drawn by the seed {self.seed}. The {patches} patches and [CLS] add up "
             f"to 100 %, so do the {tokens} tokens; were all alike, each would have "
-            f"{100 / (patches + 1):.0f} % and {100 / tokens:.0f} %. One scale for all pictures.",
-            tuple(pictures),
+            f"{100 / (patches + 1):.0f} % and {100 / tokens:.0f} %. One scale for all images.",
+            tuple(images),
             data=(path,),
         )
 

@@ -69,7 +69,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """An item that was found: its place in the catalogue, and its score, a mean of cosines."""
+    """An item that was found: its index in the catalogue, and its score, a mean of cosines."""
 
     index: int
     id: str
@@ -117,9 +117,9 @@ def embed_catalogue(
 
     dtype: float32 or float16, of what is stored; shard: items between two marks from which an
     interrupted call is resumed; note: is told the number of items that are done and of all. Items
-    may lack their text or their picture. A picture that is missing or damaged is left out and
-    counted ("unreadable"); what then has neither text nor picture is counted too ("empty"); both
-    are errors with `strict`. Items whose text or picture has changed since an earlier call are
+    may lack their text or their image. An image that is missing or damaged is left out and
+    counted ("unreadable"); what then has neither text nor image is counted too ("empty"); both
+    are errors with `strict`. Items whose text or image has changed since an earlier call are
     embedded anew, and one line on standard error counts them. The layout is that of
     `rcml_jax.search.embedding_store`.
 
@@ -145,15 +145,15 @@ def embed_catalogue(
                     "embedded; embedding these anew"
                 )
             parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
-            for part, pictures in _read_ahead(items, parts, framing, pool):
-                _problems(items, part, pictures, strict)
-                writer.rewrite(part, *_embed(embedder, items, part, pictures, framing.size))
+            for part, images in _read_ahead(items, parts, framing, pool):
+                _problems(items, part, images, strict)
+                writer.rewrite(part, *_embed(embedder, items, part, images, framing.size))
             if stale:
                 writer.refresh()
-            for rows, pictures in _read_ahead(items, chunks, framing, pool):
-                for name, ids in _problems(items, rows, pictures, strict).items():
+            for rows, images in _read_ahead(items, chunks, framing, pool):
+                for name, ids in _problems(items, rows, images, strict).items():
                     problems[name] += ids
-                writer.write(rows.start, *_embed(embedder, items, rows, pictures, framing.size))
+                writer.write(rows.start, *_embed(embedder, items, rows, images, framing.size))
                 if rows.stop % writer.shard == 0 or rows.stop == len(items):
                     writer.mark(problems)
                     problems = {name: [] for name in problems}
@@ -173,15 +173,15 @@ def related(
     k: int = 10,
     against: str = "both",
 ) -> list[Match]:
-    """The k items most related to an item, a text or a picture's file under a relation sentence.
+    """The k items most related to an item, a text or an image's file under a relation sentence.
 
     relation: one that the catalogue was embedded under; None: as what the items are. A text and a
-    picture need the model. A candidate's score is the mean of the cosines between what the query
-    has and what the candidate has, both text and picture or, with `against`, "text" or "image"
+    image need the model. A candidate's score is the mean of the cosines between what the query
+    has and what the candidate has, both text and image or, with `against`, "text" or "image"
     alone. The item itself is left out; of equal scores the first in the catalogue comes first. The
     search is exact and holds a block of the catalogue at a time.
 
-    Raises UserError for a sentence or an item that the catalogue lacks, a picture that cannot be
+    Raises UserError for a sentence or an item that the catalogue lacks, an image that cannot be
     read, another model than the catalogue's, k below 1.
     """
     number = relation_number(embeddings, relation)
@@ -200,7 +200,7 @@ def related(
             if embeddings.has[name][own]
         }
         if not query:
-            raise UserError(f"the item {item!r} has no embedding: no text and no readable picture")
+            raise UserError(f"the item {item!r} has no embedding: no text and no readable image")
     else:
         query = _embed_query(embeddings, model, number, text, image)
     names = MODALITIES if against == "both" else (against,)
@@ -216,7 +216,7 @@ def related(
 
 
 def item_number(embeddings: Embeddings, key: str) -> int:
-    """The place of an item in the catalogue. Raises UserError, with ids that are like it."""
+    """The index of an item in the catalogue. Raises UserError, with ids that are like it."""
     ids = embeddings.items.ids
     try:
         return ids.index(key)
@@ -228,7 +228,7 @@ def item_number(embeddings: Embeddings, key: str) -> int:
 
 
 def relation_number(embeddings: Embeddings, sentence: str | None) -> int:
-    """The place of a sentence among the embedded ones; None: the first, the intra-sample one.
+    """The index of a sentence among the embedded ones; None: the first, the intra-sample one.
 
     Raises UserError that names the sentences there are.
     """
@@ -268,29 +268,29 @@ def _sentences(intra: str, relations: Sequence[str]) -> tuple[str, ...]:
 
 # Embedding
 
-_Picture = np.ndarray | str | None
+_Image = np.ndarray | str | None
 _Chunk = TypeVar("_Chunk", bound=Sequence[int])
 
 
 def _read_ahead(
     items: Items, chunks: Sequence[_Chunk], framing: Framing, pool: ThreadPoolExecutor
-) -> Iterator[tuple[_Chunk, list[_Picture]]]:
-    """Each chunk with its pictures, while those of the next are read."""
+) -> Iterator[tuple[_Chunk, list[_Image]]]:
+    """Each chunk with its images, while those of the next are read."""
     waiting = None
     for chunk in (*chunks, None):
         reading = (
             None
             if chunk is None
-            else (chunk, [pool.submit(_picture, items, i, framing) for i in chunk])
+            else (chunk, [pool.submit(_image, items, i, framing) for i in chunk])
         )
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
         waiting = reading
 
 
-def _picture(items: Items, index: int, framing: Framing) -> _Picture:
-    """The pixels of an item; None where it has no picture, a reason where it cannot be read."""
-    if not items.pictures[index]:
+def _image(items: Items, index: int, framing: Framing) -> _Image:
+    """The pixels of an item; None where it has no image, a reason where it cannot be read."""
+    if not items.image_names[index]:
         return None
     try:
         return pixels(items.read(index), framing)
@@ -299,24 +299,22 @@ def _picture(items: Items, index: int, framing: Framing) -> _Picture:
 
 
 def _problems(
-    items: Items, rows: Sequence[int], pictures: Sequence[_Picture], strict: bool
+    items: Items, rows: Sequence[int], images: Sequence[_Image], strict: bool
 ) -> dict[str, list[str]]:
-    """Ids whose picture cannot be read, and ids with neither text nor picture."""
-    unreadable = {i: p for i, p in zip(rows, pictures, strict=True) if isinstance(p, str)}
+    """Ids whose image cannot be read, and ids with neither text nor image."""
+    unreadable = {i: p for i, p in zip(rows, images, strict=True) if isinstance(p, str)}
     empty = [
-        i
-        for i, picture in zip(rows, pictures, strict=True)
-        if picture is None and not items.texts[i]
+        i for i, image in zip(rows, images, strict=True) if image is None and not items.texts[i]
     ]
     if strict:
         for i, reason in unreadable.items():
             raise UserError(
-                f"the picture {items.pictures[i]} of item {items.ids[i]!r} cannot be read "
+                f"the image {items.image_names[i]} of item {items.ids[i]!r} cannot be read "
                 f"({reason}); mend it, or leave strict off"
             )
         for i in empty:
             raise UserError(
-                f"the item {items.ids[i]!r} has neither text nor picture; give it one, or leave "
+                f"the item {items.ids[i]!r} has neither text nor image; give it one, or leave "
                 "strict off"
             )
     return {
@@ -326,7 +324,7 @@ def _problems(
 
 
 def _embed(
-    embedder: Embedder, items: Items, rows: Sequence[int], pictures: Sequence[_Picture], size: int
+    embedder: Embedder, items: Items, rows: Sequence[int], images: Sequence[_Image], size: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Vectors (relations, n, d) of a chunk, and which of its items have them."""
     n = len(rows)
@@ -334,7 +332,7 @@ def _embed(
     texts = [items.texts[i] for i in rows] + [""] * (padded - n)
     has = {
         "text": np.array([bool(text) for text in texts[:n]]),
-        "image": np.array([isinstance(picture, np.ndarray) for picture in pictures]),
+        "image": np.array([isinstance(image, np.ndarray) for image in images]),
     }
     blocks = {}
     if has["text"].any():
@@ -342,7 +340,7 @@ def _embed(
     if has["image"].any():
         batch = np.zeros((padded, size, size, 3), np.uint8)
         for row in np.flatnonzero(has["image"]).tolist():
-            batch[row] = pictures[row]
+            batch[row] = images[row]
         blocks["image"] = embedder.image(batch)
     blocks = {name: np.asarray(block, np.float32)[:, :n] for name, block in blocks.items()}
     for name, block in blocks.items():
@@ -360,9 +358,9 @@ def _embed_query(
     text: str | None,
     image: pathlib.Path | str | None,
 ) -> dict[str, np.ndarray]:
-    """The vector of a text or of a picture's file under a relation."""
+    """The vector of a text or of an image's file under a relation."""
     if model is None:
-        raise UserError("a text or a picture can be embedded with the catalogue's model only")
+        raise UserError("a text or an image can be embedded with the catalogue's model only")
     if model.about["digest"] != embeddings.model.get("digest"):
         raise UserError(
             f"{embeddings.directory} was embedded by another model ({embeddings.model['workdir']}, "
@@ -382,7 +380,7 @@ def _embed_query(
             batch = pixels(read_file(user_path(image)), model.method.task.images.framing)
         except DECODE_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"the picture {image} cannot be read ({reason}); check it") from error
+            raise UserError(f"the image {image} cannot be read ({reason}); check it") from error
         return {"image": np.asarray(embedder.image(batch[None])[-1, 0], np.float32)}
 
 

@@ -5,11 +5,11 @@ A directory holds
 - `text.npy`, `image.npy`: (relations, items, d), or (1, items, d) of a modality that depends on no
   relation, float16 or float32; the rows of what an item lacks are zeros;
 - `has_text.npy`, `has_image.npy`: (items,) bool;
-- `items.jsonl`: id, text and name of the picture of each item, in the arrays' order, and the state
-  of the picture's file when it was embedded;
+- `items.jsonl`: id, text and name of the image of each item, in the arrays' order, and the state
+  of the image's file when it was embedded;
 - `manifest.json`: model, items, relations, sizes, and how many shards are done. It is written
   before anything else, and anew after each shard, so what it counts is whole. `stale` are items
-  whose text or picture has changed since, until they are embedded anew.
+  whose text or image has changed since, until they are embedded anew.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class Writer:
 
     Raises UserError where the directory holds embeddings of another plan or anything else, or the
     disk has no room. A store with a whole shard keeps its size of shards; one without is made anew.
-    Items of whole shards whose text or picture has changed are `stale`: `rewrite` them, then call
+    Items of whole shards whose text or image has changed are `stale`: `rewrite` them, then call
     `refresh`.
     """
 
@@ -242,7 +242,7 @@ def hold_store(directory: pathlib.Path | str) -> contextlib.AbstractContextManag
 class Embeddings:
     """A store that is whole, opened for reading.
 
-    items: as they were embedded, their pictures read where they are files; vectors: of each
+    items: as they were embedded, their images read where they are files; vectors: of each
     modality the memory-mapped array; has: of each modality (items,) bool; model: what made them;
     problems: of each kind the "count" of the items that have it, and the "first" few ids.
     """
@@ -334,7 +334,7 @@ def _read_rows(directory: pathlib.Path, manifest: dict) -> list[dict]:
 
 
 def _not_a_file(index: int) -> bytes:
-    raise FileNotFoundError(f"the picture of item {index} belongs to the model's own data")
+    raise FileNotFoundError(f"the image of item {index} belongs to the model's own data")
 
 
 def _open_arrays(directory: pathlib.Path, manifest: dict) -> dict[str, np.memmap]:

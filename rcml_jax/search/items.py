@@ -1,8 +1,8 @@
-"""Items to embed: ids, texts and pictures of a table, or of a relation graph.
+"""Items to embed: ids, texts and images of a table, or of a relation graph.
 
 A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder with `items.csv` or
 `items.jsonl`; its columns are `id`, `text` and `image` (a path relative to the table), as in
-`rcml_jax.data.sources.folder`. Here an item may lack its text or its picture.
+`rcml_jax.data.sources.folder`. Here an item may lack its text or its image.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from rcml_jax.data.stages import file_state
 from rcml_jax.data.tables import optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 
-#: The longer side of a picture before it is resized for a model, as the folder source keeps it.
+#: The longer side of an image before it is resized for a model, as the folder source keeps it.
 STORED_SIZE = 512
 
 
@@ -30,15 +30,15 @@ STORED_SIZE = 512
 class Items:
     """n items in order.
 
-    ids; texts, "" where there is none; pictures, their names, "" where there is none; read: an
-    index → the bytes of that picture's file, or OSError. root: the folder that names are relative
-    to; None where the pictures are those of a graph. states: gives for each picture a JSON value
+    ids; texts, "" where there is none; images, their names, "" where there is none; read: an
+    index → the bytes of that image's file, or OSError. root: the folder that names are relative
+    to; None where the images are those of a graph. states: gives for each image a JSON value
     that changes when its content does.
     """
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
     read: Callable[[int], bytes]
     root: Path | None = None
     states: Callable[[], list] | None = None
@@ -49,16 +49,16 @@ class Items:
     def rows(self) -> list[dict]:
         """Each item's id, text and image, and the state of the image's content, as JSON values."""
         states = [None] * len(self) if self.states is None else self.states()
-        columns = zip(self.ids, self.texts, self.pictures, states, strict=True)
+        columns = zip(self.ids, self.texts, self.image_names, states, strict=True)
         return [
-            {"id": key, "text": text, "image": picture, "state": state}
-            for key, text, picture, state in columns
+            {"id": key, "text": text, "image": image, "state": state}
+            for key, text, image, state in columns
         ]
 
     def digest(self) -> str:
-        """Changes with ids, texts, names of pictures and their order, not with the pictures."""
+        """Changes with ids, texts, names of images and their order, not with the images."""
         digest = hashlib.sha256()
-        for row in zip(self.ids, self.texts, self.pictures, strict=True):
+        for row in zip(self.ids, self.texts, self.image_names, strict=True):
             for value in row:
                 encoded = value.encode("utf-8", "surrogatepass")
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
@@ -73,7 +73,7 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
 
     Raises:
       UserError: there is no such table, it is malformed, an id is missing or used twice, or no row
-        has a text or a picture.
+        has a text or an image.
     """
     path, gate = user_path(path), TextGate(strict)
     if not path.exists():
@@ -93,16 +93,16 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     gate.report(log_line)
     if not rows:
         raise UserError(f"{table} has no items; add a row for each item.")
-    texts, pictures = zip(*rows.values(), strict=True)
-    if not any(texts) and not any(pictures):
+    texts, image_names = zip(*rows.values(), strict=True)
+    if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
-    return from_names(tuple(rows), texts, pictures, table.parent)
+    return from_names(tuple(rows), texts, image_names, table.parent)
 
 
 def from_names(
-    ids: tuple[str, ...], texts: tuple[str, ...], pictures: tuple[str, ...], root: Path
+    ids: tuple[str, ...], texts: tuple[str, ...], image_names: tuple[str, ...], root: Path
 ) -> Items:
-    """Items whose pictures are files relative to `root`."""
+    """Items whose images are files relative to `root`."""
 
     def state(name: str) -> list | None:
         try:
@@ -113,10 +113,10 @@ def from_names(
     return Items(
         ids,
         texts,
-        pictures,
-        lambda i: read_file(root / pictures[i]),
+        image_names,
+        lambda i: read_file(root / image_names[i]),
         root.resolve(),
-        lambda: [state(name) for name in pictures],
+        lambda: [state(name) for name in image_names],
     )
 
 
@@ -168,7 +168,7 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def pixels(encoded: bytes, framing: int | images.Framing) -> np.ndarray:
-    """A picture as training has it: uint8 (size, size, 3).
+    """An image as training has it: uint8 (size, size, 3).
 
     Raises:
       ImageError: the bytes are no image.

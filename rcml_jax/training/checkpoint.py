@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the state, the data iterator's place and the loop's counters."""
+"""Orbax checkpoints of the state, the data iterator's position and the loop's counters."""
 
 import errno
 import functools
@@ -59,18 +59,18 @@ class Checkpoints:
     ) -> None:
         """Take what a checkpoint holds now; `start`, `wait` or `close` has it written.
 
-        state: arrays that nothing uses up until then; data: the iterator, which may go on; loop:
-        what JSON can hold and nobody changes.
+        state: arrays that must not be donated until then. data: the iterator, which may advance.
+        loop: a JSON value that must not be changed.
         """
         self.start()
         place = data.get_state()
         self._waiting = functools.partial(self._save, step, state, place, loop, selection)
 
     def start(self) -> None:
-        """Start to write what was put off, if there is something.
+        """Start to write the pending checkpoint, if there is one.
 
-        It takes Orbax some time on the host, a third of a millisecond for each array of the state:
-        while the devices compute is the time for it. Raises UserError where the disk is full.
+        Orbax needs host time, about a third of a millisecond per array of the state, so call this
+        while the devices compute. Raises UserError if the disk is full.
         """
         save, self._waiting = self._waiting, None
         if save is not None:
@@ -116,8 +116,8 @@ class Checkpoints:
     def restore(self, step: int, state: Any, data: Any) -> tuple[Any, dict]:
         """The state of a step, shaped and placed like `state`, and the loop's counters.
 
-        `data`, the iterator, is set to its place. Raises UserError where the checkpoint is of
-        another model or damaged.
+        `data`, the iterator, is set to its saved position. Raises UserError if the checkpoint is
+        damaged or of another model.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(_abstract, state)),
@@ -173,7 +173,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Write what was put off, wait for all that is being written and release the threads."""
+        """Write the pending checkpoint, wait for all writes and release the threads."""
         try:
             self.start()
         finally:
@@ -184,7 +184,7 @@ class Checkpoints:
 
 
 class _Place:
-    """The place of a data iterator that has gone on since, as grain's handler asks for it."""
+    """The saved position of a data iterator that has advanced since, for grain's handler."""
 
     def __init__(self, place: dict):
         self._place = place

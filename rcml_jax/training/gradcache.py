@@ -19,22 +19,22 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Method
 from rcml_jax.training.sharding import across_devices
 
-# Random keys that draw some rows of what another key draws for a whole batch.
+# Random keys that draw some of the rows that another key draws for a whole batch.
 
 
 _THREEFRY = "threefry2x32"
-_WORDS = 2  # of a threefry key; after them the data of a rows key has: start, stride, count
+_WORDS = 2  # length of a threefry key; a rows key appends start, stride and count
 
 
 def rows_of(key: jax.Array, start: Any, stride: int, count: int) -> jax.Array:
-    """A key whose draws of `count` rows are rows of the same draws of `key` for more rows.
+    """A key that draws `count` of the rows that `key` draws for a larger array.
 
-    Of an array (count, ...) row i is row start + stride·i of the array (n, ...) that `key` draws,
-    to the bit, whichever n is; any other shape is drawn as `key` draws it. Keys split or folded
+    Row i of a drawn array (count, ...) equals row start + stride·i of the array (n, ...) that `key`
+    draws, to the bit, for any n. Any other shape is drawn as `key` draws it. Keys split or folded
     from it behave in the same way. start: integer, may be traced.
 
-    Where `key` is of another generator than JAX's default one, or that is not in counter mode
-    (`jax_threefry_partitionable`), rows are drawn anew: `key` folded with start.
+    If `key` is not of JAX's default generator in counter mode (`jax_threefry_partitionable`), the
+    rows are new draws of `key` folded with start.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -66,7 +66,7 @@ def _fold_in(data: jax.Array, number: jax.Array | int) -> jax.Array:
 
 
 def _random_bits(data: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
-    """What threefry draws in counter mode, with the counters of the rows that are wanted."""
+    """Draws of threefry in counter mode, for the counters of the requested rows only."""
     if not shape:
         return jax.random.bits(_threefry(data), shape, f"uint{bit_width}")
     start, stride, count = data[_WORDS:]
@@ -81,7 +81,7 @@ def _random_bits(data: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax
 
 
 def _counters(row: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The 64-bit places row·width + 0, 1, ... in an array of rows, as two 32-bit words."""
+    """The 64-bit counters row·width + 0, 1, ... in an array of rows, as two 32-bit words."""
     width = math.prod(shape[1:])
     if width >= 2**32:
         raise NotImplementedError(f"a row of the shape {shape} has 2**32 draws or more")
@@ -94,8 +94,8 @@ def _counters(row: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Ar
     high = a * c + ((a * d) >> half) + ((b * c) >> half) + (middle >> half)
     spread = (len(row),) + (1,) * (len(shape) - 1)
     low, high = low.reshape(spread), high.reshape(spread)
-    place = low + jnp.arange(width, dtype=jnp.uint32).reshape(1, *shape[1:])
-    return high + (place < low).astype(jnp.uint32), place
+    counter = low + jnp.arange(width, dtype=jnp.uint32).reshape(1, *shape[1:])
+    return high + (counter < low).astype(jnp.uint32), counter
 
 
 _IMPLEMENTATION = define_prng_impl(
@@ -120,12 +120,12 @@ def accumulated(
     """Value and gradient of a whole-batch loss whose encoders see `micro_batch` examples at a time.
 
     encode(params, inputs, key) → embeddings, a tree with the examples on the leading axis of every
-        leaf; of each example alone, but for random draws with `key`.
+        leaf. An example's embedding depends on that example alone, except for draws with `key`.
     loss(params, embeddings, *args) → a scalar, or (scalar, auxiliary) with `has_aux`, of the
-        embeddings of all examples; it may use the parameters, too, as a learned temperature does.
-    micro_batch: the largest number of examples embedded at a time; any, whatever the batch has.
-    axis_name: under `jax.pmap`, the axis over which the examples are split; `micro_batch` are then
-        those of one device. Under `jit` with sharded inputs it stays None.
+        embeddings of all examples. It may also use the parameters, such as a learned temperature.
+    micro_batch: the largest number of examples embedded at a time; need not divide the batch.
+    axis_name: under `jax.pmap`, the axis over which the examples are split; `micro_batch` then
+        counts the examples of one device. Under `jit` with sharded inputs it stays None.
 
     Returns `function(params, inputs, key, *args) -> (value, gradient)`, as
     `jax.value_and_grad(lambda params: loss(params, encode(params, inputs, key), *args))` does, to

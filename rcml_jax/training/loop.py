@@ -32,7 +32,7 @@ from rcml_jax.training.writer import MetricsWriter, read_history
 #: JAX_TRANSFER_GUARD is for the steps: what stands between them moves numbers as it needs to.
 _HOST = jax.transfer_guard("allow")
 
-# Batches on the devices, one ahead of the step, at the place of the batches that were taken.
+# Batches on the devices, one ahead of the step, at the position of the batches that were taken.
 
 
 class Prefetched(grain.DatasetIterator):
@@ -40,7 +40,7 @@ class Prefetched(grain.DatasetIterator):
 
     data: the iterator over host batches; put: a host batch → one on the devices.
 
-    `fetch` loads one batch ahead and starts its transfer; `next` takes it. The state is the place
+    `fetch` loads one batch ahead and starts its transfer; `next` takes it. The state is the point
     after the last batch that was taken, as if nothing had been read ahead, so that a checkpoint may
     be saved at any moment.
     """
@@ -74,11 +74,11 @@ class Prefetched(grain.DatasetIterator):
         return batch
 
     def get_state(self) -> dict:
-        """The place after the last batch that was taken."""
+        """The position after the last batch that was taken."""
         return self._data.get_state() if self._ahead is None else self._place
 
     def set_state(self, state: dict) -> None:
-        """Go to a place; what was loaded ahead is dropped."""
+        """Go to a position; batches loaded ahead are dropped."""
         self._ahead = self._place = None
         self._data.set_state(state)
 

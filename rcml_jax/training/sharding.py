@@ -1,4 +1,4 @@
-"""One step on one device or many: `jit` over sharded arrays, of the state, too, or `pmap`."""
+"""One step on one device or many: `pmap`, or `jit` with sharded batches and optionally state."""
 
 import collections
 import functools
@@ -107,16 +107,16 @@ def first_local(devices: list[jax.Device]) -> jax.Device:
 
 
 def donated(devices: list[jax.Device], in_place: bool = False) -> tuple[int, ...]:
-    """Which arguments of a step are donated: the state, but on CPUs, unless `in_place`.
+    """Argument numbers to donate: the state, except on CPU unless `in_place`.
 
-    There the compiler pays for updates in place with copies, up to a fifth of a step of large
-    models; small ones gain more from memory that is not allocated anew.
+    On CPU the compiler pays for in-place updates with copies, up to a fifth of a step of a large
+    model. Small models gain more, because no new memory is allocated.
     """
     return (0,) if in_place or devices[0].platform != "cpu" else ()
 
 
 def across_devices(objective: Callable, axis_name: str = AXIS) -> Callable:
-    """Make a whole-batch loss right under `jax.pmap`.
+    """Make a whole-batch loss correct under `jax.pmap`.
 
     `objective(embedded, *args, **kwargs)` sees the examples of all devices: each leaf of `embedded`
     is gathered along its leading axis. Every device then computes the same loss; average the
@@ -150,9 +150,9 @@ class ShardedJit:
         return state
 
     def snapshot(self, state: Any) -> Any:
-        """What `get_state` gives, in arrays that the next step does not use up.
+        """The result of `get_state`, in arrays that the next step does not donate.
 
-        Where the state is donated it is a copy on the devices: of it twice there must be room.
+        If the state is donated, this is a copy on the devices, which need memory for both.
         """
         return self._copy(state) if self._donated else state
 

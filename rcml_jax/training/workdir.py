@@ -29,8 +29,8 @@ _FREE = {
     "parallel",
     "model.remat",
     "micro_batch",
-    "loss.block",
-    "loss.pair_block",
+    "loss.chunk_size",
+    "loss.pair_chunk_size",
     "embeddings.path",
 }
 

@@ -14,7 +14,7 @@ from tests.data import planted_amazon
 
 
 def png(index: int, size: int = 8) -> bytes:
-    """A plain picture that tells its item."""
+    """A plain image that tells its item."""
     out = io.BytesIO()
     Image.new("RGB", (size, size), (index % 256, index // 256, 7)).save(out, "PNG")
     return out.getvalue()

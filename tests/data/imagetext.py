@@ -10,7 +10,7 @@ DISHES = ("apple_pie", "baklava", "crepes")
 
 
 def jpeg(shade: int, size: int = 12) -> bytes:
-    """A plain grey picture."""
+    """A plain grey image."""
     out = io.BytesIO()
     Image.new("RGB", (size, size + 4), (shade, shade, shade)).save(out, "JPEG")
     return out.getvalue()
@@ -32,7 +32,7 @@ def news_records() -> dict[str, list[dict]]:
 
 
 def write_news(root, records=None):
-    """N24News: the pictures' shades are ten times the record's number, plus 100 in test."""
+    """N24News: the images' shades are ten times the record's number, plus 100 in test."""
     (root / "news").mkdir(parents=True)
     (root / "imgs").mkdir()
     for part, entries in (news_records() if records is None else records).items():
@@ -70,9 +70,9 @@ def write_food(root, rows=None, *, pages=False):
     for part, entries in (food_rows() if rows is None else rows).items():
         write_food_file(root, part, entries)
         for row in entries:
-            picture = root / "images" / part / row["annotation"] / row["id"]
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(jpeg(80 * DISHES.index(row["annotation"])))
+            image = root / "images" / part / row["annotation"] / row["id"]
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(jpeg(80 * DISHES.index(row["annotation"])))
             if pages:
                 page = root / "texts_txt" / row["annotation"] / row["id"].replace(".jpg", ".txt")
                 page.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A server on this machine that misbehaves in the ways of the net, and counts what it is asked.
 
 The first part of a path says how it answers (the functions below, with "-" for "_"), the
-rest only tells one picture from another: /ok/1, /truncated/lake.jpg.
+rest only tells one image from another: /ok/1, /truncated/lake.jpg.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def behaviour(function):
     return function
 
 
-def picture(name: str, size: tuple[int, int] = (24, 16)) -> bytes:
+def image(name: str, size: tuple[int, int] = (24, 16)) -> bytes:
     """A JPEG that differs from path to path."""
     out = io.BytesIO()
     pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (*size[::-1], 3), np.uint8)
@@ -106,18 +106,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @behaviour
 def ok(handler, path):
-    handler.send(picture(path), Content_Type="text/plain")  # a type decides nothing
+    handler.send(image(path), Content_Type="text/plain")  # a type decides nothing
 
 
 @behaviour
 def brief(handler, path):
     time.sleep(0.02)
-    handler.send(picture(path))
+    handler.send(image(path))
 
 
 @behaviour
 def large(handler, path):
-    handler.send(picture(path, (300, 200)))
+    handler.send(image(path, (300, 200)))
 
 
 @behaviour
@@ -127,7 +127,7 @@ def moved(handler, path):
 
 @behaviour
 def not_found(handler, path):
-    handler.send(b"no such picture", 404)
+    handler.send(b"no such image", 404)
 
 
 @behaviour
@@ -147,7 +147,7 @@ def error(handler, path):
 
 @behaviour
 def error_once(handler, path):
-    handler.send(*((b"", 500) if handler.times(path) == 1 else (picture(path),)))
+    handler.send(*((b"", 500) if handler.times(path) == 1 else (image(path),)))
 
 
 @behaviour
@@ -155,7 +155,7 @@ def too_many_once(handler, path):
     if handler.times(path) == 1:
         handler.send(b"", 429, Retry_After="1")
     else:
-        handler.send(picture(path))
+        handler.send(image(path))
 
 
 @behaviour
@@ -165,19 +165,19 @@ def too_many_for_hours(handler, path):
 
 @behaviour
 def truncated(handler, path):
-    body = picture(path)
+    body = image(path)
     handler.send(body[: len(body) // 2], length=len(body))
 
 
 @behaviour
 def truncated_once(handler, path):
-    body = picture(path)
+    body = image(path)
     handler.send(body[: len(body) // 2] if handler.times(path) == 1 else body, length=len(body))
 
 
 @behaviour
-def half_a_picture(handler, path):
-    body = picture(path)
+def half_an_image(handler, path):
+    body = image(path)
     handler.send(body[: len(body) // 2])
 
 
@@ -188,14 +188,14 @@ def empty(handler, path):
 
 @behaviour
 def oversized(handler, path):
-    """Who does not look at the announced length gets a cut-off picture."""
-    body = picture(path) + bytes(60_000)
+    """Who does not look at the announced length gets a cut-off image."""
+    body = image(path) + bytes(60_000)
     handler.send(body[:100] if handler.times(path) == 1 else body, length=len(body))
 
 
 @behaviour
 def oversized_unannounced(handler, path):
-    handler.send(picture(path) + bytes(60_000), length=-1)
+    handler.send(image(path) + bytes(60_000), length=-1)
 
 
 @behaviour
@@ -228,16 +228,16 @@ def hang_up_midway(handler, path):
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
-    handler.wfile.write(b"400\r\n" + picture(path)[:100])
+    handler.wfile.write(b"400\r\n" + image(path)[:100])
     handler.close_connection = True
 
 
 @behaviour
 def held(handler, path):
-    """Twelve pictures; the others wait."""
+    """Twelve images; the others wait."""
     if sum(handler.server.asked.values()) > 12:
         handler.server.released.wait(20)
-    handler.send(picture(path))
+    handler.send(image(path))
 
 
 # What follows serves one big file.

@@ -2,16 +2,16 @@
 
     python -m tests.data.planted_amazon DIRECTORY
 
-writes it, pictures included, for `amazon.load(cache, "Planted", path=DIRECTORY)` of
+writes it, images included, for `amazon.load(cache, "Planted", path=DIRECTORY)` of
 `rcml_jax.data.sources`.
-Nothing in it is real: no user, product, brand or picture exists. It is for tests, and for seeing
+Nothing in it is real: no user, product, brand or image exists. It is for tests, and for seeing
 whether a method uses relations at all; figures measured on it say nothing about real catalogues.
 
 What is planted:
 
 - An item has a category (one of 20), a colour (5), a pattern (5), and four traits that buyers do
   not care about: brand (6), finish (6), series (4), size (2). Its title names all seven, and its
-  picture shows them: category by the outline and the side of its notch, colour and pattern by the
+  image shows them: category by the outline and the side of its notch, colour and pattern by the
   filling, brand by the frame, finish by the ground, series by the corner of a mark, and size. Every
   category has as many items of each colour and pattern, to within one.
 - There are 10 groups of buyers. Group g < 5 buys only items of colour g, group g >= 5 only items of
@@ -43,7 +43,7 @@ GROUPS, LIKED = 10, 5
 SHARES = (0.3, 0.22, 0.16, 0.12)
 NOISE = 0.03
 NOTICE = "Made up for tests; no such product, person or purchase exists."
-SIZE = 64  # pixels of a picture's side
+SIZE = 64  # pixels of an image's side
 
 CATEGORIES = (
     *("Kettles & Pots", "Lamps", "Notebooks", "Umbrellas", "Cushions", "Clocks", "Vases"),
@@ -183,12 +183,12 @@ def write(
     *,
     view: str = "raw",
     compressed: bool = True,
-    pictures: bool = True,
-    url: Url = "https://pictures.invalid/{}.png".format,
+    images: bool = True,
+    url: Url = "https://images.invalid/{}.png".format,
 ) -> Path:
     """Write both files and, if wanted, `images/<parent_asin>.png`; returns the directory.
 
-    view: "raw" or "hugging_face", whose fields look different. url: an id → its picture's address.
+    view: "raw" or "hugging_face", whose fields look different. url: an id → its image's address.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -196,10 +196,10 @@ def write(
     ending = ".jsonl.gz" if compressed else ".jsonl"
     write_lines(directory / f"{DOMAIN}{ending}", review_lines(planted, view))
     write_lines(directory / f"meta_{DOMAIN}{ending}", item_lines(planted, view, url))
-    if pictures:
+    if images:
         (directory / "images").mkdir(exist_ok=True)
         for i, key in enumerate(planted.item_ids):
-            (directory / "images" / f"{key}.png").write_bytes(picture(planted, i))
+            (directory / "images" / f"{key}.png").write_bytes(image(planted, i))
     return directory
 
 
@@ -268,10 +268,10 @@ def _hugging_face(record: dict) -> dict:
     }
 
 
-# ---------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------- the images
 
 
-def picture(planted: Planted, item: int) -> bytes:
+def image(planted: Planted, item: int) -> bytes:
     """The PNG of an item; places and shades differ a little from item to item."""
     value = {name: int(values[item]) for name, values in planted.traits.items()}
     rng = np.random.default_rng([item, 7])

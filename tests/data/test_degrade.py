@@ -8,8 +8,8 @@ from rcml_jax.data.images import drop_words, hide_patches
 GREY = 128
 
 
-def pictures(n=6, height=8, width=4):
-    """Pictures without the grey that hides."""
+def images(n=6, height=8, width=4):
+    """Images without the grey that hides."""
     return np.random.default_rng(0).integers(0, 100, (n, height, width, 3), np.uint8)
 
 
@@ -29,8 +29,8 @@ def hidden_patches(before, after, patch):
     ("share", "patch", "count"),
     [(0.5, 2, 4), (1 / 3, 2, 3), (0.05, 2, 0), (0.25, 4, 0), (0.75, 4, 2), (0.0, 2, 0), (1, 2, 8)],
 )
-def test_each_picture_loses_the_same_number_of_whole_patches(share, patch, count):
-    before = pictures()
+def test_each_image_loses_the_same_number_of_whole_patches(share, patch, count):
+    before = images()
     untouched = before.copy()
     after = hide_patches(before, np.random.default_rng(1), share=share, patch=patch)
     assert after.shape == before.shape
@@ -39,8 +39,8 @@ def test_each_picture_loses_the_same_number_of_whole_patches(share, patch, count
     np.testing.assert_array_equal(before, untouched)
 
 
-def test_patches_are_drawn_for_each_picture_and_each_place():
-    before = pictures(n=400)
+def test_patches_are_drawn_for_each_image_and_each_place():
+    before = images(n=400)
     after = hide_patches(before, np.random.default_rng(1), share=0.25, patch=2)
     hidden = hidden_patches(before, after, 2)
     assert len(np.unique(hidden, axis=0)) == 8 * 7 / 2  # every choice of two of the eight
@@ -50,7 +50,7 @@ def test_patches_are_drawn_for_each_picture_and_each_place():
 def test_the_generator_alone_decides():
     options = {"share": 0.5, "patch": 2}
     one, same, other = (
-        hide_patches(pictures(), np.random.default_rng(seed), **options) for seed in (1, 1, 2)
+        hide_patches(images(), np.random.default_rng(seed), **options) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)

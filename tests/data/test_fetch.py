@@ -1,4 +1,4 @@
-"""Pictures from a server that misbehaves in the ways of the net."""
+"""Images from a server that misbehaves in the ways of the net."""
 
 import asyncio
 import errno
@@ -18,10 +18,10 @@ from rcml_jax.data import download
 from rcml_jax.data.download import JOURNAL, OUTCOMES, alone, fetch_images, image_path
 from rcml_jax.errors import UserError
 from tests.data import misbehaving_server
-from tests.data.misbehaving_server import picture
+from tests.data.misbehaving_server import image
 from tests.toy import ROOT
 
-# What becomes of one picture of each behaviour, and how often it is asked for in two runs.
+# What becomes of one image of each behaviour, and how often it is asked for in two runs.
 EXPECTED = {
     "ok": ("ok", 1),
     "moved": ("ok", 1),
@@ -34,7 +34,7 @@ EXPECTED = {
     "oversized-unannounced": ("oversized", 1),
     "truncated": ("truncated", 4),
     "hang-up-midway": ("truncated", 4),
-    "half-a-picture": ("truncated", 2),
+    "half-an-image": ("truncated", 2),
     "empty": ("truncated", 2),
     "error": ("failed", 4),
     "hang-up": ("failed", 4),
@@ -52,7 +52,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def directory(tmp_path):
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def run(urls, directory, **options):
@@ -87,7 +87,7 @@ def test_every_misbehaviour_is_counted_and_only_what_may_change_is_asked_again(s
         name: times for name, (_, times) in EXPECTED.items()
     }
     first = run([server.url("ok/a")], directory).paths[0]
-    assert first.read_bytes() == picture("ok/a")
+    assert first.read_bytes() == image("ok/a")
     assert lines[0].startswith(
         "Images: 25 of 25: 4 ok, 2 not found, 4 truncated, 2 oversized, 1 no image, "
         "8 bad address, 4 failed"
@@ -98,7 +98,7 @@ def test_every_misbehaviour_is_counted_and_only_what_may_change_is_asked_again(s
     }
 
 
-def test_a_picture_that_only_trickles_in_is_given_up(server, directory, monkeypatch):
+def test_an_image_that_only_trickles_in_is_given_up(server, directory, monkeypatch):
     monkeypatch.setattr(download, "_SLOWEST", 2)
     start = time.monotonic()
     report = run([server.url("trickle/a")], directory, timeout=0.2, retries=0)
@@ -118,7 +118,7 @@ def test_nothing_is_fetched_twice(server, directory):
     assert set(server.asked.values()) == {1}
     assert len(server.asked) == 33
     report.paths[4].write_bytes(b"")  # as a crash of the machine may leave it
-    (directory / "part" / "leftover").write_bytes(b"half a picture")
+    (directory / "part" / "leftover").write_bytes(b"half an image")
     assert run(urls, directory).counts == counts(cached=29, ok=1)
     assert list((directory / "part").iterdir()) == []
 
@@ -183,12 +183,12 @@ def test_no_connection(directory):
     assert report.paths == [None] * 3
 
 
-def test_pictures_are_stored_scaled_down(server, directory):
+def test_images_are_stored_scaled_down(server, directory):
     urls = [server.url("large/a"), server.url("ok/a")]
     large, small = run(urls, directory, max_size=64).paths
     with Image.open(large) as stored:
         assert (stored.format, stored.size) == ("JPEG", (64, 43))
-    assert small.read_bytes() == picture("ok/a")
+    assert small.read_bytes() == image("ok/a")
     [whole] = run(urls[:1], directory / "whole", max_size=None).paths
     with Image.open(io.BytesIO(whole.read_bytes())) as stored:
         assert stored.size == (300, 200)
@@ -263,7 +263,7 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(server, directory, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(pathlib.Path, "write_bytes", full)
-        with pytest.raises(UserError, match=r"No room is left .* \d+ pictures are still to be"):
+        with pytest.raises(UserError, match=r"No room is left .* \d+ images are still to be"):
             run(urls, directory, per_host=4)
     report = run(urls, directory)
     assert report.counts == counts(cached=9, ok=11)

@@ -10,14 +10,14 @@ from tests.data.conftest import make_classes, make_graph, make_respects
 
 
 def truth(graph, splits, split, linked):
-    """(item, relation) → what is right, by the definition; `linked(a, b, e)` says what is."""
+    """(item, relation) → the relevant items, by the definition; `linked(a, b, e)` says what is."""
     items = splits.items(split).tolist()
     found = {}
     for e in range(len(graph.relations)):
         for a in items:
-            right = {b for b in items if b != a and linked(a, b, e)}
-            if right:
-                found[a, e] = right
+            relevance = {b for b in items if b != a and linked(a, b, e)}
+            if relevance:
+                found[a, e] = relevance
     return found
 
 
@@ -34,7 +34,7 @@ def test_items_are_right_that_are_paired_with_the_query():
     q = gallery_queries(graph, splits, "test", seed=0)
     pairs = {tuple(pair) for pair in graph.pairs.tolist()}
     expected = truth(graph, splits, "test", lambda a, b, e: (min(a, b), max(a, b), e) in pairs)
-    assert as_sets(q, q.right) == expected
+    assert as_sets(q, q.relevance) == expected
     assert as_sets(q, q.hidden) == {(a, e): {a} for a, e in expected}
     np.testing.assert_array_equal(q.items, splits.items("test"))
     np.testing.assert_array_equal(q.texts, np.arange(len(q.items)))
@@ -53,7 +53,7 @@ def test_partners_of_other_splits_are_not_ranked(declared):
     mine = {tuple(pair) for pair in splits.pairs("test").tolist()}
     every = {tuple(pair) for pair in graph.pairs.tolist()}
     expected = truth(graph, splits, "test", lambda a, b, e: (min(a, b), max(a, b), e) in mine)
-    assert as_sets(q, q.right) == expected
+    assert as_sets(q, q.relevance) == expected
     hidden = truth(graph, splits, "test", lambda a, b, e: (min(a, b), max(a, b), e) in every - mine)
     found = as_sets(q, q.hidden)
     assert found == {key: {key[0]} | hidden.get(key, set()) for key in expected}
@@ -74,7 +74,7 @@ def test_with_class_links_all_that_they_link_is_right():
 
     expected = truth(graph, splits, "test", linked)
     drawn = {tuple(pair) for pair in splits.pairs("test").tolist()}
-    assert as_sets(q, q.right) == expected
+    assert as_sets(q, q.relevance) == expected
     assert sum(map(len, expected.values())) > 2 * len(drawn)
     assert as_sets(q, q.hidden) == {(a, e): {a} for a, e in expected}
     texts = [graph.texts[i] for i in q.items]
@@ -89,7 +89,7 @@ def test_with_attributes_all_that_agree_are_right():
     expected = truth(graph, splits, "test", lambda a, b, e: bool(graph.linked(a, b, e)))
     asked = {(int(i), int(e)) for a, b, e in drawn for i in (a, b)}
     assert asked <= set(expected)
-    assert as_sets(q, q.right) == {key: expected[key] for key in asked}
+    assert as_sets(q, q.relevance) == {key: expected[key] for key in asked}
     assert sum(len(expected[key]) for key in asked) > 3 * len(drawn)
     assert as_sets(q, q.hidden) == {(a, e): {a} for a, e in asked}
 
@@ -109,7 +109,7 @@ def test_limits_draw_by_the_seed():
     np.testing.assert_array_equal(again.query, same.query)
     assert not np.array_equal(again.query, other.query)
     # A query has the same answers whoever else is asked.
-    assert as_sets(few, few.right).items() <= as_sets(whole, whole.right).items()
+    assert as_sets(few, few.relevance).items() <= as_sets(whole, whole.relevance).items()
 
 
 def test_a_split_without_links_is_said():

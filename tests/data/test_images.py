@@ -21,9 +21,9 @@ def noise(width, height, seed=0):
     return Image.fromarray(small.astype(np.uint8)).resize((width, height), Image.BICUBIC)
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -35,16 +35,16 @@ def test_to_array_is_clips_resize_and_crop(width, height):
         do_normalize=False,
         do_rescale=False,
     )
-    picture = noise(width, height)
-    expected = clip(picture)["pixel_values"][0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(images.to_array(picture, 32), expected)
+    image = noise(width, height)
+    expected = clip(image)["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(images.to_array(image, 32), expected)
 
 
 def test_jpegs_are_decoded_small_and_stay_close():
     data = encoded(noise(1200, 900), "JPEG", quality=95)
-    picture = images.open_rgb(data)
-    fast = images.to_array(picture, 64).astype(int)
-    assert max(picture.size) < 400  # drafted
+    image = images.open_rgb(data)
+    fast = images.to_array(image, 64).astype(int)
+    assert max(image.size) < 400  # drafted
     full = images.to_array(Image.open(io.BytesIO(data)).convert("RGB"), 64).astype(int)
     assert np.abs(fast - full).mean() < 2
 
@@ -60,7 +60,7 @@ def test_modes_become_rgb_and_transparency_white():
         )
 
 
-def test_very_long_pictures_cost_no_memory():
+def test_very_long_images_cost_no_memory():
     assert images.to_array(Image.new("RGB", (20_000, 2)), 64).shape == (64, 64, 3)
     assert images.to_array(Image.new("RGB", (1, 5_000)), 64).shape == (64, 64, 3)
 
@@ -88,11 +88,11 @@ def test_check_decodes_finds_cut_files():
         with pytest.raises(images.DECODE_ERRORS):
             images.check_decodes(data[: len(data) // 2])
     with pytest.raises(images.DECODE_ERRORS):
-        images.check_decodes(b"no picture")
+        images.check_decodes(b"no image")
 
 
 class Counted(images.EncodedImages):
-    """Counts how often each picture is decoded."""
+    """Counts how often each image is decoded."""
 
     def __init__(self, count):
         super().__init__(count, png)
@@ -136,7 +136,7 @@ def test_the_bank_is_thread_safe_and_can_be_pickled():
     np.testing.assert_array_equal(copy(batches[0]), bank(batches[0]))
 
 
-def test_a_damaged_picture_is_a_user_error():
+def test_a_damaged_image_is_a_user_error():
     data = encoded(noise(200, 100), "JPEG")
     bank = images.ImageBank(images.EncodedImages(3, lambda i: data[: 500 * i]), 4)
     with pytest.raises(UserError, match="item 2"):
@@ -146,18 +146,18 @@ def test_a_damaged_picture_is_a_user_error():
 
 
 def test_augmentation_moves_and_mirrors():
-    pictures = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 3), np.uint8)
-    same = images.augment(pictures, np.random.default_rng(1))
-    np.testing.assert_array_equal(same, pictures)
-    mirrored = images.augment(pictures, np.random.default_rng(1), flip=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 3), np.uint8)
+    same = images.augment(pixels, np.random.default_rng(1))
+    np.testing.assert_array_equal(same, pixels)
+    mirrored = images.augment(pixels, np.random.default_rng(1), flip=True)
     kinds = {
         (bool(np.all(new == old)) and "kept") or (bool(np.all(new == old[:, ::-1])) and "mirrored")
-        for new, old in zip(mirrored, pictures, strict=True)
+        for new, old in zip(mirrored, pixels, strict=True)
     }
     assert kinds == {"kept", "mirrored"}
-    moved = images.augment(pictures, np.random.default_rng(1), shift=2)
+    moved = images.augment(pixels, np.random.default_rng(1), shift=2)
     places = set()
-    for new, old in zip(moved, pictures, strict=True):
+    for new, old in zip(moved, pixels, strict=True):
         padded = np.pad(old, ((2, 2), (2, 2), (0, 0)), mode="edge")
         windows = {(y, x): padded[y : y + 6, x : x + 6] for y in range(5) for x in range(5)}
         places.update(place for place, window in windows.items() if np.array_equal(window, new))

@@ -327,8 +327,8 @@ def test_relations_of_one_sentence_link_the_same_pairs():
     plain = queries.relation_candidates(graph, splits, "train", candidates=4, seed=0)
     assert np.any(same[plain.relations[:, 1:]] == same[plain.relations[:, :1]])
     gallery = queries.gallery_queries(twins, splits, "train", seed=0)
-    right = gallery.right.toarray()
+    relevance = gallery.relevance.toarray()
     own = np.arange(len(gallery.items)) == gallery.query[:, None]
     a, b = gallery.items[gallery.query][:, None], gallery.items[None]
     expected = twins.linked(a, b, gallery.relation[:, None]) & ~own
-    np.testing.assert_array_equal(right, expected)
+    np.testing.assert_array_equal(relevance, expected)

@@ -369,16 +369,16 @@ def test_epochs_go_through_the_iterator_and_its_state():
 
 
 def test_packed_texts_change_the_order_of_the_items_alone(toy, collated):
-    """The same pairs of the same items under the same relations, with their texts and pictures."""
+    """The same pairs of the same items under the same relations, with their texts and images."""
     plan, tokenizer, collate = collated
     images = ImageBank(toy.images, 8)
     packed = collator(toy, tokenizer, images, lambda r, k: toy.relations[r], 32, texts_per_row=3)(
         plan
     )
     padded = collate(plan)["shared"]
-    texts, pictures, shared = *packed["items"].values(), packed["shared"]
-    assert pictures.shape == (10, 3, 8, 8, 3)
-    items = pictures[..., 0, 0, 0].reshape(-1)  # see `png`
+    texts, pixels, shared = *packed["items"].values(), packed["shared"]
+    assert pixels.shape == (10, 3, 8, 8, 3)
+    items = pixels[..., 0, 0, 0].reshape(-1)  # see `png`
     found = [part for row, ends in zip(*texts, strict=True) for part in np.split(row, ends + 1)]
     del found[3::4]  # padding
     assert [tokenizer.decode(text) for text in found] == [toy.texts[item] for item in items]

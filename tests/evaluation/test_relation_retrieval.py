@@ -79,37 +79,37 @@ def gallery(count=30, relations=4, seed=5, hide=0.1):
     rng = np.random.default_rng(seed)
     query = rng.integers(len(ITEMS), size=count)
     relation = np.sort(rng.integers(relations, size=count))
-    right = rng.random((count, len(ITEMS))) < 0.3
-    hidden = rng.random(right.shape) < hide
+    relevance = rng.random((count, len(ITEMS))) < 0.3
+    hidden = rng.random(relevance.shape) < hide
     hidden[np.arange(count), query] = True
-    right &= ~hidden
-    right[~right.any(axis=1), :2] = True
-    hidden[right] = False
+    relevance &= ~hidden
+    relevance[~relevance.any(axis=1), :2] = True
+    hidden[relevance] = False
     hidden[np.arange(count), query] = True
-    right[np.arange(count), query] = False
-    kept = right.any(axis=1)
-    return query[kept], relation[kept], right[kept], hidden[kept]
+    relevance[np.arange(count), query] = False
+    kept = relevance.any(axis=1)
+    return query[kept], relation[kept], relevance[kept], hidden[kept]
 
 
-def run(table, query, relation, right, hidden, texts=TEXTS, **options):
-    sparse = (scipy.sparse.csr_array(matrix) for matrix in (right, hidden))
+def run(table, query, relation, relevance, hidden, texts=TEXTS, **options):
+    sparse = (scipy.sparse.csr_array(matrix) for matrix in (relevance, hidden))
     return gallery_retrieval(table, ITEMS, texts, query, relation, *sparse, **options)
 
 
 def slow_measures(ranking):
     """Of a ranking (right or wrong, best first): Hit@5, R-precision and average precision."""
     answers = sum(ranking)
-    places = [place for place, is_right in enumerate(ranking, 1) if is_right]
+    places = [place for place, is_relevant in enumerate(ranking, 1) if is_relevant]
     precision = [sum(ranking[:place]) / place for place in places]
     return any(ranking[:5]), sum(ranking[:answers]) / answers, sum(precision) / answers
 
 
-def slow_gallery(table, query, relation, right, hidden, texts=TEXTS, similarity="cosine"):
+def slow_gallery(table, query, relation, relevance, hidden, texts=TEXTS, similarity="cosine"):
     """The measures by their definitions, one query and one candidate at a time."""
     text, image, h = arrays(table)
     result = {name: [] for name in ("tt", "ii", "ti", "it", "avg")}
     asked = set()
-    for q, e, is_right, is_hidden in zip(query, relation, right, hidden, strict=True):
+    for q, e, is_relevant, is_hidden in zip(query, relation, relevance, hidden, strict=True):
         for name, found in result.items():
             if name in ("tt", "ti") and (texts[q], e) in asked:
                 continue
@@ -118,9 +118,9 @@ def slow_gallery(table, query, relation, right, hidden, texts=TEXTS, similarity=
                 for t in np.unique(texts):
                     shown = (texts == t) & ~is_hidden
                     if shown.any() and not (name == "tt" and t == texts[q]):
-                        ranked.append((t, bool((is_right & shown).any())))
+                        ranked.append((t, bool((is_relevant & shown).any())))
             else:
-                ranked = [(c, bool(is_right[c])) for c in range(len(texts)) if not is_hidden[c]]
+                ranked = [(c, bool(is_relevant[c])) for c in range(len(texts)) if not is_hidden[c]]
             if not any(good for _, good in ranked):
                 continue
             # Embeddings of the first item with a text stand for all of them.
@@ -188,11 +188,11 @@ def test_ties_in_a_gallery_count_against_the_model():
 
 
 def test_collapsed_embeddings_rank_every_wrong_one_first():
-    query, relation, right, hidden = gallery(hide=0)
-    right[:, :] = False
-    right[:, [3, 7]] = True
-    right[np.arange(len(query)), query] = False
-    result = run(collapsed_table(), query, relation, right, hidden)
+    query, relation, relevance, hidden = gallery(hide=0)
+    relevance[:, :] = False
+    relevance[:, [3, 7]] = True
+    relevance[np.arange(len(query)), query] = False
+    result = run(collapsed_table(), query, relation, relevance, hidden)
     for name in ("ii", "avg", "it", "ti", "tt"):
         assert result["r_precision"][name] == 0
         assert 0 < result["map"][name] < result["chance"]["map"][name]
@@ -201,14 +201,14 @@ def test_collapsed_embeddings_rank_every_wrong_one_first():
 
 
 def test_a_perfect_gallery_and_nan():
-    """Texts and pictures of one direction a class, the query's own class right."""
+    """Texts and images of one direction a class, the query's own class right."""
     classes = TEXTS
     direction = np.eye(10, dtype=np.float32)[classes][None]
     table = EmbeddingTable(ITEMS, direction, direction, units(np.random.default_rng(0), 1, 10))
     query = np.flatnonzero(np.isin(classes, [0, 1]))
-    right = classes[query][:, None] == classes
+    relevance = classes[query][:, None] == classes
     hidden = np.arange(10) == query[:, None]
-    asked = query, np.zeros(len(query), int), right & ~hidden, hidden
+    asked = query, np.zeros(len(query), int), relevance & ~hidden, hidden
     result = run(table, *asked)
     # No other text is right: TT asks nothing. Texts ask once.
     assert result["queries"] == {"tt": 0, "ii": 5, "ti": 2, "it": 5, "avg": 5}
@@ -235,10 +235,10 @@ def test_chance_is_the_mean_over_all_orders():
             values = [d[measure][name] for d in drawn]
             spread = np.std(values) / math.sqrt(len(values))
             assert abs(np.mean(values) - chance[measure][name]) < 5 * spread + 1e-9
-    right = asked[2]
+    relevance = asked[2]
     ranked = (~asked[3]).sum(axis=1)
     wrong = [
         math.comb(n - r, 5) / math.comb(n, 5)
-        for n, r in zip(ranked.tolist(), right.sum(axis=1).tolist(), strict=True)
+        for n, r in zip(ranked.tolist(), relevance.sum(axis=1).tolist(), strict=True)
     ]
     assert chance["hit@5"]["ii"] == pytest.approx(1 - np.mean(wrong))

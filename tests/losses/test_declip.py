@@ -30,14 +30,14 @@ def check(ours, twin, *arrays):
     return value, slopes
 
 
-@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
-def test_neighbors(temperature, mask, block):
+def test_neighbors(temperature, mask, chunk_size):
     text, bank, image, _ = views()
     options = {"temperature": temperature, "where": MASKS[mask]}
     value, (slope,) = check(
-        lambda i: losses.neighbor_supervision(text, bank, i, block=block, **options),
+        lambda i: losses.neighbor_supervision(text, bank, i, chunk_size=chunk_size, **options),
         lambda i: reference.neighbor_supervision(text, bank, i, **options),
         image,
     )
@@ -46,7 +46,7 @@ def test_neighbors(temperature, mask, block):
         assert np.all(slope[~MASKS[mask]] == 0)
     # What a neighbour is drawn to is a constant, as an entry of the paper's queue is.
     constants = value_and_slopes(
-        lambda t, b: losses.neighbor_supervision(t, b, image, block=block, **options)
+        lambda t, b: losses.neighbor_supervision(t, b, image, chunk_size=chunk_size, **options)
     )(text, bank)[1]
     assert all(np.all(s == 0) for s in constants)
 
@@ -130,7 +130,7 @@ def test_without_weights_it_is_clip():
     assert value == terms["clip"] == clip(text, image, **options)
 
 
-def test_padding_equals_a_smaller_batch_and_blocks_change_nothing():
+def test_padding_equals_a_smaller_batch_and_chunks_change_nothing():
     arrays = views(8, 4)
     where = np.arange(8) < 5
 
@@ -139,8 +139,8 @@ def test_padding_equals_a_smaller_batch_and_blocks_change_nothing():
 
     padded, slopes = value_and_slopes(partial(whole, where=where))(*arrays)
     small, own = value_and_slopes(whole)(*(x[:5] for x in arrays))
-    blocked, others = value_and_slopes(partial(whole, where=where, block=3))(*arrays)
-    np.testing.assert_allclose([padded, blocked], [small, small], rtol=1e-5)
+    chunked, others = value_and_slopes(partial(whole, where=where, chunk_size=3))(*arrays)
+    np.testing.assert_allclose([padded, chunked], [small, small], rtol=1e-5)
     for a, b, e in zip(slopes, others, own, strict=True):
         np.testing.assert_allclose(a[:5], e, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6)

@@ -81,8 +81,8 @@ def test_extreme_temperatures_stay_finite():
     clean, mixed, coefficient, partner = make()
     partner = np.stack([[0, 1, 3, 2, 4]] * 2)
     where = np.array([0, 1, 1, 1, 1], bool)
-    for temperature, block in itertools.product((1e-3, 1e3), (None, 2)):
-        options = {"temperature": temperature, "where": where, "block": block}
+    for temperature, chunk_size in itertools.product((1e-3, 1e3), (None, 2)):
+        options = {"temperature": temperature, "where": where, "chunk_size": chunk_size}
         value, slope = jax.jit(
             jax.value_and_grad(
                 lambda c, o=options: (
@@ -147,23 +147,26 @@ def test_the_form_follows_the_temperature(monkeypatch):
     assert used == [fast, fast, plain, plain, plain]
 
 
-@pytest.mark.parametrize("block", [None, 2])
-def test_vmap_is_one_batch_at_a_time(block):
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_vmap_is_one_batch_at_a_time(chunk_size):
     batches = [make(seed=s) for s in range(3)]
     stacked = [np.stack(parts) for parts in zip(*batches, strict=True)]
-    first, second = partial(m3co, block=block), partial(multi_soft_clip, block=block)
+    first, second = (
+        partial(m3co, chunk_size=chunk_size),
+        partial(multi_soft_clip, chunk_size=chunk_size),
+    )
     expected = [m3co(*batch) for batch in batches], [multi_soft_clip(b[0]) for b in batches]
     np.testing.assert_allclose(jax.vmap(first)(*stacked), expected[0], rtol=1e-5)
     np.testing.assert_allclose(jax.vmap(second)(stacked[0]), expected[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [None, 6])
-def test_eight_devices_equal_one(block):
+@pytest.mark.parametrize("chunk_size", [None, 6])
+def test_eight_devices_equal_one(chunk_size):
     clean, mixed, coefficient, partner = make(n=16)
 
     def both(e):
-        first = m3co(e[0], e[1], coefficient, partner, block=block)
-        return first + multi_soft_clip(e[0], block=block)
+        first = m3co(e[0], e[1], coefficient, partner, chunk_size=chunk_size)
+        return first + multi_soft_clip(e[0], chunk_size=chunk_size)
 
     value, slope = jax.value_and_grad(both)((clean, mixed))
 
@@ -205,17 +208,17 @@ def test_wrong_shapes_are_named(wrong):
 
 
 @pytest.mark.parametrize(
-    ("modalities", "where", "block"), [(2, None, 2), (3, PADDED, 3), (2, PADDED, 99)]
+    ("modalities", "where", "chunk_size"), [(2, None, 2), (3, PADDED, 3), (2, PADDED, 99)]
 )
-def test_blocks_are_the_plain_form(modalities, where, block):
+def test_chunks_are_the_plain_form(modalities, where, chunk_size):
     """In value and gradient, for the temperature and the coefficients, too."""
     clean, mixed, coefficient, partner = make(modalities)
     if where is not None:
         partner = np.stack([np.where(where, [2, 1, 3, 0, 4], np.arange(N))] * modalities)
 
-    def losses(arrays, block):
+    def losses(arrays, chunk_size):
         clean, mixed, coefficient, temperature = arrays
-        options = {"temperature": temperature, "where": where, "block": block}
+        options = {"temperature": temperature, "where": where, "chunk_size": chunk_size}
         stopped = multi_soft_clip(clean, stop_gradient_targets=True, **options)
         mixing = m3co(clean, mixed, coefficient, partner, **options)
         found = jnp.stack([mixing, multi_soft_clip(clean, **options), stopped])
@@ -223,29 +226,29 @@ def test_blocks_are_the_plain_form(modalities, where, block):
 
     slopes = jax.jit(jax.jacrev(losses, has_aux=True), static_argnums=1)
     arrays = clean, mixed, coefficient, np.float32(0.3)
-    ours, theirs = (jax.tree.leaves(slopes(arrays, b)) for b in (block, None))
+    ours, theirs = (jax.tree.leaves(slopes(arrays, b)) for b in (chunk_size, None))
     for a, e in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
         assert np.abs(e).max() > 1e-3
 
 
-def test_blocks_of_no_samples_are_refused():
+def test_chunks_of_no_samples_are_refused():
     for loss in (lambda **o: m3co(*make(), **o), lambda **o: multi_soft_clip(make()[0], **o)):
-        with pytest.raises(ValueError, match="block=0 must be at least 1"):
-            loss(block=0)
+        with pytest.raises(ValueError, match="chunk_size=0 must be at least 1"):
+            loss(chunk_size=0)
 
 
 @pytest.mark.parametrize("name", ["m3co", "multi_soft_clip"])
-def test_blocks_hold_a_part_of_the_similarities(name):
+def test_chunks_hold_a_part_of_the_similarities(name):
     n = 2048
     rows = jax.ShapeDtypeStruct((2, n, 8), jnp.float32)
     others = jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((2, n), jnp.int32)
 
-    def planned(block):
+    def planned(chunk_size):
         def loss(clean, mixed, coefficient, partner):
             if name == "m3co":
-                return m3co(clean, mixed, coefficient, partner, block=block)
-            return multi_soft_clip(clean, block=block)
+                return m3co(clean, mixed, coefficient, partner, chunk_size=chunk_size)
+            return multi_soft_clip(clean, chunk_size=chunk_size)
 
         graded = jax.jit(jax.value_and_grad(loss, (0, 1)))
         plan = graded.lower(rows, rows, *others).compile().memory_analysis()

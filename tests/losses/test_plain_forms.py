@@ -1,4 +1,4 @@
-"""The plain losses in bfloat16, under vmap, in blocks of rows and on eight devices."""
+"""The plain losses in bfloat16, under vmap, in chunks of rows and on eight devices."""
 
 from functools import partial
 
@@ -52,7 +52,7 @@ def test_strict_promotion(loss):
         jax.jit(jax.grad(loss, (0, 1)))(*pair)
 
 
-BLOCKED_OPTIONS = {
+CHUNKED_OPTIONS = {
     "info_nce": [*SOFTMAX_OPTIONS.values(), {"normalize": False}],
     "clip": [*PAIRED_OPTIONS.values(), {"where": np.zeros(5, bool)}],
     "sigmoid": list(PAIRED_OPTIONS.values()),
@@ -64,41 +64,42 @@ BLOCKED_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKED_OPTIONS)
-def test_blocks_of_rows_are_the_plain_form(name):
+@pytest.mark.parametrize("name", CHUNKED_OPTIONS)
+def test_chunks_of_rows_are_the_plain_form(name):
     """At a size that does not divide the rows, and for the temperature, too."""
     loss = LOSSES[name]
     pair = embeddings(4, 6, 3) if name == "info_nce" else embeddings(5, 5, 3)
 
     @partial(jax.jit, static_argnums=3)
-    def every(text, image, temperature, block):
+    def every(text, image, temperature, chunk_size):
         return [
             jax.value_and_grad(
-                lambda t, i, s, o=options: loss(t, i, temperature=s, **o, block=block), (0, 1, 2)
+                lambda t, i, s, o=options: loss(t, i, temperature=s, **o, chunk_size=chunk_size),
+                (0, 1, 2),
             )(text, image, temperature)
-            for options in BLOCKED_OPTIONS[name]
+            for options in CHUNKED_OPTIONS[name]
         ]
 
-    for block in (3, 99) if name == "label_supervised" else (3,):
+    for chunk_size in (3, 99) if name == "label_supervised" else (3,):
         plain = every(*pair, np.float32(0.4), None)
-        blocked = every(*pair, np.float32(0.4), block)
-        for options, ours, theirs in zip(BLOCKED_OPTIONS[name], blocked, plain, strict=True):
+        chunked = every(*pair, np.float32(0.4), chunk_size)
+        for options, ours, theirs in zip(CHUNKED_OPTIONS[name], chunked, plain, strict=True):
             for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
                 np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6, err_msg=str(options))
             if np.any(options.get("where", True)):
                 assert all(np.abs(e).max() > 1e-3 for e in jax.tree.leaves(theirs))
 
 
-def test_blocks_of_no_rows_are_refused():
+def test_chunks_of_no_rows_are_refused():
     for loss in (info_nce, clip, sigmoid):
-        with pytest.raises(ValueError, match="block=0 must be at least 1"):
-            loss(*embeddings(4, 4, 3), block=0)
+        with pytest.raises(ValueError, match="chunk_size=0 must be at least 1"):
+            loss(*embeddings(4, 4, 3), chunk_size=0)
 
 
-def test_gradient_of_soft_targets_in_blocks():
+def test_gradient_of_soft_targets_in_chunks():
     pair, targets = embeddings(5, 5, 3), soft_targets(5, 5)
     one, two = (
-        jax.jit(jax.grad(lambda t, b=b: clip(*pair, targets=t, block=b)))(targets)
+        jax.jit(jax.grad(lambda t, b=b: clip(*pair, targets=t, chunk_size=b)))(targets)
         for b in (None, 2)
     )
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
@@ -106,12 +107,12 @@ def test_gradient_of_soft_targets_in_blocks():
 
 
 @pytest.mark.parametrize("name", ["info_nce", "clip", "sigmoid"])
-def test_blocks_hold_a_part_of_the_similarities(name):
+def test_chunks_hold_a_part_of_the_similarities(name):
     n = 1024
     pair = [jax.ShapeDtypeStruct((n, 8), jnp.float32)] * 2
 
-    def planned(block):
-        loss = partial(LOSSES[name], block=block)
+    def planned(chunk_size):
+        loss = partial(LOSSES[name], chunk_size=chunk_size)
         plan = value_and_slopes(loss).lower(*pair).compile().memory_analysis()
         return plan.temp_size_in_bytes
 
@@ -119,18 +120,18 @@ def test_blocks_hold_a_part_of_the_similarities(name):
     assert planned(None) > 4 * n * n
 
 
-BLOCKED = {
-    "info_nce, blocks": partial(info_nce, block=5),
-    "clip, blocks": partial(clip, block=5),
-    "sigmoid, blocks": partial(sigmoid, block=5),
-    "label_supervised, blocks": lambda t, i: label_supervised(
-        t, i, jnp.arange(t.shape[0]) // 3, block=5
+CHUNKED = {
+    "info_nce, chunks": partial(info_nce, chunk_size=5),
+    "clip, chunks": partial(clip, chunk_size=5),
+    "sigmoid, chunks": partial(sigmoid, chunk_size=5),
+    "label_supervised, chunks": lambda t, i: label_supervised(
+        t, i, jnp.arange(t.shape[0]) // 3, chunk_size=5
     ),
 }
 
 
-@pytest.mark.parametrize("loss", BLOCKED.values(), ids=BLOCKED)
-def test_blocks_under_vmap_and_strict_promotion(loss):
+@pytest.mark.parametrize("loss", CHUNKED.values(), ids=CHUNKED)
+def test_chunks_under_vmap_and_strict_promotion(loss):
     text, image = (
         np.stack(x) for x in zip(*(embeddings(7, 7, 3, seed) for seed in range(3)), strict=True)
     )
@@ -143,7 +144,7 @@ def test_blocks_under_vmap_and_strict_promotion(loss):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", (ALL_LOSSES | BLOCKED).values(), ids=ALL_LOSSES | BLOCKED)
+@pytest.mark.parametrize("loss", (ALL_LOSSES | CHUNKED).values(), ids=ALL_LOSSES | CHUNKED)
 def test_eight_devices_equal_one(loss):
     pair = embeddings(32, 32, 8)
     devices = np.array(jax.devices())

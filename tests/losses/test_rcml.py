@@ -13,7 +13,7 @@ TERMS = ("tt", "ti", "it", "ii")
 
 
 def check(arrays, options, temperature=0.3, ways=((None, True), (2, True))):
-    """Loss, auxiliary scalars and gradients are the twin's, for each way (block, remat)."""
+    """Loss, auxiliary scalars and gradients are the twin's, for each way (chunk_size, remat)."""
     text, image, anchor, positive = arrays
     options = {**options, "temperature": temperature}
 
@@ -22,11 +22,11 @@ def check(arrays, options, temperature=0.3, ways=((None, True), (2, True))):
 
     expected, expected_aux = twin(text, image)
     slopes = reference.gradient(lambda *z: twin(*z)[0], text, image)
-    for block, remat in ways:
+    for chunk_size, remat in ways:
 
-        def loss(text, image, block=block, remat=remat):
+        def loss(text, image, chunk_size=chunk_size, remat=remat):
             return relation_contrastive(
-                text, image, anchor, positive, **options, block=block, remat=remat
+                text, image, anchor, positive, **options, chunk_size=chunk_size, remat=remat
             )
 
         (value, aux), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
@@ -51,7 +51,7 @@ def test_uneven_groups_and_padding(seed):
         assert np.any(gradient != 0)
 
 
-def test_no_padding_in_blocks_of_any_size():
+def test_no_padding_in_chunks_of_any_size():
     ways = [(None, True), (1, True), (1, False), (9, True)]
     check(*make_batch(padded_items=0, groups=(4, 4, 4)), ways=ways)
 
@@ -136,16 +136,16 @@ def test_negatives_of_each_relation():
     arrays, options = make_batch()
     relations, items = len(options["intra"]), len(options["valid"])
     links = np.random.default_rng(1).random((relations, items, items)) < 0.3
-    blocks = links | links.transpose(0, 2, 1) | np.eye(items, dtype=bool)
+    linked = links | links.transpose(0, 2, 1) | np.eye(items, dtype=bool)
     one, _ = relation_contrastive(*arrays, **options)
-    same = np.broadcast_to(options["related"], blocks.shape)
+    same = np.broadcast_to(options["related"], linked.shape)
     np.testing.assert_allclose(
         relation_contrastive(*arrays, **options | {"related": same})[0], one, rtol=1e-6
     )
-    value, _, _ = check(arrays, options | {"related": blocks})
+    value, _, _ = check(arrays, options | {"related": linked})
     assert value != one
     in_parts, _ = relation_contrastive(
-        *arrays, **options | {"related": blocks}, temperature=0.3, block=2, pair_block=2
+        *arrays, **options | {"related": linked}, temperature=0.3, chunk_size=2, pair_chunk_size=2
     )
     np.testing.assert_allclose(in_parts, value, rtol=1e-6)
 
@@ -276,7 +276,7 @@ def test_tiny_temperature():
 def test_learned_temperature():
     arrays, options = make_batch()
     slope = jax.jit(
-        jax.grad(lambda s: relation_contrastive(*arrays, **options, temperature=s, block=1)[0])
+        jax.grad(lambda s: relation_contrastive(*arrays, **options, temperature=s, chunk_size=1)[0])
     )(np.float32(0.2))
     (expected,) = reference.gradient(
         lambda s: reference.relation_contrastive(*arrays, **options, temperature=float(s))[0], 0.2

@@ -1,4 +1,4 @@
-"""RCML's loss in bfloat16, under vmap, in blocks and on eight devices."""
+"""RCML's loss in bfloat16, under vmap, in chunks and on eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ from rcml_jax.losses.rcml import relation_contrastive
 from tests.losses.relation_batch import make_batch
 
 
-@pytest.mark.parametrize(("block", "pair_block"), [(None, None), (1, None), (1, 3)])
-def test_eight_devices_equal_one(block, pair_block):
+@pytest.mark.parametrize(("chunk_size", "pair_chunk_size"), [(None, None), (1, None), (1, 3)])
+def test_eight_devices_equal_one(chunk_size, pair_chunk_size):
     (text, image, *pairs), options = make_batch(items=16, padded_items=3, groups=(6, 2, 8))
     devices = np.array(jax.devices())
     assert len(devices) == 8
     step = jax.jit(
         jax.value_and_grad(
             lambda t, i: relation_contrastive(
-                t, i, *pairs, **options, block=block, pair_block=pair_block
+                t, i, *pairs, **options, chunk_size=chunk_size, pair_chunk_size=pair_chunk_size
             )[0],
             (0, 1),
         )
@@ -44,25 +44,27 @@ def test_bfloat16_is_computed_in_float32():
     assert np.isfinite(slope.astype("f4")).all()
 
 
-@pytest.mark.parametrize(("block", "pair_block"), [(None, None), (1, None), (1, 3)])
-def test_vmap(block, pair_block):
+@pytest.mark.parametrize(("chunk_size", "pair_chunk_size"), [(None, None), (1, None), (1, 3)])
+def test_vmap(chunk_size, pair_chunk_size):
     batches = [make_batch(seed) for seed in range(3)]
     expected = [relation_contrastive(*arrays, **options)[0] for arrays, options in batches]
     arrays, options = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     actual = jax.vmap(
         lambda arrays, options: relation_contrastive(
-            *arrays, **options, block=block, pair_block=pair_block
+            *arrays, **options, chunk_size=chunk_size, pair_chunk_size=pair_chunk_size
         )[0]
     )(arrays, options)
     np.testing.assert_allclose(actual, np.stack(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [None, 2])
-def test_strict_promotion(block):
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_strict_promotion(chunk_size):
     arrays, options = jax.tree.map(jnp.asarray, make_batch())
     with jax.numpy_dtype_promotion("strict"):
         jax.jit(
-            jax.grad(lambda t: relation_contrastive(t, *arrays[1:], **options, block=block)[0])
+            jax.grad(
+                lambda t: relation_contrastive(t, *arrays[1:], **options, chunk_size=chunk_size)[0]
+            )
         )(arrays[0])
 
 
@@ -79,13 +81,13 @@ def value_and_gradients(arrays, options, **ways):
 @pytest.mark.parametrize(
     "ways",
     [
-        {"pair_block": 1},
-        {"pair_block": 3, "block": 2},
-        {"pair_block": 2, "block": 1, "remat": False},
-        {"pair_block": 99, "block": 1},
+        {"pair_chunk_size": 1},
+        {"pair_chunk_size": 3, "chunk_size": 2},
+        {"pair_chunk_size": 2, "chunk_size": 1, "remat": False},
+        {"pair_chunk_size": 99, "chunk_size": 1},
     ],
 )
-def test_pairs_in_blocks_are_the_plain_form(ways):
+def test_pairs_in_chunks_are_the_plain_form(ways):
     arrays, options = make_batch(groups=(7, 2, 5), items=9)
     expected, actual = (value_and_gradients(arrays, options, **w) for w in ({}, ways))
     assert all(np.abs(gradient).max() > 1e-2 for gradient in expected[1])
@@ -93,10 +95,10 @@ def test_pairs_in_blocks_are_the_plain_form(ways):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7)
 
 
-def test_blocks_of_no_pairs_are_refused():
+def test_chunks_of_no_pairs_are_refused():
     arrays, options = make_batch()
-    with pytest.raises(ValueError, match="pair_block=0 must be at least 1"):
-        relation_contrastive(*arrays, **options, pair_block=0)
+    with pytest.raises(ValueError, match="pair_chunk_size=0 must be at least 1"):
+        relation_contrastive(*arrays, **options, pair_chunk_size=0)
 
 
 @pytest.mark.parametrize(("relations", "most"), [(11, 2**31), (1, 2**30)])
@@ -122,5 +124,5 @@ def test_four_thousand_pairs_fit_into_memory(relations, most):
         plan = plan.memory_analysis()
         return plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
 
-    assert planned(block=1, pair_block=128) < most < 2**32
+    assert planned(chunk_size=1, pair_chunk_size=128) < most < 2**32
     assert planned() > 3 * 2**30

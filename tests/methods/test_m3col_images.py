@@ -1,4 +1,4 @@
-"""M3CoL on pictures with headlines: devices, accumulation, schedules, pretrained encoders."""
+"""M3CoL on images with headlines: devices, accumulation, schedules, pretrained encoders."""
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ def test_pretrained_encoders_are_taken(news, tmp_path):
 
 
 def test_a_float_image_is_not_needed_to_mix(news, tmp_path):
-    # Pictures stay uint8 until they are mixed on the device.
+    # Images stay uint8 until they are mixed on the device.
     method = build(news_config(news), tmp_path)
     batch = next(method.batches())
     assert batch["items"]["image"][0].dtype == np.uint8

@@ -174,7 +174,7 @@ def test_baselines_report_the_better_way_to_score(runs, method):
 
 @pytest.mark.parametrize("method", ["clip", "siglip", "unicl"])
 def test_related_items_are_no_negatives_of_a_baseline(catalogue, tmp_path, method):
-    options = {"method": method, "loss.mask_related": True, "loss.block": 0}
+    options = {"method": method, "loss.mask_related": True, "loss.chunk_size": 0}
     built = build(tiny_config(catalogue, **options), tmp_path)
     shared = next(built.batches())["shared"]
     related, labels = np.asarray(shared["related"]), np.asarray(shared["labels"])

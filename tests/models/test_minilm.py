@@ -69,7 +69,7 @@ def test_the_package_is_not_imported():
 
 @installed
 def test_the_installed_package_is_a_bert_that_knows_meanings():
-    """The summary of its token states is the embedding that it was trained for."""
+    """The pooled state is the embedding that it was trained for."""
     folder = checkpoints.packaged_directory()
     tokenizer = Tokenizer.from_pretrained_dir(folder)
     text_config, params = load_encoder(str(folder), modality="text")

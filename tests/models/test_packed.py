@@ -58,16 +58,16 @@ def test_each_token_has_the_state_that_it_has_alone(projected):
         row, slot = divmod(number, PER_ROW)
         own = together.states[row][together.mask[row, slot]]
         np.testing.assert_allclose(own, alone.states[number, :length], rtol=1e-4, atol=1e-5)
-    summary = together.pooled
-    assert summary.shape == (4, PER_ROW, alone.states.shape[-1])
+    pooled = together.pooled
+    assert pooled.shape == (4, PER_ROW, alone.states.shape[-1])
     np.testing.assert_allclose(
-        summary.reshape(alone.pooled.shape), alone.pooled, rtol=1e-4, atol=1e-5
+        pooled.reshape(alone.pooled.shape), alone.pooled, rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize(
     ("remat", "pooling"),
-    [("", {}), ("layers", {}), ("dots", {}), ("", {"summary_prior": 2.0, "beta": 0.9})],
+    [("", {}), ("layers", {}), ("dots", {}), ("", {"pooled_prior": 2.0, "beta": 0.9})],
 )
 def test_embeddings_and_gradients_are_those_of_texts_alone(remat, pooling):
     ids, packed = texts()

@@ -225,10 +225,10 @@ def test_bfloat16_computes_near_float32(built, inputs):
 
 @pytest.mark.parametrize(("text", "image"), PAIRS[:2])
 def test_rcml_on_a_pair(text, image, built, inputs):
-    """Under a prior on the summary token the head gives the towers' own embeddings."""
+    """Under a prior on the pooled token the head gives the towers' own embeddings."""
     ids, images = inputs
     towers, variables, given = built(text, image)
-    model = RCML(towers.config, FrozenDict(summary_prior=100.0))
+    model = RCML(towers.config, FrozenDict(pooled_prior=100.0))
     made = jax.eval_shape(model.init, jax.random.key(0), ids, ids, images)["params"]
     shapes = jax.tree.map(np.shape, variables["params"])
     assert jax.tree.map(lambda x: x.shape, made["towers"]) == shapes

@@ -43,7 +43,7 @@ def processor(kind, options):
         return getattr(transformers, f"{kind}ImageProcessor")(**options)
 
 
-def picture(width, height):
+def image(width, height):
     rng = np.random.default_rng(width)
     small = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -70,9 +70,9 @@ def test_images_are_those_of_the_processor(name):
     found = image_preprocessing(options | {"image_processor_type": f"{kind}ImageProcessor"}, "", "")
     assert found.size == 24
     for width, height in ((60, 41), (33, 70), (24, 24)):
-        pixels = jnp.asarray(to_array(picture(width, height), found))[None]
+        pixels = jnp.asarray(to_array(image(width, height), found))[None]
         ours = normalize(pixels, found.mean, found.std, jnp.float32)[0]
-        theirs = processor(kind, options)(picture(width, height))["pixel_values"][0]
+        theirs = processor(kind, options)(image(width, height))["pixel_values"][0]
         np.testing.assert_allclose(ours, np.transpose(theirs, (1, 2, 0)), atol=2e-5)
 
 

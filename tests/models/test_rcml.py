@@ -61,7 +61,7 @@ def test_one_relation_at_a_time_is_the_same(batch):
 def test_reduces_to_clip_in_model_loss_and_gradient(batch):
     """Eq. 7–8: β = 1, a hard selection, self pairs and cross-modal terms only."""
     ids, images = batch
-    model, variables = build(batch, beta=1.0, summary_logit=1e4)
+    model, variables = build(batch, beta=1.0, pooled_logit=1e4)
     n = len(ids)
 
     def rcml_loss(params):
@@ -91,10 +91,10 @@ def test_reduces_to_clip_in_model_loss_and_gradient(batch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
-def test_summary_prior_starts_from_clips_own_embedding(batch):
+def test_pooled_prior_starts_from_clips_own_embedding(batch):
     """Zero-shot retrieval with the head is what it is without, under every relation."""
     ids, images = batch
-    model, variables = build(batch, summary_prior=12.0)
+    model, variables = build(batch, pooled_prior=12.0)
     with_head = model.apply(variables, ids[:2], ids, images)
     towers = {"params": variables["params"]["towers"]}
     without = TwoTowers(tiny()).apply(towers, ids, images)

@@ -15,11 +15,11 @@ N, T, R, D = 5, 7, 3, 8
 @pytest.fixture
 def inputs():
     rng = np.random.default_rng(0)
-    summary = rng.integers(1, T, N)
+    pooled = rng.integers(1, T, N)
     tokens = TokenStates(
         states=jnp.asarray(rng.normal(size=(N, T, D)), jnp.float32),
-        mask=jnp.asarray(np.arange(T) <= summary[:, None]),
-        pooled_index=jnp.asarray(summary),
+        mask=jnp.asarray(np.arange(T) <= pooled[:, None]),
+        pooled_index=jnp.asarray(pooled),
     )
     relation = jnp.asarray(rng.normal(size=(R, D)), jnp.float32)
     return tokens, relation, jnp.asarray([True, False, False])
@@ -51,9 +51,9 @@ def twin(params, inputs, **options):
 @pytest.mark.parametrize("prior", [0.0, 2.0])
 @pytest.mark.parametrize("gate", [False, True])
 def test_equals_the_twin(inputs, beta, prior, gate):
-    head = RelationPooling(D, beta=beta, summary_logit=1.5, summary_prior=prior, gate=gate)
+    head = RelationPooling(D, beta=beta, pooled_logit=1.5, pooled_prior=prior, gate=gate)
     params = random_params(head, inputs)
-    expected = twin(params, inputs, beta=beta, summary_logit=1.5, summary_prior=prior)
+    expected = twin(params, inputs, beta=beta, pooled_logit=1.5, pooled_prior=prior)
     np.testing.assert_allclose(head.apply({"params": params}, *inputs), expected, atol=2e-5)
 
 
@@ -97,23 +97,23 @@ def test_padding_gets_no_attention_and_changes_nothing(inputs):
     )
 
 
-def test_summary_bias_acts_under_the_intra_relation_alone(inputs):
+def test_pooled_bias_acts_under_the_intra_relation_alone(inputs):
     tokens = inputs[0]
-    head = RelationPooling(D, beta=0.5, summary_logit=50.0)
+    head = RelationPooling(D, beta=0.5, pooled_logit=50.0)
     weights = head.apply({"params": random_params(head, inputs)}, *inputs, method="attention")
-    on_summary = np.take_along_axis(
+    on_pooled = np.take_along_axis(
         np.asarray(weights), np.asarray(tokens.pooled_index)[:, None, None], axis=2
     )[..., 0]
-    assert np.all(on_summary[:, 0] > 0.999)
-    assert np.all(on_summary[:, 1:] < 0.999)
+    assert np.all(on_pooled[:, 0] > 0.999)
+    assert np.all(on_pooled[:, 1:] < 0.999)
 
 
-def test_hard_selection_is_the_summary_token(inputs):
-    head = RelationPooling(D, beta=1.0, summary_logit=1e4)
+def test_hard_selection_is_the_pooled_token(inputs):
+    head = RelationPooling(D, beta=1.0, pooled_logit=1e4)
     params = head.init(jax.random.key(0), *inputs)["params"]
     z = head.apply({"params": params}, *inputs)
-    summary = inputs[0].pooled
-    expected = summary / jnp.linalg.norm(summary, axis=1, keepdims=True)
+    pooled = inputs[0].pooled
+    expected = pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True)
     np.testing.assert_allclose(z[:, 0], expected, atol=1e-6)
 
 
@@ -129,8 +129,8 @@ def test_initialisations(inputs):
 
 
 def test_learned_prior_is_a_parameter(inputs):
-    head = RelationPooling(D, summary_prior=3.0, learn_summary_prior=True)
+    head = RelationPooling(D, pooled_prior=3.0, learn_pooled_prior=True)
     params = head.init(jax.random.key(0), *inputs)["params"]
-    assert params["summary_prior"] == 3.0
+    assert params["pooled_prior"] == 3.0
     grads = jax.grad(lambda p: head.apply({"params": p}, *inputs)[..., 0].sum())(params)
-    assert grads["summary_prior"] != 0
+    assert grads["pooled_prior"] != 0

@@ -138,7 +138,7 @@ def test_a_tokens_own_state_is_what_the_head_makes_of_it_alone():
 @pytest.mark.parametrize("prior", [0.0, 100.0])
 def test_rcml_on_siglip(model, batch, prior):
     ids, images = batch
-    rcml = RCML(model.config, FrozenDict(summary_prior=prior))
+    rcml = RCML(model.config, FrozenDict(pooled_prior=prior))
     inputs = ids[:2], ids, images
     params = jax.jit(rcml.init)(jax.random.key(0), *inputs)["params"]
     assert set(params["towers"]) == {"text_model", "vision_model", "logit_scale", "logit_bias"}

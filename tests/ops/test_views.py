@@ -33,7 +33,7 @@ def test_an_image_view_is_a_crop_in_another_brightness(flip):
         gain = view[0, 0, 2] / 90
         gains.add(round(gain, 2))
         rows, columns = (np.rint(view[..., c] / gain / 10).astype(int) for c in (0, 1))
-        # Rows depend on the row alone, columns on the column: it is a box of the picture.
+        # Rows depend on the row alone, columns on the column: it is a box of the image.
         assert (rows == rows[:, :1]).all()
         assert (columns == columns[:1]).all()
         across = columns[0]

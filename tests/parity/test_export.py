@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def rcml(catalogue, tmp_path_factory):
     """(method, parameters, exported directory) of RCML, towers and tokenizer from scratch."""
-    options = {"model__summary_logit": 3.0, "model__summary_prior": 1.5}
+    options = {"model__pooled_logit": 3.0, "model__pooled_prior": 1.5}
     return exported(catalogue, tmp_path_factory.mktemp("rcml"), **options)
 
 
@@ -60,8 +60,8 @@ def exported(catalogue, folder, **options):
     return method, params, folder / "exported"
 
 
-def pictures(method, count=5):
-    """Pictures of items as files have them: of other sizes than the tower takes."""
+def item_images(method, count=5):
+    """Images of items as files have them: of other sizes than the tower takes."""
     arrays = method.task.images(np.arange(count))
     sizes = [(40, 25), (16, 16), (31, 64), (17, 18), (200, 90)][:count]
     return [
@@ -71,7 +71,7 @@ def pictures(method, count=5):
 
 
 def arrays_of(method, items):
-    return np.stack([to_array(picture, method.task.images.size) for picture in items])
+    return np.stack([to_array(image, method.task.images.size) for image in items])
 
 
 def code_of(folder):
@@ -88,7 +88,7 @@ def test_clip_model_and_processor(run, request):
     method, params, folder = request.getfixturevalue(run)
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     processor = transformers.CLIPProcessor.from_pretrained(folder, use_fast=False)
-    items = pictures(method)
+    items = item_images(method)
     inputs = processor(text=TEXTS, images=items, return_tensors="pt", padding=True, truncation=True)
     out = model(**inputs)
     ids, images = method.task.encode(TEXTS), arrays_of(method, items)
@@ -106,7 +106,7 @@ def test_the_cards_code_gives_rcmls_embeddings(rcml, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names = code_of(folder)
     assert capsys.readouterr().out.startswith("tensor([[")  # what its example prints
-    items = pictures(method)
+    items = item_images(method)
     sentences = method.task.encode(SENTENCES)
     ids, images = method.task.encode(TEXTS), arrays_of(method, items)
     variables = {"params": params}
@@ -132,7 +132,7 @@ def test_the_cards_code_gives_a_baselines_embeddings(pretrained, monkeypatch):
     method, params, folder = pretrained
     monkeypatch.chdir(folder)
     names = code_of(folder)
-    items = pictures(method)
+    items = item_images(method)
     inputs = method.task.encode(TEXTS), arrays_of(method, items)
     ours = method.model.apply({"params": params["towers"]}, *inputs)
     for name, found in (

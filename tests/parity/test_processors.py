@@ -1,4 +1,4 @@
-"""Texts and pictures beside Hugging Face's CLIP processor, which needs no torch for either."""
+"""Texts and images beside Hugging Face's CLIP processor, which needs no torch for either."""
 
 import importlib.util
 import io
@@ -146,50 +146,50 @@ def test_siglip_2s_tokens_are_those_of_lower_case_texts(tmp_path):
     assert (ours.start_id, ours.end_id, ours.pad_id) == (None, 1, 0)
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------
 
 SIZES = [(64, 64), (65, 64), (97, 31), (31, 97), (224, 224), (225, 224), (500, 333), (333, 500)]
-# (A picture one pixel high is to Hugging Face one whose channels come first.)
+# (An image one pixel high is to Hugging Face one whose channels come first.)
 SIZES += [(640, 479), (7, 5), (5, 7), (2, 2), (2, 9), (255, 32)]
 
 
 def noise(width, height, grain=8):
-    """A picture of blurred colours, each about `grain` pixels wide."""
+    """An image of blurred colours, each about `grain` pixels wide."""
     shape = (height // grain + 2, width // grain + 2, 3)
     small = np.random.default_rng(width).integers(0, 256, shape).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
 def opened(data):
-    """What Hugging Face's processor is given: the picture decoded in full."""
-    picture = Image.open(io.BytesIO(data))
-    picture.load()
-    return picture
+    """What Hugging Face's processor is given: the image decoded in full."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
 
 
 def ours(data, size):
     return images.to_array(images.open_rgb(data), size)
 
 
-def theirs(picture, size, normalise=False):
-    """CLIPImageProcessor's picture: uint8, or normalised float32 (size, size, 3)."""
+def theirs(image, size, normalise=False):
+    """CLIPImageProcessor's image: uint8, or normalised float32 (size, size, 3)."""
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         do_normalize=normalise,
         do_rescale=normalise,
     )
-    return processor(picture)["pixel_values"][0].transpose(1, 2, 0)
+    return processor(image)["pixel_values"][0].transpose(1, 2, 0)
 
 
 @pytest.mark.parametrize("size", [32, 33, 224])
-def test_png_pictures_are_equal(size):
+def test_png_images_are_equal(size):
     for width, height in SIZES:
         data = encoded(noise(width, height))
         found = ours(data, size)
@@ -198,20 +198,20 @@ def test_png_pictures_are_equal(size):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA"])
-def test_opaque_pictures_of_every_mode_are_equal(mode):
-    picture = noise(90, 61).convert(mode)
-    data = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
+def test_opaque_images_of_every_mode_are_equal(mode):
+    image = noise(90, 61).convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
     assert opened(data).mode == mode
     np.testing.assert_array_equal(ours(data, 32), theirs(opened(data), 32))
 
 
 def test_transparent_parts_are_white_here_and_hidden_colours_there():
-    picture = noise(90, 61).convert("RGBA")
-    alpha = Image.linear_gradient("L").resize(picture.size)
-    picture.putalpha(alpha)
-    data = encoded(picture)
-    canvas = Image.new("RGBA", picture.size, "white")
-    white = Image.alpha_composite(canvas, picture).convert("RGB")
+    image = noise(90, 61).convert("RGBA")
+    alpha = Image.linear_gradient("L").resize(image.size)
+    image.putalpha(alpha)
+    data = encoded(image)
+    canvas = Image.new("RGBA", image.size, "white")
+    white = Image.alpha_composite(canvas, image).convert("RGB")
     np.testing.assert_array_equal(ours(data, 32), theirs(white, 32))
 
 
@@ -232,7 +232,7 @@ def test_long_strips_are_within_two_grey_levels(shape):
 def test_jpegs_decoded_small_stay_near(shape):
     """A JPEG decoded at its own smaller scale is not the full one, but shows the same cut-out.
 
-    Bounds, in grey levels of 255 on pictures as restless as these: 1.5 on average, 12 at most.
+    Bounds, in grey levels of 255 on images as restless as these: 1.5 on average, 12 at most.
     """
     data = encoded(noise(*shape, grain=16), "JPEG", quality=92)
     for size in (32, 224):

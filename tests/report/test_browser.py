@@ -85,17 +85,17 @@ def test_a_whole_report_has_every_figure_of_relational_runs(whole_report):
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_report_in_a_browser(browser, whole_report, width, scheme):
     opened(browser, whole_report / "index.html", width, scheme)
-    pictures = browser.execute_script(
+    images = browser.execute_script(
         "return [...document.images].map(x => [x.src, x.complete, x.naturalWidth,"
         " x.getBoundingClientRect().right])"
     )
-    assert len(pictures) > 20
-    assert [src for src, complete, natural, _ in pictures if not complete or not natural] == []
-    assert [src for src, _, _, right in pictures if right > width] == []
+    assert len(images) > 20
+    assert [src for src, complete, natural, _ in images if not complete or not natural] == []
+    assert [src for src, _, _, right in images if right > width] == []
     # Nothing but tables, in their own boxes, is wider than the window.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     urls, failed = fetched(browser, whole_report / "index.html")
-    assert len(urls) > len(pictures)
+    assert len(urls) > len(images)
     root = whole_report.as_uri()
     assert [url for url in urls if not url.startswith((root, "data:"))] == []
     assert failed == []
@@ -119,12 +119,12 @@ def test_the_page_is_dark_where_the_reader_is(browser, whole_report):
     assert paper + 300 < ink
     # Figures stay on white, in which they are drawn.
     behind = browser.execute_script(
-        "return getComputedStyle(document.querySelector('.pictures a')).backgroundColor"
+        "return getComputedStyle(document.querySelector('.images a')).backgroundColor"
     )
     assert behind == "rgb(255, 255, 255)"
 
 
-def test_a_missing_picture_would_be_seen(browser, whole_report, tmp_path):
+def test_a_missing_image_would_be_seen(browser, whole_report, tmp_path):
     """The checks above can fail."""
     copy = tmp_path / "report"
     shutil.copytree(whole_report, copy)

@@ -139,7 +139,7 @@ def test_heat_maps_are_cosines_of_words_and_patches(news):
     np.testing.assert_allclose(found[0]["heat"].ravel(), cosine, atol=1e-5)
 
 
-def test_tables_have_no_words_over_pictures(tables):
+def test_tables_have_no_words_over_images(tables):
     with pytest.raises(LeftOutError, match="has not an image and a text"):
         classification.drawn_samples(tables, seed=0)
 

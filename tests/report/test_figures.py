@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def said(path):
-    """The texts in a picture: matplotlib writes each as a comment beside its outlines."""
+    """The texts in an image: matplotlib writes each as a comment beside its outlines."""
     return [part.split("-->")[0].strip() for part in path.read_text().split("<!--")[1:]]
 
 
@@ -56,7 +56,7 @@ def test_a_plane_names_its_kinds_and_score(tmp_path):
     check(relational.draw_map(arrays, tmp_path / "b.svg", 1), "clip", "silhouette −0.03")
 
 
-def test_the_same_arrays_give_the_same_picture(tmp_path):
+def test_the_same_arrays_give_the_same_image(tmp_path):
     arrays = saved(tmp_path, plane())
     one = relational.draw_map(arrays, tmp_path / "a.svg", 0).read_bytes()
     assert relational.draw_map(arrays, tmp_path / "b.svg", 0).read_bytes() == one
@@ -76,13 +76,13 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path):
 
 
 def case(**options):
-    pictures = RNG.integers(0, 255, (21, 8, 8, 3)).astype(np.uint8)
+    images = RNG.integers(0, 255, (21, 8, 8, 3)).astype(np.uint8)
     arrays = {
         "query": "red apple",
         "relation": "both of them cost $5 and more, so that $10 buys one",
         "candidates": ["green apple", *(f"thing {i}" for i in range(1, 21))],
-        "query_image": pictures[0],
-        "images": pictures,
+        "query_image": images[0],
+        "images": images,
         "scores": ["tt", "ii", "ti", "it", "avg"],
         "order": [[0, 1, 2], [3, 0, 4], [5, 6, 7], [1, 2, 0], [8, 0, 9]],
         "score": np.linspace(0.9, -0.5, 15).reshape(5, 3),
@@ -114,7 +114,7 @@ def test_attention_shows_every_token_and_its_relation(tmp_path):
             "tokens": ["[start]", "red", "$", "[end]"],
             "text": [[0.1, 0.6, 0.2, 0.1], [0.25] * 4],
             "image": np.full((2, 2, 2), 0.2),
-            "image_summary": [0.2, 0.2],
+            "image_pooled": [0.2, 0.2],
             "pixels": np.zeros((8, 8, 3), np.uint8),
         },
     )

@@ -8,9 +8,9 @@ import pytest
 
 from rcml_jax.report.page import (
     Figure,
+    FigureImage,
     Folder,
     Paragraph,
-    Picture,
     Section,
     Table,
     load,
@@ -92,7 +92,7 @@ def test_no_file_names_another_host(report):
     for path in report.rglob("*"):
         if path.suffix not in (".svg", ".html"):
             continue
-        # XML names its dialects by addresses that no browser fetches; pictures are inside as text.
+        # XML names its dialects by addresses that no browser fetches; images are inside as text.
         allowed = r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE.*?>|<metadata>.*?</metadata>|"data:[^"]*"'
         rest = re.sub(allowed + "|<!--.*?-->", "", path.read_text("utf-8"), flags=re.DOTALL)
         assert "//" not in rest, path
@@ -133,8 +133,8 @@ def test_captions_state_the_protocol(report):
 def test_texts_are_escaped_and_numbers_stand_right(tmp_path):
     folder = Folder(tmp_path)
     path, _ = folder.save("a b&c.csv", {"x": [1]})
-    picture = folder.picture("p.svg")
-    picture.write_text("<svg/>")
+    image = folder.image_path("p.svg")
+    image.write_text("<svg/>")
     sections = [
         Section(
             "A & B <x>",
@@ -142,7 +142,7 @@ def test_texts_are_escaped_and_numbers_stand_right(tmp_path):
                 Figure(
                     "<script>alert(1)</script>",
                     'caption "quoted" & <b>',
-                    (Picture(picture, 'alt "x" <y>'),),
+                    (FigureImage(image, 'alt "x" <y>'),),
                     Table(["name", "<i>"], [["a<b", "1.5 ± 0.2"], ["c", "–"]], frozenset({(0, 1)})),
                     (path,),
                 ),
@@ -165,7 +165,7 @@ def test_texts_are_escaped_and_numbers_stand_right(tmp_path):
 
 def test_names_are_given_once(tmp_path):
     folder = Folder(tmp_path)
-    assert [folder.picture("a.svg").name for _ in range(3)] == ["a.svg", "a-2.svg", "a-3.svg"]
+    assert [folder.image_path("a.svg").name for _ in range(3)] == ["a.svg", "a-2.svg", "a-3.svg"]
     assert folder.save("a.csv", {"x": [1]})[0].name == "a.csv"
 
 

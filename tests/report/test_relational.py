@@ -140,7 +140,7 @@ def test_case_studies_are_ranked_as_the_evaluation_ranks(opened):
 
 def test_attention_is_the_heads_own(opened):
     arrays = relational.attention(opened, seed=0)
-    total = arrays["image"].sum(axis=(1, 2)) + arrays["image_summary"]
+    total = arrays["image"].sum(axis=(1, 2)) + arrays["image_pooled"]
     np.testing.assert_allclose(total, 1, atol=1e-5)
     np.testing.assert_allclose(arrays["text"].sum(axis=1), 1, atol=1e-5)
     assert arrays["image"].shape[1:] == (2, 2)  # 16 pixels, patches of 8

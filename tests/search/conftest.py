@@ -40,10 +40,10 @@ def embedded(model, catalogue, tmp_path_factory):
 
 @pytest.fixture
 def patchy(tmp_path, catalogue):
-    """A table of six items: whole, no picture, no text, a damaged one, a missing one, nothing."""
+    """A table of six items: whole, no image, no text, a damaged one, a missing one, nothing."""
     shutil.copytree(catalogue / "images", tmp_path / "patchy" / "images")
     folder = tmp_path / "patchy"
-    (folder / "images" / "1.png").write_bytes(b"no picture")
+    (folder / "images" / "1.png").write_bytes(b"no image")
     rows = [
         {"id": "whole", "text": "kind1 place1", "image": "images/13.png"},
         {"id": "words", "text": "kind2 place2"},

@@ -55,14 +55,14 @@ def test_a_baseline_reads_the_sentence_behind_the_text(runs, catalogue, tmp_path
     sentence = tables["sentence"].text[relations]
     np.testing.assert_allclose(found.vectors["text"][1:], sentence, atol=1e-5)
     np.testing.assert_allclose(found.vectors["image"], tables["plain"].image, atol=1e-5)
-    # The one picture is compared under every sentence.
+    # The one image is compared under every sentence.
     scores = {s: find(found, s, item="i3", against="image", k=ITEMS)[0].index for s in SENTENCES}
     assert len(scores) == 2
     assert found.under("image", 2).shape == (ITEMS, 16)
 
 
 def counted(items):
-    """The items, and a list of the indices of the pictures that are read."""
+    """The items, and a list of the indices of the images that are read."""
     read = []
 
     def reading(index):
@@ -118,10 +118,10 @@ def test_items_that_lack_something(model, patchy, tmp_path):
     embedder = model.method.embedder(model.params, SENTENCES)
     alone = embedder.text(["kind2 place2"])[:, 0]
     np.testing.assert_allclose(found.vectors["text"][:, 1], alone, atol=1e-3)
-    with pytest.raises(UserError, match=r"the picture images/1.png of item 'damaged' cannot be"):
+    with pytest.raises(UserError, match=r"the image images/1.png of item 'damaged' cannot be"):
         embed_catalogue(model, read_items(patchy), [], tmp_path / "strict", strict=True)
     write_rows(patchy / "items.jsonl", [{"id": "a", "text": "x"}, {"id": "nothing"}])
-    with pytest.raises(UserError, match=r"the item 'nothing' has neither text nor picture"):
+    with pytest.raises(UserError, match=r"the item 'nothing' has neither text nor image"):
         embed_catalogue(model, read_items(patchy), [], tmp_path / "strict2", strict=True)
     # A catalogue of texts alone.
     texts = embed_catalogue(model, read_items(patchy), [], tmp_path / "texts")
@@ -176,12 +176,12 @@ def test_the_most_related_are_those_of_a_full_sort(model, embedded, catalogue, a
     names = ("text", "image") if against == "both" else (against,)
     for number, sentence in ((0, None), (2, "both kind5")):
         own = [embedded.vectors[name][number][17] for name in ("text", "image")]
-        picture = catalogue / "images" / "17.png"
+        image = catalogue / "images" / "17.png"
         for given, query, left_out in (
             ({"item": "i17"}, own, 17),
             # Of the item itself: its vectors, but the item is found.
             ({"text": "kind5 place7", "model": model}, own[:1], None),
-            ({"image": picture, "model": model}, own[1:], None),
+            ({"image": image, "model": model}, own[1:], None),
         ):
             found = find(embedded, sentence, **given, against=against, k=ITEMS)
             expected = by_full_sort(embedded, number, query, names, left_out)
@@ -225,7 +225,7 @@ def test_sentences_and_items_that_are_not_there(embedded):
 
 def test_queries_that_cannot_be(runs, model, embedded, tmp_path):
     other = open_model(runs(seed=1))
-    (tmp_path / "no.png").write_bytes(b"no picture")
+    (tmp_path / "no.png").write_bytes(b"no image")
     for options, message in (
         ({"item": "i1", "k": 0}, "k is 0; it must be at least 1"),
         ({"item": "i1", "against": "sound"}, "against='sound' is unknown"),

@@ -36,12 +36,12 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def check_page(path, cards, pictures):
+def check_page(path, cards, images):
     """One file with nothing from elsewhere."""
     page, source = Page(path), path.read_text("utf-8")
     assert page.open == []
     assert len(page.all("li")) == cards
-    assert len(page.all("img")) == pictures
+    assert len(page.all("img")) == images
     for image in page.all("img"):
         assert image["src"].startswith("data:image/jpeg;base64,")
         assert image["alt"]
@@ -82,32 +82,32 @@ def test_from_a_table_to_a_page(runs, catalogue, tmp_path, capsys):
         assert f"{match.score:.3f}" in row
         assert match.id in row
         assert match.text in row
-    page = check_page(html, cards=4, pictures=5)
+    page = check_page(html, cards=4, images=5)
     words = " ".join(page.words)
     places = [words.index(f" {match.id} ") for match in found]
     assert places == sorted(places)
     assert "i17" in words
     assert SENTENCES[1] in words
 
-    picture = catalogue / "images" / "17.png"
-    status, _, err = run(search.main, [*asked, "--image", picture], capsys)
+    image = catalogue / "images" / "17.png"
+    status, _, err = run(search.main, [*asked, "--image", image], capsys)
     assert status == 0, err
-    check_page(html, cards=4, pictures=5)
+    check_page(html, cards=4, images=5)
     options = ["--text", "kind5 place7", "--workdir", runs(), "--against=image"]
     status, _, err = run(search.main, [*asked, *options], capsys)
     assert status == 0, err
-    check_page(html, cards=4, pictures=4)
+    check_page(html, cards=4, images=4)
 
 
-def test_texts_that_are_markup_and_pictures_that_are_gone(runs, patchy, tmp_path, capsys):
+def test_texts_that_are_markup_and_images_that_are_gone(runs, patchy, tmp_path, capsys):
     to, html = tmp_path / "e", tmp_path / "page.html"
     args = ["--workdir", runs(), "--items", patchy, "--to", to, "--dtype", "float16"]
     args += ["--relation", "<i>both</i> [red]kind5"]
     status, out, err = run(embed.main, args, capsys)
     assert status == 0
     assert "float16" in out
-    assert "warning: pictures that cannot be read, left out: 2 (damaged, missing)" in err
-    assert "warning: items with neither text nor picture: 1 (nothing)" in err
+    assert "warning: images that cannot be read, left out: 2 (damaged, missing)" in err
+    assert "warning: items with neither text nor image: 1 (nothing)" in err
     # What was embedded may be gone when it is shown.
     (patchy / "images" / "13.png").unlink()
     args = ["--embeddings", to, "--item", "words", "--html", html]
@@ -117,11 +117,11 @@ def test_texts_that_are_markup_and_pictures_that_are_gone(runs, patchy, tmp_path
     assert "<i>both</i> [red]kind5" in out
     assert "kind4 <b>&amp;" in out
     assert "\x1b" not in out
-    page = check_page(html, cards=3, pictures=1)
+    page = check_page(html, cards=3, images=1)
     assert "kind4 <b>&amp; \x1b[31m" in page.words
     assert not page.all("b") + page.all("i")
     # Each of the others has a frame that says so.
-    assert page.words.count("no picture") == 3
+    assert page.words.count("no image") == 3
 
 
 def test_the_items_of_the_runs_own_data(runs, tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_the_items_of_the_runs_own_data(runs, tmp_path, capsys):
     args = ["--embeddings", to, "--item=i17", "--html", html]
     status, out, err = run(search.main, args, capsys)
     assert status == 0, err
-    check_page(html, cards=10, pictures=11)
+    check_page(html, cards=10, images=11)
     found = find(open_embeddings(to), item="i17")
     assert [match.id in out for match in found] == [True] * 10
 

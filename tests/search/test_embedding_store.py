@@ -194,24 +194,24 @@ def test_damaged_files(tmp_path, store):
 def test_changed_items_are_written_anew(tmp_path):
     for name in "abcde":
         (tmp_path / f"{name}.png").write_bytes(name.encode())
-    pictures = tuple(f"{name}.png" for name in "abcde")
+    images = tuple(f"{name}.png" for name in "abcde")
 
     def plan(texts=("words",) * 5):
         ids = tuple(f"i{i}" for i in range(5))
-        return make_plan(tmp_path, items=from_names(ids, texts, pictures, tmp_path))
+        return make_plan(tmp_path, items=from_names(ids, texts, images, tmp_path))
 
     store = tmp_path / "store"
     fill(Writer(store, plan()), shards=2)
     fill(Writer(store, plan()))
     before = open_embeddings(store)
     assert Writer(store, plan()).stale == []
-    (tmp_path / "b.png").write_bytes(b"another picture")
+    (tmp_path / "b.png").write_bytes(b"another image")
     changed = plan(("words", "words", "words", "other", "words"))
     writer = Writer(store, changed)
     assert writer.stale == [1, 3]
     with pytest.raises(UserError, match="2 items have changed since they were embedded"):
         open_embeddings(store)
-    # Stopped here, and the picture is as before: what may be half written is still stale.
+    # Stopped here, and the image is as before: what may be half written is still stale.
     (tmp_path / "b.png").write_bytes(b"b")
     (tmp_path / "e.png").unlink()
     writer = Writer(store, changed)

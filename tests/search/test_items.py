@@ -34,7 +34,7 @@ def test_a_folder_a_csv_and_a_jsonl_hold_the_same_items(tmp_path):
     for items in read:
         assert items.ids == ("a", "7", "c")
         assert items.texts == ("one, two", "", "x")
-        assert items.pictures == ("p/a.png", "b.png", "")
+        assert items.image_names == ("p/a.png", "b.png", "")
         assert items.root == tmp_path.resolve()
         assert items.read(0) == b"bytes of a"
         with pytest.raises(FileNotFoundError):
@@ -90,7 +90,7 @@ def test_wrong_files(tmp_path):
 
 
 def test_pixels_and_items_are_those_of_the_folder_source(tmp_path):
-    """A turned photograph, a large one, a transparent and a paletted picture."""
+    """A turned photograph, a large one, a transparent and a paletted image."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8))
     exif = Image.Exif()

@@ -145,7 +145,7 @@ LOSSES = {
     "clip": clip,
     "sigmoid": functools.partial(sigmoid, bias=-3.0),
     "label_supervised": functools.partial(label_supervised, labels=np.arange(N) % 5),
-    "clip, blocks": functools.partial(clip, block=5),
+    "clip, chunks": functools.partial(clip, chunk_size=5),
 }
 
 

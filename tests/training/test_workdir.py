@@ -41,8 +41,8 @@ def test_a_new_work_directory_holds_its_configuration(tmp_path):
         {"parallel": "pmap"},
         {"model.remat": "layers"},
         {"micro_batch": 4},
-        {"loss.block": 2},
-        {"loss.pair_block": 2},
+        {"loss.chunk_size": 2},
+        {"loss.pair_chunk_size": 2},
     ],
 )
 def test_what_does_not_touch_the_figures_may_change(tmp_path, options):

@@ -5,7 +5,7 @@ The records are those of Hou et al., "Bridging Language and Items for Retrieval 
 `meta_<Domain>.jsonl.gz`. From them, after the paper of RCML:
 
 - purchases are the distinct pairs of a user and a `parent_asin`, in their 5-core;
-- items are those of it with a title and a MAIN picture; the label is the second-level category;
+- items are those of it with a title and a MAIN image; the label is the second-level category;
 - a user is a distribution over second-level categories; k-means finds kinds of buyers, and the mean
   shares of a kind are written as its sentence;
 - two items that one user bought are a pair under the sentence of the user's kind.
@@ -15,7 +15,7 @@ A user gives at most `pairs_per_user` pairs, drawn at random, and an item keeps 
 
 Memory: the files are streams, and of a review two 64-bit hashes are kept. Electronics (44 million
 reviews, 15.5 million of them in the 5-core) needs less than 4 GB; made-up arrays of its size peaked
-at 2.6. Fetched files, pictures and finished steps stay in the cache (`amazon/`), so that a run that
+at 2.6. Fetched files, images and finished steps stay in the cache (`amazon/`), so that a run that
 was stopped goes on where it was.
 """
 
@@ -44,18 +44,18 @@ from rcml_jax.data.sources.copurchases import (
 from rcml_jax.data.stages import Arrays, Stages, digest, file_state, pack, unpack
 from rcml_jax.errors import UserError
 
-# Pictures of Amazon's products: local files first, the others fetched.
+# Images of Amazon's products: local files first, the others fetched.
 
 
-#: The longer side of a stored picture; a larger one is scaled down.
+#: The longer side of a stored image; a larger one is scaled down.
 STORED_SIZE = 512
-# If more of the wanted pictures fail in a way that another run may mend, the set is not prepared.
+# If more of the wanted images fail in a way that another run may mend, the set is not prepared.
 MOST_FAILED = 0.05
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
-def local_pictures(directory: Path) -> dict[str, Path]:
-    """The pictures of a folder by their names without the ending; none where there is no folder."""
+def local_images(directory: Path) -> dict[str, Path]:
+    """The images of a folder by their names without the ending; none where there is no folder."""
     if not directory.is_dir():
         return {}
     found: dict[str, Path] = {}
@@ -67,7 +67,7 @@ def local_pictures(directory: Path) -> dict[str, Path]:
     return found
 
 
-def find_pictures(
+def find_images(
     ids: Sequence[str],
     urls: Sequence[str],
     local: dict[str, Path],
@@ -77,17 +77,17 @@ def find_pictures(
     strict: bool,
     log: Callable[[str], None],
 ) -> tuple[list[Path | None], dict[str, int]]:
-    """The picture of each item, or None where none can be had; and how many were not, by reason.
+    """The image of each item, or None where none can be had; and how many were not, by reason.
 
-    An item has its local picture, if it can be decoded, else that of its URL ("": none), which is
+    An item has its local image, if it can be decoded, else that of its URL ("": none), which is
     fetched into `cache` where it is not there yet. Nothing is fetched unless `fetch`: then only
     what is in `cache` counts. An item that is not to have one has the id and the URL "".
 
     Raises:
-      UserError: so many pictures fail that another run is worthwhile; any at all with `strict`.
+      UserError: so many images fail that another run is worthwhile; any at all with `strict`.
     """
     paths = _decodable([local.get(key) for key in ids])
-    counts = {"damaged local pictures": sum(k in local for k in ids) - len(ids) + paths.count(None)}
+    counts = {"damaged local images": sum(k in local for k in ids) - len(ids) + paths.count(None)}
     open_places = [i for i, path in enumerate(paths) if path is None]
     counts["items without an image"] = sum(
         ids[i] != "" and not urls[i] and ids[i] not in local for i in open_places
@@ -98,29 +98,29 @@ def find_pictures(
         found = (
             _fetch(addresses, cache, log, counts) if fetch else _stored(addresses, cache, counts)
         )
-        for place, path in zip(wanted, found, strict=True):
-            paths[place] = path
+        for index, path in zip(wanted, found, strict=True):
+            paths[index] = path
     if strict and None in paths:
         first = paths.index(None)
         raise UserError(
-            f"The picture of item {ids[first]} ({urls[first] or 'no address'}) cannot be had; add "
+            f"The image of item {ids[first]} ({urls[first] or 'no address'}) cannot be had; add "
             "it to the folder of images, or turn strict off to leave such items out."
         )
     return paths, counts
 
 
 def encoded(path: Path) -> bytes:
-    """The bytes of a picture as the data set stores them; UserError if it cannot be read."""
+    """The bytes of an image as the data set stores them; UserError if it cannot be read."""
     try:
         return images.storable(read_file(path), STORED_SIZE)
     except images.DECODE_ERRORS as error:
         raise UserError(
-            f"The picture {path} cannot be read ({error}); replace or remove it."
+            f"The image {path} cannot be read ({error}); replace or remove it."
         ) from error
 
 
 def _decodable(paths: list[Path | None]) -> list[Path | None]:
-    """The same paths, None in place of a file that is no whole picture."""
+    """The same paths, None in place of a file that is no whole image."""
 
     def checked(path: Path | None) -> Path | None:
         if path is None:
@@ -144,12 +144,12 @@ def _fetch(
     failed = report.counts["failed"]
     if failed > MOST_FAILED * len(set(urls)):
         raise UserError(
-            f"{failed:,} of {len(set(urls)):,} pictures could not be fetched; run the same command "
+            f"{failed:,} of {len(set(urls)):,} images could not be fetched; run the same command "
             "again later, which goes on with these, or turn the fetching of images off."
         )
     for reason, number in report.counts.items():
         if reason not in ("ok", "cached"):
-            counts[f"pictures {reason.replace('_', ' ')}"] = number
+            counts[f"images {reason.replace('_', ' ')}"] = number
     return report.paths
 
 
@@ -158,7 +158,7 @@ def _stored(urls: list[str], cache: Path, counts: dict[str, int]) -> list[Path |
 
     paths = [image_path(cache, url) for url in urls]
     found = [path if path.is_file() else None for path in paths]
-    counts["pictures not fetched"] = found.count(None)
+    counts["images not fetched"] = found.count(None)
     return found
 
 
@@ -179,7 +179,7 @@ PAIRS_PER_ITEM = 50
 RECIPE = 2  # counts changes of what is made from the same files and options
 
 _FOLDERS = ("review_categories", "meta_categories")
-_LICENSE = "None is stated for the records and the pictures; see the homepage before sharing any."
+_LICENSE = "None is stated for the records and the images; see the homepage before sharing any."
 _CITATION = (
     "@article{hou2024bridging, title={Bridging Language and Items for Retrieval and "
     "Recommendation}, author={Hou, Yupeng and Li, Jiacheng and He, Zhankui and Yan, An and Chen, "
@@ -202,14 +202,14 @@ class _Options(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where the records and local pictures are, and where to fetch the records where not here.
+    """Where the records and local images are, and where to fetch the records where not here.
 
     `state` changes with all of it.
     """
 
     reviews: Path
     items: Path
-    pictures: dict[str, Path]
+    image_paths: dict[str, Path]
     urls: list[str]
     state: list
 
@@ -237,8 +237,8 @@ def load(
 
     path: a folder with `<Domain>.jsonl.gz` and `meta_<Domain>.jsonl.gz`, or the same without `.gz`,
     there or in `review_categories` and `meta_categories` (in `raw`, too, as published); its folder
-    `images` may hold pictures, `<parent_asin>.jpg` or `.png`, which go before fetched ones. Without
-    a path both files are fetched, several GB for a large domain. Pictures are fetched unless
+    `images` may hold files `<parent_asin>.jpg` or `.png`, which go before fetched ones. Without
+    a path both files are fetched, several GB for a large domain. Images are fetched unless
     `fetch_images` is off, and stored with a longer side of 512 at most.
 
     clusters: kinds of buyers (fewer if there are fewer distinct buyers). pairs_per_user (10) and
@@ -247,7 +247,7 @@ def load(
     without any, the main categories or, where those agree, words of the titles. No split is
     declared.
 
-    Malformed lines, items without title or picture and so on are left out, counted, and reported to
+    Malformed lines, items without title or image and so on are left out, counted, and reported to
     `log` in one line; with `strict` a malformed line, or an item of the 5-core that lacks
     something, is an error. Users with one purchase are in every such file: counted, never an error.
 
@@ -269,7 +269,7 @@ def load(
         log=log,
         description=(
             f"Products of {domain} from records in the format of Amazon Reviews 2023: title and "
-            f"main picture. Relations: {clusters} kinds of buyers (k-means on second-level "
+            f"main image. Relations: {clusters} kinds of buyers (k-means on second-level "
             "categories); pairs are products that one user of that kind bought. At most "
             f"{pairs_per_user} pairs of a user, drawn at random, and {pairs_per_item} of a "
             "product, those of the most buyers first."
@@ -295,9 +295,9 @@ def _local(path: Path, domain: str) -> _Source:
         _file(path, kind, stem)
         for kind, stem in zip(_FOLDERS, (domain, f"meta_{domain}"), strict=True)
     )
-    pictures = local_pictures(path / "images")
-    state = [file_state(file) for file in (reviews, items, *pictures.values())]
-    return _Source(reviews, items, pictures, [], state)
+    image_paths = local_images(path / "images")
+    state = [file_state(file) for file in (reviews, items, *image_paths.values())]
+    return _Source(reviews, items, image_paths, [], state)
 
 
 def _file(path: Path, kind: str, stem: str) -> Path:
@@ -325,21 +325,21 @@ def _build(
         _download(source, log)
     stages = Stages(folder / "stages")
     core, items, kinds = _stages(stages, domain, source, options, log)
-    titles = unpack(items["titles"])  # an item without one needs no picture
+    titles = unpack(items["titles"])  # an item without one needs no image
     ids, urls = (
         [value if title else "" for value, title in zip(unpack(items[name]), titles, strict=True)]
         for name in ("ids", "images")
     )
-    pictures, missing = find_pictures(
+    image_paths, missing = find_images(
         ids,
         urls,
-        source.pictures,
+        source.image_paths,
         folder / "images",
         fetch=options.fetch_images,
         strict=options.strict,
         log=log,
     )
-    graph, users = _graph(domain, core, items, kinds, pictures, options)
+    graph, users = _graph(domain, core, items, kinds, image_paths, options)
     if (by := unpack(items["by"])) != CATEGORIES:
         log(
             f"Amazon {domain}: no item has a second-level category; the kinds of buyers and the "
@@ -351,7 +351,7 @@ def _build(
     log(
         f"Amazon {domain}: {reviews:,} reviews; the {CORE}-core has {len(core['users']):,} users, "
         f"{len(core['items']):,} items and {len(core['user']):,} purchases; {len(graph):,} items "
-        f"have a title and a picture. Left out or incomplete: {', '.join(problems) or 'nothing'}."
+        f"have a title and an image. Left out or incomplete: {', '.join(problems) or 'nothing'}."
     )
     return graph
 
@@ -375,7 +375,7 @@ def _stages(
 
     def records() -> Arrays:
         log(f"Reading the items of {domain} ({_size(source.items)})")
-        return read_items(source.items, core["items"], strict=strict, pictured=source.pictures)
+        return read_items(source.items, core["items"], strict=strict, local=source.image_paths)
 
     def buyers() -> Arrays:
         log(f"Clustering {len(core['users']):,} buyers")
@@ -399,12 +399,12 @@ def _graph(
     core: Arrays,
     items: Arrays,
     kinds: Arrays,
-    pictures: list[Path | None],
+    image_paths: list[Path | None],
     options: _Options,
 ) -> tuple[RelationGraph, dict[str, int]]:
-    """The graph of the items with title and picture; and how many buyers give no pair."""
+    """The graph of the items with title and image; and how many buyers give no pair."""
     ids, titles = unpack(items["ids"]), unpack(items["titles"])
-    usable = np.array([bool(t and p) for t, p in zip(titles, pictures, strict=True)])
+    usable = np.array([bool(t and p) for t, p in zip(titles, image_paths, strict=True)])
     chosen = np.flatnonzero(usable)
     relations, cluster = merge_kinds(unpack(kinds["sentences"]), kinds["cluster"])
     keep = usable[core["item"]] & (cluster[core["user"]] >= 0)
@@ -420,8 +420,8 @@ def _graph(
     )
     if not len(pairs):
         raise UserError(
-            f"No user of {domain} has bought two items with title and picture; allow fetching of "
-            "images, or add pictures to the folder of images."
+            f"No user of {domain} has bought two items with title and image; allow fetching of "
+            "images, or add images to the folder of images."
         )
     found, labels = np.unique(items["category"][chosen], return_inverse=True)
     labels -= found[0] < 0  # the unknown category has no name
@@ -435,7 +435,7 @@ def _graph(
         relations=tuple(relations),
         pairs=pairs,
         pair_split=np.full(len(pairs), -1, np.int8),
-        images=EncodedImages(len(chosen), lambda index: encoded(pictures[chosen[index]])),
+        images=EncodedImages(len(chosen), lambda index: encoded(image_paths[chosen[index]])),
     )
     unknown = int(np.sum(cluster < 0))
     alone = len(cluster) - unknown - int(np.sum(np.bincount(user) > 1))

@@ -44,7 +44,7 @@ class Review(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A product: `title` and `image` (the address of its MAIN picture) are "" where missing."""
+    """A product: `title` and `image` (the address of its MAIN image) are "" where missing."""
 
     id: str
     title: str
@@ -146,7 +146,7 @@ def parse_item(record: dict, check: Callable[[str], str] = replaced) -> Item | N
 
 
 def main_image(images: Any) -> str:
-    """The MAIN picture's address, in high resolution where there is one; "" without any.
+    """The MAIN image's address, in high resolution where there is one; "" without any.
 
     images: a list of objects (raw files), or one object of lists (Hugging Face). Items of Prime
     Video have their widths as keys, such as "720w"; of these the smallest that is wide enough for
@@ -286,23 +286,23 @@ def read_purchases(path: Path, *, strict: bool = False) -> Arrays:
 
 
 def read_items(
-    path: Path, items: np.ndarray, *, strict: bool = False, pictured: Container[str] = ()
+    path: Path, items: np.ndarray, *, strict: bool = False, local: Container[str] = ()
 ) -> Arrays:
     """The records of the items with hashes (N,) uint64, as a stage.
 
     ids, titles, images: packed lists of N strings, "" where something is missing; category (N,)
-    int32, a place in the packed list `categories`, -1 for unknown; `by`: what these are (see
+    int32, an index into the packed list `categories`, -1 for unknown; `by`: what these are (see
     `categories_of`); packed `counts`. Of several records of one item the first with a title and an
     image counts.
 
     With `strict` an item lacks no record, title, second-level category, or image (unless it is in
-    `pictured`).
+    `local`).
 
     Raises:
       UserError: the file is cut or cannot be read, none of the items is in it, or one that is not
         whole (`strict`), with file and line.
     """
-    place = {key: i for i, key in enumerate(items.tolist())}
+    index = {key: i for i, key in enumerate(items.tolist())}
     found: list[Item | None] = [None] * len(items)
     problems: Counter[str] = Counter()
     gate = TextGate(strict)
@@ -311,7 +311,7 @@ def read_items(
         if not _is_id(key):
             malformed(path, number, "no parent_asin", problems, strict)
             continue
-        i = place.get(identity(key))
+        i = index.get(identity(key))
         if i is None:
             continue
         where = f"{path}, line {number}"
@@ -319,7 +319,7 @@ def read_items(
         item = parse_item(record, check)
         assert item is not None  # it has an id
         if strict:
-            _check(item, pictured, where)
+            _check(item, local, where)
         known = found[i]
         problems["repeated"] += known is not None
         if known is None or (not (known.title and known.image) and item.title and item.image):
@@ -390,10 +390,10 @@ def categories_of(items: Sequence[Item]) -> tuple[list[str], str]:
     return [max(mine, key=rank.__getitem__, default="") for mine in own], WORDS
 
 
-def _check(item: Item, pictured: Container[str], where: str) -> None:
+def _check(item: Item, local: Container[str], where: str) -> None:
     lacks = {
         "title": not item.title,
-        "MAIN image": not item.image and item.id not in pictured,
+        "MAIN image": not item.image and item.id not in local,
         "second-level category": not item.category,
     }
     for part, missing in lacks.items():

@@ -182,10 +182,10 @@ def split_pairs(pairs: Pairs, shares: tuple[float, ...], seed: int) -> list[Pair
 
 def select_pairs(pairs: Pairs, images: np.ndarray) -> Pairs:
     """Some images, by their rows (k,), and the texts of each."""
-    place = np.full(len(pairs.image), -1)
-    place[images] = np.arange(len(images))
-    texts = np.flatnonzero(place[pairs.image_of_text] >= 0)
-    return Pairs(pairs.image[images], pairs.text[texts], place[pairs.image_of_text[texts]])
+    index = np.full(len(pairs.image), -1)
+    index[images] = np.arange(len(images))
+    texts = np.flatnonzero(index[pairs.image_of_text] >= 0)
+    return Pairs(pairs.image[images], pairs.text[texts], index[pairs.image_of_text[texts]])
 
 
 def join_pairs(parts: list[Pairs]) -> Pairs:

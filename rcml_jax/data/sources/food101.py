@@ -59,14 +59,14 @@ def load(
     Modalities: "image" (files, opened when they are asked for) and "text". The classes are the
     annotations of train.csv, sorted. `validation` training samples are held out, but never more
     than a fifth of them. Each class gives its share, rounded down or up so that the shares add up,
-    and keeps one sample at least; which ones is drawn by `seed`. Rows without a picture that can be
+    and keeps one sample at least; which ones is drawn by `seed`. Rows without an image that can be
     decoded, or with an empty text, are skipped and counted in one line to `log` (default: standard
-    error); with `strict` they are an error. What was found out about the pictures is kept in
+    error); with `strict` they are an error. What was found out about the images is kept in
     `cache`, if one is given.
 
     Raises:
       UserError: a negative `validation`, a missing or malformed file, an annotation that train
-        lacks, or a split with more than half of its pictures or texts missing.
+        lacks, or a split with more than half of its images or texts missing.
     """
     if validation < 0:
         raise UserError(f"{validation} samples cannot be held out; validation is 0 or more.")
@@ -92,7 +92,7 @@ def load(
         NAME,
         records,
         label_field="annotation",
-        pictures=str(folder / "images" / "{train,test}" / "<annotation>" / "<id>"),
+        images=str(folder / "images" / "{train,test}" / "<annotation>" / "<id>"),
         texts=f"as {folder / _TEXTS}/<annotation>/<id with .txt>" if pages else "in column 'text'",
         gate=gate,
         cache=cache,

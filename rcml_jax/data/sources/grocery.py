@@ -219,7 +219,7 @@ PUBLISHED = 2640 + 296 + 2485
 #: Of each relation, at most so many pairs are drawn in each split.
 MOST_PAIRS = 2000
 _LISTS = ("train.txt", "val.txt", "test.txt")
-_RECIPE = 1  # counts changes of the relations, the pairs, the texts or the pictures
+_RECIPE = 1  # counts changes of the relations, the pairs, the texts or the images
 _LARGEST_SIDE = 512
 _LARGEST_FILE = 64 * 2**20
 _COLUMNS = (

@@ -229,24 +229,24 @@ class _TransactionReader:
             with self._path.open(encoding="utf-8-sig", errors="replace") as file:
                 header = _unquoted(file.readline()).rstrip("\n").split(",")
                 _check_columns(self._path, header, _TRANSACTION_COLUMNS)
-                places = [header.index(name) for name in _TRANSACTION_COLUMNS]
+                indices = [header.index(name) for name in _TRANSACTION_COLUMNS]
                 first = 2
                 while text := file.read(_CHUNK):
                     text += file.readline()
                     # A last line is as whole as the others, whether it ends in a new line or not.
                     lines = _unquoted(text).removesuffix("\n").split("\n")
-                    yield self._keys(lines, first, places, len(header))
+                    yield self._keys(lines, first, indices, len(header))
                     first += len(lines)
         except OSError as error:
             raise UserError(f"{self._path} cannot be read ({error}); check the file.") from error
 
-    def _keys(self, lines: list[str], first: int, places: list[int], width: int) -> np.ndarray:
+    def _keys(self, lines: list[str], first: int, indices: list[int], width: int) -> np.ndarray:
         rows = [line.split(",") for line in lines]
         if set(map(len, rows)) != {width}:
             empty = [""] * width  # fails the checks below
             rows = [row if len(row) == width else empty for row in rows]
         columns = list(zip(*rows, strict=True))
-        date, customer_id, article_id = (columns[place] for place in places)
+        date, customer_id, article_id = (columns[index] for index in indices)
         count, get = len(rows), self._index.get
         day = np.fromiter(map(self._days.__getitem__, date), np.int64, count)
         whole = (day >= 0) & np.fromiter(map(bool, customer_id), bool, count)
@@ -269,10 +269,10 @@ class _TransactionReader:
         self, lines: list[str], first: int, malformed: np.ndarray, unknown: np.ndarray
     ) -> None:
         if self._strict and np.any(malformed | unknown):
-            place = int(np.argmax(malformed | unknown))
-            where = f"{self._path}, line {first + place}"
-            if malformed[place]:
-                _malformed(where, f"{lines[place][:80]!r}", "transactions", self._counts, True)
+            index = int(np.argmax(malformed | unknown))
+            where = f"{self._path}, line {first + index}"
+            if malformed[index]:
+                _malformed(where, f"{lines[index][:80]!r}", "transactions", self._counts, True)
             raise UserError(
                 f"{where}: its article is not in articles.csv; complete that file, or turn strict "
                 "off to leave such transactions out."
@@ -442,8 +442,8 @@ def load(
     root = user_path(path)
     articles, bought = (_file(root, name) for name in ("articles.csv", "transactions_train.csv"))
     photographs = find_photographs(root)
-    pictures = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
-    state = [[file_state(articles), file_state(bought)], pictures]
+    versions = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
+    state = [[file_state(articles), file_state(bought)], versions]
     return prepared.load_or_prepare(
         user_path(cache),
         NAME,
@@ -479,17 +479,15 @@ def _build(
 ) -> RelationGraph:
     counts: Counter[str] = Counter()
     articles = read_articles(articles_file, tuple(RESPECTS), counts, strict=options.strict)
-    pictures = _pictures(articles, photographs, counts, options.strict)
+    paths = _photograph_paths(articles, photographs, counts, options.strict)
     log(f"Reading {transactions_file} ({transactions_file.stat().st_size / 1e6:,.1f} MB)")
     bought = read_transactions(transactions_file, articles, counts, strict=options.strict)
-    chosen = np.flatnonzero([picture is not None for picture in pictures])
+    chosen = np.flatnonzero([path is not None for path in paths])
     if not len(chosen):
         raise UserError(
             f"No article of {articles_file} has a photograph that can be decoded; add images/."
         )
-    graph = _graph(
-        articles, [picture for picture in pictures if picture is not None], chosen, bought, options
-    )
+    graph = _graph(articles, [path for path in paths if path is not None], chosen, bought, options)
     total, customers, empty = (
         counts.pop(name, 0)
         for name in ("transactions", "customers", "articles without a description")
@@ -506,13 +504,13 @@ def _build(
     return graph
 
 
-def _pictures(
+def _photograph_paths(
     articles: list[Article], photographs: dict[str, Photograph], counts: Counter, strict: bool
 ) -> list[Path | None]:
     """Each article's photograph, None where there is none or it cannot be decoded."""
     found = [photographs.get(article.id) for article in articles]
     whole = iter(images.decode_problems([functools.partial(read_file, p.path) for p in found if p]))
-    pictures: list[Path | None] = []
+    paths: list[Path | None] = []
     for article, photograph in zip(articles, found, strict=True):
         problem = next(whole) if photograph else "there is no such file"
         name = photograph.path if photograph else f"images/{article.id[:3]}/{article.id}.jpg"
@@ -523,13 +521,13 @@ def _pictures(
             )
         kind = "with a damaged photograph" if photograph else "without a photograph"
         counts[f"articles {kind}"] += bool(problem)
-        pictures.append(None if problem or not photograph else photograph.path)
-    return pictures
+        paths.append(None if problem or not photograph else photograph.path)
+    return paths
 
 
 def _graph(
     articles: list[Article],
-    pictures: list[Path],
+    paths: list[Path],
     chosen: np.ndarray,
     bought: Transactions,
     options: _Options,
@@ -567,7 +565,7 @@ def _graph(
         relations=tuple(sentences[r] for r in used),
         pairs=pairs,
         pair_split=pair_split,
-        images=images.EncodedImages(len(items), lambda index: _encoded(pictures[index])),
+        images=images.EncodedImages(len(items), lambda index: _encoded(paths[index])),
         item_group=product.astype(np.int32),
         attributes=attributes[:, used],
     )
@@ -584,8 +582,8 @@ def _purchase_relations(
     categories: Sequence[str], chosen: np.ndarray, bought: Transactions, options: _Options
 ) -> tuple[list[str], list[np.ndarray]]:
     """Sentences of the kinds of customers and of the same day; the item pairs (P, 2) of each."""
-    place = np.full(len(categories), -1, np.int32)
-    place[chosen] = np.arange(len(chosen))
+    index = np.full(len(categories), -1, np.int32)
+    index[chosen] = np.arange(len(chosen))
     caps: dict[str, Any] = {
         "items": len(chosen),
         "per_user": options.pairs_per_user,
@@ -605,12 +603,12 @@ def _purchase_relations(
         purchases, category[article], names, clusters=options.clusters, seed=options.seed
     )
     sentences, cluster = merge_kinds(sentences, cluster)
-    item = place[article[purchases.item]]
+    item = index[article[purchases.item]]
     keep = (item >= 0) & (cluster[purchases.user] >= 0)
     pairs = copurchase_pairs(purchases.user[keep], item[keep], cluster, **caps)
     parts = [pairs[pairs[:, 2] == kind, :2] for kind in range(len(sentences))]
 
-    item = place[bought.article]
+    item = index[bought.article]
     customer, day, item = (x[item >= 0] for x in (bought.customer, bought.day, item))
     new = np.ones(len(item), bool)
     new[1:] = (np.diff(customer) != 0) | (np.diff(day) != 0)

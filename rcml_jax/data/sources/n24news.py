@@ -1,4 +1,4 @@
-"""N24News: news pictures with a headline, a caption, an abstract and an article, 24 sections.
+"""N24News: news images with a headline, a caption, an abstract and an article, 24 sections.
 
 From github.com/billywzh717/N24News (Wang et al., LREC 2022). Layout of the directory:
 
@@ -21,7 +21,7 @@ TEXTS = ("headline", "caption", "abstract", "article")
 _FILES = tuple(f"news/nytimes_{part}.json" for part in ("train", "dev", "test"))  # as SPLITS
 _REMEDY = (
     "get N24News from github.com/billywzh717/N24News, so that DIRECTORY/news has "
-    "nytimes_train.json, nytimes_dev.json and nytimes_test.json and DIRECTORY/imgs the pictures "
+    "nytimes_train.json, nytimes_dev.json and nytimes_test.json and DIRECTORY/imgs the images "
     "<image_id>.jpg, and name it with --config m3col:n24news,path=DIRECTORY"
 )
 
@@ -39,17 +39,17 @@ def load(
     cache: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> ClassificationData:
-    """The pictures, one of the texts of TEXTS, and the section as the class.
+    """The images, one of the texts of TEXTS, and the section as the class.
 
     Modalities: "image" (files, opened when they are asked for) and "text". The classes are the
-    sections of the train file, sorted; dev is the validation split. Records without a picture
+    sections of the train file, sorted; dev is the validation split. Records without an image
     that can be decoded, or with an empty text, are skipped and counted in one line to `log`
     (default: standard error); with `strict` they are an error. What was found out about the
-    pictures is kept in `cache`, if one is given.
+    images is kept in `cache`, if one is given.
 
     Raises:
       UserError: another `text`, a missing or malformed file, a record that lacks a field, a
-        section that train lacks, or a split with more than half of its pictures missing.
+        section that train lacks, or a split with more than half of its images missing.
     """
     if text not in TEXTS:
         raise UserError(f"N24News has no text {text!r}; choose one of {', '.join(TEXTS)}.")
@@ -61,13 +61,13 @@ def load(
             section = _value(entry, "section", where, gate)
             if not section:
                 raise UserError(f"{where}: 'section' is empty; fill it in or remove the record.")
-            picture = folder / "imgs" / f"{_value(entry, 'image_id', where, gate)}.jpg"
+            image = folder / "imgs" / f"{_value(entry, 'image_id', where, gate)}.jpg"
             records.append(
                 imagetext.Record(
                     where=where,
                     split=split,
                     label=section,
-                    image=str(picture),
+                    image=str(image),
                     text=_value(entry, text, where, gate),
                     text_from=repr(text),
                 )
@@ -76,7 +76,7 @@ def load(
         NAME,
         records,
         label_field="section",
-        pictures=str(folder / "imgs" / "<image_id>.jpg"),
+        images=str(folder / "imgs" / "<image_id>.jpg"),
         texts=f"in the field {text!r} (or choose another of {', '.join(TEXTS)})",
         gate=gate,
         cache=cache,

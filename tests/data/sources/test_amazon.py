@@ -74,7 +74,7 @@ def test_planted_groups_are_recovered(corpus_graph, planted):
 @pytest.mark.slow
 def test_planted_groups_are_recovered_at_full_size(tmp_path):
     planted = planted_amazon.plant(20_000, 5_000)
-    path = planted_amazon.write(planted, tmp_path / "full", pictures=False)
+    path = planted_amazon.write(planted, tmp_path / "full", images=False)
     (path / "images").mkdir()
     (path / "one.png").write_bytes(png(0))
     for key in planted.item_ids:  # drawn ones take seconds, and are in the small corpus
@@ -97,14 +97,14 @@ def test_the_same_item_goes_with_others_in_another_relation(corpus_graph, plante
     assert np.mean([len(found) >= 2 for found in kinds]) > 0.9
 
 
-def test_items_labels_and_pictures(corpus_graph, planted):
+def test_items_labels_and_images(corpus_graph, planted):
     graph, _, lines = corpus_graph
     number = [int(key[1:]) for key in graph.ids]
     assert graph.texts == tuple(map(planted.title, number))
     assert graph.label_names == tuple(sorted(CATEGORIES))
     names = [graph.label_names[label] for label in graph.labels]
     assert names == [CATEGORIES[c] for c in planted.traits["category"][number]]
-    assert graph.images.encoded(7) == planted_amazon.picture(planted, number[7])
+    assert graph.images.encoded(7) == planted_amazon.image(planted, number[7])
     splits = split_graph(graph, seed=0)
     assert splits.disjoint == "item"
     assert all(len(splits.pairs(split)) for split in ("train", "validation", "test"))
@@ -242,7 +242,7 @@ def publish(folder, address):
     return planted
 
 
-def test_records_and_pictures_are_fetched_once(server, tmp_path, monkeypatch):
+def test_records_and_images_are_fetched_once(server, tmp_path, monkeypatch):
     folder, address, _ = server
     planted = publish(folder, address)
     for n in (3, 4):
@@ -250,8 +250,8 @@ def test_records_and_pictures_are_fetched_once(server, tmp_path, monkeypatch):
     lines = []
     graph = load(tmp_path / "cache", lines=lines)
     assert len(graph) == 98
-    assert report(lines)["pictures not found"] == 2
-    assert graph.images.encoded(0) == planted_amazon.picture(planted, int(graph.ids[0][1:]))
+    assert report(lines)["images not found"] == 2
+    assert graph.images.encoded(0) == planted_amazon.image(planted, int(graph.ids[0][1:]))
     # Prepared once, it needs neither the server nor the files; other caps need no server.
     monkeypatch.setattr(download, "download", lambda url, path, log: path)
     capped = load(tmp_path / "cache", pairs_per_user=1, fetch_images=False)
@@ -261,7 +261,7 @@ def test_records_and_pictures_are_fetched_once(server, tmp_path, monkeypatch):
     np.testing.assert_array_equal(load(tmp_path / "cache").pairs, graph.pairs)
 
 
-def test_pictures_are_kept_when_the_disk_is_full_at_the_end(server, tmp_path, monkeypatch):
+def test_images_are_kept_when_the_disk_is_full_at_the_end(server, tmp_path, monkeypatch):
     folder, address, asked = server
     publish(folder, address)
 

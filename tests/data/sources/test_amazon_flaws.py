@@ -25,7 +25,7 @@ def test_flaws_are_left_out_and_counted_in_one_line(tiny, tmp_path):
             record["images"] = []
             (tiny / "images" / f"{record['parent_asin']}.png").unlink()
         if number == 5:
-            (tiny / "images" / f"{record['parent_asin']}.png").write_bytes(b"no picture")
+            (tiny / "images" / f"{record['parent_asin']}.png").write_bytes(b"no image")
             record["images"] = []
 
     change(meta, spoil)
@@ -41,7 +41,7 @@ def test_flaws_are_left_out_and_counted_in_one_line(tiny, tmp_path):
         "items without a title": 1,
         "items without a second-level category": 2,
         "items without an image": 1,
-        "damaged local pictures": 1,
+        "damaged local images": 1,
     }
     assert len(graph) == 96
     unknown = np.flatnonzero(graph.labels < 0)
@@ -132,7 +132,7 @@ def test_nothing_left_is_one_sentence(tiny, tmp_path):
     with pytest.raises(UserError, match="has no record of 100 of the 100 items"):
         load(tmp_path / "cache", tiny)
     meta.write_text(items)
-    for picture in (tiny / "images").iterdir():
-        picture.unlink()
+    for image in (tiny / "images").iterdir():
+        image.unlink()
     with pytest.raises(UserError, match="No user of Planted has bought two items with title and"):
         load(tmp_path / "cache", tiny, fetch_images=False)

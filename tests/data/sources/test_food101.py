@@ -92,7 +92,7 @@ def test_clean_is_the_rule_spelled_as_a_pattern():
     assert food101.clean(text) == " ".join(word for word in words if len(word) > 1)
 
 
-def test_the_bank_reads_the_pictures(food):
+def test_the_bank_reads_the_images(food):
     images = load(food).modalities[0].values
     rows = np.array([0, 15, 29, 34, 33])
     shades = np.array([0, 80, 160, 160, 80])
@@ -144,7 +144,7 @@ def test_the_published_sizes():
     assert held.max() <= 50
 
 
-def test_rows_without_a_picture_or_a_text_are_skipped(food):
+def test_rows_without_an_image_or_a_text_are_skipped(food):
     rows = food_rows()
     rows["test"][5]["text"] = "n° 3"
     rows["train"][4]["id"] = ""
@@ -156,14 +156,14 @@ def test_rows_without_a_picture_or_a_text_are_skipped(food):
     np.testing.assert_array_equal(np.bincount(data.labels), [11, 11, 11])
     assert len(data.rows("validation")) == 5  # a fifth of the 28 that are left
     (line,) = lines
-    assert "3 of 36 records are skipped (2 without a picture, 1 without a text)" in line
-    assert "train.csv, line 6: there is no picture" in line
-    with pytest.raises(UserError, match=r"train\.csv, line 6: there is no picture"):
+    assert "3 of 36 records are skipped (2 without an image, 1 without a text)" in line
+    assert "train.csv, line 6: there is no image" in line
+    with pytest.raises(UserError, match=r"train\.csv, line 6: there is no image"):
         load(food, strict=True)
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_most_pictures_missing_means_that_they_are_elsewhere(food, strict):
+def test_most_images_missing_means_that_they_are_elsewhere(food, strict):
     (food / "images" / "test").rename(food / "images" / "valid")
     with pytest.raises(
         UserError, match=r"6 of the 6 test records.*images/{train,test}/<annotation>/<id>"

@@ -59,10 +59,10 @@ def test_items_texts_and_labels(graph):
     texts = {text for text, label in zip(graph.texts, graph.labels, strict=True) if label == juice}
     assert texts == {"Tropicana Smooth. Pressed on apples and oranges."}
     assert graph.images.encoded(0) == photograph(0, 0)
-    # A picture shows its own product.
-    pictures = ImageBank(graph.images, 4)(np.arange(len(graph))).mean(axis=(1, 2))
-    colours = np.array([pictures[graph.labels == c].mean(axis=0) for c in range(len(NAMES))])
-    distances = np.linalg.norm(pictures[:, None] - colours, axis=2)
+    # An image shows its own product.
+    images = ImageBank(graph.images, 4)(np.arange(len(graph))).mean(axis=(1, 2))
+    colours = np.array([images[graph.labels == c].mean(axis=0) for c in range(len(NAMES))])
+    distances = np.linalg.norm(images[:, None] - colours, axis=2)
     np.testing.assert_array_equal(distances.argmin(axis=1), graph.labels)
 
 

@@ -273,7 +273,7 @@ def test_flaws_are_left_out_and_counted_in_one_line(own, tmp_path):
 
     change_articles(own, spoil)
     photograph_path(own, ROWS[9]["article_id"]).unlink()
-    photograph_path(own, ROWS[10]["article_id"]).write_bytes(b"no picture")
+    photograph_path(own, ROWS[10]["article_id"]).write_bytes(b"no image")
     path = own / "transactions_train.csv"
     with path.open("ab") as file:
         key = ROWS[20]["article_id"].encode()
@@ -376,7 +376,7 @@ def test_missing_files_and_columns(own, tmp_path):
     (own / "articles.csv").write_text(",".join(HEADER), "utf-8")
     with pytest.raises(UserError, match="holds no article"):
         load(own, cache)
-    (own / "images").rename(own / "pictures")
+    (own / "images").rename(own / "photographs")
     with pytest.raises(UserError, match="has no folder images"):
         load(own, cache)
 

@@ -52,7 +52,7 @@ def test_another_text_is_an_error(news):
         load(news, text="title")
 
 
-def test_the_bank_reads_the_pictures(news):
+def test_the_bank_reads_the_images(news):
     bank = ImageBank(load(news).modalities[0].values, 8)
     rows = np.array([5, 9, 5, 2, 11, 0])
     shades = np.array([50, 100, 50, 20, 120, 0])
@@ -62,8 +62,8 @@ def test_the_bank_reads_the_pictures(news):
     np.testing.assert_array_equal(copy(rows), bank(rows))
 
 
-@pytest.mark.parametrize("content", [b"no picture", b"", jpeg(0, 400)[:-400]])
-def test_damaged_pictures_are_found_by_load(news, content, tmp_path):
+@pytest.mark.parametrize("content", [b"no image", b"", jpeg(0, 400)[:-400]])
+def test_damaged_images_are_found_by_load(news, content, tmp_path):
     path = news / "imgs" / "dev1.jpg"
     whole = path.read_bytes()
     path.write_bytes(content)
@@ -72,15 +72,15 @@ def test_damaged_pictures_are_found_by_load(news, content, tmp_path):
         data = load(news, log=lines.append, cache=cache)
         assert len(data) == 11
         ImageBank(data.modalities[0].values, 8)(np.arange(11))
-    assert "1 of 12 records are skipped (0 without a picture, 1 with a damaged one" in lines[1]
-    assert f"the picture {path} cannot be decoded" in lines[1]
+    assert "1 of 12 records are skipped (0 without an image, 1 with a damaged one" in lines[1]
+    assert f"the image {path} cannot be decoded" in lines[1]
     with pytest.raises(UserError, match=r"nytimes_dev\.json, record 2: .* cannot be decoded"):
         load(news, strict=True, cache=cache)
     path.write_bytes(whole)  # the state of the file is part of what is remembered
     assert len(load(news, cache=cache)) == 12
 
 
-def test_a_picture_that_vanishes_after_load_is_named(news):
+def test_an_image_that_vanishes_after_load_is_named(news):
     path = news / "imgs" / "dev1.jpg"
     bank = ImageBank(load(news).modalities[0].values, 8)
     path.unlink()
@@ -91,7 +91,7 @@ def test_a_picture_that_vanishes_after_load_is_named(news):
         bank(np.arange(12))
 
 
-def test_records_without_a_picture_or_a_text_are_skipped(news):
+def test_records_without_an_image_or_a_text_are_skipped(news):
     records = news_records()["train"]
     records[4].update(headline=None)
     records[5].update(headline=" \n")
@@ -105,11 +105,11 @@ def test_records_without_a_picture_or_a_text_are_skipped(news):
     assert data.modalities[0].values.encoded(3) == jpeg(0)
     assert data.modalities[1].values[3] == "headline dev0"
     (line,) = lines
-    assert "3 of 12 records are skipped (2 without a picture, 1 without a text)" in line
-    assert "news/nytimes_train.json, record 4: there is no picture" in line
+    assert "3 of 12 records are skipped (2 without an image, 1 without a text)" in line
+    assert "news/nytimes_train.json, record 4: there is no image" in line
     assert str(news / "imgs" / "train3.jpg") in line
     with pytest.raises(
-        UserError, match=r"record 4: there is no picture .*train3\.jpg; mend or add it"
+        UserError, match=r"record 4: there is no image .*train3\.jpg; mend or add it"
     ):
         load(news, strict=True)
     assert len(load(news, text="caption", log=lines.append)) == 10
@@ -130,7 +130,7 @@ def test_the_line_goes_to_standard_error(news, capsys):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_most_pictures_missing_means_that_they_are_elsewhere(news, strict):
+def test_most_images_missing_means_that_they_are_elsewhere(news, strict):
     for name in ("dev0", "dev1"):
         (news / "imgs" / f"{name}.jpg").unlink()
     place = re.escape(str(news / "imgs" / "<image_id>.jpg"))
@@ -230,14 +230,14 @@ def test_encodings(news):
         load(news, strict=True)
 
 
-def test_numbers_as_names_of_pictures(news):
+def test_numbers_as_names_of_images(news):
     record = {**news_record("test", 3, "Food"), "image_id": 17}
     write_news_file(news, "test", [*news_records()["test"], record])
     (news / "imgs" / "17.jpg").write_bytes(jpeg(9))
     assert load(news).modalities[0].values.encoded(12) == jpeg(9)
 
 
-def test_a_class_whose_training_pictures_are_all_missing(news):
+def test_a_class_whose_training_images_are_all_missing(news):
     for name in ("train0", "train3"):
         (news / "imgs" / f"{name}.jpg").unlink()
     with pytest.raises(UserError, match="no training sample has the class 'Science'"):

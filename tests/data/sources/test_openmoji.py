@@ -62,7 +62,7 @@ def alike(emoji, first, second):
         ("red square", "red circle", {"colour"}, {"recoloured", "feeling"}),
     ],
 )
-def test_pairs_are_alike_in_the_respects_of_their_names_and_pictures(emoji, first, second, yes, no):
+def test_pairs_are_alike_in_the_respects_of_their_names_and_images(emoji, first, second, yes, no):
     found = alike(emoji, first, second)
     assert yes <= found
     assert not no & found
@@ -73,7 +73,7 @@ def test_a_region_has_each_country_once():
     assert len(codes) == len(set(codes)) > 240
 
 
-def picture(*parts):
+def image(*parts):
     """40 by 40 pixels of rectangles (colour name, rows, columns) on white."""
     pixels = np.full((40, 40, 3), 255, np.uint8)
     for name, rows, columns in parts:
@@ -83,25 +83,25 @@ def picture(*parts):
 
 def test_colours_go_by_their_area():
     whole, half, edge = slice(5, 35), slice(5, 20), slice(5, 7)
-    red_and_blue = picture(("red", whole, whole), ("dark blue", half, half))
+    red_and_blue = image(("red", whole, whole), ("dark blue", half, half))
     assert openmoji.colours(red_and_blue) == ["red", "dark blue"]
     # Neither a thin line, nor the black of the outline, nor the grey beside it.
-    lined = picture(("red", whole, whole), ("dark blue", edge, half), ("black", half, edge))
+    lined = image(("red", whole, whole), ("dark blue", edge, half), ("black", half, edge))
     lined[20:35, 5:20] = 155, 155, 154
     assert openmoji.colours(lined) == ["red"]
-    assert openmoji.colours(picture(("grey", whole, whole))) == ["grey"]
-    assert openmoji.colours(picture(("black", whole, whole))) == []
+    assert openmoji.colours(image(("grey", whole, whole))) == ["grey"]
+    assert openmoji.colours(image(("black", whole, whole))) == []
 
 
 def test_the_outline_is_how_wide_and_how_full():
-    square = picture(("black", slice(5, 35), slice(5, 35)))
+    square = image(("black", slice(5, 35), slice(5, 35)))
     assert openmoji.outline(square) == (2, 3)
-    wide = picture(("black", slice(15, 20), slice(5, 35)))
+    wide = image(("black", slice(15, 20), slice(5, 35)))
     assert openmoji.outline(wide) == (4, 3)
-    frame = picture(("black", slice(5, 35), slice(5, 35)))
+    frame = image(("black", slice(5, 35), slice(5, 35)))
     frame[7:33, 7:33] = 255
     assert openmoji.outline(frame) == (2, 0)
-    assert openmoji.outline(picture()) == (0, 0)
+    assert openmoji.outline(image()) == (0, 0)
 
 
 def test_sentences_alone_and_queries_alone_do_not_tell_the_candidates_apart(emoji):
@@ -124,14 +124,14 @@ def test_sentences_alone_and_queries_alone_do_not_tell_the_candidates_apart(emoj
     assert abs(found - 5 / 21) < 0.1
 
 
-def test_pictures_are_whole_and_not_empty(emoji):
-    pictures = ImageBank(emoji.images, openmoji.IMAGE_SIZE)(np.arange(len(emoji)))
-    assert pictures.shape == (len(emoji), 64, 64, 3)
+def test_images_are_whole_and_not_empty(emoji):
+    images = ImageBank(emoji.images, openmoji.IMAGE_SIZE)(np.arange(len(emoji)))
+    assert images.shape == (len(emoji), 64, 64, 3)
     border = np.ones((64, 64), bool)
     border[1:-1, 1:-1] = False
-    assert pictures[:, border].min() > 240  # nothing is cut off
-    assert np.all(np.sum(pictures.min(axis=3) < 128, axis=(1, 2)) > 10)
-    flat = np.unique(pictures.reshape(len(emoji), -1), axis=0)
+    assert images[:, border].min() > 240  # nothing is cut off
+    assert np.all(np.sum(images.min(axis=3) < 128, axis=(1, 2)) > 10)
+    flat = np.unique(images.reshape(len(emoji), -1), axis=0)
     assert len(flat) > 0.98 * len(emoji)  # a few flags and persons are drawn alike
 
 

@@ -1,11 +1,11 @@
-"""Local pictures first, then fetched ones; what cannot be had is counted."""
+"""Local images first, then fetched ones; what cannot be had is counted."""
 
 import numpy as np
 import pytest
 
 from rcml_jax.data import download
 from rcml_jax.data.sources import amazon
-from rcml_jax.data.sources.amazon import find_pictures, local_pictures
+from rcml_jax.data.sources.amazon import find_images, local_images
 from rcml_jax.errors import UserError
 from tests.data.conftest import png
 
@@ -15,7 +15,7 @@ URLS = [f"https://host/{n}.png" for n in range(5)] + [""]
 
 @pytest.fixture
 def local(tmp_path):
-    """B0 as it should be, B1 damaged, and files that are no pictures of items."""
+    """B0 as it should be, B1 damaged, and files that are no images of items."""
     folder = tmp_path / "local"
     folder.mkdir()
     (folder / "B0.png").write_bytes(png(0))
@@ -49,13 +49,13 @@ def served(monkeypatch, outcomes):
 
 def find(local, cache, **options):
     options = {"fetch": True, "strict": False, "log": print} | options
-    paths, counts = find_pictures(IDS, URLS, local_pictures(local), cache, **options)
+    paths, counts = find_images(IDS, URLS, local_images(local), cache, **options)
     return paths, {name: number for name, number in counts.items() if number}
 
 
-def test_local_pictures_are_found_by_name(local, tmp_path):
-    assert local_pictures(local) == {"B0": local / "B0.png", "B1": local / "B1.jpg"}
-    assert local_pictures(tmp_path / "none") == {}
+def test_local_images_are_found_by_name(local, tmp_path):
+    assert local_images(local) == {"B0": local / "B0.png", "B1": local / "B1.jpg"}
+    assert local_images(tmp_path / "none") == {}
 
 
 def test_local_first_then_fetched(local, tmp_path, monkeypatch):
@@ -67,17 +67,17 @@ def test_local_first_then_fetched(local, tmp_path, monkeypatch):
     found = [download.image_path(tmp_path, URLS[n]) for n in (1, 4)]
     assert paths[1:] == [found[0], None, None, found[1], None]
     assert counts == {
-        "damaged local pictures": 1,
+        "damaged local images": 1,
         "items without an image": 1,
-        "pictures not found": 1,
-        "pictures failed": 1,
+        "images not found": 1,
+        "images failed": 1,
     }
     assert amazon.encoded(paths[1]) == png(9)
 
 
 def test_too_many_failures_ask_for_another_run(local, tmp_path, monkeypatch):
     served(monkeypatch, {URLS[3]: "failed"})
-    with pytest.raises(UserError, match="1 of 4 pictures could not be fetched; run the same"):
+    with pytest.raises(UserError, match="1 of 4 images could not be fetched; run the same"):
         find(local, tmp_path)
 
 
@@ -93,10 +93,10 @@ def test_without_fetching_what_is_there_counts(local, tmp_path, monkeypatch):
     again, counts = find(local, tmp_path, fetch=False)
     assert len(asked) == 1
     assert again == first
-    assert counts["pictures not fetched"] == 1
+    assert counts["images not fetched"] == 1
 
 
-def test_a_large_picture_is_stored_smaller(tmp_path):
+def test_a_large_image_is_stored_smaller(tmp_path):
     (tmp_path / "x.png").write_bytes(png(0, 1000))
     stored = amazon.images.open_rgb(amazon.encoded(tmp_path / "x.png"))
     assert np.array(stored).shape == (512, 512, 3)

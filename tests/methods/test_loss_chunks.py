@@ -1,4 +1,4 @@
-"""`config.loss.block` and `.pair_block` reach the loss of every method, which stays the same."""
+"""`config.loss.chunk_size` and `.pair_chunk_size` reach every method's loss and keep its value."""
 
 import functools
 
@@ -23,14 +23,14 @@ LOSSES = {
 
 @pytest.fixture
 def given(monkeypatch):
-    """Watch a loss: (module, name) → a list of the (block, pair_block) that it is given."""
+    """Watch a loss: (module, name) → a list of the chunk sizes that it is given."""
 
     def watch(module, name):
         real, seen = getattr(module, name), []
 
         @functools.wraps(real)
         def watched(*args, **options):
-            seen.append((options["block"], options.get("pair_block")))
+            seen.append((options["chunk_size"], options.get("pair_chunk_size")))
             return real(*args, **options)
 
         monkeypatch.setattr(module, name, watched)
@@ -40,10 +40,10 @@ def given(monkeypatch):
 
 
 def check(config, z, loss, seen, ways, expected):
-    """Value and gradient of `loss` are the same with each (block, pair_block), which is given."""
+    """Value and gradient of `loss` stay the same with each pair of chunk sizes in `ways`."""
     found = []
     for way in ways:
-        config.loss.update(dict(zip(("block", "pair_block"), way, strict=False)))
+        config.loss.update(dict(zip(("chunk_size", "pair_chunk_size"), way, strict=False)))
         # Traced anew, so that the options are read again.
         found.append(jax.jit(jax.value_and_grad(lambda z: loss(z)))(z))
     assert seen == expected
