@@ -147,9 +147,9 @@ def _print_alignments(source: str, found: dict, console: Console) -> None:
         console.print(table)
     by_pairs = found.get("by_pairs", {})
     for direction in _DIRECTIONS if by_pairs else ():
-        header = ["map", *(f"{int(count):,}" for count in next(iter(by_pairs.values())))]
+        counts = ["map", *(f"{int(count):,}" for count in next(iter(by_pairs.values())))]
         title = f"{source}: R@10 {direction.replace('_', ' ')} by training pairs (%)"
-        table = _table(title, header, ())
+        table = _table(title, counts, ())
         for name, rows in by_pairs.items():
             table.add_row(
                 name.replace("_", "-"), *(_recall(row[direction]) for row in rows.values())

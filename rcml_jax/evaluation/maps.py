@@ -162,7 +162,8 @@ def kernel_cca(
     {"image", "text"}: {"landmarks", "map", "offset", "bandwidth"}, of which the variates of x are
     k(x, landmarks) map − offset; and "correlations" (k,).
     """
-    sides, features = {}, []
+    sides: dict[str, dict[str, Any]] = {}
+    features = []
     for name, values in zip(MODALITIES, (x, y), strict=True):
         chosen = jnp.asarray(values[_spaced(len(values), landmarks)], jnp.float32)
         root = nystroem_root(np.asarray(gaussian_kernel(chosen, chosen, bandwidth)))
