@@ -162,7 +162,7 @@ def coco(
     left_out = {_TWICE: 0}
     for part, file in zip(("train", "val"), _COCO_FILES, strict=True):
         content = _read_json(folder / file)
-        names = {}
+        names: dict[int, str] = {}
         for entry in _records(content, "images", file):
             name = f"{part}2017/{_field(entry, 'file_name', str, file, gate)}"
             key = _field(entry, "id", int, file, gate)
@@ -318,12 +318,12 @@ def _assemble(
     empty = [part for i, part in enumerate(SPLITS) if not (place == i).any()]
     if empty:
         raise UserError(f"{name}: the split {empty[0]} has no pictures; {remedy}")
-    counts = [len(texts[image]) for image in kept]
+    texts_of_each = [len(texts[image]) for image in kept]
     return CaptionedImages(
         name=name,
         images=ImageFiles([paths[image] for image in kept]),
         texts=tuple(text for image in kept for text in texts[image]),
-        image_of_text=np.repeat(np.arange(len(kept)), counts),
+        image_of_text=np.repeat(np.arange(len(kept)), texts_of_each),
         split=place,
     )
 
