@@ -262,7 +262,7 @@ def relation_identification(
 
 
 def relation_pooling(
-    states, mask, pooled, relation, intra, *, query, key, value, output, beta,
+    states, mask, pooled_index, relation, intra, *, query, key, value, output, beta,
     pooled_logit=1.0, pooled_prior=0.0, gate=None,
 ):  # fmt: skip
     """z (n, R, d): one item, one relation and one token at a time."""
@@ -274,7 +274,7 @@ def relation_pooling(
             logits = np.full(tokens, -np.inf)
             for t in range(tokens):
                 if mask[i, t]:
-                    selected = float(t == pooled[i])
+                    selected = float(t == pooled_index[i])
                     bias = selected * float(intra[r])
                     score = q @ (key @ states[i, t]) / np.sqrt(d)
                     logits[t] = (1 - beta) * score + beta * pooled_logit * bias

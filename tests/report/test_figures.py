@@ -225,7 +225,7 @@ def sweep_of(tmp_path, variants, result=relational_result, method="rcml"):
 
 def test_variants_have_means_and_deviations(tmp_path):
     sweep = sweep_of(
-        tmp_path, {"full": ({}, [0.2, 0.4]), "none": ({"loss__contrastive": "x"}, [0.5])}
+        tmp_path, {"full": ({}, [0.2, 0.4]), "none": ({"loss__negatives": "unrelated"}, [0.5])}
     )
     assert common.varied_option(sweep) is None
     arrays = saved(tmp_path, common.sweep_measures(sweep), "b.csv")

@@ -96,7 +96,7 @@ BAD = {
     "nothing trained": (lambda p: [_mkdir(p / "empty")], "holds no config.json"),
     "another method": (
         lambda p: [write_run(p / "run", small_config("imagebind"))],
-        "of the method 'imagebind', of which there are no figures",
+        "config.method='imagebind' is unknown",
     ),
     "config cut": (lambda p: [_cut(_run(p), "config.json")], "config.json is not valid JSON"),
     "evaluation cut": (lambda p: [_cut(_run(p), "eval.json")], "evaluate again: rcml-eval"),
