@@ -83,13 +83,13 @@ def test_vectors_of_a_baseline_have_its_own_figures(catalogue, graph, tmp_path):
 
 
 def close(found, expected):
-    """Nested measures of 40 queries, of which rounding may turn one."""
+    """Nested measures of 40 queries, of which rounding may turn two."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, dict):
             close(found[name], value)
         else:
-            assert found[name] == pytest.approx(value, abs=0.03), name
+            assert found[name] == pytest.approx(value, abs=0.055), name
 
 
 def test_perfect_vectors_reach_100(catalogue, graph, tmp_path):
