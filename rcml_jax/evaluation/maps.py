@@ -14,7 +14,6 @@ References:
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.modality_gap import inverse_root, scaled_rows
+from rcml_jax.evaluation.modality_gap import importing_ott, inverse_root, scaled_rows
 from rcml_jax.ops.similarity import l2_normalize
 
 MODALITIES = ("image", "text")
@@ -248,16 +247,9 @@ def _square_distances(x: jax.Array, y: jax.Array) -> jax.Array:
 @functools.cache
 def _ott() -> tuple[Callable, Callable]:
     """Plans by Gromov-Wasserstein, of two cost matrices, and by Sinkhorn, of one; both jitted."""
-    try:
-        with warnings.catch_warnings():
-            # ott's dependency jaxopt warns that nobody maintains it any more.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from ott.geometry import geometry
-            from ott.solvers import linear, quadratic
-    except ImportError as error:
-        raise UserError(
-            'matching without pairs needs ott-jax: pip install "rcml_jax[alignment]"'
-        ) from error
+    with importing_ott("matching without pairs needs"):
+        from ott.geometry import geometry
+        from ott.solvers import linear, quadratic
 
     @jax.jit
     def match(x_x, y_y, entropy):

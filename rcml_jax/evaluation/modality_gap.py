@@ -6,6 +6,7 @@ cosine does and as Liang et al. (2022) measure the gap. Towers of different scal
 compared.
 """
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -153,19 +154,27 @@ def sliced_wasserstein2(
     return float(np.sqrt(max(float(square), 0.0)))
 
 
-@functools.cache
-def _ott() -> tuple[Callable, Callable]:
-    """The Sinkhorn divergence, with whether it converged, and the sliced distance, both jitted."""
+@contextlib.contextmanager
+def importing_ott(what: str) -> Iterator[None]:
+    """Inside, ott may be imported; what: the start of the sentence if it is missing: "X needs".
+
+    Raises UserError if ott-jax is not installed.
+    """
     try:
         with warnings.catch_warnings():
             # ott's dependency jaxopt warns that nobody maintains it any more.
             warnings.simplefilter("ignore", DeprecationWarning)
-            from ott.geometry import pointcloud
-            from ott.tools import sinkhorn_divergence, sliced
+            yield
     except ImportError as error:
-        raise UserError(
-            'wasserstein="sinkhorn" and "sliced" need ott-jax: pip install "rcml_jax[alignment]"'
-        ) from error
+        raise UserError(f'{what} ott-jax: pip install "rcml_jax[alignment]"') from error
+
+
+@functools.cache
+def _ott() -> tuple[Callable, Callable]:
+    """The Sinkhorn divergence, with whether it converged, and the sliced distance, both jitted."""
+    with importing_ott('wasserstein="sinkhorn" and "sliced" need'):
+        from ott.geometry import pointcloud
+        from ott.tools import sinkhorn_divergence, sliced
 
     @jax.jit
     def divergence(x, y):
