@@ -21,7 +21,7 @@ from tests.methods.m3col_data import omics_config
 from tests.toy import TINY, tiny_config
 
 CASES = [
-    "rcml", "rcml:folder,path=x", "rcml:grocery", "rcml:grocery,text=minilm",
+    "rcml", "rcml:folder,path=x", "rcml:grocery", "rcml:grocery,text=bert-base-uncased",
     "rcml:amazon,domain=Baby_Products", "rcml:hm,path=x", "rcml:my_package.mine:load",
     "m3col", "m3col:rosmap", "m3col:brca", "m3col:n24news,path=x", "m3col:food101,path=x",
     "alignment", "alignment:npz,path=x", "alignment:runs,path=x",

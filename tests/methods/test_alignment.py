@@ -242,7 +242,7 @@ def test_mistakes_about_sources_are_one_sentence(checkpoints, tmp_path, capsys):
     for source, options, text in (
         ("flickr30k,path=x", {}, "needs towers"),
         ("flickr30k,path=x", {"towers.names": checkpoints / "clip"}, "There is no directory"),
-        ("flickr8k,path=x", {}, "There is no directory x; get Flickr8k"),
+        ("flickr8k,path=x", {"towers.names": checkpoints / "clip"}, "no directory x; get Flickr8k"),
         ("coco", {"towers.names": checkpoints / "vit"}, "no text tower"),
         ("openmoji", {"towers.names": "/no/such"}, "cannot load"),
         ("runs", {}, "needs a path"),
