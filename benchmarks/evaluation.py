@@ -21,9 +21,10 @@ from types import ModuleType
 import numpy as np
 
 from benchmarks import timing
+from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.relation_probes import relation_type
 from rcml_jax.evaluation.relation_retrieval import retrieval
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+from rcml_jax.evaluation.scores import EmbeddingTable
 
 OURS, NUMPY, TORCH = "ours", "plain NumPy", "plain PyTorch"
 ALLOWED_S = 10.0  # for both tasks, compilation included

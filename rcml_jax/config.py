@@ -1,9 +1,9 @@
-"""Reading configurations: recipes by name or file, their arguments, and values of options."""
+"""Recipes by name or file, their arguments, and what several of their options mean together."""
 
 import importlib.util
 import pathlib
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -11,6 +11,7 @@ from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 from rcml_jax.registry import is_path
 
+_FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}
 _PACKAGE = pathlib.Path(__file__).parent
 #: The folder of the recipes: a wheel has it inside the package, a clone beside the package.
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -113,3 +114,53 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
 def fold_seed(seed: int) -> int:
     """A seed of up to 63 bits → one of 32, which random keys take; smaller seeds are unchanged."""
     return (seed & 0xFFFFFFFF) ^ (seed >> 32)
+
+
+class Came(NamedTuple):
+    """Which towers are from a checkpoint, and whether both are from one, with a joint space."""
+
+    text: bool
+    image: bool
+    joint: bool
+
+
+def from_checkpoint(model: Any) -> Came:
+    """The towers of `config.model` that start from a checkpoint."""
+    replaced = (model.text_pretrained, model.image_pretrained, model.text_tower, model.image_tower)
+    return Came(
+        text=bool(model.text_pretrained or (model.pretrained and not model.text_tower)),
+        image=bool(model.image_pretrained or (model.pretrained and not model.image_tower)),
+        joint=bool(model.pretrained) and not any(replaced),
+    )
+
+
+def frozen_modalities(freeze: str) -> tuple[str, ...]:
+    """The modalities of `config.model.freeze`: text, image or both."""
+    return _FROZEN[freeze]
+
+
+def stored_modalities(model: Any) -> tuple[str, ...]:
+    """Whose states are stored: frozen towers of a checkpoint under `config.model.store_frozen`."""
+    if not model.store_frozen:
+        return ()
+    came = from_checkpoint(model)
+    return tuple(name for name in frozen_modalities(model.freeze) if getattr(came, name))
+
+
+def several_models(
+    parallel: str, schedule: str, clip_norm: float, accumulation: str, micro_batch: int
+) -> str | None:
+    """What several models in one step cannot have, in a sentence; None where all is well."""
+    if parallel == "pmap":
+        return "several models train together in one jitted step; set config.parallel=jit"
+    if schedule == "plateau" or clip_norm:
+        return (
+            "the plateau schedule and config.optimizer.clip_norm look at one model; set "
+            "config.seeds=1, or config.optimizer.schedule=step and no clipping"
+        )
+    if micro_batch and accumulation == "exact":
+        return (
+            "exact accumulation trains one model; set config.accumulation=micro, "
+            "config.micro_batch=0 or config.seeds=1"
+        )
+    return None

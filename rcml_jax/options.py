@@ -13,16 +13,13 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+from rcml_jax.data import N24NEWS_TEXTS
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES, SOURCES, STUDY_SOURCES
-from rcml_jax.data.sources.n24news import TEXTS
-from rcml_jax.evaluation.learners import LEARNERS
+from rcml_jax.evaluation import LEARNERS, PROBES, SCORES, WASSERSTEIN
 from rcml_jax.evaluation.measures import selections
-from rcml_jax.evaluation.modality_gap import WASSERSTEIN
-from rcml_jax.evaluation.relation_probes import PROBES
-from rcml_jax.evaluation.scores import SCORES
 from rcml_jax.losses import LOSSES
 from rcml_jax.methods import METHODS
-from rcml_jax.models.frozen import LAYERS, POOLINGS
+from rcml_jax.models import LAYERS, POOLINGS
 from rcml_jax.ops.similarity import SIMILARITIES
 from rcml_jax.registry import is_path
 
@@ -340,7 +337,7 @@ _M3COL = (
         "With micro_batch: the gradient of the whole batch (exact), or a mean over parts (micro).",
         choices=("exact", "micro")),
     Option("data.name", str, "Data source.", choices=lambda: CLASSIFICATION_SOURCES, path=True),
-    Option("data.text", str, "Text of N24News.", choices=TEXTS),
+    Option("data.text", str, "Text of N24News.", choices=N24NEWS_TEXTS),
     Option("data.modalities", str,
         'Modalities to use, with commas between, such as "image,text"; empty: all.'),
     Option("data.folds", int,

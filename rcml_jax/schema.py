@@ -18,11 +18,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rcml_jax.config import leaves, load_config_file
+from rcml_jax.config import leaves, load_config_file, several_models, stored_modalities
 from rcml_jax.data.sources import SOURCES
 from rcml_jax.errors import UserError
-from rcml_jax.methods.relational_towers import stored_modalities
-from rcml_jax.methods.seeds import several_models
 from rcml_jax.options import ARGUMENTS, KINDS, LOOP, MISSING, RECIPES, Option
 from rcml_jax.registry import is_path
 

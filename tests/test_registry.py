@@ -9,8 +9,7 @@ import pytest
 
 from rcml_jax.cli import commands
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import display, measures
-from rcml_jax.evaluation.scores import SCORES
+from rcml_jax.evaluation import SCORES, display, measures
 from rcml_jax.export.card import figures
 from rcml_jax.methods import EMBEDDINGS, LOSSES, METHODS, build, family_of, method_class
 from rcml_jax.registry import resolve

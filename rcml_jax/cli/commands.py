@@ -115,6 +115,9 @@ def _train(argv: Sequence[str]) -> int:
     values = parse_flags(rest, load_config_file(config_path), workdir="")
     if not values.workdir:
         raise UserError("training needs --workdir, a directory of its own for the run")
+    from rcml_jax.schema import validate
+
+    validate(values.config)  # before the slow imports: a mistake is told at once
     from rcml_jax.evaluation.display import print_evaluation
     from rcml_jax.training.loop import train_and_evaluate
     from rcml_jax.training.sharding import initialize_distributed, is_primary

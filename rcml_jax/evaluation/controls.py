@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.sparse
 
+from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.measures import main_measures, of_ranks
 from rcml_jax.evaluation.relation_probes import fit_classifier
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+from rcml_jax.evaluation.scores import EmbeddingTable
 
 LABELS = {
     "chance": "chance",

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.classification import error_analysis
 from rcml_jax.evaluation.controls import LABELS, rows_of
 from rcml_jax.evaluation.measures import (
@@ -21,7 +22,6 @@ from rcml_jax.evaluation.measures import (
     printed,
     values_at,
 )
-from rcml_jax.evaluation.scores import SCORES
 
 #: Columns of what is no terminal: more than any table has.
 _WIDEST = 1000

@@ -37,9 +37,8 @@ import numpy as np
 import optax
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import learners, maps
-from rcml_jax.evaluation.learners import CLOSED, EMBEDDING, MLPS, Options, read_options
-from rcml_jax.evaluation.learners import LEARNERS as LEARNERS
+from rcml_jax.evaluation import CLOSED, MLPS, learners, maps
+from rcml_jax.evaluation.learners import EMBEDDING, Options, read_options
 from rcml_jax.evaluation.modality_gap import check_pairs
 from rcml_jax.ops.ranking import retrieval_metrics
 

@@ -15,17 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import CLOSED, LEARNERS, MLPS, TWO_TOWERS
 from rcml_jax.evaluation.maps import gaussian_kernel, prepared, relative
 from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.softmax import softmax_contrastive
 from rcml_jax.ops.similarity import l2_normalize
 
-MLPS = ("mlp_mse", "mlp_cosine", "mlp_contrastive")
-CLOSED = ("procrustes", "cca", "kernel_cca", "relative", "optimal_transport")
-TWO_TOWERS = ("two_tower", "two_tower_mlp", "two_tower_sigmoid")
 #: Those whose score is the dot product of an embedding of each side.
 EMBEDDING = ("bilinear", *TWO_TOWERS, *CLOSED)
-LEARNERS = (*MLPS, "bilinear", *TWO_TOWERS, "attention", *CLOSED)
 #: Numbers that pair scores may hold at once, beyond the scores themselves.
 PAIR_NUMBERS = 2**24
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import WASSERSTEIN
 
-WASSERSTEIN = ("gaussian", "sinkhorn", "sliced")
 #: Cosines that are all above this are those of a collapsed embedding.
 COLLAPSED = 0.95
 BLOCK = 8192

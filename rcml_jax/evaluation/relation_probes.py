@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rcml_jax.evaluation import PROBES
 from rcml_jax.evaluation.measures import of_ranks
 from rcml_jax.evaluation.relation_retrieval import rank_measures
 from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
 
 # Small classifiers on frozen features.
-
-
-PROBES = ("linear", "mlp")
 
 
 def fit_classifier(

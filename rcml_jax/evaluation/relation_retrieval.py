@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import scipy.sparse
 
-from rcml_jax.evaluation import blocks
+from rcml_jax.evaluation import SCORES, blocks
 from rcml_jax.evaluation.measures import of_ranks
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
 from rcml_jax.ops.similarity import l2_normalize
 

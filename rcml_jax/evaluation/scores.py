@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rcml_jax.evaluation import SCORES
 from rcml_jax.ops.similarity import l2_normalize, paired
 
 #: Text-text, image-image, A's text with B's image, A's image with B's text, and the similarity of
 #: the averaged and renormalised embeddings.
-SCORES = ("tt", "ii", "ti", "it", "avg")
 #: Bytes of vectors gathered at a time: what a core's own cache holds; on accelerators more.
 _CACHE_BYTES, _DEVICE_BYTES = 2**19, 2**26
 _QUERIES = 2048  # whose scores are computed in one call

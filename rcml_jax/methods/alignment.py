@@ -29,20 +29,19 @@ from rcml_jax.data.sources.embeddings import (
 from rcml_jax.data.stages import file_state, stored_rows
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import CLOSED, LEARNERS
 from rcml_jax.evaluation import modality_gap as gap
 from rcml_jax.evaluation.calibration import SPACES as SIGNED
 from rcml_jax.evaluation.calibration import fit_space, pair_scores, score_measures
 from rcml_jax.evaluation.cross_modal import check_pairs, pair_retrieval, retrieval
 from rcml_jax.evaluation.learned_similarity import (
     GRIDS,
-    LEARNERS,
     SPACES,
     Learned,
     draw_pairs,
     fit_best,
     search,
 )
-from rcml_jax.evaluation.learners import CLOSED
 from rcml_jax.evaluation.modality_gap import (
     calibrate,
     cosine_histograms,

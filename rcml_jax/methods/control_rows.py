@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from rcml_jax.evaluation import controls
+from rcml_jax.config import from_checkpoint
+from rcml_jax.evaluation import SCORES, controls
 from rcml_jax.evaluation.relation_probes import relation_validity, type_measures, validity_features
 from rcml_jax.evaluation.relation_retrieval import retrieval, retrieval_measures
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
-from rcml_jax.methods.relational_towers import from_checkpoint
+from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.ops.similarity import l2_normalize
 
 #: Largest number of training items in a relation's mean embedding.

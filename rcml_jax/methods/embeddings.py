@@ -13,7 +13,8 @@ import numpy as np
 
 from rcml_jax.data.sources.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+from rcml_jax.evaluation import SCORES
+from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
 from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from rcml_jax.config import from_checkpoint, stored_modalities
 from rcml_jax.data.packing import PackedTexts, pack_texts
 from rcml_jax.data.queries import every_relation
 from rcml_jax.errors import UserError
@@ -30,11 +31,9 @@ from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.relational_towers import (
     check_packing,
     checkpoint_tower,
-    from_checkpoint,
     frozen_parts,
     load_checkpoints,
     preprocessing,
-    stored_modalities,
     towers_config,
 )
 from rcml_jax.methods.stored_states import (

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from rcml_jax.config import frozen_modalities
 from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
@@ -24,7 +25,6 @@ from rcml_jax.models.two_towers import (
 
 _TOWER = {"text": "text_model", "image": "vision_model"}
 _PROJECTION = {"text": "text_projection", "image": "visual_projection"}
-_FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}
 
 
 class Inputs(NamedTuple):
@@ -39,26 +39,6 @@ class Inputs(NamedTuple):
     kind: str
     framing: Framing
     max_length: int
-
-
-class Came(NamedTuple):
-    """Which towers are from a checkpoint, and whether both are from one, with a joint space."""
-
-    text: bool
-    image: bool
-    joint: bool
-
-
-def from_checkpoint(model: Any) -> Came:
-    """The towers of `config.model` that start from a checkpoint."""
-    text, image = _given(model)
-    own_text, own_image = _own(model)
-    joint = bool(model.pretrained) and not (text or image or own_text or own_image)
-    return Came(
-        text=bool(text or (model.pretrained and not own_text)),
-        image=bool(image or (model.pretrained and not own_image)),
-        joint=joint,
-    )
 
 
 def inputs(model: Any) -> Inputs:
@@ -165,19 +145,6 @@ def load_checkpoints(model: Any, towers: Params) -> Params:
         if given:
             towers[_TOWER[modality]] = checkpoint_tower(model, modality)
     return towers
-
-
-def frozen_modalities(freeze: str) -> tuple[str, ...]:
-    """The modalities of `config.model.freeze`: text, image or both."""
-    return _FROZEN[freeze]
-
-
-def stored_modalities(model: Any) -> tuple[str, ...]:
-    """Whose states are stored: frozen towers of a checkpoint under `config.model.store_frozen`."""
-    if not model.store_frozen:
-        return ()
-    came = from_checkpoint(model)
-    return tuple(name for name in frozen_modalities(model.freeze) if getattr(came, name))
 
 
 def checkpoint_tower(model: Any, modality: str) -> Params:

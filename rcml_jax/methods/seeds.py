@@ -9,31 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcml_jax.config import fold_seed
+from rcml_jax.config import fold_seed, several_models
 from rcml_jax.data.classification import stratified_folds
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.classification import Models, look, report
 from rcml_jax.methods.m3col import M3CoLMethod
-
-
-def several_models(
-    parallel: str, schedule: str, clip_norm: float, accumulation: str, micro_batch: int
-) -> str | None:
-    """What several models in one step cannot have, in a sentence; None where all is well."""
-    if parallel == "pmap":
-        return "several models train together in one jitted step; set config.parallel=jit"
-    if schedule == "plateau" or clip_norm:
-        return (
-            "the plateau schedule and config.optimizer.clip_norm look at one model; set "
-            "config.seeds=1, or config.optimizer.schedule=step and no clipping"
-        )
-    if micro_batch and accumulation == "exact":
-        return (
-            "exact accumulation trains one model; set config.accumulation=micro, "
-            "config.micro_batch=0 or config.seeds=1"
-        )
-    return None
 
 
 class SeedEnsemble(Method):

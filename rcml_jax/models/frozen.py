@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.models import LAYERS, POOLINGS
 from rcml_jax.models.backbones import build_backbone, load_encoder
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import pretrained_directory, read_config, resolve
@@ -25,8 +26,6 @@ from rcml_jax.models.preprocessing import (
 from rcml_jax.models.resnet import ResNet, load_resnet
 from rcml_jax.models.two_towers import TwoTowers, joint_width, load_pretrained, set_special_tokens
 
-LAYERS = ("projected", "penultimate")
-POOLINGS = ("auto", "first", "mean")
 _JOINT = ("clip", "siglip")
 _TYPES = {
     "image": (*_JOINT, "vit", "resnet", EFFICIENTNET),

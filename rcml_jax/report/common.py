@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.controls import headline, rows_of
 from rcml_jax.evaluation.measures import (
     Measure,
@@ -19,7 +20,6 @@ from rcml_jax.evaluation.measures import (
     values_at,
 )
 from rcml_jax.evaluation.measures import columns as columns_of
-from rcml_jax.evaluation.scores import SCORES
 from rcml_jax.report import page
 from rcml_jax.report.page import (
     Arrays,

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.measures import Measure, chance_of, main_of
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
 from rcml_jax.ops.similarity import l2_normalize
 from rcml_jax.report import common, page

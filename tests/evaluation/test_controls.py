@@ -7,10 +7,10 @@ import pytest
 
 from rcml_jax.data import queries
 from rcml_jax.data.relation_graph import normalize_pairs, split_graph
-from rcml_jax.evaluation import controls
+from rcml_jax.evaluation import SCORES, controls
 from rcml_jax.evaluation.relation_probes import type_measures
 from rcml_jax.evaluation.relation_retrieval import retrieval, retrieval_measures
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable
+from rcml_jax.evaluation.scores import EmbeddingTable
 from tests import reference
 from tests.data.conftest import make_graph
 from tests.evaluation.tables import ITEMS, KINDS, arrays, random_table

@@ -9,10 +9,10 @@ import pytest
 import scipy.linalg
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import learned_similarity, learners, maps
-from rcml_jax.evaluation.learned_similarity import LEARNERS, fit, search
+from rcml_jax.evaluation import CLOSED, LEARNERS, learned_similarity, learners, maps
+from rcml_jax.evaluation.learned_similarity import fit, search
 
-NETWORKS = tuple(name for name in LEARNERS if name not in learners.CLOSED)
+NETWORKS = tuple(name for name in LEARNERS if name not in CLOSED)
 #: Options that make a fit of a second.
 TINY = {"width": 8, "batch_size": 16, "steps": 6, "validate_every": 3}
 needs_optuna = pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="no optuna")
@@ -152,7 +152,7 @@ def test_an_embedding_gives_the_score(name):
     if name == "optimal_transport":
         pytest.importorskip("ott", reason="needs the extra alignment")
     data = planted(images=20)
-    model = fit(name, *data) if name in learners.CLOSED else untrained(name, *data)
+    model = fit(name, *data) if name in CLOSED else untrained(name, *data)
     image, text = data[0][:5], data[1][:7]
     scores = model.score(image, text)
     assert scores.shape == (5, 7)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.evaluation import scores
-from rcml_jax.evaluation.scores import SCORES, EmbeddingTable, pair_scores
+from rcml_jax.evaluation import SCORES, scores
+from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
 from tests import reference
 from tests.evaluation.tables import ITEMS, KINDS, NAMES, arrays, random_table, units
 

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rcml_jax.data import imagetext
+from rcml_jax.data import N24NEWS_TEXTS, imagetext
 from rcml_jax.data.classification import ClassificationData
 from rcml_jax.data.gates import TextGate, read_json
 from rcml_jax.errors import UserError
 
 NAME = "n24news"
-TEXTS = ("headline", "caption", "abstract", "article")
 _FILES = tuple(f"news/nytimes_{part}.json" for part in ("train", "dev", "test"))  # as SPLITS
 _REMEDY = (
     "get N24News from github.com/billywzh717/N24News, so that DIRECTORY/news has "
@@ -39,7 +38,7 @@ def load(
     cache: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> ClassificationData:
-    """The images, one of the texts of TEXTS, and the section as the class.
+    """The images, one of the texts of N24NEWS_TEXTS, and the section as the class.
 
     Modalities: "image" (files, opened when they are asked for) and "text". The classes are the
     sections of the train file, sorted; dev is the validation split. Records without an image
@@ -51,8 +50,8 @@ def load(
       UserError: another `text`, a missing or malformed file, a record that lacks a field, a
         section that train lacks, or a split with more than half of its images missing.
     """
-    if text not in TEXTS:
-        raise UserError(f"N24News has no text {text!r}; choose one of {', '.join(TEXTS)}.")
+    if text not in N24NEWS_TEXTS:
+        raise UserError(f"N24News has no text {text!r}; choose one of {', '.join(N24NEWS_TEXTS)}.")
     folder = imagetext.require_files(directory, _FILES, title="N24News", remedy=_REMEDY)
     gate, records = TextGate(strict), []
     for split, name in enumerate(_FILES):
@@ -77,7 +76,7 @@ def load(
         records,
         label_field="section",
         images=str(folder / "imgs" / "<image_id>.jpg"),
-        texts=f"in the field {text!r} (or choose another of {', '.join(TEXTS)})",
+        texts=f"in the field {text!r} (or choose another of {', '.join(N24NEWS_TEXTS)})",
         gate=gate,
         cache=cache,
         log=log,

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from rcml_jax.data import N24NEWS_TEXTS
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.sources import n24news
 from rcml_jax.errors import UserError
@@ -42,7 +43,7 @@ def test_the_published_layout(news):
     assert images[10].size == (12, 16)
 
 
-@pytest.mark.parametrize("text", n24news.TEXTS)
+@pytest.mark.parametrize("text", N24NEWS_TEXTS)
 def test_every_text(news, text):
     assert load(news, text=text).modalities[1].values[-1] == f"{text} test2"
 
