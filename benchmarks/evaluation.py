@@ -24,7 +24,7 @@ from benchmarks import timing
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.relation_probes import relation_type
 from rcml_jax.evaluation.relation_retrieval import retrieval
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 
 OURS, NUMPY, TORCH = "ours", "plain NumPy", "plain PyTorch"
 ALLOWED_S = 10.0  # for both tasks, compilation included
@@ -41,7 +41,7 @@ class Asked:
     the candidates and of the relations is the first.
     """
 
-    table: EmbeddingTable
+    table: RelationEmbeddings
     query: np.ndarray
     candidates: np.ndarray
     relation: np.ndarray
@@ -54,7 +54,7 @@ def ask(options: argparse.Namespace) -> Asked:
     rng = np.random.default_rng(0)
     shape = options.relations, options.items, options.width
     text, image = units(rng, shape), units(rng, shape)
-    table = EmbeddingTable(np.arange(options.items), text, image, units(rng, shape[::2]))
+    table = RelationEmbeddings(np.arange(options.items), text, image, units(rng, shape[::2]))
     count = options.queries
     # Steps of a walk around the items: no two ends of one query are the same.
     steps = rng.integers(

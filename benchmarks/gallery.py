@@ -97,14 +97,14 @@ def cosine(options: argparse.Namespace) -> tuple[timing.Times, float]:
         sides.append((queries[sample], gallery, right[sample]))
 
     def ours():
-        return search_both(image, text, image_of_text, similarity="cosine", k=TOP)[0].index
+        return search_both(image, text, image_of_text, similarity="cosine", k=TOP)[0].indices
 
     def of_sides(function, with_right=False):
         return lambda: [function(*(side if with_right else side[:2])) for side in sides]
 
     found = search(sides[0][0][:64], text, positives=sides[0][2][:64], similarity="cosine")
     lists, ranks = numpy_search(sides[0][0][:64], text, sides[0][2][:64])
-    print(f"lists that agree with NumPy's: {np.mean(found.index == lists):.4f}")
+    print(f"lists that agree with NumPy's: {np.mean(found.indices == lists):.4f}")
     print(f"largest difference of ranks: {np.abs(found.rank - ranks).max()}")
     ours()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -134,7 +134,7 @@ def distances(options: argparse.Namespace) -> dict[str, timing.Times]:
         x, y = (np.abs(v) if name == "chi_square" else v for v in (queries, text))
 
         def ours(x=x, y=y, name=name):
-            return search(x, y, positives=right, similarity=name, k=TOP).index
+            return search(x, y, positives=right, similarity=name, k=TOP).indices
 
         functions = {name: ours, peer: lambda x=x, y=y, function=function: function(x, y)}
         result[name] = timing.alternate(functions, repeats=options.repeats, warmup=1)

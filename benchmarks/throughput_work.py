@@ -13,7 +13,7 @@ from benchmarks import throughput_flops as flops
 from benchmarks import throughput_models as models
 from benchmarks.throughput_measure import Program, Work, compile_program
 from rcml_jax.evaluation.relation_retrieval import retrieval
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Method, Params
 from rcml_jax.training import optimizer, sharding, step
 from rcml_jax.training.gradcache import check, parts_of
@@ -190,7 +190,7 @@ def _evaluation(plan: Plan) -> Work:
         width = models.relational("rcml", plan.config).towers_config.projection_dim
         shapes = 2 * [(RELATIONS, plan.gallery, width)] + [(RELATIONS, width)]
         sides = [_unit(rng.standard_normal(shape, np.float32)) for shape in shapes]
-        table = EmbeddingTable(np.arange(plan.gallery), *sides)
+        table = RelationEmbeddings(np.arange(plan.gallery), *sides)
         query = rng.integers(0, plan.gallery, queries)
         candidates = rng.integers(0, plan.gallery, (queries, CANDIDATES))
         relation = rng.integers(0, RELATIONS, queries)

@@ -3,7 +3,8 @@
 The names that a configuration may give are here, so that checking one imports nothing.
 """
 
-#: Which embedding of the query meets which of the candidate, text or image; and the mean.
+#: Text-text, image-image, A's text with B's image, A's image with B's text, and the similarity of
+#: the averaged and renormalised embeddings.
 SCORES = ("tt", "ii", "ti", "it", "avg")
 #: Classifiers of relation validity, of `evaluation.relation_probes`.
 PROBES = ("linear", "mlp")

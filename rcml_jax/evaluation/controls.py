@@ -14,7 +14,7 @@ import scipy.sparse
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.measures import main_measures, of_ranks
 from rcml_jax.evaluation.relation_probes import fit_classifier
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 
 LABELS = {
     "chance": "chance",
@@ -85,7 +85,7 @@ def relation_means(
 def query_scores(
     text: np.ndarray,
     image: np.ndarray,
-    table: EmbeddingTable,
+    table: RelationEmbeddings,
     candidates: np.ndarray,
     relation: np.ndarray,
 ) -> dict[str, np.ndarray]:

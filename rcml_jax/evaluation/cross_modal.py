@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import blocks
-from rcml_jax.evaluation.top_k import Direction, Found
-from rcml_jax.ops.similarity import SIMILARITIES, get
+from rcml_jax.evaluation.top_k import Direction, TopK
+from rcml_jax.ops.similarity import SIMILARITIES, get, prepare_rows, row_scores
 
 # Which rows of a gallery are relevant for which query, as pairs of indices.
 
@@ -37,18 +36,18 @@ def named(kind: str, index: np.ndarray) -> str:
 def pairs_of_positives(positives: Positives, queries: int, gallery: int) -> np.ndarray:
     """Distinct pairs (p, 2) of a query and a relevant item, sorted.
 
-    positives: (q,) for one right answer each, (q, p), or q sequences. Raises UserError for an index
-    that is out of range and for a query without a right answer.
+    positives: (q,) for one relevant item each, (q, p), or q sequences. Raises UserError for an
+    index that is out of range and for a query without a relevant item.
     """
     if len(positives) != queries:
         raise UserError(f"positives has {len(positives)} rows for {queries} queries")
     rows = [np.reshape(row, -1) for row in positives]
     query = np.repeat(np.arange(queries), [len(row) for row in rows])
-    answers = [row for row in rows if len(row)] or [np.empty(0)]
-    answers = _integers("positives", np.concatenate(answers))
-    _check_range("positives", answers, gallery, "gallery rows", "query", query)
-    pairs = np.unique(np.stack([query, answers], axis=1), axis=0)
-    _check_answers(pairs, queries, "query")
+    items = [row for row in rows if len(row)] or [np.empty(0)]
+    items = _integers("positives", np.concatenate(items))
+    _check_range("positives", items, gallery, "gallery rows", "query", query)
+    pairs = np.unique(np.stack([query, items], axis=1), axis=0)
+    _check_relevant(pairs, queries, "query")
     return pairs
 
 
@@ -56,7 +55,7 @@ def pairs_of_texts(image_of_text: np.ndarray, images: int, texts: int) -> np.nda
     """The pairs (texts, 2) of image and text, sorted.
 
     image_of_text: (texts,) index of each text's image. Raises UserError for an index that is out of
-    range and for an image without a text, a query without a right answer.
+    range and for an image without a text, a query without a relevant item.
     """
     image_of_text = _integers("image_of_text", image_of_text)
     if image_of_text.shape != (texts,):
@@ -67,7 +66,7 @@ def pairs_of_texts(image_of_text: np.ndarray, images: int, texts: int) -> np.nda
     text = np.arange(texts)
     _check_range("image_of_text", image_of_text, images, "images", "text", text)
     pairs = np.stack([image_of_text, text], axis=1)
-    _check_answers(pairs, images, "image")
+    _check_relevant(pairs, images, "image")
     return pairs[np.argsort(image_of_text, kind="stable")]
 
 
@@ -78,19 +77,19 @@ def _integers(name, values):
     return values.astype(np.int64)
 
 
-def _check_range(name, values, limit, of, kind, places):
+def _check_range(name, values, limit, of, kind, indices):
     wrong = np.flatnonzero((values < 0) | (values >= limit))
     if len(wrong):
         raise UserError(
-            f"{name} is out of range for {named(kind, np.unique(places[wrong]))}: it is "
+            f"{name} is out of range for {named(kind, np.unique(indices[wrong]))}: it is "
             f"{values[wrong[0]]}, and there are {limit} {of}, counted from 0"
         )
 
 
-def _check_answers(pairs, queries, kind):
+def _check_relevant(pairs, queries, kind):
     without = np.flatnonzero(np.bincount(pairs[:, 0], minlength=queries) == 0)
     if len(without):
-        raise UserError(f"a query with no right answer: {named(kind, without)}")
+        raise UserError(f"a query with no relevant item: {named(kind, without)}")
 
 
 # Rows of embeddings to search: arrays, memory-mapped files, or a model that embeds on demand.
@@ -237,14 +236,14 @@ def search(
     k: int = 10,
     memory: int = MEMORY,
     signed: str = "absolute",
-) -> Found:
+) -> TopK:
     """Top-k results of the gallery for each query, and the rank of its best relevant item.
 
     queries (q, d), gallery (n, d): arrays, memory-mapped files or `rows.Blocks`, computed in
-    float32. positives: the places in the gallery of each query's right answers, (q,) for one each,
+    float32. positives: the gallery indices of each query's relevant items, (q,) for one each,
     (q, p), or q sequences. memory: bytes to plan with; they set the size of the blocks. The lists
     themselves, 12 bytes an entry, come on top. signed: an option of "chi_square". Raises UserError
-    for rows that have no score, a query without a right answer, an index out of range.
+    for rows that have no score, a query without a relevant item, an index out of range.
     """
     x, y = _open(("queries", queries), ("gallery", gallery), similarity, memory)
     pairs = pairs_of_positives(positives, len(x), len(y))
@@ -261,12 +260,12 @@ def search_both(
     k: int = 10,
     memory: int = MEMORY,
     signed: str = "absolute",
-) -> tuple[Found, Found]:
+) -> tuple[TopK, TopK]:
     """Search texts by image and images by text, in one pass over the scores.
 
     image (n, d), text (m, d); image_of_text: (m,) index of each text's image. Returns the
     results of image queries among the texts, then those of text queries among the images. Options
-    and errors are those of `search`; an image without a text is a query without a right answer.
+    and errors are those of `search`; an image without a text is a query without a relevant item.
     """
     x, y = _open(("image", image), ("text", text), similarity, memory)
     pairs = pairs_of_texts(image_of_text, len(x), len(y))
@@ -308,7 +307,7 @@ def _open(first, second, similarity, memory) -> tuple[Rows, Rows]:
     return x, y
 
 
-def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> list[Found]:
+def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> list[TopK]:
     """Search one direction, or both, in one pass; pairs (p, 2) are sorted, with every query."""
     if k < 1:
         raise UserError(f"k is {k}; it must be at least 1")
@@ -316,9 +315,9 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
     shape = block_shape(*lengths, queries.width, memory)
     prepare = functools.partial(_prepare, similarity=options["similarity"])
     score = functools.partial(_scores, **options)
-    right = _RightPairs(pairs, shape, lengths)
+    relevant = _RelevantPairs(pairs, shape, lengths)
 
-    scores = _pair_scores(queries, gallery, pairs, shape, prepare, score, right.none)
+    scores = _pair_scores(queries, gallery, pairs, shape, prepare, score, relevant.none)
     directions = [Direction(pairs, scores, *lengths, k, shape[0])]
     if both:
         directions.append(Direction(pairs[:, ::-1], scores, *lengths[::-1], k, shape[1]))
@@ -334,7 +333,7 @@ def _run(queries: Rows, gallery: Rows, pairs, k, memory, both, **options) -> lis
                 y = prepare(gallery.take(slice(j, j + shape[1]), shape[1]))
                 for i, rows in zip(starts, x, strict=True):
                     at = i // shape[0], j // shape[1]
-                    block = score(rows, y, right.of(*at))
+                    block = score(rows, y, relevant.of(*at))
                     sizes = lengths[0] - i, lengths[1] - j
                     if sizes[0] < shape[0] or sizes[1] < shape[1]:
                         block = _existing(block, sizes)
@@ -359,25 +358,25 @@ def _one_ahead(items: Iterable) -> Iterator:
     yield waiting
 
 
-class _RightPairs:
-    """Where in each block the right pairs stand: rows and columns, equally many for every block."""
+class _RelevantPairs:
+    """Row and column of the relevant pairs in each block, equally many for every block."""
 
     def __init__(self, pairs, shape, lengths):
         across = -(-lengths[1] // shape[1])
         number = pairs // shape @ [across, 1]
         order = np.argsort(number, kind="stable")
-        self._numbers, self._places = number[order], (pairs % shape)[order]
+        self._numbers, self._indices = number[order], (pairs % shape)[order]
         self._across = across
         most = np.max(np.bincount(number))
-        #: What stands for no pair: places outside of a block.
+        #: What stands for no pair: indices outside of a block.
         self.none = np.tile(np.array(shape, np.int32), (1 << int(most - 1).bit_length(), 1))
 
     def of(self, row: int, column: int) -> np.ndarray:
         number = row * self._across + column
         first, last = np.searchsorted(self._numbers, [number, number + 1])
-        places = self.none.copy()
-        places[: last - first] = self._places[first:last]
-        return places
+        indices = self.none.copy()
+        indices[: last - first] = self._indices[first:last]
+        return indices
 
 
 def _pair_scores(queries, gallery, pairs, shape, prepare, score, none) -> np.ndarray:
@@ -387,9 +386,9 @@ def _pair_scores(queries, gallery, pairs, shape, prepare, score, none) -> np.nda
     while start < len(pairs):
         first = pairs[start, 0]
         stop = min(start + shape[1], np.searchsorted(pairs[:, 0], first + shape[0]))
-        query, answer = pairs[start:stop].T
+        query, item = pairs[start:stop].T
         x = prepare(queries.take(slice(first, first + shape[0]), shape[0]))
-        y = prepare(gallery.take(answer, shape[1]))
+        y = prepare(gallery.take(item, shape[1]))
         part = np.asarray(score(x, y, none))
         scores[start:stop] = part[query - first, np.arange(stop - start)]
         start = stop
@@ -398,14 +397,14 @@ def _pair_scores(queries, gallery, pairs, shape, prepare, score, none) -> np.nda
 
 @functools.partial(jax.jit, static_argnames="similarity")
 def _prepare(rows, similarity):
-    return blocks.prepare(similarity, rows)
+    return prepare_rows(similarity, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("similarity", "signed"))
-def _scores(x, y, right, *, similarity, signed):
-    """Scores (n, m) of prepared rows (n, d), (m, d); minus infinity at the places right (p, 2)."""
-    scores = blocks.scores(similarity, x, y, signed=signed)
-    return scores.at[right[:, 0], right[:, 1]].set(-jnp.inf, mode="drop")
+def _scores(x, y, relevant, *, similarity, signed):
+    """Scores (n, m) of prepared rows (n, d), (m, d); minus infinity at relevant pairs (p, 2)."""
+    scores = row_scores(similarity, x, y, signed=signed)
+    return scores.at[relevant[:, 0], relevant[:, 1]].set(-jnp.inf, mode="drop")
 
 
 @jax.jit
@@ -432,7 +431,7 @@ def _marks(scores, state):
 
 @functools.partial(jax.jit, static_argnames=("k", "direction"))
 def _top(scores, k, direction):
-    """The k highest of each row, or column, (·, k) and their places; of equals the first."""
+    """The k highest of each row, or column, (·, k) and their indices; of equals the first."""
     length = scores.shape[1 - direction]
     if k * _GROUP >= length:
         return jax.lax.top_k(scores if direction == 0 else scores.T, min(k, length))
@@ -453,7 +452,7 @@ def _take_up(at: tuple[int, int], scores, marks, number: int, direction: Directi
     words = np.asarray(marks).view(np.uint64)
     direction.count[at[number]] += _count(words, 2 + number, axis=1 - number)
     best = direction.best[at[number]]
-    place = _places(words, number)
+    place = _set_bits(words, number)
     if place is not None:
         values = np.asarray(scores).reshape(-1)[place]
         row, index = np.divmod(place, scores.shape[1])[:: 1 - 2 * number]
@@ -473,7 +472,7 @@ def _count(words: np.ndarray, bit: int, axis: int) -> np.ndarray:
     return counts.view(np.uint8).sum(axis=0, dtype=np.int64)
 
 
-def _places(words: np.ndarray, bit: int) -> np.ndarray | None:
+def _set_bits(words: np.ndarray, bit: int) -> np.ndarray | None:
     """Places of the marks with a bit; None if they are many."""
     words = words.reshape(-1)
     bits = _EACH << np.uint64(bit)
@@ -492,7 +491,7 @@ INTERVALS = ("r@1", "r@5", "r@10", "mrr", "map@10", "median_rank")
 
 
 def measures(
-    found: Found,
+    found: TopK,
     ks: tuple[int, ...] = KS,
     *,
     groups: np.ndarray | None = None,
@@ -501,11 +500,11 @@ def measures(
     """The measures of one direction, means over its queries as fractions.
 
     For each K of ks, of which the lists of `found` must have the largest: `p@K`, the share of the
-    top K that is right (with a answers at most a / K), and `r@K`, whether any of them is. `mrr`:
-    1 / rank of the best right answer in the whole gallery. `map@K` for the largest K: average
-    precision over the top K, Σ_i≤K right_i · p@i / min(K, answers). `median_rank` of the best right
-    answer, 1 at best; `queries`, their number. With `bootstrap` samples also `interval`, {measure:
-    [low, high]} as in `bootstrap_intervals`; groups: (q,) as there.
+    top K that is relevant (with n relevant items at most n / K), and `r@K`, whether any of them is.
+    `mrr`: 1 / rank of the best relevant item in the whole gallery. `map@K` for the largest K:
+    average precision over the top K, Σ_i≤K relevance_i · p@i / min(K, n). `median_rank` of the best
+    relevant item, 1 at best; `queries`, their number. With `bootstrap` samples also
+    `interval`, {measure: [low, high]} as in `bootstrap_intervals`; groups: (q,) as there.
     """
     values = _per_query(found, ks)
     result: dict[str, Any] = {name: float(x.mean()) for name, x in values.items()}
@@ -518,18 +517,18 @@ def measures(
     return result
 
 
-def _per_query(found: Found, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _per_query(found: TopK, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Each measure but the median for each query, (q,)."""
     longest = max(ks)
-    queries, listed = found.right.shape
-    # A list is shorter than K if the whole gallery is; the places left over hold nothing right.
-    right = np.zeros((queries, max(longest, listed)))
-    right[:, :listed] = found.right
-    hits = right.cumsum(axis=1)
+    queries, listed = found.relevance.shape
+    # A list is shorter than K if the whole gallery is; the columns left over hold nothing relevant.
+    relevance = np.zeros((queries, max(longest, listed)))
+    relevance[:, :listed] = found.relevance
+    hits = relevance.cumsum(axis=1)
     values = {f"p@{k}": hits[:, k - 1] / k for k in ks}
     values |= {f"r@{k}": (hits[:, k - 1] > 0).astype(float) for k in ks}
     precision = hits[:, :longest] / np.arange(1, longest + 1)
-    average = (right[:, :longest] * precision).sum(axis=1) / np.minimum(longest, found.answers)
+    average = (relevance[:, :longest] * precision).sum(axis=1) / np.minimum(longest, found.relevant)
     values["mrr"] = 1 / (found.rank + 1)
     values[f"map@{longest}"] = average
     return values
@@ -636,7 +635,7 @@ def retrieval(
 # Search with a score of pairs that is not a product of embeddings, strip by strip.
 
 
-#: Bytes a score needs in work: itself, its order, whether it is right.
+#: Bytes a score needs in work: itself, its order, whether it is relevant.
 _QUERY_BYTES = 32
 
 
@@ -658,11 +657,11 @@ def pair_retrieval(
     rows = np.asarray(image_of_text)
     images, texts = np.arange(len(image)), np.arange(len(text))
 
-    def of_images(part: np.ndarray) -> Found:
-        return _found(np.asarray(score(image[part], text)), rows == images[part][:, None])
+    def of_images(part: np.ndarray) -> TopK:
+        return _top_k(np.asarray(score(image[part], text)), rows == images[part][:, None])
 
-    def of_texts(part: np.ndarray) -> Found:
-        return _found(np.asarray(score(image, text[part])).T, rows[texts[part]][:, None] == images)
+    def of_texts(part: np.ndarray) -> TopK:
+        return _top_k(np.asarray(score(image, text[part])).T, rows[texts[part]][:, None] == images)
 
     found = {
         "image_to_text": (_in_strips(of_images, len(image), len(text), memory), None),
@@ -675,19 +674,19 @@ def pair_retrieval(
 
 
 def _in_strips(
-    search: Callable[[np.ndarray], Found], queries: int, gallery: int, memory: int
-) -> Found:
+    search: Callable[[np.ndarray], TopK], queries: int, gallery: int, memory: int
+) -> TopK:
     size = max(1, memory // (_QUERY_BYTES * gallery))
     parts = [search(np.arange(i, min(i + size, queries))) for i in range(0, queries, size)]
-    names = ("index", "scores", "right", "rank", "answers")
-    return Found(*(np.concatenate([getattr(part, n) for part in parts]) for n in names))
+    names = ("indices", "scores", "relevance", "rank", "relevant")
+    return TopK(*(np.concatenate([getattr(part, n) for part in parts]) for n in names))
 
 
-def _found(scores: np.ndarray, right: np.ndarray) -> Found:
-    """A strip (q, n); wrong first in ties, NaN as in `ranking.candidate_ranks`."""
-    best = np.max(np.where(right, scores, -np.inf), axis=1, keepdims=True)
-    rank = np.sum(~right & ~(scores < best), axis=1)
-    order = np.lexsort((right, -np.where(np.isnan(scores) & ~right, np.inf, scores)), axis=1)
-    order = order[:, : max(KS)]
+def _top_k(scores: np.ndarray, relevance: np.ndarray) -> TopK:
+    """A strip (q, n); irrelevant first in ties, NaN as in `ranking.candidate_ranks`."""
+    best = np.max(np.where(relevance, scores, -np.inf), axis=1, keepdims=True)
+    rank = np.sum(~relevance & ~(scores < best), axis=1)
+    sortable = np.where(np.isnan(scores) & ~relevance, np.inf, scores)
+    order = np.lexsort((relevance, -sortable), axis=1)[:, : max(KS)]
     take = lambda x: np.take_along_axis(x, order, axis=1)  # noqa: E731
-    return Found(order, take(scores), take(right), rank, right.sum(axis=1))
+    return TopK(order, take(scores), take(relevance), rank, relevance.sum(axis=1))

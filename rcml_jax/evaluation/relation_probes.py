@@ -12,7 +12,7 @@ import optax
 from rcml_jax.evaluation import PROBES
 from rcml_jax.evaluation.measures import of_ranks
 from rcml_jax.evaluation.relation_retrieval import rank_measures
-from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
+from rcml_jax.evaluation.scores import RelationEmbeddings, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
 
 # Small classifiers on frozen features.
@@ -116,7 +116,7 @@ def _mlp(p: dict, x: jax.Array) -> jax.Array:
 
 
 def relation_type(
-    table: EmbeddingTable,
+    table: RelationEmbeddings,
     a: np.ndarray,
     b: np.ndarray,
     relations: np.ndarray,
@@ -154,7 +154,7 @@ def type_measures(
 
 
 def validity_features(
-    table: EmbeddingTable, a: np.ndarray, b: np.ndarray, relation: np.ndarray
+    table: RelationEmbeddings, a: np.ndarray, b: np.ndarray, relation: np.ndarray
 ) -> np.ndarray:
     """Frozen features [z_T(A), z_I(A), z_T(B), z_I(B), h_E] of (m,) examples → (m, 5d)."""
 

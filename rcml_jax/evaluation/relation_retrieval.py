@@ -8,18 +8,18 @@ import jax
 import numpy as np
 import scipy.sparse
 
-from rcml_jax.evaluation import SCORES, blocks
+from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.measures import of_ranks
-from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
+from rcml_jax.evaluation.scores import RelationEmbeddings, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
-from rcml_jax.ops.similarity import l2_normalize
+from rcml_jax.ops.similarity import l2_normalize, prepare_rows, row_scores
 
 _MEASURES = ("hit@5", "r_precision", "map")
 _BLOCK = 128  # queries ranked at a time
 
 
 def retrieval(
-    table: EmbeddingTable,
+    table: RelationEmbeddings,
     query: np.ndarray,
     candidates: np.ndarray,
     relation: np.ndarray,
@@ -76,7 +76,7 @@ def rank_measures(
 
 
 def gallery_retrieval(
-    table: EmbeddingTable,
+    table: RelationEmbeddings,
     items: np.ndarray,
     texts: np.ndarray,
     query: np.ndarray,
@@ -146,7 +146,7 @@ def _blocks_of(relation: np.ndarray):
 
 
 def _gallery_scores(
-    table: EmbeddingTable, relation: int, rows, texts, first, indices, similarity: str
+    table: RelationEmbeddings, relation: int, rows, texts, first, indices, similarity: str
 ) -> dict[str, np.ndarray]:
     """Scores of queries with every item (II, TI, AVG) or every distinct text (TT, IT)."""
     text, image = (
@@ -162,9 +162,7 @@ def _gallery_scores(
 @functools.partial(jax.jit, static_argnames="similarity")
 def _score_block(text, image, distinct, indices, sentence, similarity):
     def score_rows(x, y):
-        return blocks.scores(
-            similarity, blocks.prepare(similarity, x), blocks.prepare(similarity, y)
-        )
+        return row_scores(similarity, prepare_rows(similarity, x), prepare_rows(similarity, y))
 
     def score(x, y):
         found = score_rows(x, y)

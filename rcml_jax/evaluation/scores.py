@@ -13,15 +13,13 @@ import numpy as np
 from rcml_jax.evaluation import SCORES
 from rcml_jax.ops.similarity import l2_normalize, paired
 
-#: Text-text, image-image, A's text with B's image, A's image with B's text, and the similarity of
-#: the averaged and renormalised embeddings.
 #: Bytes of vectors gathered at a time: what a core's own cache holds; on accelerators more.
 _CACHE_BYTES, _DEVICE_BYTES = 2**19, 2**26
 _QUERIES = 2048  # whose scores are computed in one call
 
 
 @dataclasses.dataclass(frozen=True)
-class EmbeddingTable:
+class RelationEmbeddings:
     """L2-normalised embeddings of n items under R relations.
 
     items: (n,) identifiers, sorted; text, image: (R, n, d), or (1, n, d) where a modality does not
@@ -39,10 +37,10 @@ class EmbeddingTable:
     sentence_weight: float = 0.0
 
     def rows(self, items: np.ndarray) -> np.ndarray:
-        """Row indices of the given items in the table."""
+        """Row indices of the given items."""
         rows = np.searchsorted(self.items, items)
         if np.any(self.items[np.minimum(rows, len(self.items) - 1)] != items):
-            raise ValueError("an item is not in the embedding table")
+            raise ValueError("an item is not among the embeddings")
         return rows
 
 
@@ -97,7 +95,7 @@ def _product(ta, ia, tb, ib, sentence):
 
 
 def pair_scores(
-    table: EmbeddingTable,
+    table: RelationEmbeddings,
     a: np.ndarray,
     b: np.ndarray,
     relation: np.ndarray,
@@ -106,12 +104,12 @@ def pair_scores(
 ) -> dict[str, np.ndarray]:
     """The five scores, (q, c) each, of pairs (a, b) under relations.
 
-    a, b, relation: (q, 1) or (q, c), or with one row for all; rows of the table
-    (`EmbeddingTable.rows`) and relation indices. similarity: a name of `rcml_jax.ops.similarity`,
-    or "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E). Vectors are gathered for a few
-    queries at a time, so that (q, c, d) is never in memory. A score depends on its two vectors and
-    its relation only: equal candidates of a query tie to the last bit. Raises ValueError for an
-    unknown similarity.
+    a, b, relation: (q, 1) or (q, c), or with one row for all; rows of the embeddings
+    (`RelationEmbeddings.rows`) and relation indices. similarity: a name of
+    `rcml_jax.ops.similarity`, or "product" for the training-free cos(z_A, h_E)·cos(z_B, h_E).
+    Vectors are gathered for a few queries at a time, so that (q, c, d) is never in memory. A score
+    depends on its two vectors and its relation only: equal candidates of a query tie to the last
+    bit. Raises ValueError for an unknown similarity.
     """
     queries = max(map(len, (a, b, relation)))
     index = [np.broadcast_to(x, (queries, x.shape[1])).astype(np.int32) for x in (a, b, relation)]

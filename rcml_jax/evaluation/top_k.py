@@ -7,20 +7,21 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a search found for each of q queries.
+class TopK:
+    """The best k items of a gallery for each of q queries.
 
-    index, scores, right: (q, k), best first: gallery indices, their scores, and whether they
-    are right; fewer columns if the gallery is smaller than k. Among equal scores the wrong ones
-    come first, then the lower places. rank: (q,) how many wrong items of the whole gallery score no
-    less than the best of the right ones; 0 is best. answers: (q,) number of right answers.
+    indices, scores, relevance: (q, k), best first: gallery indices, their scores, and whether they
+    are relevant; fewer columns if the gallery is smaller than k. Among equal scores the irrelevant
+    ones come first, then the lower indices. rank: (q,) how many irrelevant items of the whole
+    gallery score no less than the best of the relevant ones; 0 is best. relevant: (q,) number of
+    relevant items.
     """
 
-    index: np.ndarray
+    indices: np.ndarray
     scores: np.ndarray
-    right: np.ndarray
+    relevance: np.ndarray
     rank: np.ndarray
-    answers: np.ndarray
+    relevant: np.ndarray
 
 
 class Best:
@@ -57,8 +58,8 @@ class Best:
 class Direction:
     """All queries of one direction, in blocks of `block`, and what is known of them so far.
 
-    pairs: (p, 2) query and right answer, every query in at least one; scores: (p,) theirs. The
-    items that are added and counted are the wrong ones.
+    pairs: (p, 2) query and relevant item, every query in at least one; scores: (p,) theirs. The
+    items that are added and counted are the irrelevant ones.
     """
 
     def __init__(self, pairs, scores, queries: int, gallery: int, k: int, block: int):
@@ -66,9 +67,9 @@ class Direction:
         blocks = -(-queries // block)
         bar = np.full(blocks * block, -np.inf, np.float32)
         np.maximum.at(bar, pairs[:, 0], scores)
-        #: (blocks, block) score of the best right answer.
+        #: (blocks, block) score of the best relevant item.
         self.bar = bar.reshape(blocks, block)
-        #: (blocks, block) how many wrong items have reached it.
+        #: (blocks, block) how many irrelevant items have reached it.
         self.count = np.zeros((blocks, block), np.int64)
         self.best = [Best(block, min(k, gallery)) for _ in range(blocks)]
 
@@ -76,8 +77,8 @@ class Direction:
         """Scores that an item has to exceed to be listed, and to reach to be counted, (block,)."""
         return self.best[block].floor, self.bar[block]
 
-    def found(self) -> Found:
-        """The lists, with the right answers in their places, and the ranks."""
+    def found(self) -> TopK:
+        """The lists, with the relevant items among them, and the ranks."""
         for best in self.best:
             best.merge()
         q = self._queries
@@ -86,17 +87,18 @@ class Direction:
             for name in ("index", "scores")
         )
         k = wrong.shape[1]
-        query, answer = self._pairs.T
+        query, item = self._pairs.T
         row = np.concatenate([np.repeat(np.arange(q), k), query])
         scores = np.concatenate([wrong_scores.reshape(-1), self._scores])
-        kept = _first(row, scores, q, k)  # wrong before right if they tie
-        index = np.concatenate([wrong.reshape(-1), answer])[kept]
-        answers = np.bincount(query, minlength=q)
-        return Found(index, scores[kept], kept >= q * k, self.count.reshape(-1)[:q], answers)
+        kept = _first(row, scores, q, k)  # irrelevant before relevant if they tie
+        indices = np.concatenate([wrong.reshape(-1), item])[kept]
+        relevant = np.bincount(query, minlength=q)
+        rank = self.count.reshape(-1)[:q]
+        return TopK(indices, scores[kept], kept >= q * k, rank, relevant)
 
 
 def _first(row: np.ndarray, scores: np.ndarray, rows: int, k: int) -> np.ndarray:
-    """Places (rows, k) of the k highest scores of each row, in order; the first of equals first.
+    """Indices (rows, k) of the k highest scores of each row, in order; the first of equals first.
 
     row, scores: (n,), at least k of each row.
     """
@@ -122,7 +124,7 @@ def nearest(
     *,
     leave_out: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places and scores, (k,) each or fewer, of the best of n items for a query.
+    """Indices and scores, (k,) each or fewer, of the best of n items for a query.
 
     vectors: of each modality (n, d), memory-mapped files among them, of any float type, unit
     vectors or zeros; has: of each (n,) bool, whether an item has it; query: unit vectors (d,), of

@@ -161,7 +161,7 @@ def _apart(config: Any, workdir: pathlib.Path) -> Splits:
 
 
 def _captioned(config: Any) -> CaptionedImages:
-    """The pictures and texts that towers of checkpoints embed."""
+    """The images and texts that towers of checkpoints embed."""
     data = config.data
     if data.name in _CAPTIONED:
         load, cache = getattr(captions, data.name), cache_directory(data.dir)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
@@ -99,7 +99,7 @@ class BaselineMethod(RelationalMethod):
         items: np.ndarray,
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
-    ) -> dict[str, EmbeddingTable]:
+    ) -> dict[str, RelationEmbeddings]:
         """ "plain", "sentence" and "added", as of `TowerTables`."""
         return self.scored.tables(params["towers"], items, needed, sentences)
 

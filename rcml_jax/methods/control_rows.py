@@ -9,7 +9,7 @@ from rcml_jax.config import from_checkpoint
 from rcml_jax.evaluation import SCORES, controls
 from rcml_jax.evaluation.relation_probes import relation_validity, type_measures, validity_features
 from rcml_jax.evaluation.relation_retrieval import retrieval, retrieval_measures
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.ops.similarity import l2_normalize
 
 #: Largest number of training items in a relation's mean embedding.
@@ -17,7 +17,7 @@ ITEMS_OF_RELATION = 100
 
 
 def control_rows(
-    method: Any, params: Any, table: EmbeddingTable, queries: dict, types: Any, validity: dict
+    method: Any, params: Any, table: RelationEmbeddings, queries: dict, types: Any, validity: dict
 ) -> dict[str, dict]:
     """Results of each control by name (see `controls.LABELS`), for the tasks that it can answer.
 
@@ -60,7 +60,7 @@ def _chance(queries: dict, types: Any) -> dict:
     return rows | {"relation_type": top, "relation_validity": {"accuracy": 0.5}}
 
 
-def _relation_only(method: Any, params: Any, table: EmbeddingTable, queries: dict) -> dict:
+def _relation_only(method: Any, params: Any, table: RelationEmbeddings, queries: dict) -> dict:
     """The query replaced by the mean training embedding of the relation."""
     items, relation = training_items(method.task, ITEMS_OF_RELATION)
     trained = next(iter(method.tables(params, np.unique(items)).values()))
@@ -80,9 +80,9 @@ def _relation_only(method: Any, params: Any, table: EmbeddingTable, queries: dic
 def _query_only(method: Any, params: Any, items: np.ndarray, queries: dict, validity: dict) -> dict:
     """Embeddings under the intra-sample relation; for validity the pair without the sentence."""
 
-    def own(items: np.ndarray) -> EmbeddingTable:
+    def own(items: np.ndarray) -> RelationEmbeddings:
         image, text = method.own_embeddings(params, items)
-        return EmbeddingTable(items, text[None], image[None], np.zeros((1, text.shape[1])))
+        return RelationEmbeddings(items, text[None], image[None], np.zeros((1, text.shape[1])))
 
     table = own(items)
     rows: dict[str, dict] = {
@@ -106,7 +106,7 @@ def _frequency(task: Any, types: Any) -> dict:
     return {"relation_type": type_measures(dict.fromkeys(SCORES, scores), types.relations)}
 
 
-def _words(task: Any, table: EmbeddingTable, queries: dict, types: Any) -> dict[str, dict]:
+def _words(task: Any, table: RelationEmbeddings, queries: dict, types: Any) -> dict[str, dict]:
     """TF-IDF of the texts, with the sentence, and with the mean vector of a relation's texts."""
     texts = task.graph.texts
     trained, relation = training_items(task, len(texts))
@@ -148,7 +148,7 @@ def _words(task: Any, table: EmbeddingTable, queries: dict, types: Any) -> dict[
 
 
 def _frozen_towers(
-    method: Any, params: Any, table: EmbeddingTable, queries: dict, types: Any
+    method: Any, params: Any, table: RelationEmbeddings, queries: dict, types: Any
 ) -> dict[str, dict]:
     """Cosines of the towers that came from a checkpoint, before any training; none without one.
 

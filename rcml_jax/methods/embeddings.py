@@ -14,7 +14,7 @@ import numpy as np
 from rcml_jax.data.sources.embeddings import ItemEmbeddings, file_digest, read_item_embeddings
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import SCORES
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Metrics, Params
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
 from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of
@@ -108,7 +108,7 @@ class EmbeddingsMethod(RelationalMethod):
         items: np.ndarray,
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
-    ) -> dict[str, EmbeddingTable]:
+    ) -> dict[str, RelationEmbeddings]:
         """ "under", "plain" and "sentence", those of them that the file has vectors for."""
         del params, needed
         if sentences is not None:
@@ -128,7 +128,7 @@ class EmbeddingsMethod(RelationalMethod):
         image: np.ndarray | None = None,
         relation: np.ndarray | None = None,
         weight: float = 0.0,
-    ) -> EmbeddingTable:
+    ) -> RelationEmbeddings:
         """Table of some items; what is not given is as in the file, not under a relation."""
         rows, found = self._rows[items], self.found
         self._check(items)
@@ -145,7 +145,7 @@ class EmbeddingsMethod(RelationalMethod):
             sentences = np.zeros((len(self.task.graph.relations), self._width), np.float32)
         else:
             sentences = self._placed("relation", relation)
-        return EmbeddingTable(items, sides["text"], sides["image"], sentences, weight)
+        return RelationEmbeddings(items, sides["text"], sides["image"], sentences, weight)
 
     def _placed(self, name: str, vectors: np.ndarray) -> np.ndarray:
         """Vectors in the dimensions of their space, zeros in the others."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
@@ -120,7 +120,7 @@ class RCMLMethod(RelationalMethod):
         items: np.ndarray,
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
-    ) -> dict[str, EmbeddingTable]:
+    ) -> dict[str, RelationEmbeddings]:
         """One table: every item pooled under every relation."""
         del needed
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
@@ -131,7 +131,7 @@ class RCMLMethod(RelationalMethod):
         for rows, ids, images in self.chunks(items):
             z_text, z_image = self._pool(variables, ids, images, relation)
             text[:, rows], image[:, rows] = z_text, z_image
-        table = EmbeddingTable(items, text, image, np.asarray(l2_normalize(relation)))
+        table = RelationEmbeddings(items, text, image, np.asarray(l2_normalize(relation)))
         return {"relation": table}
 
     def own_embeddings(self, params: Params, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from rcml_jax.evaluation.relation_probes import (
     validity_features,
 )
 from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Batch, Method, Metrics, Params
 from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.relational_towers import (
@@ -202,7 +202,7 @@ class RelationalMethod(Method):
         items: np.ndarray,
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
-    ) -> dict[str, EmbeddingTable]:
+    ) -> dict[str, RelationEmbeddings]:
         """Embeddings of items under all relations, one table for each scoring of the method.
 
         needed: (relations, items) bool, the entries that will be read; a table may leave the others
@@ -480,7 +480,7 @@ def similarities_of(evaluation: Any) -> tuple[str, ...]:
     return tuple(SIMILARITIES) if name == "all" else (name,)
 
 
-def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "cosine") -> dict:
+def _score(table: RelationEmbeddings, queries: Any, types: Any, similarity: str = "cosine") -> dict:
     """Both ranking tasks on one table under one similarity."""
     return {
         "retrieval": retrieval(
@@ -493,7 +493,7 @@ def _score(table: EmbeddingTable, queries: Any, types: Any, similarity: str = "c
 
 
 def _measured(
-    table: EmbeddingTable, queries: dict[str, Any], types: Any, gallery: Any, graph: Any
+    table: RelationEmbeddings, queries: dict[str, Any], types: Any, gallery: Any, graph: Any
 ) -> dict:
     """The ranking tasks on one table."""
     found = {
@@ -519,7 +519,7 @@ def _best_name(variants: dict, task: str) -> str:
     return max(able, key=lambda name: variants[name][task][measure]["avg"])
 
 
-def _score_gallery(table: EmbeddingTable, gallery: Any) -> dict:
+def _score_gallery(table: RelationEmbeddings, gallery: Any) -> dict:
     g = gallery
     return gallery_retrieval(table, g.items, g.texts, g.query, g.relation, g.relevance, g.hidden)
 

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from rcml_jax.evaluation.relation_retrieval import retrieval
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Params
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.two_towers import TwoTowers
 
-#: Weights w of a sentence beside a query (see `EmbeddingTable`), of which validation picks one;
+#: Weights w of a sentence beside a query (see `RelationEmbeddings`), of which validation picks one;
 #: without the sentence it is 0.
 SENTENCE_WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SENTENCE_CHUNK = 2048
@@ -37,7 +37,7 @@ class TowerTables:
         items: np.ndarray,
         needed: np.ndarray | None = None,
         sentences: Sequence[str] | None = None,
-    ) -> dict[str, EmbeddingTable]:
+    ) -> dict[str, RelationEmbeddings]:
         """ "plain": the items alone; "sentence": the relation sentence appended to the text.
 
         "added": the sentence as a second query vector, with the weight that does best on
@@ -52,15 +52,15 @@ class TowerTables:
         for rows, ids, images in self._method.chunks(items):
             text[0, rows] = self._texts(towers, ids).reshape(len(rows), -1)
             image[0, rows] = self._images(towers, images)
-        tables = {"plain": EmbeddingTable(items, text, image, relation)}
+        tables = {"plain": RelationEmbeddings(items, text, image, relation)}
         if needed is not None:
             # A stored tower is there so that it need not be run on every text again.
             if "text" not in self._method.stored_modalities:
                 with_sentence = self._with_sentence(towers, items, needed, said, relation.shape[1])
-                tables["sentence"] = EmbeddingTable(items, with_sentence, image, relation)
+                tables["sentence"] = RelationEmbeddings(items, with_sentence, image, relation)
             weights = self.weights_tried(towers)
             weight = max(weights, key=weights.__getitem__)
-            tables["added"] = EmbeddingTable(items, text, image, relation, weight)
+            tables["added"] = RelationEmbeddings(items, text, image, relation, weight)
         return tables
 
     def weights_tried(self, towers: Params) -> dict[float, float]:
@@ -116,7 +116,7 @@ class TowerTables:
         return np.asarray(self._images(towers, pixels))
 
 
-def weights_on_validation(task: RelationTask, table: EmbeddingTable) -> dict[float, float]:
+def weights_on_validation(task: RelationTask, table: RelationEmbeddings) -> dict[float, float]:
     """Weight of the sentence → Hit@5 AVG on validation.
 
     table: of what the validation split's retrieval queries need (`retrieval_items`).

@@ -14,7 +14,7 @@ import numpy as np
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.measures import Measure, chance_of, main_of
-from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
+from rcml_jax.evaluation.scores import RelationEmbeddings, pair_scores
 from rcml_jax.ops.ranking import candidate_ranks
 from rcml_jax.ops.similarity import l2_normalize
 from rcml_jax.report import common, page
@@ -95,12 +95,12 @@ def same_items(first: Opened, other: Opened) -> bool:
     )
 
 
-def table_of(opened: Opened, items: np.ndarray) -> EmbeddingTable:
+def table_of(opened: Opened, items: np.ndarray) -> RelationEmbeddings:
     """Embeddings of items (sorted) for the first scoring of the run's method."""
     return next(iter(opened.method.tables(opened.params, items).values()))
 
 
-def _averaged(table: EmbeddingTable, relation: int, items: np.ndarray) -> np.ndarray:
+def _averaged(table: RelationEmbeddings, relation: int, items: np.ndarray) -> np.ndarray:
     """Embeddings of the AVG score: mean of text and image under a relation, normalised."""
     rows = table.rows(items)
     both = [x[relation if len(x) > 1 else 0, rows] for x in (table.text, table.image)]
@@ -108,7 +108,7 @@ def _averaged(table: EmbeddingTable, relation: int, items: np.ndarray) -> np.nda
 
 
 def embedding_map(
-    runs: Sequence[Opened], tables: Sequence[EmbeddingTable], items: np.ndarray, relation: int
+    runs: Sequence[Opened], tables: Sequence[RelationEmbeddings], items: np.ndarray, relation: int
 ) -> dict[str, Any]:
     """t-SNE of the same items under one relation for each run, and silhouettes of their kinds.
 
@@ -168,7 +168,7 @@ def items_of_queries(opened: Opened, indices: np.ndarray) -> np.ndarray:
 
 
 def case_studies(
-    opened: Opened, table: EmbeddingTable, indices: np.ndarray
+    opened: Opened, table: RelationEmbeddings, indices: np.ndarray
 ) -> list[dict[str, Any]]:
     """The first successes and the first failures of the drawn queries, by the AVG score.
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.ops.similarity import SIMILARITIES
 
 NAMES = (*SIMILARITIES, "product")
@@ -18,7 +18,7 @@ def random_table(seed=0, relations=4, text_free=False, image_free=False, dim=5):
     """Items named ITEMS; a modality that is free does not depend on the relation."""
     rng = np.random.default_rng(seed)
     n = len(ITEMS)
-    return EmbeddingTable(
+    return RelationEmbeddings(
         ITEMS,
         units(rng, 1 if text_free else relations, n, dim),
         units(rng, 1 if image_free else relations, n, dim),
@@ -44,4 +44,4 @@ def collapsed_table():
     table = random_table()
     text = np.broadcast_to(table.text[:1, :1], table.text.shape)
     relation = np.broadcast_to(table.relation[:1], table.relation.shape)
-    return EmbeddingTable(ITEMS, text, text, relation)
+    return RelationEmbeddings(ITEMS, text, text, relation)

@@ -10,7 +10,7 @@ from rcml_jax.data.relation_graph import normalize_pairs, split_graph
 from rcml_jax.evaluation import SCORES, controls
 from rcml_jax.evaluation.relation_probes import type_measures
 from rcml_jax.evaluation.relation_retrieval import retrieval, retrieval_measures
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from tests import reference
 from tests.data.conftest import make_graph
 from tests.evaluation.tables import ITEMS, KINDS, arrays, random_table
@@ -163,9 +163,9 @@ def test_the_controls_tell_what_an_answer_needs(which):
 
     def measured(queries):
         asked = queries.query, queries.candidates, queries.relation
-        table = EmbeddingTable(everything, known, known, known[:, 0])
+        table = RelationEmbeddings(everything, known, known, known[:, 0])
         mean = controls.relation_means(known, rows, relation, len(known))[queries.relation]
-        alone = EmbeddingTable(everything, *[known.mean(0, keepdims=True)] * 2, known[:, 0])
+        alone = RelationEmbeddings(everything, *[known.mean(0, keepdims=True)] * 2, known[:, 0])
         return {
             "model": retrieval(table, *asked)["hit@5"]["avg"],
             "relation": retrieval_measures(

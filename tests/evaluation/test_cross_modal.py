@@ -135,7 +135,7 @@ def test_bad_pairs():
             image_of_text,
         ),
         (
-            "no right answer: image 17$",
+            "no relevant item: image 17$",
             image,
             text,
             np.where(image_of_text == 17, 0, image_of_text),

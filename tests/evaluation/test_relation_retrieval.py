@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse
 
 from rcml_jax.evaluation.relation_retrieval import _BLOCK, gallery_retrieval, retrieval
-from rcml_jax.evaluation.scores import EmbeddingTable
+from rcml_jax.evaluation.scores import RelationEmbeddings
 from tests import reference
 from tests.evaluation.tables import (
     ITEMS,
@@ -182,7 +182,7 @@ def test_ties_in_a_gallery_count_against_the_model():
     rng = np.random.default_rng(0)
     for seed in range(5):
         text, image = (units(rng, 1, 3, 5)[:, rng.integers(3, size=len(ITEMS))] for _ in "ti")
-        table = EmbeddingTable(ITEMS, text, image, units(rng, 4, 5))
+        table = RelationEmbeddings(ITEMS, text, image, units(rng, 4, 5))
         asked = gallery(seed=seed)
         check(run(table, *asked), slow_gallery(table, *asked))
 
@@ -204,7 +204,7 @@ def test_a_perfect_gallery_and_nan():
     """Texts and images of one direction a class, the query's own class right."""
     classes = TEXTS
     direction = np.eye(10, dtype=np.float32)[classes][None]
-    table = EmbeddingTable(ITEMS, direction, direction, units(np.random.default_rng(0), 1, 10))
+    table = RelationEmbeddings(ITEMS, direction, direction, units(np.random.default_rng(0), 1, 10))
     query = np.flatnonzero(np.isin(classes, [0, 1]))
     relevance = classes[query][:, None] == classes
     hidden = np.arange(10) == query[:, None]
@@ -227,7 +227,9 @@ def test_chance_is_the_mean_over_all_orders():
     rng = np.random.default_rng(1)
     drawn = []
     for _ in range(150):
-        table = EmbeddingTable(ITEMS, units(rng, 1, 10, 6), units(rng, 1, 10, 6), units(rng, 4, 6))
+        table = RelationEmbeddings(
+            ITEMS, units(rng, 1, 10, 6), units(rng, 1, 10, 6), units(rng, 4, 6)
+        )
         drawn.append(run(table, *asked))
     chance = drawn[0]["chance"]
     for measure in ("hit@5", "r_precision", "map"):

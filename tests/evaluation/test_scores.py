@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.evaluation import SCORES, scores
-from rcml_jax.evaluation.scores import EmbeddingTable, pair_scores
+from rcml_jax.evaluation.scores import RelationEmbeddings, pair_scores
 from tests import reference
 from tests.evaluation.tables import ITEMS, KINDS, NAMES, arrays, random_table, units
 
@@ -93,7 +93,7 @@ def test_equal_candidates_tie_to_the_last_bit(similarity):
     rng = np.random.default_rng(5)
     kind = np.arange(10) % 3
     text, image = units(rng, 2, 2, 3, 37)[:, :, kind]
-    table = EmbeddingTable(ITEMS, text, image, units(rng, 2, 37))
+    table = RelationEmbeddings(ITEMS, text, image, units(rng, 2, 37))
     a, b = rng.integers(10, size=(30, 1)), rng.integers(10, size=(30, 21))
     found = pair_scores(table, a, b, rng.integers(2, size=(30, 1)), similarity=similarity)
     for name in SCORES:

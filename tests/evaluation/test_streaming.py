@@ -5,9 +5,10 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics.pairwise import additive_chi2_kernel, pairwise_distances
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import blocks, cross_modal
+from rcml_jax.evaluation import cross_modal
 from rcml_jax.evaluation.cross_modal import search, search_both
 from rcml_jax.ops import similarity as similarities
+from rcml_jax.ops.similarity import prepare_rows, row_scores
 from tests import reference, reference_alignment
 
 NAMES = sorted(similarities.SIMILARITIES)
@@ -38,9 +39,9 @@ def is_right(images, n):
 def assert_found(found, scores, right, k=10):
     lists, flags, ranks = reference_alignment.search(scores, right, k)
     np.testing.assert_array_equal(found.rank, ranks)
-    np.testing.assert_array_equal(found.index, lists)
-    np.testing.assert_array_equal(found.right, flags)
-    np.testing.assert_array_equal(found.answers, right.sum(axis=1))
+    np.testing.assert_array_equal(found.indices, lists)
+    np.testing.assert_array_equal(found.relevance, flags)
+    np.testing.assert_array_equal(found.relevant, right.sum(axis=1))
     expected = np.take_along_axis(scores, lists, axis=1)
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=1e-5)
 
@@ -92,7 +93,7 @@ def test_a_score_depends_on_its_rows_alone(name):
     # Otherwise equal rows would not tie. The bits have to agree.
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(rows, 19)).astype(np.float32) for rows in (128, 192))
-    score = jax.jit(lambda x, y: blocks.scores(name, *(blocks.prepare(name, v) for v in (x, y))))
+    score = jax.jit(lambda x, y: row_scores(name, *(prepare_rows(name, v) for v in (x, y))))
     rows, columns = rng.permutation(128), rng.permutation(192)
     scores = np.asarray(score(x, y))
     np.testing.assert_array_equal(score(x[rows], y[columns]), scores[rows][:, columns])
@@ -125,7 +126,7 @@ def test_agreement_with_scipy_and_scikit_learn(n, m, d):
     for name, expected in peers.items():
         found = search(x, y, positives=np.zeros(n, int), similarity=name, k=m, memory=SMALLEST)
         scores = np.zeros((n, m))
-        np.put_along_axis(scores, found.index, found.scores, axis=1)
+        np.put_along_axis(scores, found.indices, found.scores, axis=1)
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
@@ -166,8 +167,8 @@ def test_equal_rows_tie_wherever_they_stand():
     for name in NAMES:
         found = search(x, y, positives=[[140, 3]] * 70, similarity=name, memory=SMALLEST)
         assert np.all(found.rank == 148)
-        assert np.all(found.index == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10])
-        assert not found.right.any()
+        assert np.all(found.indices == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10])
+        assert not found.relevance.any()
         assert np.all(found.scores == found.scores[:, :1])
 
 
@@ -183,14 +184,14 @@ def test_sorted_galleries_and_long_lists(k, towards):
     image, text = search_both(x, y, images, **options)
     assert_found(image, scores, right, k)
     assert_found(text, scores.T, right.T, k)
-    assert image.index.shape == (70, min(k, 199))
+    assert image.indices.shape == (70, min(k, 199))
 
 
 def test_positives_in_every_form():
     x, y = exact("dot", 5, 9)
     options = {"similarity": "dot"}
     by_list = search(x, y, positives=[[3, 1, 3], [2], (0, 8), np.array([4]), [7]], **options)
-    np.testing.assert_array_equal(by_list.answers, [2, 1, 2, 1, 1])
+    np.testing.assert_array_equal(by_list.relevant, [2, 1, 2, 1, 1])
     pairs = np.array([[1, 3], [2, 2], [0, 8], [4, 4], [7, 7]])
     assert_same(search(x, y, positives=pairs, **options), by_list)
 
@@ -220,7 +221,7 @@ def test_bad_input():
         np.where(images == 2, 3, images),
     )
     refuse("out of range for text 7: it is -1", x, y, np.array([0, 1, 2, 0, 1, 2, 0, -1]))
-    refuse("a query with no right answer: image 1$", x, y, np.where(images == 1, 0, images))
+    refuse("a query with no relevant item: image 1$", x, y, np.where(images == 1, 0, images))
     refuse(r"image_of_text has shape \(3,\).*8 texts", x, y, images[:3])
     refuse("image_of_text must hold integers", x, y, images.astype(float))
     refuse("image must be a matrix", x[0], y, images)
@@ -239,8 +240,8 @@ def test_bad_input():
 def test_bad_positives():
     x, y = exact("dot", 3, 8)
     for positives, message in (
-        ([[0], [], [1]], "a query with no right answer: query 1$"),
-        ([[], [], []], "no right answer: queries 0, 1, 2$"),
+        ([[0], [], [1]], "a query with no relevant item: query 1$"),
+        ([[], [], []], "no relevant item: queries 0, 1, 2$"),
         ([[0], [1]], "positives has 2 rows for 3 queries"),
         ([[0], [9, 8], [1]], "positives is out of range for query 1: it is 9"),
         ([[0], [0.5], [1]], "positives must hold integers"),

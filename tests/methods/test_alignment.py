@@ -291,7 +291,7 @@ def test_towers_are_trained_first(tmp_path):
     [
         ({"image": lambda x: np.where(np.arange(60)[:, None] == 3, 0, x)}, "only zeros.*row 3"),
         ({"text": lambda x: np.where(np.arange(120)[:, None] == 5, np.inf, x)}, "row 5"),
-        ({"image_of_text": lambda x: np.where(x == 7, 8, x)}, "no right answer: image 7"),
+        ({"image_of_text": lambda x: np.where(x == 7, 8, x)}, "no relevant item: image 7"),
         ({"image_of_text": lambda x: np.where(x == 7, 77, x)}, r"image_of_text\[14\] is 77"),
         ({"image_of_text": lambda x: x[:9]}, "one integer for each"),
     ],

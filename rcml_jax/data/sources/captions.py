@@ -41,7 +41,7 @@ _FLICKR8K_REMEDY = (
 )
 _COCO_FILES = tuple(f"annotations/captions_{part}2017.json" for part in ("train", "val"))
 _COCO_REMEDY = (
-    "get the 2017 pictures and annotations from cocodataset.org, so that DIRECTORY has the folders "
+    "get the 2017 images and annotations from cocodataset.org, so that DIRECTORY has the folders "
     "annotations, train2017 and val2017, and name it with "
     "--config alignment:coco,path=DIRECTORY"
 )
@@ -120,13 +120,13 @@ def flickr30k(
     cache: str | Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> CaptionedImages:
-    """Flickr30K. Without the Karpathy split, 60, 20 and 20 % of the pictures by the seed.
+    """Flickr30K. Without the Karpathy split, 60, 20 and 20 % of the images by the seed.
 
     Pictures without a file that can be decoded or a caption, and empty captions, are left out and
-    counted in one line to `log` (default: standard error); with `strict` a damaged picture and a
-    caption that is no Unicode text are an error. What was found out about the pictures is kept in
+    counted in one line to `log` (default: standard error); with `strict` a damaged image and a
+    caption that is no Unicode text are an error. What was found out about the images is kept in
     `cache`, if one is given. Raises UserError for a missing or malformed file, and where more than
-    half of the pictures are missing.
+    half of the images are missing.
     """
     folder = require_files(directory, (), title="Flickr30K", remedy=_FLICKR_REMEDY)
     found = [name for name in _FLICKR_FILES if (folder / name).is_file()]
@@ -281,7 +281,7 @@ def _assemble(
     if 2 * len(no_file) >= len(captions):
         first = f", {paths[no_file[0]]} among them" if no_file else ""
         raise UserError(
-            f"{name}: {len(no_file):,} of {len(captions):,} pictures are missing{first}; {remedy}"
+            f"{name}: {len(no_file):,} of {len(captions):,} images are missing{first}; {remedy}"
         )
     gate.report(lambda line: tell(f"{name}: {line}"))
     lost = set(no_file)
@@ -291,7 +291,7 @@ def _assemble(
     if damaged and (gate.strict or 2 * len(damaged) >= len(there)):
         first = next(iter(damaged))
         raise UserError(
-            f"{name}: {len(damaged):,} pictures cannot be decoded, {paths[first]} among them "
+            f"{name}: {len(damaged):,} images cannot be decoded, {paths[first]} among them "
             f"({damaged[first]}); replace or remove them"
             + (", or leave `strict` off." if gate.strict else ".")
         )
@@ -302,7 +302,7 @@ def _assemble(
         if damaged:
             counts += f"{len(damaged):,} that cannot be decoded, "
         tell(
-            f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} pictures are left out "
+            f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} images are left out "
             f"({counts}{len(no_text):,} without a caption)"
         )
     reasons = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
@@ -317,7 +317,7 @@ def _assemble(
         place[rows] = part
     empty = [part for i, part in enumerate(SPLITS) if not (place == i).any()]
     if empty:
-        raise UserError(f"{name}: the split {empty[0]} has no pictures; {remedy}")
+        raise UserError(f"{name}: the split {empty[0]} has no images; {remedy}")
     texts_of_each = [len(texts[image]) for image in kept]
     return CaptionedImages(
         name=name,

@@ -16,7 +16,7 @@ def caption_of(number, place):
 
 
 def write_flickr(root, *, karpathy=True, images=6, caption=caption_of):
-    """Two captions a picture; with the Karpathy split the last two are validation and test."""
+    """Two captions a image; with the Karpathy split the last two are validation and test."""
     (root / "flickr30k-images").mkdir(parents=True)
     entries, lines = [], []
     for n in range(images):
@@ -63,7 +63,7 @@ def add_line(root, name, line):
 
 
 def write_coco(root, *, train=20, val=3):
-    """Captions in another order than the pictures; ids that are no rows."""
+    """Captions in another order than the images; ids that are no rows."""
     (root / "annotations").mkdir(parents=True)
     for part, count in (("train", train), ("val", val)):
         (root / f"{part}2017").mkdir()
@@ -81,7 +81,7 @@ def write_coco(root, *, train=20, val=3):
 
 
 def check(found):
-    """Every text stands beside its own picture."""
+    """Every text stands beside its own image."""
     assert len(found.texts) == 2 * len(found.images) == len(found.image_of_text)
     for text, row in zip(found.texts, found.image_of_text, strict=True):
         number = int(found.images.paths[row].rsplit("/", 1)[1].split(".")[0])
@@ -125,7 +125,7 @@ def test_what_flickr8k_lacks_or_has_twice_is_counted(tmp_path):
         "one\u2028more of 2",
     ]
     assert lines == [
-        "flickr8k: 2 of 10 pictures are left out (2 without a file, 0 without a caption)",
+        "flickr8k: 2 of 10 images are left out (2 without a file, 0 without a caption)",
         "flickr8k: also left out: 2 records that repeat another, 2 images in no list",
     ]
 
@@ -136,10 +136,10 @@ def test_flickr8k_that_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"0.jpg is both in .*trainImages.txt and in .*testImages"):
         captions.flickr8k(root)
     write_lines(root, "Flickr_8k.testImages.txt", [])
-    with pytest.raises(UserError, match="the split test has no pictures"):
+    with pytest.raises(UserError, match="the split test has no images"):
         captions.flickr8k(root)
     write_lines(root, "Flickr_8k.testImages.txt", [f"no{n}.jpg" for n in range(6)])
-    with pytest.raises(UserError, match="6 of 11 pictures are missing"):
+    with pytest.raises(UserError, match="6 of 11 images are missing"):
         captions.flickr8k(root)
     (root / "Flickr8k_text" / "Flickr_8k.testImages.txt").write_bytes("é.jpg".encode("latin-1"))
     with pytest.raises(UserError, match=r"testImages.txt is not UTF-8"):
@@ -206,7 +206,7 @@ def test_coco(tmp_path):
     assert all("val2017" in found.images.paths[i] for i in np.flatnonzero(found.split == 2))
 
 
-def test_pictures_without_file_or_caption_are_counted(tmp_path):
+def test_images_without_file_or_caption_are_counted(tmp_path):
     root, lines = write_coco(tmp_path), []
     (root / "train2017" / f"{3:012}.jpg").unlink()
     file = root / "annotations" / "captions_val2017.json"
@@ -216,7 +216,7 @@ def test_pictures_without_file_or_caption_are_counted(tmp_path):
     found = captions.coco(root, log=lines.append)
     check(found)
     assert len(found.images) == 21
-    assert lines == ["coco: 2 of 23 pictures are left out (1 without a file, 1 without a caption)"]
+    assert lines == ["coco: 2 of 23 images are left out (1 without a file, 1 without a caption)"]
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,9 @@ def test_copies_that_are_elsewhere_or_empty(tmp_path):
         with pytest.raises(UserError, match="because it has no"):
             read(tmp_path)
     root = write_flickr(tmp_path / "flickr")
-    for picture in list((root / "flickr30k-images").iterdir())[:3]:
-        picture.unlink()
-    with pytest.raises(UserError, match="3 of 6 pictures are missing"):
+    for image in list((root / "flickr30k-images").iterdir())[:3]:
+        image.unlink()
+    with pytest.raises(UserError, match="3 of 6 images are missing"):
         captions.flickr30k(root)
 
 
@@ -288,7 +288,7 @@ def test_captions_that_are_no_unicode_text(tmp_path):
         captions.flickr30k(root, strict=True)
 
 
-def test_damaged_pictures_are_left_out_and_remembered(tmp_path, monkeypatch):
+def test_damaged_images_are_left_out_and_remembered(tmp_path, monkeypatch):
     root = write_flickr(tmp_path / "data")
     path = root / "flickr30k-images" / "1.jpg"
     whole = path.read_bytes()
@@ -297,8 +297,8 @@ def test_damaged_pictures_are_left_out_and_remembered(tmp_path, monkeypatch):
     found = captions.flickr30k(root, cache=cache, log=lines.append)
     check(found)
     assert len(found.images) == 5
-    assert "1 of 6 pictures are left out (0 without a file, 1 that cannot be decoded" in lines[0]
-    with pytest.raises(UserError, match=r"1 pictures cannot be decoded, .*1\.jpg"):
+    assert "1 of 6 images are left out (0 without a file, 1 that cannot be decoded" in lines[0]
+    with pytest.raises(UserError, match=r"1 images cannot be decoded, .*1\.jpg"):
         captions.flickr30k(root, cache=cache, strict=True)
     monkeypatch.setattr("rcml_jax.data.imagetext.decode_problems", None)  # nothing is decoded anew
     assert len(captions.flickr30k(root, cache=cache, log=lines.append).images) == 5
