@@ -43,7 +43,7 @@ class Backbone:
 
 
 def _efficientnet(config: EfficientNetConfig, dtype: DTypeLike, remat: str) -> nn.Module:
-    """It keeps all that it computes: its activations are small, and it is frozen as a rule."""
+    """`remat` is ignored: the activations are small, and the tower is usually frozen."""
     del config, remat
     return EfficientNetLite0(dtype=dtype)
 

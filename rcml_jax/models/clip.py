@@ -139,7 +139,7 @@ class CLIPText(nn.Module):
     def tokens(self, ids: jax.Array | PackedTexts) -> jax.Array:
         """Token ids (n, T) → states (n, T, width) after the final layer norm.
 
-        Of packed texts each has the states that it has alone.
+        Each packed text gets the states that it would have alone.
         """
         config, mask = self.config, None
         if isinstance(ids, PackedTexts):
@@ -183,8 +183,8 @@ class CLIPVision(nn.Module):
     def tokens(self, pixels: jax.Array) -> jax.Array:
         """Images (n, H, W, 3), uint8 or already normalised → states (n, T, width).
 
-        They are those of CLS and of the patches, row by row, each after the post layer norm, which
-        CLIP itself applies to CLS alone.
+        CLS first, then the patches row by row, each after the post layer norm; CLIP itself applies
+        that norm to CLS alone.
         """
         config = self.config
         check_image(pixels, config.image_size)

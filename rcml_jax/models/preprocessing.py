@@ -314,7 +314,7 @@ def _mode(key: str) -> bool:
 
 
 def check_tokenizer(name: str, config: Any, tokenizer: Tokenizer, end: int | None = None) -> None:
-    """Raise UserError for a tokenizer that is not that of its text tower.
+    """Raise UserError for a tokenizer that does not belong to the text tower.
 
     config: of the text tower; end: the id at which it looks for the end of a text, if it does. An
     id beyond the embeddings would be NaN, and another end token would pool the first token.

@@ -45,7 +45,7 @@ class SiglipText(nn.Module):
     def tokens(self, ids: jax.Array) -> jax.Array:
         """Token ids (n, T) → states (n, max_position_embeddings, width).
 
-        Texts are padded to all positions and padding is not masked: so the tower was trained.
+        Texts are padded to all positions and padding is not masked, as in the training of SigLIP.
         """
         length, longest = ids.shape[1], self.config.max_position_embeddings
         check_length(length, longest)

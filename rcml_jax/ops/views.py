@@ -1,7 +1,7 @@
 """Random second views of images and texts, drawn inside a compiled step (jax alone).
 
 All arithmetic is on integers, so that a view is the same to the bit on any number of devices.
-Draws have the rows on their leading axis, as `training.row_keys` needs it.
+Draws have the rows on their leading axis, as `training.gradcache.row_keys` needs it.
 """
 
 import jax

@@ -130,7 +130,7 @@ def accumulated(
     Returns `function(params, inputs, key, *args) -> (value, gradient)`, as
     `jax.value_and_grad(lambda params: loss(params, encode(params, inputs, key), *args))` does, to
     rounding, dropout included: an example's draws do not depend on its part (see
-    `training.row_keys`). key may be None. The embeddings are made without a backward pass, the loss
+    `row_keys`). key may be None. The embeddings are made without a backward pass, the loss
     is differentiated for them, and each part is embedded again to pull its share back (GradCache).
     """
     if micro_batch < 1:

@@ -37,7 +37,7 @@ def make_step(
 
     axis is the name of the device axis under `pmap` and None otherwise. The random key of a step is
     folded from the run's key and the step, so a resumed run draws the same numbers. A batch in more
-    than one part has its gradient accumulated over them: see `training.accumulation`.
+    than one part has its gradient accumulated over them: see `training.gradcache`.
     """
     graded = whole
     if parts > 1:
