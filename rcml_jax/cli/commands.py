@@ -62,12 +62,9 @@ def guard(
 
     argv: the program's name and its arguments, by default `sys.argv`. usage: what `--help` prints,
     for commands that do not parse it themselves. A mistake of the user ends in one sentence on
-    stderr and status 2.
+    stderr and status 2. Where the reader of the output has gone the command ends silently.
     """
     argv = sys.argv if argv is None else argv
-    if usage and wants_help(argv):
-        print(inspect.cleandoc(usage or ""))
-        return 0
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
     logging.set_verbosity(logging.FATAL)
     # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
@@ -78,13 +75,34 @@ def guard(
             stream.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _quiet_about_orbax(sys.unraisablehook)
     try:
-        return command(argv)
+        try:
+            if usage and wants_help(argv):
+                print(inspect.cleandoc(usage))
+                return 0
+            return command(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        return 141  # as a program that SIGPIPE ends
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; start the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _is_closed(stream: Any) -> bool:
+    """Whether the reader of a pipe, such as `head`, has gone; what is left then goes nowhere."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 def _quiet_about_orbax(hook: Callable) -> Callable:

@@ -93,8 +93,8 @@ def read_params(
 ) -> dict:
     """The parameters of a checkpoint as float32 NumPy arrays in the tree of a module of ours.
 
-    expected: the tree of shapes, as `jax.eval_shape` gives it. Reads `model.safetensors`, sharded or
-    not, with PyTorch's names (float32, float16 or bfloat16), and `flax_model.msgpack`.
+    expected: the tree of shapes, as `jax.eval_shape` gives it. Reads `model.safetensors`, sharded
+    or not, with PyTorch's names (float32, float16 or bfloat16), and `flax_model.msgpack`.
     prefixes: what may stand before a name, such as "bert"; names: PyTorch's names of a path in the
     tree, `torch_names` by default. What the tree does not have is left out.
 

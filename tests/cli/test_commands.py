@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from rcml_jax.cli import commands, export
-from tests.toy import CONFIG, arguments, read_metrics, start
+from tests.toy import CONFIG, ROOT, arguments, read_metrics, start
 
 
 def run(command, args, capsys):
@@ -250,6 +252,21 @@ def test_help(name, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert f"rcml-{name} " in out
     assert err == ""
+
+
+@pytest.mark.parametrize("program", ["commands:train", "sweep:main", "export:main"])
+def test_a_reader_that_has_seen_enough(program):
+    """As with `rcml-train --help | head`."""
+    module, _, function = program.partition(":")
+    code = f"from rcml_jax.cli import {module}; raise SystemExit({module}.{function}())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--help"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
 
 
 def test_configuration_files_that_cannot_be_read(tmp_path, capsys):

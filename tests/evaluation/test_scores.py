@@ -122,5 +122,5 @@ def test_rows_of_items():
     table = random_table()
     np.testing.assert_array_equal(table.rows(ITEMS[[[2, 0], [9, 5]]]), [[2, 0], [9, 5]])
     for unknown in (0, 5, 43):
-        with pytest.raises(ValueError, match="an item is not in the embedding table"):
+        with pytest.raises(ValueError, match="an item is not among the embeddings"):
             table.rows(np.array([3, unknown]))
