@@ -3,14 +3,17 @@
     python train.py --config configs/m3col.py --workdir runs/m3col
     python train.py --config configs/m3col.py:rosmap --workdir runs/rosmap --config.seeds=5
     python train.py --config configs/m3col.py:n24news,path=N24News --workdir runs/n24news
+    python train.py --config configs/m3col.py:hm,path=H_AND_M --workdir runs/garments
     rcml-sweep --config configs/m3col.py:rosmap --workdir runs/ablations --ablations
 
 The argument after the colon names the data: `openmoji` (the default, embedded), `rosmap`, `brca`
-(fetched once), `n24news`, `food101` (local copies, path=DIRECTORY), or an import path of your own,
-`my_package.my_source:load`, a function (config.data, cache directory) -> ClassificationData.
+(fetched once), `n24news`, `food101`, `hm` (local copies, path=DIRECTORY), or an import path of your
+own, `my_package.my_source:load`, a function (config.data, cache directory) -> ClassificationData.
 `paper=True` is the paper's recipe for ROSMAP, whose tuned one is the default; `quick=True` gives
-BRCA and tables like it that one, in a fraction of the time. Every value can be overridden:
---config.loss.contrastive_weight=0.2. `rcml-train --help --config m3col` explains each.
+BRCA and tables like it that one, in a fraction of the time. `towers=IMAGE+TEXT` classifies from
+embeddings of frozen towers, the default of hm (towers=none: small ones from scratch). Every value
+can be overridden: --config.loss.contrastive_weight=0.2. `rcml-train --help --config m3col` explains
+each.
 """
 
 import ml_collections
@@ -48,6 +51,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.dir = ""
     config.data.path = options.get("path", "")
     config.data.text = "headline"
+    config.data.towers = ""
     config.data.modalities = ""
     config.data.strict = False
     config.data.split_seed = 0
@@ -119,6 +123,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
             _quick_omics(config)
     elif source in ("n24news", "food101"):
         _image_text(config)
+    elif source == "hm":
+        _garments(config)
+    if "towers" in options:
+        config.data.towers = "" if options["towers"] == "none" else options["towers"]
     return config
 
 
@@ -200,3 +208,14 @@ def _image_text(config: ml_collections.ConfigDict) -> None:
     config.optimizer.rates.encoders_text = 2e-5 if news else 5e-5
     if news:
         config.optimizer.rates.heads_text = 5e-5
+
+
+def _garments(config: ml_collections.ConfigDict) -> None:
+    """The garment group of an article, from frozen embeddings of its photograph and its text."""
+    config.data.towers = "efficientnet-lite0+minilm"
+    config.data.mask_class_words = False
+    config.seeds = 3
+    config.model.width = 256
+    config.model.max_length = 128
+    config.model.image_size = 48
+    config.model.dropout = 0.5

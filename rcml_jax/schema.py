@@ -58,7 +58,7 @@ def _patches(size: int, patch: int, *unused: str) -> str | None:
 
 
 #: Classification data whose encoders are transformers; those of tables have no heads and patches.
-_WITH_TRANSFORMERS = ("openmoji", "n24news", "food101")
+_WITH_TRANSFORMERS = ("openmoji", "n24news", "food101", "hm")
 
 
 def _small_encoders(
@@ -67,6 +67,16 @@ def _small_encoders(
     if source not in _WITH_TRANSFORMERS:
         return None
     return _heads(width, heads, image and text) or _patches(size, patch, image)
+
+
+def _frozen_embeddings(towers: str, hidden: float, dropped: float, *inputs: Any) -> str | None:
+    if towers and (hidden or dropped or any(inputs)):
+        return (
+            "config.data.towers embeds each image and text once, as it is; set "
+            "data.patches_hidden, data.words_dropped and batch.image_shift to 0, "
+            "batch.image_flip=False, and leave model.image_pretrained and text_pretrained empty"
+        )
+    return None
 
 
 def _grey_patches(share: float, size: int, patch: int, pretrained: str) -> str | None:
@@ -281,9 +291,16 @@ RULES = (
     Rule(
         (
             "data.name", "model.width", "model.heads", "model.image_size", "model.patch_size",
-            "model.image_pretrained", "model.text_pretrained", "mixup.place",
+            "model.image_pretrained", "model.text_pretrained", "data.towers",
         ),
-        lambda *values: _small_encoders(*values[:-1]),
+        lambda *values: None if values[-1] else _small_encoders(*values[:-1]),
+    ),
+    Rule(
+        (
+            "data.towers", "data.patches_hidden", "data.words_dropped", "batch.image_shift",
+            "batch.image_flip", "model.image_pretrained", "model.text_pretrained",
+        ),
+        _frozen_embeddings,
     ),
     Rule(
         ("data.patches_hidden", "model.image_size", "data.patch_size", "model.image_pretrained"),

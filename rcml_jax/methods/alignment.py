@@ -1,21 +1,18 @@
 """The alignment study of a configuration: read or compute embeddings, and measure them."""
 
 import functools
-import hashlib
-import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from rcml_jax.config import fold_seed
-from rcml_jax.data.gates import checkpoint_name, user_path
-from rcml_jax.data.images import ImageBank, image_states
+from rcml_jax.data.gates import user_path
 from rcml_jax.data.log import log_line
-from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_graph
+from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import captions, openmoji
 from rcml_jax.data.sources.captions import CaptionedImages
 from rcml_jax.data.sources.embeddings import (
@@ -26,8 +23,6 @@ from rcml_jax.data.sources.embeddings import (
     select_pairs,
     split_pairs,
 )
-from rcml_jax.data.stages import file_state, stored_rows
-from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import CLOSED, LEARNERS
 from rcml_jax.evaluation import modality_gap as gap
@@ -51,9 +46,10 @@ from rcml_jax.evaluation.modality_gap import (
     unmatched_pairs,
 )
 from rcml_jax.methods import build
+from rcml_jax.methods.frozen_embeddings import tower_embeddings
 from rcml_jax.methods.relational import RelationalMethod
-from rcml_jax.methods.stored_states import in_chunks
 from rcml_jax.methods.task import cache_directory
+from rcml_jax.models.frozen import tower_types
 from rcml_jax.ops.similarity import SIMILARITIES
 from rcml_jax.schema import validate
 from rcml_jax.training import loop, sharding
@@ -88,7 +84,7 @@ def sources(config: Any, workdir: pathlib.Path) -> dict[str, Callable[[], Splits
         }
     data_once = functools.cache(lambda: _captioned(config))  # the same for all towers
     for name in towers:
-        _check_towers(name)
+        tower_types(name)
         label = "+".join(pathlib.PurePath(side).name for side in name.split("+"))
         if label in found:
             raise UserError(f"two sources are called {label!r}; rename one of the directories")
@@ -183,94 +179,10 @@ def _loaded_towers(
 
 def _towers(name: str, data: CaptionedImages, asked: Any, workdir: pathlib.Path) -> Splits:
     """The data's pairs embedded by towers of checkpoints, once; kept in the work directory."""
-    from rcml_jax.models.frozen import load_towers
-
-    image, text = load_towers(name, layer=asked.layer, pooling=asked.pooling)
-    length = min(text.size, asked.max_length)
-    blocks: dict[str, Any] = {
-        "image": ImageBlocks(image, data.images),
-        "text": TextBlocks(text, data.texts, length),
-    }
-    key = {"name": name, "layer": asked.layer, "pooling": asked.pooling, "length": length}
-    key |= {
-        "files": _fingerprints(name),
-        "texts": list(data.texts),
-        "images": image_states(data.images),
-    }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    directory = workdir / "embeddings" / digest
-    sides = {
-        side: stored_rows(directory / f"{side}.npy", rows, log=log_line)
-        for side, rows in blocks.items()
-    }
+    options = {"layer": asked.layer, "pooling": asked.pooling, "max_length": asked.max_length}
+    sides = tower_embeddings(name, data.images, data.texts, workdir / "embeddings", **options)
     pairs = Pairs(sides["image"], sides["text"], data.image_of_text)
     return [select_pairs(pairs, np.flatnonzero(data.split == i)) for i in range(len(SPLITS))]
-
-
-def _check_towers(name: str) -> None:
-    """Say what is wrong with a name before anything is trained or embedded."""
-    from rcml_jax.models.frozen import tower_types
-
-    tower_types(name)
-
-
-def _fingerprints(name: str) -> list:
-    """Sizes and times of local checkpoints, so that another one in its place is embedded anew.
-
-    Of all files: the tokenizer and the configurations make another embedding, too.
-    """
-    directories = [pathlib.Path(checkpoint_name(side)) for side in name.split("+")]
-    files = [sorted(d.rglob("*")) for d in directories if d.is_dir()]
-    return [file_state(file) for found in files for file in found if file.is_file()]
-
-
-#: Texts are cut to the longest of their chunk, in steps of so many tokens.
-_LENGTH_STEP = 16
-
-
-class ImageBlocks:
-    """Embeddings of images, computed on demand; a source of rows."""
-
-    dtype = np.float32
-
-    def __init__(self, tower: Any, images: ItemImages):
-        self.shape, self._embed = (tower.width,), tower.embed
-        self._bank = ImageBank(images, tower.framing, cache_bytes=0)
-
-    def __len__(self) -> int:
-        return len(self._bank.images)
-
-    def block(self, start: int, stop: int) -> np.ndarray:
-        """The rows from start to before stop, (stop - start, width)."""
-        return in_chunks(lambda rows: self._embed(self._bank(rows)), start, stop)
-
-
-class TextBlocks:
-    """Embeddings of texts of at most `max_length` tokens, computed on demand."""
-
-    dtype = np.float32
-
-    def __init__(self, tower: Any, texts: Sequence[str], max_length: int):
-        self.shape, self._texts, self._max_length = (tower.width,), texts, max_length
-        self._embed = tower.embed
-        # A SigLIP text tower pools the last token, of whatever it was given.
-        self._trim = tower.kind != "siglip"
-        self._tokenizer = Tokenizer.from_pretrained_dir(tower.directory)
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def block(self, start: int, stop: int) -> np.ndarray:
-        """The rows from start to before stop, (stop - start, width)."""
-        return in_chunks(self._rows, start, stop)
-
-    def _rows(self, rows: np.ndarray) -> jax.Array:
-        ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
-        if self._trim:
-            # Padding changes nothing but the time it takes; few lengths, few compilations.
-            longest = -(-int(mask.sum(axis=1).max()) // _LENGTH_STEP) * _LENGTH_STEP
-            ids, mask = ids[:, :longest], mask[:, :longest]
-        return self._embed(ids, mask)
 
 
 ARRAYS = "similarities.npz"

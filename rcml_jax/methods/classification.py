@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rcml_jax.data.classification import ClassificationData
+from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.images import Framing, ImageBank, augment, drop_words, hide_patches
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
@@ -16,6 +16,7 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
 from rcml_jax.methods.base import Metrics, Params
+from rcml_jax.methods.frozen_embeddings import tower_embeddings
 from rcml_jax.methods.task import cache_directory, tell_cut_texts, work_tokenizer
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
@@ -32,6 +33,29 @@ def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationD
     load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
     found = load(data, cache_directory(data.dir, workdir))
     return found.select(data.modalities.split(",")) if data.modalities else found
+
+
+def embedded(
+    data: ClassificationData, config: Any, workdir: pathlib.Path | None = None
+) -> ClassificationData:
+    """The data with embeddings of the frozen `config.data.towers` in place of images and texts.
+
+    They are tables then, computed once and kept beside the data sets. Raises UserError as
+    `tower_embeddings`.
+    """
+    if not config.data.towers:
+        return data
+    found = tower_embeddings(
+        config.data.towers,
+        next((m.values for m in data.modalities if m.kind == "image"), None),
+        next((m.values for m in data.modalities if m.kind == "text"), None),
+        cache_directory(config.data.dir, workdir) / "embeddings",
+        max_length=config.model.max_length,
+    )
+    modalities = [
+        Modality(m.name, "table", found[m.kind]) if m.kind in found else m for m in data.modalities
+    ]
+    return dataclasses.replace(data, modalities=tuple(modalities))
 
 
 def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
@@ -58,7 +82,7 @@ class ClassificationTask:
     def load(cls, config: Any, workdir: pathlib.Path) -> "ClassificationTask":
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         model = config.model
-        data = load_data(config.data, workdir)
+        data = embedded(load_data(config.data, workdir), config, workdir)
         kinds = {modality.kind for modality in data.modalities}
         tokenizer, max_length, framing = None, model.max_length, Framing(model.image_size)
         if "text" in kinds:

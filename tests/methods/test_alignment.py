@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.cli import commands
-from rcml_jax.methods import alignment
+from rcml_jax.methods import frozen_embeddings
 from rcml_jax.models.frozen import load_towers
 from tests.data.imagetext import jpeg
 from tests.data.sources.test_captions import write_flickr
@@ -178,11 +178,11 @@ def test_captions_through_towers_of_checkpoints(checkpoints, tmp_path, capsys):
 
 @pytest.mark.parametrize("names", ["clip", "vit+bert"])
 def test_texts_without_their_padding_embed_the_same(checkpoints, names, monkeypatch):
-    monkeypatch.setattr(alignment, "_LENGTH_STEP", 2)
+    monkeypatch.setattr(frozen_embeddings, "_LENGTH_STEP", 2)
     paths = "+".join(str(checkpoints / name) for name in names.split("+"))
     tower = load_towers(paths)[1]
     texts = ["a man", "a man is eating food", "food"]
-    blocks = alignment.TextBlocks(tower, texts, tower.size)
+    blocks = frozen_embeddings.TextBlocks(tower, texts, tower.size)
     ids, mask = blocks._tokenizer.encode(texts, tower.size)
     assert 0 < mask.sum() < mask.size
     found = blocks.block(0, 3)

@@ -15,6 +15,7 @@ CLASSIFICATION_SOURCES = {
     "brca": "rcml_jax.data.sources.omics:from_config",
     "n24news": "rcml_jax.data.sources.n24news:from_config",
     "food101": "rcml_jax.data.sources.food101:from_config",
+    "hm": "rcml_jax.data.sources.garments:from_config",
 }
 #: Where the embeddings of the alignment study come from.
 STUDY_SOURCES = ("openmoji", "npz", "flickr8k", "flickr30k", "coco", "runs")

@@ -1,0 +1,115 @@
+"""Embeddings of images and texts by frozen towers, computed once and kept on disk."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rcml_jax.data.gates import checkpoint_name
+from rcml_jax.data.images import ImageBank, image_states
+from rcml_jax.data.log import log_line
+from rcml_jax.data.relation_graph import ItemImages
+from rcml_jax.data.stages import file_state, stored_rows
+from rcml_jax.data.tokenizer import Tokenizer
+from rcml_jax.methods.stored_states import in_chunks
+from rcml_jax.models.frozen import load_towers
+
+
+def tower_embeddings(
+    name: str,
+    images: ItemImages | None,
+    texts: Sequence[str] | None,
+    directory: pathlib.Path,
+    *,
+    layer: str = "projected",
+    pooling: str = "auto",
+    max_length: int = 512,
+    log: Callable[[str], None] = log_line,
+) -> dict[str, np.ndarray]:
+    """Memory-mapped float32 embeddings, "image" (n, d) and "text" (m, d'), of what is given.
+
+    name, layer, pooling: as of `models.frozen.load_towers`; max_length: of texts, in tokens. They
+    are kept below `directory`, under a digest of the checkpoint's files, the images and the texts,
+    so that whatever changes is embedded anew. Raises UserError as `load_towers` and `stored_rows`.
+    """
+    image, text = load_towers(name, layer=layer, pooling=pooling)
+    length = min(text.size, max_length)
+    key: dict[str, Any] = {"name": name, "layer": layer, "pooling": pooling, "length": length}
+    key |= {
+        "files": _fingerprints(name),
+        "texts": None if texts is None else list(texts),
+        "images": None if images is None else image_states(images),
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    blocks: dict[str, Any] = {}
+    if images is not None:
+        blocks["image"] = ImageBlocks(image, images)
+    if texts is not None:
+        blocks["text"] = TextBlocks(text, texts, length)
+    return {
+        side: stored_rows(directory / digest / f"{side}.npy", rows, log=log)
+        for side, rows in blocks.items()
+    }
+
+
+def _fingerprints(name: str) -> list:
+    """Sizes and times of local checkpoints, so that another one in its place is embedded anew.
+
+    Of all files: the tokenizer and the configurations make another embedding, too.
+    """
+    directories = [pathlib.Path(checkpoint_name(side)) for side in name.split("+")]
+    files = [sorted(d.rglob("*")) for d in directories if d.is_dir()]
+    return [file_state(file) for found in files for file in found if file.is_file()]
+
+
+#: Texts are cut to the longest of their chunk, in steps of so many tokens.
+_LENGTH_STEP = 16
+
+
+class ImageBlocks:
+    """Embeddings of images, computed on demand; a source of rows."""
+
+    dtype = np.float32
+
+    def __init__(self, tower: Any, images: ItemImages):
+        self.shape, self._embed = (tower.width,), tower.embed
+        self._bank = ImageBank(images, tower.framing, cache_bytes=0)
+
+    def __len__(self) -> int:
+        return len(self._bank.images)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """The rows from start to before stop, (stop - start, width)."""
+        return in_chunks(lambda rows: self._embed(self._bank(rows)), start, stop)
+
+
+class TextBlocks:
+    """Embeddings of texts of at most `max_length` tokens, computed on demand."""
+
+    dtype = np.float32
+
+    def __init__(self, tower: Any, texts: Sequence[str], max_length: int):
+        self.shape, self._texts, self._max_length = (tower.width,), texts, max_length
+        self._embed = tower.embed
+        # A SigLIP text tower pools the last token, of whatever it was given.
+        self._trim = tower.kind != "siglip"
+        self._tokenizer = Tokenizer.from_pretrained_dir(tower.directory)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """The rows from start to before stop, (stop - start, width)."""
+        return in_chunks(self._rows, start, stop)
+
+    def _rows(self, rows: np.ndarray) -> jax.Array:
+        ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
+        if self._trim:
+            # Padding changes nothing but the time it takes; few lengths, few compilations.
+            longest = -(-int(mask.sum(axis=1).max()) // _LENGTH_STEP) * _LENGTH_STEP
+            ids, mask = ids[:, :longest], mask[:, :longest]
+        return self._embed(ids, mask)
