@@ -12,6 +12,7 @@ reason. Nothing is trained, and the work directories are not changed.
 """
 
 import contextlib
+import glob
 import os
 import pathlib
 import shlex
@@ -26,9 +27,13 @@ from rcml_jax.cli.embed import Parser
 from rcml_jax.data.gates import user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
+from rcml_jax.files import abandoned, exclusive
 from rcml_jax.report import common, page
 from rcml_jax.report.page import Folder, Paragraph, Section, write_page, written_files
 from rcml_jax.report.runs import Sources, groups, read_sources
+
+#: In a folder that is being written: who does it.
+_LOCK = ".lock"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,25 +87,35 @@ def write_report(
     older = _older_report(out)
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     try:
+        _remove_abandoned(out)
         part.mkdir(parents=True)
-        folder = Folder(part, log_line)
-        options: dict[str, Any] = {
-            "seed": seed,
-            "relation": relation,
-            "data_dir": data_dir,
-            "data_path": data_path,
-        }
-        sections = _sections(folder, sources, **options)
-        page, title = part / "index.html", _title(sources)
-        files = [p.relative_to(part).as_posix() for p in sorted(part.rglob("*")) if p.is_file()]
-        files.append(page.name)
-        write_page(page, title, _intro(sources, command), sections, files)
-        _replace(out, older, part, files)
+        with exclusive(part / _LOCK, f"is writing {part}"):
+            folder = Folder(part, log_line)
+            options: dict[str, Any] = {
+                "seed": seed,
+                "relation": relation,
+                "data_dir": data_dir,
+                "data_path": data_path,
+            }
+            sections = _sections(folder, sources, **options)
+            page, title = part / "index.html", _title(sources)
+            found = [p.relative_to(part) for p in sorted(part.rglob("*")) if p.is_file()]
+            files = [p.as_posix() for p in found if not p.name.startswith(_LOCK)]
+            files.append(page.name)
+            write_page(page, title, _intro(sources, command), sections, files)
+            _replace(out, older, part, files)
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out / "index.html"
+
+
+def _remove_abandoned(out: pathlib.Path) -> None:
+    """Remove the folders in which killed processes were writing this report, and no others."""
+    for part in out.parent.glob(f"{glob.escape(out.name)}.part*"):
+        if part.is_dir() and not part.is_symlink() and abandoned(part / _LOCK):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _older_report(out: pathlib.Path) -> list[str]:
