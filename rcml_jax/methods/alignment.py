@@ -309,7 +309,7 @@ def _study(
         return None
     found: dict[str, dict] = {}
     arrays: dict[str, np.ndarray] = {}
-    with jax.default_device(device):
+    with sharding.working_on(device):
         for name, read in readers.items():
             found[name], drawn = _study_source(read(), config, similarities, learners)
             arrays |= {f"{name}/{key}": value for key, value in drawn.items()}
@@ -321,6 +321,7 @@ def _study(
         **found[first],
         "sources": found,
     }
+    result = workdirs.json_value(result)
     workdirs.write_arrays(workdir / ARRAYS, arrays)
     workdirs.write_json(workdir / "eval.json", result)
     return result

@@ -58,7 +58,7 @@ class Model:
     def running(self) -> Iterator[None]:
         """On the model's device; a checkpoint that does not fit becomes a UserError."""
         try:
-            with jax.default_device(self.device):
+            with sharding.working_on(self.device):
                 yield
         except FlaxError as error:
             raise UserError(
@@ -91,7 +91,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
         )
     device = sharding.first_local(sharding.pick_devices(config.platform))
     params = read_params(workdir)
-    with jax.default_device(device):
+    with sharding.working_on(device):
         method: Any = build(config, workdir)
         about = {
             "workdir": str(workdir.resolve()),

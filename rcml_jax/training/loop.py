@@ -169,6 +169,7 @@ def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | N
             "restore that file, or train anew in another --workdir"
         ) from error
     predictions = result.pop("predictions", None)
+    result = workdirs.json_value(result)
     if sharding.is_primary():
         suffix = "" if split == "test" else f"_{split}"
         workdirs.write_json(workdir / f"eval{suffix}.json", result)

@@ -1,10 +1,11 @@
 """One step on one device or many: `pmap`, or `jit` with sharded batches and optionally state."""
 
 import collections
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -104,6 +105,16 @@ def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> Non
 def first_local(devices: list[jax.Device]) -> jax.Device:
     """The first of the devices that is this process's own."""
     return next(d for d in devices if d.process_index == jax.process_index())
+
+
+@contextlib.contextmanager
+def working_on(device: jax.Device) -> Iterator[None]:
+    """Compute on a device, and move numbers there and back as needed, while the block runs.
+
+    JAX_TRANSFER_GUARD is for the training steps, which need no such thing.
+    """
+    with jax.default_device(device), jax.transfer_guard("allow"):
+        yield
 
 
 def donated(devices: list[jax.Device], in_place: bool = False) -> tuple[int, ...]:

@@ -42,6 +42,22 @@ def test_the_vectors_are_those_of_the_methods_tables(model, embedded):
     }
 
 
+def test_under_a_transfer_guard(runs, embedded, catalogue, tmp_path):
+    """As JAX_TRANSFER_GUARD sets it, for all threads: it is for training steps alone."""
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        model = open_model(runs())
+        found = embed_catalogue(model, read_items(catalogue), SENTENCES, tmp_path / "e")
+        near = find(found, SENTENCES[0], text="kind3 place3", model=model, k=3)
+        with model.running():
+            result = model.method.evaluate(model.params)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    np.testing.assert_array_equal(found.vectors["text"], embedded.vectors["text"])
+    assert len(near) == 3
+    assert 0 <= result["retrieval"]["hit@5"]["avg"] <= 1
+
+
 def test_a_baseline_reads_the_sentence_behind_the_text(runs, catalogue, tmp_path):
     model = open_model(runs("siglip"))
     found = embed_catalogue(model, read_items(catalogue), SENTENCES, tmp_path / "e")
