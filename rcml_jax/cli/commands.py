@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from rcml_jax.config import load_config_file
 from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
@@ -220,7 +221,8 @@ def _list(config: ml_collections.ConfigDict, directory: str, rest: Sequence[str]
     validate(values.config)
     graph = load_graph(values.config.data)
     write_listing(graph, directory)
-    print(f"{directory}: {len(graph):,} items, {len(graph.relations)} relations")
+    items, relations = len(graph), len(graph.relations)
+    print(f"{directory}: {counted(items, 'items')}, {counted(relations, 'relations')}")
     return 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rcml_jax.data.log import counted
 from rcml_jax.evaluation.classification import error_analysis
 from rcml_jax.evaluation.controls import LABELS, rows_of
 from rcml_jax.evaluation.measures import (
@@ -188,8 +189,8 @@ def _print_classification(result: dict, console: Console) -> None:
     measures = [name for name in dict.fromkeys(every) if all(name in row for row in rows.values())]
     count, split = protocol["samples"][result["split"]], result["split"]
     table = _table(
-        f"{result['method']} on {result['dataset']}: {split}, {count:,} samples, "
-        f"{protocol['seeds']} seed{'s' * (protocol['seeds'] > 1)}",
+        f"{result['method']} on {result['dataset']}: {split}, {counted(count, 'samples')}, "
+        f"{counted(protocol['seeds'], 'seeds')}",
         ["measure (%)", *(name.replace("_", " ") for name in measures)],
         [
             (label.replace("_", " "), *(_spread(row[name]) for name in measures))
@@ -221,8 +222,9 @@ def _print_relational(result: dict, console: Console) -> None:
     for label, row, sign in _rows(result):
         cells = (_percent(row[n], sign) if n in row else "" for n in SCORES)
         rows.append((label, *cells))
+    asked = counted(queries, "queries", "query")
     table = _table(
-        f"{method} on {result['dataset']}: {result['split']}, {queries:,} queries",
+        f"{method} on {result['dataset']}: {result['split']}, {asked}",
         ["measure (%)", *(name.upper() for name in SCORES)],
         rows,
         f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
@@ -240,7 +242,7 @@ def _print_relational(result: dict, console: Console) -> None:
         if "relation_validity" in row
     ]
     console.print(
-        f"Relation validity ({validity['probe']} probe, {validity['pairs']:,} triples): "
+        f"Relation validity ({validity['probe']} probe, {counted(validity['pairs'], 'triples')}): "
         f"{_percent(validity['accuracy'])} %" + "".join(beside)
     )
 

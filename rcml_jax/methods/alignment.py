@@ -14,7 +14,7 @@ import numpy as np
 from rcml_jax.config import fold_seed
 from rcml_jax.data.gates import checkpoint_name, user_path
 from rcml_jax.data.images import ImageBank, image_states
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_graph
 from rcml_jax.data.sources import captions, openmoji
 from rcml_jax.data.sources.captions import CaptionedImages
@@ -505,7 +505,7 @@ def _learned(
     """
     train, validation, test = splits
     asked = config.evaluation
-    told = f" on {pairs:,} pairs" if pairs else ""
+    told = f" on {counted(pairs, 'pairs')}" if pairs else ""
     log_line(f"fitting {name}{told}")
     seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
     if not pairs and name in CLOSED and name != "optimal_transport":

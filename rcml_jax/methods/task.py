@@ -12,7 +12,7 @@ import numpy as np
 from rcml_jax.data import queries
 from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import ImageBank, augment
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
@@ -249,8 +249,9 @@ def tell_sentences_apart(
     names = graph.relation_ids or tuple(map(str, range(len(first))))
     alike = [np.flatnonzero(first == r) for r in np.unique(first)]
     groups = [", ".join(repr(names[r]) for r in g) for g in alike if len(g) > 1]
+    many = counted(len(groups), "groups of relations have", "group of relations has")
     problem = (
-        f"{len(groups):,} groups of relations have the same first {max_length} tokens, all that "
+        f"{many} the same first {max_length} tokens, all that "
         f"the text tower takes ({'; '.join(groups[:5])}{'; ...' if len(groups) > 5 else ''})"
     )
     if strict:
@@ -268,9 +269,9 @@ def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) 
     over = over[over > 0]
     if len(over):
         log_line(
-            f"{len(over):,} of {len(texts):,} texts are longer than the {max_length} tokens that "
-            f"the text tower takes and lose their ends: {int(np.median(over)):,} tokens in the "
-            f"median, {over.max():,} at most"
+            f"The ends of {len(over):,} of {counted(len(texts), 'texts')} are cut, behind the "
+            f"{max_length} tokens that the text tower takes: "
+            f"{counted(int(np.median(over)), 'tokens')} in the median, {over.max():,} at most"
         )
 
 

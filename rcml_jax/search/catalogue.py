@@ -23,7 +23,7 @@ from flax.errors import FlaxError
 
 from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, Framing
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
@@ -141,8 +141,8 @@ def embed_catalogue(
             stale = writer.stale
             if stale:
                 log_line(
-                    f"{to}: {len(stale):,} of {len(items):,} items have changed since they were "
-                    "embedded; embedding these anew"
+                    f"{to}: {len(stale):,} of {counted(len(items), 'items')} changed since the "
+                    "last embedding; embedding anew what changed"
                 )
             parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
             for part, images in _read_ahead(items, parts, framing, pool):

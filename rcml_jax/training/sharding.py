@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 AXIS = "data"
@@ -78,8 +79,8 @@ def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
         ) from error
     if count > len(devices):
         raise UserError(
-            f"config.devices={count}, but there are {len(devices)} devices of the kind "
-            f"{devices[0].platform!r}; lower it"
+            f"config.devices={count} is too many: {counted(len(devices), 'devices')} of the kind "
+            f"{devices[0].platform!r} here; lower it"
         )
     _check_processes(devices, devices[: count or None])
     return devices[: count or None]

@@ -49,7 +49,7 @@ def test_a_corrupt_image_is_left_out_and_reported(own_catalogue, tmp_path):
     assert process.returncode == 2
     assert err.splitlines()[-1].startswith("error: a batch of 60 items is larger than")
     (line,) = [line for line in err.splitlines() if "left out" in line]
-    assert "1 of 60 items were left out with their pairs" in line
+    assert "1 of 60 items left out with all pairs" in line
     assert "i7" in line
 
 

@@ -266,7 +266,7 @@ def test_changed_images_and_texts_are_embedded_anew(model, patchy, tmp_path, cap
     assert "changed" not in capsys.readouterr().err
     (patchy / "images" / "13.png").write_bytes((patchy / "images" / "20.png").read_bytes())
     after = embed_catalogue(model, read_items(patchy), SENTENCES, to)
-    assert "1 of 6 items have changed since they were embedded" in capsys.readouterr().err
+    assert "1 of 6 items changed since the last embedding" in capsys.readouterr().err
     anew = embed_catalogue(model, read_items(patchy), SENTENCES, tmp_path / "anew")
     for name, vectors in after.vectors.items():
         np.testing.assert_allclose(vectors, anew.vectors[name], atol=1e-5)
