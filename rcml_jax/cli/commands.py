@@ -17,7 +17,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from rcml_jax.config import load_config_file
-from rcml_jax.data.gates import user_path
+from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
@@ -280,6 +280,8 @@ def parse_flags(
 
     Raises UserError for a mistyped option or a value of the wrong type.
     """
+    for argument in args:
+        argument_text(argument.partition("=")[0])
     values = flags.FlagValues()
     for name, default in options.items():
         flags.DEFINE_string(name, default, name, flag_values=values)

@@ -24,7 +24,7 @@ from typing import Any
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser
-from rcml_jax.data.gates import user_path
+from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.files import abandoned, exclusive
@@ -46,9 +46,11 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", action="append", default=[], type=user_path)
     parser.add_argument("--out", default="report", type=user_path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
-    parser.add_argument("--relation", default="", help="of the t-SNE: (a part of) its sentence")
-    parser.add_argument("--data-dir", default="", help="in place of the runs' config.data.dir")
-    parser.add_argument("--data-path", default="", help="in place of the runs' config.data.path")
+    parser.add_argument(
+        "--relation", default="", type=argument_text, help="sentence of the t-SNE, or a part"
+    )
+    parser.add_argument("--data-dir", default="", type=argument_text, help="for config.data.dir")
+    parser.add_argument("--data-path", default="", type=argument_text, help="for config.data.path")
     args = parser.parse_args(argv[1:])
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
