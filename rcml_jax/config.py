@@ -24,7 +24,7 @@ def parse_argument(
 
     sources: names; an import path, "package.module:NAME", is a source, too.
 
-    Raises UserError for an unknown source or option.
+    Raises UserError for an unknown source or option, and for an option that is given twice.
     """
     first, *rest = arg.split(",") if arg else [""]
     if "=" in first:
@@ -42,6 +42,11 @@ def parse_argument(
             raise UserError(
                 f"the configuration knows no option {part!r}; write name=value with one of "
                 f"{', '.join(options)}"
+            )
+        if name in found:
+            raise UserError(
+                f"the configuration's argument gives {name} twice ({found[name]!r} and {value!r}); "
+                "leave one of them out"
             )
         found[name] = value
     return source, found

@@ -105,6 +105,15 @@ def holder(lock: pathlib.Path) -> str | None:
     return None if mine else _describe(lock)
 
 
+def abandoned(lock: pathlib.Path) -> bool:
+    """Whether a lock was held by a process of this machine that was killed.
+
+    Locks without a note, and those of other machines, count as held.
+    """
+    found = _read_note(lock)
+    return found is not None and not _may_live(found)
+
+
 def _lock(path: pathlib.Path) -> filelock.BaseFileLock:
     return filelock.FileLock(path, timeout=0, thread_local=False)
 

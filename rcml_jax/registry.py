@@ -5,6 +5,9 @@ imports nothing. A configuration may give such a path itself, in the place of a 
 """
 
 import importlib
+import inspect
+import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,3 +59,52 @@ def resolve(
     if not accepts(found):
         raise UserError(f"{option}={name!r} is of type {type(found).__name__}; name {wanted}")
     return found
+
+
+def call(
+    name: str,
+    function: Callable[..., Any],
+    option: str,
+    wanted: str,
+    *args: Any,
+    accepts: Callable[[Any], bool] = lambda found: True,
+    **options: Any,
+) -> Any:
+    """What a part returns for these arguments; one by its import path is checked.
+
+    name, option: as of `resolve`. wanted: what the part takes and returns, in words. accepts: a
+    test of what it returns.
+
+    Raises UserError where a part of the user's does not take the arguments, fails, or returns
+    something else.
+    """
+    if not is_path(name):
+        return function(*args, **options)
+
+    def refuse(problem: str) -> UserError:
+        return UserError(f"{option}={name!r} {problem}; {wanted}")
+
+    try:
+        inspect.signature(function).bind(*args, **options)
+    except TypeError as error:
+        raise refuse(f"takes other arguments ({error})") from error
+    except ValueError:  # a function of C that does not tell its arguments
+        pass
+    try:
+        found = function(*args, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise refuse(f"fails with {type(error).__name__}: {reason}{_place(error)}") from error
+    if not accepts(found):
+        raise refuse(f"returns a {type(found).__name__}")
+    return found
+
+
+def _place(error: Exception) -> str:
+    """Where an error was raised below `call`, in parentheses."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    if not frames:  # a function of C
+        return ""
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})"

@@ -11,6 +11,7 @@ for a data source of another package. Any other unknown name is refused.
 import dataclasses
 import difflib
 import json
+import math
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -378,6 +379,8 @@ def validate(config: ConfigDict) -> None:
         for name, value in values.items():
             option = _find(name, options)
             error = option.error(value) if option else None
+            if isinstance(value, float) and not math.isfinite(value):  # config.json cannot hold it
+                error = "must be a finite number"
             if error:
                 raise UserError(f"config.{prefix}{name}={value!r} {error}")
         for rule in RULES:

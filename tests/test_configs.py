@@ -37,6 +37,11 @@ def test_m3col_knows_its_sources(source):
     assert names < set(config)
 
 
+def test_an_option_of_a_recipe_that_is_given_twice():
+    with pytest.raises(UserError, match=r"gives path twice \('a' and 'b'\); leave one"):
+        load_config_file(f"{RCML}:folder,path=a,path=b")
+
+
 def test_the_quick_recipe_of_brca_is_rosmaps():
     quick, whole = (load_config_file(f"{M3COL}:brca{more}") for more in (",quick=True", ""))
     tuned = load_config_file(f"{M3COL}:rosmap")

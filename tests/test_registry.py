@@ -73,6 +73,37 @@ class Tower(nn.Module):
         return TokenStates(states, jnp.ones((len(pixels), 1), bool), jnp.zeros(len(pixels), int))
 
 
+def vector(text, image, *, where):
+    return jnp.sum((text - image) ** 2, axis=-1)
+
+
+def failing(data, cache):
+    raise KeyError("lost")
+
+
+def listing(data, cache):
+    return [1, 2, 3]
+
+
+class Bare(nn.Module):
+    """No tower: it has no token states."""
+
+    config: object
+    dtype: object = jnp.float32
+    remat: str = ""
+
+
+class Plain(Tower):
+    """A tower that returns an array in place of its states."""
+
+    def token_states(self, pixels, project):
+        return project(self.tokens(pixels))
+
+
+class Half(Method):
+    """A method that lacks nearly everything."""
+
+
 class Brightness(Method):
     """Learns the mean brightness of images."""
 
@@ -103,6 +134,19 @@ class Brightness(Method):
     def evaluate(self, params, split="test", history=()):
         mean = float(params["mean"])
         return {"method": self.config.method, "split": split, "mine": {"mean": mean}}
+
+
+class Scalar(Brightness):
+    """Returns a loss without its terms."""
+
+    def objective(self, params, embedded, batch, progress):
+        return jnp.mean(embedded)
+
+
+class Unscored(Brightness):
+    """Is selected by what it does not measure."""
+
+    selection = "lost"
 
 
 MEASURE = Measure(
@@ -273,6 +317,27 @@ def test_a_name_of_the_registry_and_a_path_are_the_same():
             "both name the image tower",
         ),
         ({"data.name": "my_package.parts:NUMBER"}, "config.data.name='my_package.parts:NUMBER'"),
+        (
+            {"data.name": "os:getcwd"},
+            "config.data.name='os:getcwd' takes other arguments (too many positional arguments); a "
+            "data source takes (config.data, directory of the cache) and returns an "
+            "rcml_jax.data.relation_graph.RelationGraph",
+        ),
+        ({"data.name": "my_package.parts:listing"}, "returns a list; a data source takes"),
+        ({"data.name": "my_package.parts:failing"}, "fails with KeyError: 'lost' ("),
+        ({"method": "my_package.parts:Half"}, "fails with TypeError: Can't instantiate abstract"),
+        (
+            {"method": "clip", "loss.function": "my_package.parts:vector"},
+            "config.loss.function='my_package.parts:vector' returns a",
+        ),
+        ({"model.image_tower": "my_package.parts:Bare"}, "returns a Bare; a tower is made of"),
+        ({"model.image_tower": "my_package.parts:loss"}, "takes other arguments (too many"),
+        (
+            {"model.image_tower": "my_package.parts:Plain"},
+            "its token_states takes (inputs, project) and returns an",
+        ),
+        ({"method": "my_package.parts:Scalar"}, "its loss takes (params, batch, key, progress)"),
+        ({"method": "my_package.parts:Unscored"}, "returns no 'lost'"),
     ],
 )
 def test_train_py_says_which_option_is_wrong(parts, catalogue, tmp_path, capsys, options, said):

@@ -331,6 +331,10 @@ def test_options_of_a_method_of_ones_own():
     for option in tables.LOOP:
         schema._set(config, option.name, values[option.name])
     schema.validate(config)
+    config.method_options = ConfigDict({"depth": math.nan})
+    with pytest.raises(UserError, match=r"method_options\.depth=nan must be a finite number"):
+        schema.validate(config)
+    config.method_options = ConfigDict({"depth": "deep"})
     del config["log_every"]
     with pytest.raises(UserError, match=r"lacks config\.log_every; give it a value"):
         schema.validate(config)

@@ -17,7 +17,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from rcml_jax.config import load_config_file
-from rcml_jax.data.gates import user_path
+from rcml_jax.data.gates import argument_text, user_path
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
@@ -241,7 +242,8 @@ def _list(config: ml_collections.ConfigDict, directory: str, rest: Sequence[str]
     validate(values.config)
     graph = load_graph(values.config.data)
     write_listing(graph, directory)
-    print(f"{directory}: {len(graph):,} items, {len(graph.relations)} relations")
+    items, relations = len(graph), len(graph.relations)
+    print(f"{directory}: {counted(items, 'items')}, {counted(relations, 'relations')}")
     return 0
 
 
@@ -299,6 +301,8 @@ def parse_flags(
 
     Raises UserError for a mistyped option or a value of the wrong type.
     """
+    for argument in args:
+        argument_text(argument.partition("=")[0])
     values = flags.FlagValues()
     for name, default in options.items():
         flags.DEFINE_string(name, default, name, flag_values=values)

@@ -12,6 +12,7 @@ reason. Nothing is trained, and the work directories are not changed.
 """
 
 import contextlib
+import glob
 import os
 import pathlib
 import shlex
@@ -23,12 +24,16 @@ from typing import Any
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser
-from rcml_jax.data.gates import user_path
+from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
+from rcml_jax.files import abandoned, exclusive
 from rcml_jax.report import common, page
 from rcml_jax.report.page import Folder, Paragraph, Section, write_page, written_files
 from rcml_jax.report.runs import Sources, groups, read_sources
+
+#: In a folder that is being written: who does it.
+_LOCK = ".lock"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +46,11 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", action="append", default=[], type=user_path)
     parser.add_argument("--out", default="report", type=user_path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
-    parser.add_argument("--relation", default="", help="of the t-SNE: (a part of) its sentence")
-    parser.add_argument("--data-dir", default="", help="in place of the runs' config.data.dir")
-    parser.add_argument("--data-path", default="", help="in place of the runs' config.data.path")
+    parser.add_argument(
+        "--relation", default="", type=argument_text, help="sentence of the t-SNE, or a part"
+    )
+    parser.add_argument("--data-dir", default="", type=argument_text, help="for config.data.dir")
+    parser.add_argument("--data-path", default="", type=argument_text, help="for config.data.path")
     args = parser.parse_args(argv[1:])
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
@@ -82,25 +89,35 @@ def write_report(
     older = _older_report(out)
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     try:
+        _remove_abandoned(out)
         part.mkdir(parents=True)
-        folder = Folder(part, log_line)
-        options: dict[str, Any] = {
-            "seed": seed,
-            "relation": relation,
-            "data_dir": data_dir,
-            "data_path": data_path,
-        }
-        sections = _sections(folder, sources, **options)
-        page, title = part / "index.html", _title(sources)
-        files = [p.relative_to(part).as_posix() for p in sorted(part.rglob("*")) if p.is_file()]
-        files.append(page.name)
-        write_page(page, title, _intro(sources, command), sections, files)
-        _replace(out, older, part, files)
+        with exclusive(part / _LOCK, f"is writing {part}"):
+            folder = Folder(part, log_line)
+            options: dict[str, Any] = {
+                "seed": seed,
+                "relation": relation,
+                "data_dir": data_dir,
+                "data_path": data_path,
+            }
+            sections = _sections(folder, sources, **options)
+            page, title = part / "index.html", _title(sources)
+            found = [p.relative_to(part) for p in sorted(part.rglob("*")) if p.is_file()]
+            files = [p.as_posix() for p in found if not p.name.startswith(_LOCK)]
+            files.append(page.name)
+            write_page(page, title, _intro(sources, command), sections, files)
+            _replace(out, older, part, files)
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out / "index.html"
+
+
+def _remove_abandoned(out: pathlib.Path) -> None:
+    """Remove the folders in which killed processes were writing this report, and no others."""
+    for part in out.parent.glob(f"{glob.escape(out.name)}.part*"):
+        if part.is_dir() and not part.is_symlink() and abandoned(part / _LOCK):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _older_report(out: pathlib.Path) -> list[str]:

@@ -27,6 +27,7 @@ from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
 from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import make_console
 from rcml_jax.files import write_whole
@@ -187,7 +188,7 @@ def _search(argv: Sequence[str]) -> int:
         query = _query_card(embeddings, args, read)
         cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
         step, method = embeddings.model["step"], embeddings.model["method"]
-        note = f"{len(embeddings.items):,} items, embedded by {method} after step {step}"
+        note = f"{counted(len(embeddings.items), 'items')}, embedded by {method} after step {step}"
         write_whole(args.html, page(relation, query, cards, note))
     return 0
 

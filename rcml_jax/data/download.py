@@ -30,7 +30,7 @@ from rcml_jax.data.images import (
     check_decodes,
     storable,
 )
-from rcml_jax.data.log import Progress, log_line
+from rcml_jax.data.log import Progress, counted, log_line
 from rcml_jax.errors import UserError
 
 Log = Callable[[str], None]
@@ -399,7 +399,7 @@ def fetch_images(
             if run.left:
                 _await(run.run(concurrency, per_host))
     except OSError as error:
-        missing = f"{run.left:,} images are still to be fetched"
+        missing = counted(run.left, "images are", "image is") + " still to be fetched"
         raise disk_error(error, directory, missing) from error
     found = ("ok", "cached")
     return FetchReport(
@@ -533,8 +533,8 @@ class _Fetch:
         host.failures = host.failures + 1 if outcome == "failed" else 0
         if host.failures == _GIVE_UP:
             self.log(
-                f"{host.name} cannot be reached or is too busy; its other {len(host.urls):,} "
-                "images are left for the next run"
+                f"{host.name} cannot be reached or is too busy; its other "
+                f"{counted(len(host.urls), 'images are', 'image is')} left for the next run"
             )
         return outcome
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 # Texts
@@ -55,8 +56,8 @@ class TextGate:
         """Tell in one line how many texts were changed, where there are any."""
         if self.replaced:
             log(
-                f"{self.replaced:,} texts held a NUL or half of a surrogate pair, which is now "
-                f"U+FFFD; the first is in {self.first}."
+                f"{counted(self.replaced, 'texts')} held a NUL or half of a surrogate pair, which "
+                f"is now U+FFFD; the first is in {self.first}."
             )
 
 

@@ -106,6 +106,8 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if image.format == "TIFF":  # 12 bits of a camera or a scanner come in the same mode
         tags: Any = getattr(image, "tag_v2", {})
         bits = min(16, max(8, int(tags.get(258, (16,))[0])))
+        if tags.get(262) == 0:  # white is zero, which Pillow turns round for 8 bits alone
+            values = (1 << bits) - 1 - values
     grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):

@@ -14,7 +14,7 @@ from PIL import Image
 from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.gates import TextGate, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, FORMATS, decode_problems, open_rgb
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, split_index
 from rcml_jax.data.stages import Stages, file_state, pack, unpack
 from rcml_jax.errors import UserError
@@ -179,7 +179,7 @@ def assemble(
         if damaged.any():
             counts += f", {np.sum(damaged):,} with a damaged one"
         log(
-            f"{name}: {len(skipped):,} of {len(records):,} records are skipped ({counts}, "
+            f"{name}: {len(skipped):,} of {counted(len(records), 'records')} skipped ({counts}, "
             f"{np.sum(no_text & ~no_image & ~damaged):,} without a text); the first is "
             f"{first.where}: {lacks}"
         )

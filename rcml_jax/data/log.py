@@ -1,5 +1,6 @@
 """What long work says on stderr: single lines, and how far it is with the time that is left."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,17 @@ from rich.console import Console
 #: Seconds to the first plain line with a rate, and between later ones; number of lines with a
 #: detail that are written as they come.
 _FIRST, _BETWEEN, _FREE = 2.0, 10.0, 10
+
+
+def counted(count: int, what: str, one: str = "") -> str:
+    """For example "1,204 items without a title", and "1 item without a title".
+
+    what: the words behind a number other than 1; one: those behind 1, by default the same without
+    the s of their first plural.
+    """
+    if count == 1:
+        what = one or re.sub(r"s\b", "", what, count=1)
+    return f"{count:,} {what}"
 
 
 def log_line(line: str) -> None:
@@ -39,8 +51,11 @@ class Progress:
         rate: Callable[[float], str] | None = None,
         log: Callable[[str], None] = log_line,
     ):
-        of = "" if total is None else f" of {total:,}"
-        self._count = count or (lambda done, total: f"{done:,}{of} {unit}")
+        self._count = count or (
+            lambda done, total: (
+                counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
+            )
+        )
         self._rate = rate or (lambda speed: f"{speed:,.{0 if speed >= 10 else 1}f} {unit}/s")
         console = Console(stderr=True, force_terminal=sys.stderr.isatty(), highlight=False)
         self._log, self._live = log, log is log_line and console.is_interactive

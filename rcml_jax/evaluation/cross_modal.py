@@ -447,6 +447,7 @@ def _top(scores, k, direction):
     return values, jnp.take_along_axis(place, chosen, axis=1)
 
 
+@jax.transfer_guard("allow")  # each thread has this setting of its own
 def _take_up(at: tuple[int, int], scores, marks, number: int, direction: Direction) -> None:
     """Add a block to the counts of a direction's queries, and marked scores to their lists."""
     words = np.asarray(marks).view(np.uint64)

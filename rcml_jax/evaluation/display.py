@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rcml_jax.data.log import counted
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.classification import error_analysis
 from rcml_jax.evaluation.controls import LABELS, rows_of
@@ -98,7 +99,8 @@ def _print_alignment(result: dict, console: Console) -> None:
             rows |= {f"{k} (learned)": v[direction] for k, v in found["learned"].items()}
             for label, row in rows.items():
                 cells = (
-                    f"{row[n]:.0f}" if n == "median_rank" else _percent(row[n]) for n in ALIGNMENT
+                    _number(row[n], 0) if n == "median_rank" else _percent(row[n])
+                    for n in ALIGNMENT
                 )
                 table.add_row(f"{source}, {label.replace('_', '-')}", *cells)
             table.add_section()
@@ -106,8 +108,8 @@ def _print_alignment(result: dict, console: Console) -> None:
     gaps = []
     for source, found in result["sources"].items():
         gap = found["modality_gap"]
-        ranks = ", ".join(f"{gap['effective_rank'][m]:.1f}" for m in ("image", "text"))
-        values = (f"{gap[name]:.3f}" for name in GAP)
+        ranks = ", ".join(_number(gap["effective_rank"][m], 1) for m in ("image", "text"))
+        values = (_number(gap[name]) for name in GAP)
         gaps.append((source, *values, ranks, ", ".join(gap["collapsed"]) or "no"))
     titles = ("source", *GAP.values(), "rank", "collapsed")
     console.print(_table("modality gap", titles, gaps, "rank: effective rank of images, of texts"))
@@ -122,7 +124,7 @@ def _print_alignments(source: str, found: dict, console: Console) -> None:
     table = _table(f"{source}: gap before and after each alignment", header, ())
     for name, row in moved.items():
         if "wasserstein2" in row:
-            cells = (f"{row[key]:.3f}" for key in ("centroid", "wasserstein2"))
+            cells = (_number(row[key]) for key in ("centroid", "wasserstein2"))
             table.add_row(name.replace("_", "-"), *cells, *_recalls(row))
     console.print(table)
     signed = {k: v for k, v in found.get("signed", {}).items() if "left_out" not in v}
@@ -167,8 +169,12 @@ def _recall(measures: dict) -> str:
     return f"{mean} ± {_percent(measures['std']['r@10'])}" if "std" in measures else mean
 
 
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f}"
+def _percent(rate: float | None, sign: str = "") -> str:
+    return "–" if rate is None else f"{100 * rate:{sign}.1f}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _print_classification(result: dict, console: Console) -> None:
@@ -183,8 +189,8 @@ def _print_classification(result: dict, console: Console) -> None:
     measures = [name for name in dict.fromkeys(every) if all(name in row for row in rows.values())]
     count, split = protocol["samples"][result["split"]], result["split"]
     table = _table(
-        f"{result['method']} on {result['dataset']}: {split}, {count:,} samples, "
-        f"{protocol['seeds']} seed{'s' * (protocol['seeds'] > 1)}",
+        f"{result['method']} on {result['dataset']}: {split}, {counted(count, 'samples')}, "
+        f"{counted(protocol['seeds'], 'seeds')}",
         ["measure (%)", *(name.replace("_", " ") for name in measures)],
         [
             (label.replace("_", " "), *(_spread(row[name]) for name in measures))
@@ -214,10 +220,11 @@ def _print_relational(result: dict, console: Console) -> None:
         method = f"embeddings of {result['embeddings']['file']}"
     rows = []
     for label, row, sign in _rows(result):
-        cells = (f"{100 * row[n]:{sign}.1f}" if n in row else "" for n in SCORES)
+        cells = (_percent(row[n], sign) if n in row else "" for n in SCORES)
         rows.append((label, *cells))
+    asked = counted(queries, "queries", "query")
     table = _table(
-        f"{method} on {result['dataset']}: {result['split']}, {queries:,} queries",
+        f"{method} on {result['dataset']}: {result['split']}, {asked}",
         ["measure (%)", *(name.upper() for name in SCORES)],
         rows,
         f"Queries: {result['protocol']['retrieval']}. Ties count against the model. Lines "
@@ -235,7 +242,7 @@ def _print_relational(result: dict, console: Console) -> None:
         if "relation_validity" in row
     ]
     console.print(
-        f"Relation validity ({validity['probe']} probe, {validity['pairs']:,} triples): "
+        f"Relation validity ({validity['probe']} probe, {counted(validity['pairs'], 'triples')}): "
         f"{_percent(validity['accuracy'])} %" + "".join(beside)
     )
 

@@ -222,11 +222,10 @@ def at(result: Any, path: str) -> Any:
 
 
 def values_at(result: Mapping[str, Any], path: str) -> list[float]:
-    """A measure's value, or its values over models; an empty list if the result lacks it."""
+    """A measure's value, or its values over models; an empty list if one of them is missing."""
     node = at(result, path)
-    if isinstance(node, Mapping):
-        return list(node.get("values", ()))
-    return [] if node is None else [float(node)]
+    values = node.get("values", ()) if isinstance(node, Mapping) else (node,)
+    return [] if None in values else [float(value) for value in values]
 
 
 def chance_of(measure: Measure, result: Mapping[str, Any], score: str = "avg") -> float | None:

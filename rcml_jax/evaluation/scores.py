@@ -126,9 +126,10 @@ def pair_scores(
     def run(start: int) -> dict[str, np.ndarray]:
         indices = np.arange(start, start + rows).clip(max=queries - 1)
         blocks = (x[indices].reshape(-1, block, x.shape[1]) for x in index)
-        with jax.default_device(device):  # which is each thread's own setting
+        # Each thread has these settings of its own; the indices come from the host.
+        with jax.default_device(device), jax.transfer_guard("allow"):
             scores = _scores_of_blocks(*arrays, *blocks, similarity=similarity)
-        return {name: np.asarray(x)[: queries - start] for name, x in scores.items()}
+            return {name: np.asarray(x)[: queries - start] for name, x in scores.items()}
 
     # A block is too small to be split over processors, so that several are worked on at once.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() if on_cpu else 1) as pool:

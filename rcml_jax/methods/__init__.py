@@ -5,7 +5,7 @@ from typing import Any
 
 from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Method
-from rcml_jax.registry import is_path, resolve
+from rcml_jax.registry import call, is_path, resolve
 
 #: The method of `eval.py --embeddings`: vectors from a file, scored like the relational methods.
 EMBEDDINGS = "embeddings"
@@ -40,7 +40,15 @@ def build(config: Any, workdir: pathlib.Path) -> Method:
 
     Raises UserError for an unknown method and whatever the data and the model find wrong.
     """
-    return method_class(config.method).load(config, pathlib.Path(workdir))
+    return call(
+        config.method,
+        method_class(config.method).load,
+        "config.method",
+        "its load takes (config, work directory) and returns a method, see rcml_jax.methods.base",
+        config,
+        pathlib.Path(workdir),
+        accepts=lambda found: isinstance(found, Method),
+    )
 
 
 def family_of(name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rcml_jax.config import fold_seed
 from rcml_jax.data.gates import user_path
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import captions, openmoji
 from rcml_jax.data.sources.captions import CaptionedImages
@@ -220,7 +220,7 @@ def _study(
         return None
     found: dict[str, dict] = {}
     arrays: dict[str, np.ndarray] = {}
-    with jax.default_device(device):
+    with sharding.working_on(device):
         for name, read in readers.items():
             found[name], drawn = _study_source(read(), config, similarities, learners)
             arrays |= {f"{name}/{key}": value for key, value in drawn.items()}
@@ -232,6 +232,7 @@ def _study(
         **found[first],
         "sources": found,
     }
+    result = workdirs.json_value(result)
     workdirs.write_arrays(workdir / ARRAYS, arrays)
     workdirs.write_json(workdir / "eval.json", result)
     return result
@@ -415,7 +416,7 @@ def _learned(
     """
     train, validation, test = splits
     asked = config.evaluation
-    told = f" on {pairs:,} pairs" if pairs else ""
+    told = f" on {counted(pairs, 'pairs')}" if pairs else ""
     log_line(f"fitting {name}{told}")
     seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
     if not pairs and name in CLOSED and name != "optimal_transport":

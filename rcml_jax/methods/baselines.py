@@ -1,5 +1,6 @@
 """CLIP, SigLIP and UniCL on the same towers: self pairs, no relation."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images,
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.two_towers import build_towers, joint_width
-from rcml_jax.registry import resolve
+from rcml_jax.registry import call, resolve
 
 _BIAS = -10.0  # SigLIP's initial bias: most pairs are negative.
 
@@ -43,7 +44,9 @@ class BaselineMethod(RelationalMethod):
         return params
 
     def _loss_function(self) -> tuple[Callable[..., jax.Array], frozenset[str]]:
-        """The loss of two towers, and those of its keyword arguments that are filled in here.
+        """The loss of two towers, checked where it is the user's, and its keyword arguments.
+
+        Only those that are filled in here.
 
         Raises UserError for one that has no `where`, the mask of items that fill up a batch.
         """
@@ -52,12 +55,24 @@ class BaselineMethod(RelationalMethod):
         option = "config.loss.function" if name else "config.method"
         own = self.config.method if self.config.method in LOSSES else "clip"
         found = resolve(name or own, LOSSES, option)
-        takes = frozenset(inspect.signature(found).parameters)
+        wanted = (
+            "a loss takes (text, image, *, where), (N, d) each and the mask of a batch's items, "
+            "and returns a scalar"
+        )
+        try:
+            takes = frozenset(inspect.signature(found).parameters)
+        except ValueError as error:
+            raise UserError(f"{option}={name!r} does not tell its arguments; {wanted}") from error
         if "where" not in takes:
             raise UserError(
                 f"{option}={name!r} takes no argument where, the mask of a batch's items; add it"
             )
-        return found, takes & {"temperature", "where", "bias", "labels", "chunk_size"}
+
+        def is_scalar(value: Any) -> bool:
+            return isinstance(value, jax.Array) and value.shape == ()
+
+        contrast = functools.partial(call, name, found, option, wanted, accepts=is_scalar)
+        return contrast, takes & {"temperature", "where", "bias", "labels", "chunk_size"}
 
     def embed(self, params: Params, batch: Batch, key: jax.Array) -> dict:
         """Embeddings of the items by the towers, (N, d) each; (N/k, k, d) in rows of k texts."""

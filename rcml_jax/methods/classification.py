@@ -22,7 +22,7 @@ from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
-from rcml_jax.registry import resolve
+from rcml_jax.registry import call, resolve
 
 
 def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationData:
@@ -30,8 +30,17 @@ def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationD
 
     Raises UserError for an unknown source or modality, and whatever the source finds wrong.
     """
-    load = resolve(data.name, CLASSIFICATION_SOURCES, "config.data.name")
-    found = load(data, cache_directory(data.dir, workdir))
+    option, cache = "config.data.name", cache_directory(data.dir, workdir)
+    found = call(
+        data.name,
+        resolve(data.name, CLASSIFICATION_SOURCES, option),
+        option,
+        "a data source takes (config.data, directory of the cache) and returns an "
+        "rcml_jax.data.classification.ClassificationData",
+        data,
+        cache,
+        accepts=lambda found: isinstance(found, ClassificationData),
+    )
     return found.select(data.modalities.split(",")) if data.modalities else found
 
 

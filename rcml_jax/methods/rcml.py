@@ -25,6 +25,7 @@ class RCMLMethod(RelationalMethod):
 
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
+        self.sentence_noise = self._noise if config.batch.sentence_noise else None
         head = config.model
         self.model = RCML(
             self.towers_config,
@@ -45,19 +46,11 @@ class RCMLMethod(RelationalMethod):
         self._pool_text = jax.jit(functools.partial(self._pool_one, "pool_text"))
         self._pool_image = jax.jit(functools.partial(self._pool_one, "pool_image"))
 
-    def batches(self) -> Any:
-        """The grain iterator over training batches, with noise for the sentences if asked for."""
-        return self.task.batches(self.stored, self._noise if self._noise_length else None)
-
-    @property
-    def _noise_length(self) -> float:
-        return self.config.batch.sentence_noise
-
     def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """(count, d) float32, of about the length `config.batch.sentence_noise` each."""
         width = joint_width(self.towers_config)
         noise = rng.standard_normal((count, width), np.float32)
-        return noise * np.float32(self._noise_length / math.sqrt(width))
+        return noise * np.float32(self.config.batch.sentence_noise / math.sqrt(width))
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""

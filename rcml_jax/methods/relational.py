@@ -73,6 +73,8 @@ class RelationalMethod(Method):
     """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
 
     family = "relational"
+    #: Noise for the relation sentences of a batch, as of `RelationTask.batches`.
+    sentence_noise: Callable | None = None
 
     def __init__(self, config: Any, task: RelationTask):
         self.config = config
@@ -102,8 +104,12 @@ class RelationalMethod(Method):
         return with_preprocessing(config, preprocessing(config.model))
 
     def batches(self) -> Any:
-        """The grain iterator over training batches."""
-        return self.task.batches(self.stored)
+        """The grain iterator over training batches.
+
+        Raises UserError, too, for splits that are too small to be evaluated.
+        """
+        self.task.check_queries()
+        return self.task.batches(self.stored, self.sentence_noise)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredStates]:

@@ -12,13 +12,13 @@ import numpy as np
 from rcml_jax.data import queries
 from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import ImageBank, augment
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
 from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.registry import resolve
+from rcml_jax.registry import call, resolve
 
 #: Largest number of relations for which relation type is also measured among all of them.
 MOST_RELATIONS = 20
@@ -37,10 +37,20 @@ def make_splits(graph: RelationGraph, data: Any) -> Splits:
 def load_graph(data: Any, workdir: pathlib.Path | None = None) -> RelationGraph:
     """The relation graph that `config.data` names, of `SOURCES` or by an import path.
 
-    Raises UserError for an unknown source, and whatever the source finds wrong.
+    Raises UserError for an unknown source, one that is no data source, and whatever the source
+    finds wrong.
     """
-    load = resolve(data.name, SOURCES, "config.data.name")
-    graph = load(data, cache_directory(data.dir, workdir))
+    option, cache = "config.data.name", cache_directory(data.dir, workdir)
+    graph = call(
+        data.name,
+        resolve(data.name, SOURCES, option),
+        option,
+        "a data source takes (config.data, directory of the cache) and returns an "
+        "rcml_jax.data.relation_graph.RelationGraph",
+        data,
+        cache,
+        accepts=lambda found: isinstance(found, RelationGraph),
+    )
     # Only a source can tell which of its relation ids have one sentence, and does so.
     same = _first_equal(np.array([" ".join(sentence.split()) for sentence in graph.relations]))
     return graph if same is None else dataclasses.replace(graph, same_sentence=same)
@@ -186,6 +196,21 @@ class RelationTask:
         draws = {"controlled": queries.controlled_queries, "random": queries.retrieval_queries}
         return draws[candidates](self.graph, self.splits, split, **self._draw())
 
+    def check_queries(self) -> None:
+        """Draw what the evaluation will ask, so that a split that is too small is told before it.
+
+        Raises UserError as the evaluation would. The draws are those of the evaluation, except that
+        of validation: where random candidates can be drawn for it, which is faster, controlled ones
+        can be, too.
+        """
+        try:
+            self.retrieval_queries("validation", "random")
+        except UserError:
+            self.retrieval_queries("validation")
+        self.retrieval_queries("test", "random")
+        for split in ("train", "test"):
+            self.validity_examples(split)
+
     @functools.cache  # noqa: B019
     def gallery_queries(self, split: str) -> queries.GalleryQueries:
         """The split's queries over all of its items; every linked item is relevant."""
@@ -224,8 +249,9 @@ def tell_sentences_apart(
     names = graph.relation_ids or tuple(map(str, range(len(first))))
     alike = [np.flatnonzero(first == r) for r in np.unique(first)]
     groups = [", ".join(repr(names[r]) for r in g) for g in alike if len(g) > 1]
+    many = counted(len(groups), "groups of relations have", "group of relations has")
     problem = (
-        f"{len(groups):,} groups of relations have the same first {max_length} tokens, all that "
+        f"{many} the same first {max_length} tokens, all that "
         f"the text tower takes ({'; '.join(groups[:5])}{'; ...' if len(groups) > 5 else ''})"
     )
     if strict:
@@ -243,9 +269,9 @@ def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) 
     over = over[over > 0]
     if len(over):
         log_line(
-            f"{len(over):,} of {len(texts):,} texts are longer than the {max_length} tokens that "
-            f"the text tower takes and lose their ends: {int(np.median(over)):,} tokens in the "
-            f"median, {over.max():,} at most"
+            f"The ends of {len(over):,} of {counted(len(texts), 'texts')} are cut, behind the "
+            f"{max_length} tokens that the text tower takes: "
+            f"{counted(int(np.median(over)), 'tokens')} in the median, {over.max():,} at most"
         )
 
 

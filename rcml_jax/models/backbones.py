@@ -20,8 +20,9 @@ from rcml_jax.models.efficientnet import (
     load_efficientnet_lite0,
 )
 from rcml_jax.models.siglip import SiglipText, SiglipVision
+from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.vit import ViT
-from rcml_jax.registry import resolve
+from rcml_jax.registry import call, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,11 @@ class TowerSizes:
     pad_token_id: int
     eos_token_id: int
 
+    @property
+    def option(self) -> str:
+        """The option that names it."""
+        return f"config.model.{self.modality}_tower"
+
 
 def backbone_of(config: Any) -> Backbone:
     """The tower of a configuration: of `BACKBONES`, or by an import path.
@@ -93,14 +99,43 @@ def backbone_of(config: Any) -> Backbone:
         found = BACKBONES[config.model_type]
         first = getattr(config, "pooling", "") == "cls"
         return dataclasses.replace(found, mean=False) if first else found
-    option = f"config.model.{config.modality}_tower"
     wanted = "a flax module or a function (config, dtype, remat) that makes one"
-    return Backbone(resolve(config.model_type, {}, option, wanted=wanted), config.modality)
+    return Backbone(resolve(config.model_type, {}, config.option, wanted=wanted), config.modality)
 
 
 def build_backbone(config: Any, dtype: DTypeLike = jnp.float32, remat: str = "") -> nn.Module:
-    """The tower that a configuration describes."""
-    return backbone_of(config).make(config, dtype, remat)
+    """The tower that a configuration describes. Raises UserError for one that is no tower."""
+    make = backbone_of(config).make
+    if not isinstance(config, TowerSizes):
+        return make(config, dtype, remat)
+    found = call(
+        config.model_type,
+        make,
+        config.option,
+        "a tower is made of (config, dtype, remat) and is a flax module with the methods tokens "
+        "and token_states",
+        config,
+        dtype,
+        remat,
+        accepts=lambda found: isinstance(found, nn.Module) and hasattr(found, "token_states"),
+    )
+    return found
+
+
+def token_states(tower: nn.Module, config: Any, inputs: Any, project: Callable) -> TokenStates:
+    """The token states of a tower. Raises UserError where one of the user's returns no such."""
+    if not isinstance(config, TowerSizes):
+        return tower.token_states(inputs, project)
+    return call(
+        config.model_type,
+        tower.token_states,
+        config.option,
+        "its token_states takes (inputs, project) and returns an "
+        "rcml_jax.models.transformer.TokenStates",
+        inputs,
+        project,
+        accepts=lambda found: isinstance(found, TokenStates),
+    )
 
 
 def encoder_config(name: str, *, modality: str | None = None) -> Any:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from rcml_jax.data.gates import checkpoint_name
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -130,8 +131,8 @@ def read_params(
         found[path] = array
     if missing:
         raise UserError(
-            f"the {kind} checkpoint {checkpoint!r} lacks {len(missing)} arrays that its "
-            f"configuration asks for, {missing[0]} among them; save the whole model again"
+            f"the {kind} checkpoint {checkpoint!r} lacks {counted(len(missing), 'arrays')} that "
+            f"its configuration asks for, {missing[0]} among them; save the whole model again"
         )
     return unflatten_dict(found)
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, SiglipConfig
 from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
-from rcml_jax.models.backbones import backbone_of, build_backbone
+from rcml_jax.models.backbones import backbone_of, build_backbone, token_states
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
 from rcml_jax.models.hf_flax import HFText, HFVision, check_hugging_face
 from rcml_jax.models.transformer import TokenStates, check_remat
@@ -92,7 +92,8 @@ class TwoTowers(nn.Module):
         if isinstance(ids, PackedTexts) and not takes_packed(self.config):
             raise UserError("only CLIP's text tower takes packed texts; give one text a row")
         own = isinstance(self.config, SiglipConfig) or not projected
-        return _states(self.text_model, ids, _same if own else self.text_projection)
+        project = _same if own else self.text_projection
+        return _states(self.text_model, self.config.text_config, ids, project)
 
     def image_states(
         self, pixels: jax.Array | TokenStates, *, projected: bool = True
@@ -103,7 +104,8 @@ class TwoTowers(nn.Module):
         the tower's own width; SigLIP's are the same. Token states as of `text_states`.
         """
         own = isinstance(self.config, SiglipConfig) or not projected
-        return _states(self.vision_model, pixels, _same if own else self.visual_projection)
+        project = _same if own else self.visual_projection
+        return _states(self.vision_model, self.config.vision_config, pixels, project)
 
     def __call__(
         self, ids: jax.Array | PackedTexts | None = None, pixels: jax.Array | None = None
@@ -120,10 +122,10 @@ class TwoTowers(nn.Module):
         return out
 
 
-def _states(tower: nn.Module, inputs: Any, project: Callable) -> TokenStates:
+def _states(tower: nn.Module, config: Any, inputs: Any, project: Callable) -> TokenStates:
     if isinstance(inputs, TokenStates):
         return inputs._replace(states=project(inputs.states))
-    return tower.token_states(inputs, project)
+    return token_states(tower, config, inputs, project)
 
 
 def _same(states: jax.Array) -> jax.Array:

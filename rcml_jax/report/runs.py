@@ -301,12 +301,9 @@ class Models:
             return LeftOutError(f"the model of {run.label} cannot be opened: {error}")
 
 
-@contextlib.contextmanager
-def on_device(config: Any) -> Iterator[None]:
+def on_device(config: Any) -> contextlib.AbstractContextManager[None]:
     """Compute on the platform that the configuration names."""
-    device = sharding.first_local(sharding.pick_devices(config.platform))
-    with jax.default_device(device):
-        yield
+    return sharding.working_on(sharding.first_local(sharding.pick_devices(config.platform)))
 
 
 # Latency and parameters of the relational methods, measured when a report is made.

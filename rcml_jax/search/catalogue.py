@@ -23,7 +23,7 @@ from flax.errors import FlaxError
 
 from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, Framing
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
@@ -58,7 +58,7 @@ class Model:
     def running(self) -> Iterator[None]:
         """On the model's device; a checkpoint that does not fit becomes a UserError."""
         try:
-            with jax.default_device(self.device):
+            with sharding.working_on(self.device):
                 yield
         except FlaxError as error:
             raise UserError(
@@ -91,7 +91,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
         )
     device = sharding.first_local(sharding.pick_devices(config.platform))
     params = read_params(workdir)
-    with jax.default_device(device):
+    with sharding.working_on(device):
         method: Any = build(config, workdir)
         about = {
             "workdir": str(workdir.resolve()),
@@ -141,8 +141,8 @@ def embed_catalogue(
             stale = writer.stale
             if stale:
                 log_line(
-                    f"{to}: {len(stale):,} of {len(items):,} items have changed since they were "
-                    "embedded; embedding these anew"
+                    f"{to}: {len(stale):,} of {counted(len(items), 'items')} changed since the "
+                    "last embedding; embedding anew what changed"
                 )
             parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
             for part, images in _read_ahead(items, parts, framing, pool):

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 from rcml_jax.files import atomic_file, exclusive
 from rcml_jax.search.items import Items, from_names
@@ -273,8 +274,9 @@ def open_embeddings(directory: pathlib.Path | str) -> Embeddings:
         )
     if manifest["stale"]:
         raise UserError(
-            f"{directory}: {len(manifest['stale']):,} items have changed since they were embedded; "
-            "start the command that embeds again to go on"
+            f"{directory}: "
+            f"{counted(len(manifest['stale']), 'items have', 'item has')} changed since the last "
+            "embedding; start the command that embeds again to go on"
         )
     arrays = _open_arrays(directory, manifest)
     return Embeddings(
@@ -373,7 +375,7 @@ def _check_same(directory: pathlib.Path, found: dict, asked: dict) -> None:
     words = {
         "model": f"another model ({model.get('workdir')}, step {model.get('step')})",
         "items_digest": "other items",
-        "relations": f"other relations ({len(found['relations'])} sentences)",
+        "relations": f"other relations ({counted(len(found['relations']), 'sentences')})",
         "shapes": "another width",
         "dtype": f"the type {found['dtype']}",
     }

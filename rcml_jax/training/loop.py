@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints, early stopping, a clean end on a signal."""
 
 import contextlib
+import functools
 import math
 import pathlib
 import signal
@@ -20,6 +21,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods import method_class
 from rcml_jax.methods.base import Method
+from rcml_jax.registry import call, is_path
 from rcml_jax.schema import validate
 from rcml_jax.training import optimizer as optimizers
 from rcml_jax.training import sharding
@@ -167,6 +169,7 @@ def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | N
             "restore that file, or train anew in another --workdir"
         ) from error
     predictions = result.pop("predictions", None)
+    result = workdirs.json_value(result)
     if sharding.is_primary():
         suffix = "" if split == "test" else f"_{split}"
         workdirs.write_json(workdir / f"eval{suffix}.json", result)
@@ -278,6 +281,7 @@ class Run:
         self.examples = rows * each
         source.set_state(place)
         params = self.method.init(init_key, batch)
+        _check_loss(config.method, self.method, params, batch)
         towers = config.get("model", {}).get("init_from", "")
         if towers and self.checkpoints.latest() is None:
             params = self.method.adopt(params, read_params(user_path(towers)))
@@ -385,7 +389,12 @@ class Run:
         metrics = self.method.validate(self.devices.local(self.state.params))
         value: Any = metrics
         for name in self.method.selection.split("/"):
-            value = value[name]
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            raise UserError(
+                f"validate of config.method={self.config.method!r} returns no "
+                f"{self.method.selection!r}, by which the best checkpoint is selected; add it"
+            )
         self.writer.write(step, "validation", metrics)
         self.progress.note(f"step {step}  validation {self.method.selection} {value:.4f}")
         self.best, self.bad = (value, 0) if value > self.best else (self.best, self.bad + 1)
@@ -408,6 +417,22 @@ class Run:
         loop = counters | {"pending": list(self.pending)}
         state = self.devices.snapshot(self.state)
         self.checkpoints.put_off(step, state, self.data, loop, selection)
+
+
+def _check_loss(name: str, method: Method, params: Any, batch: dict) -> None:
+    """Trace the loss of a method by its import path. Raises UserError where it is none."""
+    if is_path(name):
+        call(
+            name,
+            functools.partial(jax.eval_shape, method.loss),
+            "config.method",
+            "its loss takes (params, batch, key, progress) and returns a scalar and its terms",
+            params,
+            batch,
+            jax.random.key(0),
+            jax.numpy.float32(0),
+            accepts=lambda found: isinstance(found, tuple) and len(found) == 2,
+        )
 
 
 def _rows(batch: dict) -> int:

@@ -1,10 +1,11 @@
 """One step on one device or many: `pmap`, or `jit` with sharded batches and optionally state."""
 
 import collections
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 AXIS = "data"
@@ -77,8 +79,8 @@ def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:
         ) from error
     if count > len(devices):
         raise UserError(
-            f"config.devices={count}, but there are {len(devices)} devices of the kind "
-            f"{devices[0].platform!r}; lower it"
+            f"config.devices={count} is too many: {counted(len(devices), 'devices')} of the kind "
+            f"{devices[0].platform!r} here; lower it"
         )
     _check_processes(devices, devices[: count or None])
     return devices[: count or None]
@@ -104,6 +106,16 @@ def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> Non
 def first_local(devices: list[jax.Device]) -> jax.Device:
     """The first of the devices that is this process's own."""
     return next(d for d in devices if d.process_index == jax.process_index())
+
+
+@contextlib.contextmanager
+def working_on(device: jax.Device) -> Iterator[None]:
+    """Compute on a device, and move numbers there and back as needed, while the block runs.
+
+    JAX_TRANSFER_GUARD is for the training steps, which need no such thing.
+    """
+    with jax.default_device(device), jax.transfer_guard("allow"):
+        yield
 
 
 def donated(devices: list[jax.Device], in_place: bool = False) -> tuple[int, ...]:

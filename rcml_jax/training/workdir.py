@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -168,5 +170,22 @@ def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    files.write_whole(path, json.dumps(value, indent=2) + "\n")
+    """Write the JSON of a value, as of `json_value`, whole or not at all."""
+    text = json.dumps(json_value(value), indent=2, allow_nan=False)
+    files.write_whole(path, text + "\n")
+
+
+def json_value(value: Any) -> Any:
+    """A value in JSON's types: arrays and their scalars become lists and numbers.
+
+    NaN and infinities, which JSON lacks, become None: a measure that has no value.
+    """
+    if isinstance(value, Mapping):
+        return {name: json_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(inner) for inner in value]
+    if hasattr(value, "tolist"):
+        return json_value(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

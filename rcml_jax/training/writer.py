@@ -11,12 +11,14 @@ from rcml_jax.training.sharding import is_primary
 
 
 def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
-    """Nested metrics → slash-separated names; what is no number is left out."""
+    """Nested metrics → slash-separated names; what is no finite number is left out."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        elif math.isfinite(value):  # JSON has no other
             flat[prefix + name] = float(value)
     return flat
 

@@ -188,7 +188,7 @@ def test_mistyped_options(catalogue, tmp_path, capsys, option, parts):
         ({"evaluation.similarity": "cosin"}, ("evaluation.similarity='cosin' is unknown",)),
         ({"evaluation.validity_probe": "svm"}, ("evaluation.validity_probe='svm' is unknown",)),
         ({"platform": "tpu"}, ("no device of the kind 'tpu'",)),
-        ({"devices": 99}, ("config.devices=99, but there are 8 devices",)),
+        ({"devices": 99}, ("config.devices=99 is too many: 8 devices",)),
         ({"devices": 5}, ("batch of 16 examples cannot be split over 5 devices",)),
         ({"batch.texts_per_row": 3}, ("batch.texts_per_row=3 must divide config.batch.size=16",)),
         (

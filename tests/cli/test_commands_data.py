@@ -49,5 +49,21 @@ def test_a_corrupt_image_is_left_out_and_reported(own_catalogue, tmp_path):
     assert process.returncode == 2
     assert err.splitlines()[-1].startswith("error: a batch of 60 items is larger than")
     (line,) = [line for line in err.splitlines() if "left out" in line]
-    assert "1 of 60 items were left out with their pairs" in line
+    assert "1 of 60 items left out with all pairs" in line
     assert "i7" in line
+
+
+def test_a_split_that_is_too_small_to_be_evaluated(own_catalogue, tmp_path, capsys):
+    """It is told before the first step, although only a validation draws candidates."""
+    items = rows_of(own_catalogue / "items.jsonl")[:20]
+    kept = {row["id"] for row in items}
+    pairs = rows_of(own_catalogue / "pairs.jsonl")
+    write_rows(own_catalogue / "items.jsonl", items)
+    write_rows(own_catalogue / "pairs.jsonl", [p for p in pairs if {p["a"], p["b"]} <= kept])
+    named = {row["relation"] for row in rows_of(own_catalogue / "pairs.jsonl")}
+    relations = rows_of(own_catalogue / "relations.jsonl")
+    write_rows(own_catalogue / "relations.jsonl", [r for r in relations if r["id"] in named])
+    workdir, small = tmp_path / "run", {"batch.size": 12, "batch.intra_pairs": 2}
+    args = arguments(own_catalogue, workdir, **small)
+    fails(commands.train, args, capsys, "the validation split", "unrelated items", "more items")
+    assert not (workdir / "metrics.jsonl").exists()

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pathlib
+import struct
 import warnings
 
 import numpy as np
@@ -98,6 +99,29 @@ def test_damaged_exif_leaves_the_image():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert images.open_rgb(data).size == (24, 16)
+
+
+def grey_tiff(values, photometric):
+    """A grey TIFF of one strip, as a scanner writes it; photometric: 0, white is zero, or 1."""
+    data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric}
+    tags |= {273: 8, 277: 1, 278: height, 279: len(data)}
+    out = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags))
+    return out + b"".join(struct.pack("<HHII", tag, 4, 1, x) for tag, x in tags.items()) + b"\0" * 4
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_grey_whose_white_is_zero(dtype):
+    most = np.iinfo(dtype).max
+    values = np.linspace(0, most, 64).astype(dtype).reshape(8, 8)
+    plain, turned = (
+        np.asarray(images.open_rgb(images.storable(grey_tiff(x, photometric), None)))
+        for photometric, x in ((1, values), (0, most - values))
+    )
+    np.testing.assert_array_equal(turned, plain)
+    assert plain[0, 0].tolist() == [0, 0, 0]
+    assert plain[7, 7].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

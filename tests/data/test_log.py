@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rcml_jax.data import log
-from rcml_jax.data.log import Progress
+from rcml_jax.data.log import Progress, counted
 
 
 class Clock:
@@ -110,3 +110,20 @@ def test_a_terminal_has_a_bar_with_notes_above_it(monkeypatch, capsys):
     assert text.count("a note [stays]\n") == 1
     assert "3 of 3 items" in text
     assert capsys.readouterr().out == "stdout stays\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "said"),
+    [
+        (1, ("items",), "1 item"),
+        (0, ("items",), "0 items"),
+        (1204, ("items without a title",), "1,204 items without a title"),
+        (1, ("malformed review lines",), "1 malformed review line"),
+        (1, ("transactions of articles",), "1 transaction of articles"),
+        (1, ("queries", "query"), "1 query"),
+        (2, ("sentences have", "sentence has"), "2 sentences have"),
+        (1, ("sentences have", "sentence has"), "1 sentence has"),
+    ],
+)
+def test_counts_have_their_words(count, words, said):
+    assert counted(count, *words) == said

@@ -29,6 +29,15 @@ def test_the_controls_stand_under_the_method():
     assert "one-hot of the relation 50.0" in " ".join(stream.getvalue().split())
 
 
+def test_a_measure_without_a_value_is_a_dash():
+    result = relational_result(base=0.8)
+    result["retrieval"]["hit@5"] = rates(0.8) | {"ti": None}
+    stream = io.StringIO()
+    print_evaluation(result, stream)
+    lines = [line.replace("│", " ").split() for line in stream.getvalue().splitlines()]
+    assert ["Hit@5", "80.0", "82.0", "–", "86.0", "88.0"] in lines
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -322,7 +322,7 @@ WRONG = {
     "unseen": (bad(relation_unseen=np.ones((1, 22, 6))), r"not \(0, 22, 6\)"),
     "under without": (bad(image=None, image_under=np.ones((22, 60, 6))), "without image"),
     "words": (bad(text=np.full((ITEMS, 6), "a")), "text of .* is of type <U1"),
-    "nan": (spoiled("image", np.nan, (4, 2)), "image of .* 1 vectors that are NaN .* index 4"),
+    "nan": (spoiled("image", np.nan, (4, 2)), "image of .* 1 vector that is NaN .* index 4"),
     "infinite": (spoiled("text", np.inf, (5, 2)), "text of .* NaN or infinite"),
     "zero": (spoiled("text", 0, [1, 7]), "text of .* 2 vectors that are zero, .* index 1"),
     "items": (without_item_7, r"lacks 1 of the 60 items .* such as 'i7' \(1 of them training"),

@@ -35,7 +35,7 @@ def test_sentences_that_differ_behind_the_last_token_are_one(graph, tokenizer, c
     found = tell_sentences_apart(graph, tokenizer, limit, strict=False, tell=True)
     np.testing.assert_array_equal(found.same_sentence, [0, 1, 0, 0])
     said = capsys.readouterr().err
-    assert f"1 groups of relations have the same first {limit} tokens" in said
+    assert f"1 group of relations has the same first {limit} tokens" in said
     assert "('a', 'c', 'd')" in said
     tell_sentences_apart(graph, tokenizer, limit, strict=False, tell=False)
     assert capsys.readouterr().err == ""
@@ -52,7 +52,7 @@ def test_texts_that_are_cut_are_counted(tokenizer, capsys):
     tell_cut_texts(texts, tokenizer, limit)
     median, most = int(np.median(lengths[2:] - limit)), int(lengths[3] - limit)
     said = capsys.readouterr().err
-    assert f"2 of 4 texts are longer than the {limit} tokens" in said
+    assert f"2 of 4 texts are cut, behind the {limit} tokens" in said
     assert f"{median} tokens in the median, {most} at most" in said
     tell_cut_texts(texts, tokenizer, 1000)
     assert capsys.readouterr().err == ""

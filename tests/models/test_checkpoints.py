@@ -179,7 +179,7 @@ def test_arrays_that_a_file_lacks(tmp_path, siglip):
     del tensors["vision_model.head.probe"]
     save_checkpoint(siglip, tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
-    refused(tmp_path, r"lacks 1 arrays .*, vision_model.head.probe among them")
+    refused(tmp_path, r"lacks 1 array .*, vision_model.head.probe among them")
 
 
 def cached(directory):

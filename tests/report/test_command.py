@@ -2,6 +2,10 @@
 
 import builtins
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -102,6 +106,28 @@ def test_nothing_else_is_overwritten(workdir, tmp_path, capsys, name):
     args = ["--workdir", workdir, "--out", tmp_path / "mine"]
     fails(args, capsys, "holds something else than a report; give another --out")
     assert (tmp_path / "mine" / name).read_text() == "<html>my own page</html>"
+
+
+def test_what_a_killed_report_left_is_removed(workdir, tmp_path, capsys):
+    """A folder of a dead process goes; that of a living one and the user's own stay."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    who = {"host": socket.gethostname(), "since": ""}
+    notes = {"dead": who | {"pid": ended.pid}, "living": who | {"pid": os.getppid()}}
+    for name, note in notes.items():
+        part = tmp_path / f"report.part{name}"
+        part.mkdir()
+        (part / "half.svg").touch()
+        (part / ".lock").touch()
+        (part / ".lock.json").write_text(json.dumps(note))
+    (tmp_path / f"report.part{ended.pid}").mkdir()
+    (tmp_path / f"report.part{ended.pid}" / "mine.txt").write_text("mine")
+    (tmp_path / "report.partial.txt").write_text("mine")
+    assert run(["--workdir", workdir, "--out", tmp_path / "report"], capsys)[0] == 0
+    left = {path.name for path in tmp_path.glob("report.part*")}
+    assert left == {"report.partliving", f"report.part{ended.pid}", "report.partial.txt"}
+    assert (tmp_path / f"report.part{ended.pid}" / "mine.txt").read_text() == "mine"
+    assert not list((tmp_path / "report").glob(".lock*"))
 
 
 def test_an_empty_folder_is_taken(workdir, tmp_path, capsys):

@@ -42,6 +42,22 @@ def test_the_vectors_are_those_of_the_methods_tables(model, embedded):
     }
 
 
+def test_under_a_transfer_guard(runs, embedded, catalogue, tmp_path):
+    """As JAX_TRANSFER_GUARD sets it, for all threads: it is for training steps alone."""
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        model = open_model(runs())
+        found = embed_catalogue(model, read_items(catalogue), SENTENCES, tmp_path / "e")
+        near = find(found, SENTENCES[0], text="kind3 place3", model=model, k=3)
+        with model.running():
+            result = model.method.evaluate(model.params)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    np.testing.assert_array_equal(found.vectors["text"], embedded.vectors["text"])
+    assert len(near) == 3
+    assert 0 <= result["retrieval"]["hit@5"]["avg"] <= 1
+
+
 def test_a_baseline_reads_the_sentence_behind_the_text(runs, catalogue, tmp_path):
     model = open_model(runs("siglip"))
     found = embed_catalogue(model, read_items(catalogue), SENTENCES, tmp_path / "e")
@@ -250,7 +266,7 @@ def test_changed_images_and_texts_are_embedded_anew(model, patchy, tmp_path, cap
     assert "changed" not in capsys.readouterr().err
     (patchy / "images" / "13.png").write_bytes((patchy / "images" / "20.png").read_bytes())
     after = embed_catalogue(model, read_items(patchy), SENTENCES, to)
-    assert "1 of 6 items have changed since they were embedded" in capsys.readouterr().err
+    assert "1 of 6 items changed since the last embedding" in capsys.readouterr().err
     anew = embed_catalogue(model, read_items(patchy), SENTENCES, tmp_path / "anew")
     for name, vectors in after.vectors.items():
         np.testing.assert_allclose(vectors, anew.vectors[name], atol=1e-5)

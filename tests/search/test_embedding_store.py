@@ -209,7 +209,7 @@ def test_changed_items_are_written_anew(tmp_path):
     changed = plan(("words", "words", "words", "other", "words"))
     writer = Writer(store, changed)
     assert writer.stale == [1, 3]
-    with pytest.raises(UserError, match="2 items have changed since they were embedded"):
+    with pytest.raises(UserError, match="2 items have changed since the last embedding"):
         open_embeddings(store)
     # Stopped here, and the image is as before: what may be half written is still stale.
     (tmp_path / "b.png").write_bytes(b"b")

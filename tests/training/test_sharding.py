@@ -163,7 +163,7 @@ def test_pick_devices():
     [
         ("tpu", 0, "no device of the kind 'tpu'; JAX sees 'cpu' here: leave config.platform empty"),
         ("quantum", 0, "no device of the kind 'quantum'"),
-        ("cpu", 9, "config.devices=9, but there are 8 devices of the kind 'cpu'; lower it"),
+        ("cpu", 9, "config.devices=9 is too many: 8 devices of the kind 'cpu' here; lower it"),
     ],
 )
 def test_pick_devices_says_what_is_missing(platform, count, message):

@@ -1,10 +1,14 @@
 """The work directory: made once, of one configuration, never over something else."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
+from rcml_jax.data.gates import read_json
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation.measures import values_at
 from rcml_jax.training.workdir import load_config, prepare, write_json
 from tests.methods.m3col_data import news_config
 from tests.toy import tiny_config
@@ -124,6 +128,17 @@ def test_a_damaged_configuration(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config.json is not valid|config.json lacks"):
         load_config(tmp_path)
+
+
+def test_what_json_lacks_is_null(tmp_path):
+    path = tmp_path / "eval.json"
+    value = {"a": {"values": [math.nan, 0.5]}, "b": (np.float32(math.inf), np.int64(3)), "c": 2.5}
+    write_json(path, value | {"d": np.array([1.0, -math.inf])})
+    text = path.read_text()
+    expected = {"a": {"values": [None, 0.5]}, "b": [None, 3], "c": 2.5, "d": [1.0, None]}
+    assert read_json(text) == expected  # it refuses NaN and Infinity
+    assert values_at(expected, "a") == values_at(expected, "e") == []
+    assert values_at(expected, "c") == [2.5]
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard files."""
 
 import json
+import math
 
 import pytest
 
@@ -13,7 +14,8 @@ def lines(folder):
 
 
 def test_flatten():
-    metrics = {"loss": 1, "hit@5": {"tt": 0.5, "deep": {"x": 2.0}}, "probe": "linear", "ok": True}
+    metrics = {"lost": math.nan, "most": math.inf}
+    metrics |= {"loss": 1, "hit@5": {"tt": 0.5, "deep": {"x": 2.0}}, "probe": "linear", "ok": True}
     assert flatten(metrics) == {"loss": 1.0, "hit@5/tt": 0.5, "hit@5/deep/x": 2.0}
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from rcml_jax.data import images, prepared
 from rcml_jax.data.gates import read_file, user_path
 from rcml_jax.data.images import EncodedImages
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.sources.amazon_records import CATEGORIES, read_items, read_purchases
 from rcml_jax.data.sources.copurchases import (
@@ -144,8 +144,8 @@ def _fetch(
     failed = report.counts["failed"]
     if failed > MOST_FAILED * len(set(urls)):
         raise UserError(
-            f"{failed:,} of {len(set(urls)):,} images could not be fetched; run the same command "
-            "again later, which goes on with these, or turn the fetching of images off."
+            f"{failed:,} of {counted(len(set(urls)), 'images')} could not be fetched; run the same "
+            "command again later, which goes on with these, or turn the fetching of images off."
         )
     for reason, number in report.counts.items():
         if reason not in ("ok", "cached"):
@@ -343,15 +343,17 @@ def _build(
     if (by := unpack(items["by"])) != CATEGORIES:
         log(
             f"Amazon {domain}: no item has a second-level category; the kinds of buyers and the "
-            f"labels go by {by} ({len(unpack(items['categories'])):,} values)."
+            f"labels go by {by} ({counted(len(unpack(items['categories'])), 'values')})."
         )
     counts = unpack(core["counts"]) | unpack(items["counts"]) | missing | users
     reviews = counts.pop("reviews")
-    problems = [f"{number:,} {name}" for name, number in counts.items() if number]
+    problems = [counted(number, name) for name, number in counts.items() if number]
     log(
-        f"Amazon {domain}: {reviews:,} reviews; the {CORE}-core has {len(core['users']):,} users, "
-        f"{len(core['items']):,} items and {len(core['user']):,} purchases; {len(graph):,} items "
-        f"have a title and an image. Left out or incomplete: {', '.join(problems) or 'nothing'}."
+        f"Amazon {domain}: {counted(reviews, 'reviews')}; the {CORE}-core has "
+        f"{counted(len(core['users']), 'users')}, {counted(len(core['items']), 'items')} and "
+        f"{counted(len(core['user']), 'purchases')}; "
+        f"{counted(len(graph), 'items have', 'item has')} a title and an image. Left out or "
+        f"incomplete: {', '.join(problems) or 'nothing'}."
     )
     return graph
 
@@ -378,7 +380,7 @@ def _stages(
         return read_items(source.items, core["items"], strict=strict, local=source.image_paths)
 
     def buyers() -> Arrays:
-        log(f"Clustering {len(core['users']):,} buyers")
+        log(f"Clustering {counted(len(core['users']), 'buyers')}")
         names = unpack(items["categories"])
         bought = Purchases(core["users"], core["items"], core["user"], core["item"])
         cluster, sentences = kinds_of_buyers(

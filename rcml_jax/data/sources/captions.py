@@ -18,7 +18,7 @@ import numpy as np
 
 from rcml_jax.data.gates import TextGate, read_json, text_lines
 from rcml_jax.data.imagetext import ImageFiles, image_problems, reading, require_files
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages
 from rcml_jax.errors import UserError
 
@@ -189,7 +189,7 @@ def coco(
 
 #: Captions of each image, the split of each, and by reason how many records were left out.
 _Read = tuple[dict[str, list[str]], dict[str, int], dict[str, int]]
-_TWICE = "records that repeat another"
+_TWICE = "repeated records"
 
 
 def _karpathy(path: Path, gate: TextGate) -> _Read:
@@ -281,7 +281,8 @@ def _assemble(
     if 2 * len(no_file) >= len(captions):
         first = f", {paths[no_file[0]]} among them" if no_file else ""
         raise UserError(
-            f"{name}: {len(no_file):,} of {len(captions):,} images are missing{first}; {remedy}"
+            f"{name}: {len(no_file):,} of {counted(len(captions), 'images')} missing{first}; "
+            f"{remedy}"
         )
     gate.report(lambda line: tell(f"{name}: {line}"))
     lost = set(no_file)
@@ -291,8 +292,8 @@ def _assemble(
     if damaged and (gate.strict or 2 * len(damaged) >= len(there)):
         first = next(iter(damaged))
         raise UserError(
-            f"{name}: {len(damaged):,} images cannot be decoded, {paths[first]} among them "
-            f"({damaged[first]}); replace or remove them"
+            f"{name}: {counted(len(damaged), 'images')} cannot be decoded, {paths[first]} among "
+            f"them ({damaged[first]}); replace or remove them"
             + (", or leave `strict` off." if gate.strict else ".")
         )
     lost |= damaged.keys()
@@ -302,10 +303,10 @@ def _assemble(
         if damaged:
             counts += f"{len(damaged):,} that cannot be decoded, "
         tell(
-            f"{name}: {len(lost) + len(no_text):,} of {len(captions):,} images are left out "
+            f"{name}: {len(lost) + len(no_text):,} of {counted(len(captions), 'images')} left out "
             f"({counts}{len(no_text):,} without a caption)"
         )
-    reasons = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
+    reasons = [counted(count, reason) for reason, count in left_out.items() if count]
     if reasons:
         tell(f"{name}: also left out: {', '.join(reasons)}")
     kept = [image for image in captions if image not in lost and texts[image]]

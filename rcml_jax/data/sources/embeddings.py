@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 
 from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 _KEYS = ("image", "text", "image_of_text")
@@ -156,8 +157,10 @@ def _unit(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
         if np.any(bad):
             row = tuple(int(i) for i in np.argwhere(bad)[0][:-1])
             raise UserError(
-                f"{name} of {path} has {int(bad.sum()):,} vectors that are {what}, the first at "
-                f"index {row[0] if len(row) == 1 else row}; leave out such items or embed them anew"
+                f"{name} of {path} has "
+                f"{counted(int(bad.sum()), 'vectors that are', 'vector that is')} {what}, the "
+                f"first at index {row[0] if len(row) == 1 else row}; leave out such items or embed "
+                "them anew"
             )
     array = array / largest
     return array / np.linalg.norm(array, axis=-1, keepdims=True)

@@ -25,7 +25,7 @@ import numpy as np
 
 from rcml_jax.data import images, prepared
 from rcml_jax.data.gates import TextGate, read_file, user_path
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
 from rcml_jax.data.tables import optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
@@ -102,10 +102,9 @@ def load(
     lost = [item.id for item in items if item.id not in kept]
     if lost:
         _log.warning(
-            "%d of %d items were left out with their pairs, because their images cannot be "
-            "decoded: %s%s",
+            "%d of %s left out with all pairs, as images cannot be decoded: %s%s",
             len(lost),
-            len(items),
+            counted(len(items), "items"),
             ", ".join(lost[:5]),
             ", ..." if len(lost) > 5 else "",
         )
@@ -211,7 +210,8 @@ def _check_sentences(relations: dict[str, str], strict: bool, log: Callable[[str
     if same:
         groups = "; ".join(", ".join(map(repr, keys)) for keys in same[:5])
         groups += "; ..." if len(same) > 5 else ""
-        problem = f"{len(same):,} sentences have several relation ids ({groups})"
+        problem = counted(len(same), "sentences have", "sentence has")
+        problem += f" several relation ids ({groups})"
         if strict:
             raise UserError(
                 f"{problem}; give each its own sentence, or leave `strict` off, so that they are "

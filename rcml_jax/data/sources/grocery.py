@@ -312,7 +312,7 @@ def load(
         )
     if len(graph) < expected:
         _log.warning(
-            "%d of %d photographs are left out: they are missing or cannot be decoded.",
+            "%d of %d photographs left out, as missing or undecodable.",
             expected - len(graph),
             expected,
         )

@@ -32,7 +32,7 @@ import numpy as np
 
 from rcml_jax.data import images, prepared
 from rcml_jax.data.gates import NO_TEXT, CsvRows, read_file, user_path
-from rcml_jax.data.log import log_line
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph, normalize_pairs, pairs_within
 from rcml_jax.data.sources.copurchases import (
     copurchase_pairs,
@@ -278,7 +278,7 @@ class _TransactionReader:
                 "off to leave such transactions out."
             )
         self._counts["malformed transactions"] += int(malformed.sum())
-        self._counts["transactions of articles that are not in articles.csv"] += int(unknown.sum())
+        self._counts["transactions of articles outside articles.csv"] += int(unknown.sum())
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str] | None]]:
@@ -492,14 +492,15 @@ def _build(
         counts.pop(name, 0)
         for name in ("transactions", "customers", "articles without a description")
     )
-    problems = [f"{number:,} {name}" for name, number in counts.items() if number]
+    problems = [counted(number, name) for name, number in counts.items() if number]
     for sentence, number in zip(graph.relations, np.bincount(graph.pairs[:, 2]), strict=True):
-        log(f"{number:>9,} pairs: {sentence}")
+        log(f"{counted(number, 'pairs'):>15}: {sentence}")
     log(
-        f"H&M: {len(articles):,} articles, {total:,} transactions, {customers:,} customers of these"
-        f" articles; {len(graph):,} articles have a photograph. Left out: "
-        f"{', '.join(problems) or 'nothing'}. Kept by their names: {empty:,} articles without a "
-        "description."
+        f"H&M: {counted(len(articles), 'articles')}, {counted(total, 'transactions')}, "
+        f"{counted(customers, 'customers')} of these articles; "
+        f"{counted(len(graph), 'articles have', 'article has')} a photograph. Left out: "
+        f"{', '.join(problems) or 'nothing'}. Kept by their names: "
+        f"{counted(empty, 'articles')} without a description."
     )
     return graph
 

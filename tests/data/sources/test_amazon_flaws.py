@@ -36,12 +36,12 @@ def test_flaws_are_left_out_and_counted_in_one_line(tiny, tmp_path):
     assert counts.pop("users with one purchase") > 0
     assert counts == {
         "malformed review lines": 3,
-        "malformed item lines": 1,
-        "items without a record": 1,
-        "items without a title": 1,
+        "malformed item line": 1,
+        "item without a record": 1,
+        "item without a title": 1,
         "items without a second-level category": 2,
-        "items without an image": 1,
-        "damaged local images": 1,
+        "item without an image": 1,
+        "damaged local image": 1,
     }
     assert len(graph) == 96
     unknown = np.flatnonzero(graph.labels < 0)

@@ -95,7 +95,7 @@ def test_flickr8k_with_the_official_lists(tmp_path, ends, mark):
     check(found)
     assert found.split.tolist() == [0, 0, 0, 0, 1, 2]
     assert [text[-1] for text in found.texts[:2]] == ["0", "0"]
-    assert lines == ["flickr8k: also left out: 1 images in no list"]
+    assert lines == ["flickr8k: also left out: 1 image in no list"]
 
 
 def test_flickr8k_with_the_karpathy_split_in_another_folder(tmp_path):
@@ -125,8 +125,8 @@ def test_what_flickr8k_lacks_or_has_twice_is_counted(tmp_path):
         "one\u2028more of 2",
     ]
     assert lines == [
-        "flickr8k: 2 of 10 images are left out (2 without a file, 0 without a caption)",
-        "flickr8k: also left out: 2 records that repeat another, 2 images in no list",
+        "flickr8k: 2 of 10 images left out (2 without a file, 0 without a caption)",
+        "flickr8k: also left out: 2 repeated records, 2 images in no list",
     ]
 
 
@@ -139,7 +139,7 @@ def test_flickr8k_that_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="the split test has no images"):
         captions.flickr8k(root)
     write_lines(root, "Flickr_8k.testImages.txt", [f"no{n}.jpg" for n in range(6)])
-    with pytest.raises(UserError, match="6 of 11 images are missing"):
+    with pytest.raises(UserError, match="6 of 11 images missing"):
         captions.flickr8k(root)
     (root / "Flickr8k_text" / "Flickr_8k.testImages.txt").write_bytes("é.jpg".encode("latin-1"))
     with pytest.raises(UserError, match=r"testImages.txt is not UTF-8"):
@@ -161,7 +161,7 @@ def test_an_image_with_two_records(tmp_path):
     content["images"].append(content["images"][0] | {"sentences": [{"raw": "again"}]})
     file.write_text(json.dumps(content))
     check(captions.flickr30k(root, log=lines.append))
-    assert lines == ["flickr30k: also left out: 1 records that repeat another"]
+    assert lines == ["flickr30k: also left out: 1 repeated record"]
     content["images"][-1]["split"] = "test"
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"0.jpg stands in two splits"):
@@ -176,7 +176,7 @@ def test_ids_that_coco_has_twice(tmp_path):
     content["images"].append(content["images"][0])
     file.write_text(json.dumps(content))
     check(captions.coco(root, log=lines.append))
-    assert lines == ["coco: also left out: 2 records that repeat another"]
+    assert lines == ["coco: also left out: 2 repeated records"]
     content["images"][-1] = content["images"][1] | {"id": content["images"][0]["id"]}
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="two images have the id 100"):
@@ -216,7 +216,7 @@ def test_images_without_file_or_caption_are_counted(tmp_path):
     found = captions.coco(root, log=lines.append)
     check(found)
     assert len(found.images) == 21
-    assert lines == ["coco: 2 of 23 images are left out (1 without a file, 1 without a caption)"]
+    assert lines == ["coco: 2 of 23 images left out (1 without a file, 1 without a caption)"]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_copies_that_are_elsewhere_or_empty(tmp_path):
     root = write_flickr(tmp_path / "flickr")
     for image in list((root / "flickr30k-images").iterdir())[:3]:
         image.unlink()
-    with pytest.raises(UserError, match="3 of 6 images are missing"):
+    with pytest.raises(UserError, match="3 of 6 images missing"):
         captions.flickr30k(root)
 
 
@@ -297,8 +297,8 @@ def test_damaged_images_are_left_out_and_remembered(tmp_path, monkeypatch):
     found = captions.flickr30k(root, cache=cache, log=lines.append)
     check(found)
     assert len(found.images) == 5
-    assert "1 of 6 images are left out (0 without a file, 1 that cannot be decoded" in lines[0]
-    with pytest.raises(UserError, match=r"1 images cannot be decoded, .*1\.jpg"):
+    assert "1 of 6 images left out (0 without a file, 1 that cannot be decoded" in lines[0]
+    with pytest.raises(UserError, match=r"1 image cannot be decoded, .*1\.jpg"):
         captions.flickr30k(root, cache=cache, strict=True)
     monkeypatch.setattr("rcml_jax.data.imagetext.decode_problems", None)  # nothing is decoded anew
     assert len(captions.flickr30k(root, cache=cache, log=lines.append).images) == 5

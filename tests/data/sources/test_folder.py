@@ -140,7 +140,7 @@ def test_a_corrupt_image_is_left_out_with_its_pairs(data, caplog):
         with caplog.at_level(logging.WARNING):
             loaded = folder.load(data, log=quiet)
         assert loaded.ids == graph.ids
-        assert "1 of 6 items were left out" in caplog.text
+        assert "1 of 6 items left out" in caplog.text
         assert "i1" in caplog.text
     number = 3 if (data / "items.csv").exists() else 2
     with pytest.raises(UserError, match=rf"items\.\w+, line {number}: the image .*1\.png cannot"):
@@ -324,8 +324,8 @@ def test_relation_ids_with_one_sentence(data):
     lines = []
     graph = folder.load(data, log=lines.append)
     assert graph.relation_ids == ("1", "2", "3")
-    assert lines[0].startswith("1 sentences have several relation ids ('1', '3')")
-    with pytest.raises(UserError, match=r"1 sentences have several relation ids \('1', '3'\)"):
+    assert lines[0].startswith("1 sentence has several relation ids ('1', '3')")
+    with pytest.raises(UserError, match=r"1 sentence has several relation ids \('1', '3'\)"):
         folder.load(data, strict=True)
 
 

@@ -156,7 +156,7 @@ def test_rows_without_an_image_or_a_text_are_skipped(food):
     np.testing.assert_array_equal(np.bincount(data.labels), [11, 11, 11])
     assert len(data.rows("validation")) == 5  # a fifth of the 28 that are left
     (line,) = lines
-    assert "3 of 36 records are skipped (2 without an image, 1 without a text)" in line
+    assert "3 of 36 records skipped (2 without an image, 1 without a text)" in line
     assert "train.csv, line 6: there is no image" in line
     with pytest.raises(UserError, match=r"train\.csv, line 6: there is no image"):
         load(food, strict=True)

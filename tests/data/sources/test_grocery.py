@@ -324,7 +324,7 @@ def test_an_unreadable_photograph_is_left_out_and_said(graph, changed, tmp_path,
         kept = grocery.load(tmp_path / "cache", path=changed, log=lambda line: None)
     lost = set(graph.ids) - set(kept.ids)
     assert lost == {"train/Fruit/Orange/Orange_002"}
-    assert "1 of 121 photographs are left out" in caplog.text
+    assert "1 of 121 photographs left out" in caplog.text
     for photo in changed.rglob("*.jpg"):
         photo.write_bytes(b"")
     assert "No photograph under" in error_of(changed)

@@ -286,14 +286,14 @@ def test_flaws_are_left_out_and_counted_in_one_line(own, tmp_path):
     assert unknown > 0
     assert report(lines) == {
         "malformed articles": 4,
-        "repeated articles": 1,
-        "articles without a photograph": 1,
-        "articles with a damaged photograph": 1,
+        "repeated article": 1,
+        "article without a photograph": 1,
+        "article with a damaged photograph": 1,
         "malformed transactions": 4,
-        "transactions of articles that are not in articles.csv": unknown + 1,
+        "transactions of articles outside articles.csv": unknown + 1,
     }
     (line,) = (line for line in lines if line.startswith("H&M: "))
-    assert line.endswith("Kept by their names: 1 articles without a description.")
+    assert line.endswith("Kept by their names: 1 article without a description.")
     gone |= {ROWS[i]["article_id"] for i in (9, 10)}
     assert graph.ids == tuple(key for key in BY_ID if key not in gone)
     assert graph.texts[0] == "Kite No. 0. Red Kite."

@@ -73,7 +73,7 @@ def test_damaged_images_are_found_by_load(news, content, tmp_path):
         data = load(news, log=lines.append, cache=cache)
         assert len(data) == 11
         ImageBank(data.modalities[0].values, 8)(np.arange(11))
-    assert "1 of 12 records are skipped (0 without an image, 1 with a damaged one" in lines[1]
+    assert "1 of 12 records skipped (0 without an image, 1 with a damaged one" in lines[1]
     assert f"the image {path} cannot be decoded" in lines[1]
     with pytest.raises(UserError, match=r"nytimes_dev\.json, record 2: .* cannot be decoded"):
         load(news, strict=True, cache=cache)
@@ -106,7 +106,7 @@ def test_records_without_an_image_or_a_text_are_skipped(news):
     assert data.modalities[0].values.encoded(3) == jpeg(0)
     assert data.modalities[1].values[3] == "headline dev0"
     (line,) = lines
-    assert "3 of 12 records are skipped (2 without an image, 1 without a text)" in line
+    assert "3 of 12 records skipped (2 without an image, 1 without a text)" in line
     assert "news/nytimes_train.json, record 4: there is no image" in line
     assert str(news / "imgs" / "train3.jpg") in line
     with pytest.raises(
@@ -225,7 +225,7 @@ def test_encodings(news):
     write_news_file(news, "train", records)
     lines = []
     assert load(news, log=lines.append).modalities[1].values[0] == "café \N{REPLACEMENT CHARACTER}"
-    assert "1 texts held a NUL or half of a surrogate pair" in lines[0]
+    assert "1 text held a NUL or half of a surrogate pair" in lines[0]
     assert lines[0].endswith("the first is in news/nytimes_train.json, record 1, 'headline'.")
     with pytest.raises(UserError, match=r"nytimes_train\.json, record 1, 'headline': .* surrogate"):
         load(news, strict=True)
