@@ -21,7 +21,14 @@ from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
-_OF_EVALUATION = ("evaluation.", "data.dir", "data.path", "data.threads", "platform")
+_OF_EVALUATION = (
+    "evaluation.",
+    "data.dir",
+    "data.path",
+    "data.threads",
+    "data.pixels",
+    "platform",
+)
 
 
 def train(argv: Sequence[str] | None = None) -> int:

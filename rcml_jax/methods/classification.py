@@ -9,14 +9,26 @@ from typing import Any, Protocol
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData
-from rcml_jax.data.images import Framing, ImageBank, augment, drop_words, hide_patches
+from rcml_jax.data.images import (
+    Framing,
+    ImageBank,
+    StoredPixels,
+    augment,
+    drop_words,
+    hide_patches,
+)
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
 from rcml_jax.methods.base import Metrics, Params
-from rcml_jax.methods.task import cache_directory, tell_cut_texts, work_tokenizer
+from rcml_jax.methods.task import (
+    cache_directory,
+    image_reader,
+    tell_cut_texts,
+    work_tokenizer,
+)
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
@@ -51,7 +63,7 @@ class ClassificationTask:
     config: Any
     data: ClassificationData
     tokenizer: Tokenizer | None
-    banks: dict[str, ImageBank]
+    banks: dict[str, ImageBank | StoredPixels]
     max_length: int
 
     @classmethod
@@ -86,7 +98,11 @@ class ClassificationTask:
                 f"config.data.patch_size={config.data.patch_size} does not divide the images of "
                 f"{size} pixels; choose another"
             )
-        banks = {m.name: ImageBank(m.values, framing) for m in data.modalities if m.kind == "image"}
+        banks = {
+            m.name: image_reader(config.data, f"{data.name}-{m.name}", m.values, framing)
+            for m in data.modalities
+            if m.kind == "image"
+        }
         return cls(config, data, tokenizer, banks, max_length)
 
     def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:
@@ -137,6 +153,9 @@ class ClassificationTask:
 
     def batches(self) -> Any:
         """The grain iterator over training batches."""
+        for bank in self.banks.values():
+            if isinstance(bank, StoredPixels):
+                bank.open()  # Before the first step, so that a full disk is told at the start.
 
         def collate(plan: dict) -> dict:
             rows = plan["rows"]

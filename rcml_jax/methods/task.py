@@ -11,7 +11,7 @@ import numpy as np
 
 from rcml_jax.data import queries
 from rcml_jax.data.gates import user_path
-from rcml_jax.data.images import ImageBank, augment
+from rcml_jax.data.images import Framing, ImageBank, ItemImages, StoredPixels, augment
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
@@ -60,7 +60,7 @@ class RelationTask:
     graph: RelationGraph
     splits: Splits
     tokenizer: Tokenizer
-    images: ImageBank
+    images: ImageBank | StoredPixels
     max_length: int
 
     @classmethod
@@ -86,7 +86,7 @@ class RelationTask:
         )
         if new:
             tell_cut_texts(graph.texts, tokenizer, taken.max_length)
-        images = ImageBank(graph.images, taken.framing)
+        images = image_reader(data, graph.name, graph.images, taken.framing)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
     def sentence(self, relation: int, drawn: int = 0) -> str:
@@ -136,6 +136,8 @@ class RelationTask:
             items=batch.size,
         )
         sizes.check(len(self.splits.items("train")))
+        if isinstance(self.images, StoredPixels) and not (stored and "image" in stored):
+            self.images.open()  # Before the first step, so that a full disk is told at the start.
         sampler = RelationSampler(self.graph, self.splits, sizes, seed)
         moved = functools.partial(augment, shift=batch.image_shift, flip=batch.image_flip)
         collate = collator(
@@ -247,6 +249,15 @@ def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) 
             f"the text tower takes and lose their ends: {int(np.median(over)):,} tokens in the "
             f"median, {over.max():,} at most"
         )
+
+
+def image_reader(
+    data: Any, name: str, images: ItemImages, framing: Framing
+) -> ImageBank | StoredPixels:
+    """What reads images of items as `config.data.pixels` says; name: of the data set."""
+    if data.get("pixels", "encoded") == "encoded":
+        return ImageBank(images, framing)
+    return StoredPixels(cache_directory(data.dir) / "pixels", name, images, framing)
 
 
 def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> pathlib.Path:

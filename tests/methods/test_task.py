@@ -3,12 +3,18 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.methods.task import load_graph, tell_cut_texts, tell_sentences_apart
+from rcml_jax.methods.task import (
+    RelationTask,
+    load_graph,
+    tell_cut_texts,
+    tell_sentences_apart,
+)
 from tests.data.conftest import make_graph
 from tests.toy import tiny_config, write_rows
 
@@ -75,3 +81,21 @@ def test_relation_ids_of_one_sentence_link_the_same_pairs(catalogue, tmp_path):
     np.testing.assert_array_equal(graph.same_sentence[:3], [0, 0, 2])
     a, b, _ = graph.pairs[graph.pairs[:, 2] == 0].T
     assert graph.linked(a, b, np.full(len(a), 1)).all()
+
+
+@pytest.mark.parametrize("stored_in_the_past", [False, True])
+def test_batches_are_the_same_from_stored_and_from_encoded_images(
+    catalogue, tmp_path, stored_in_the_past, monkeypatch
+):
+    options = {"batch.image_shift": 3, "batch.image_flip": True, "data.dir": str(tmp_path / "c")}
+    batches = []
+    for pixels in ("encoded", *["stored"] * (1 + stored_in_the_past)):
+        if len(batches) == 2:
+            monkeypatch.setattr("rcml_jax.data.images.to_array", None)
+        config = tiny_config(catalogue, **options | {"data.pixels": pixels})
+        data = RelationTask.load(config, tmp_path).batches()
+        batches.append([next(data) for _ in range(3)])
+    assert len(list((tmp_path / "c" / "pixels").glob("*.npy"))) == 1
+    expected, found = batches[0], batches[-1]
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+    assert not np.array_equal(found[0]["items"]["images"], found[1]["items"]["images"])
