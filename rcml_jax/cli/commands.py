@@ -26,6 +26,7 @@ _OF_EVALUATION = (
     "data.dir",
     "data.path",
     "data.threads",
+    "data.workers",
     "data.pixels",
     "platform",
 )

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import ItemImages
-from rcml_jax.data.stages import stored_rows
+from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
 
 # Of strips longer than this many times their width only the centre is resized.
@@ -30,6 +30,8 @@ _LONGEST_RATIO = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _JPEGS = ("JPEG", "MPO")  # MPO: a JPEG that is followed by others, as of many phones
 _ORIENTATION = 0x0112
+#: Memory for decoded images in a process.
+CACHE_BYTES = 512 * 2**20
 
 
 class ImageError(ValueError):
@@ -293,7 +295,7 @@ class ImageBank:
         images: ItemImages,
         framing: int | Framing,
         *,
-        cache_bytes: int = 512 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
         threads: int | None = None,
     ):
         self.framing = Framing(framing) if isinstance(framing, int) else framing
@@ -432,8 +434,7 @@ class StoredPixels:
                 self._log(f"{path.parent} cannot be written; images are decoded in every run.")
                 return ImageBank(self.images, self.framing)
             self._tell_size(path)
-        # The plain array: of a memmap every result would be one, too.
-        return np.asarray(stored_rows(path, _PixelRows(self._bank), log=self._log)).__getitem__
+        return mapped_rows(path, _PixelRows(self._bank), log=self._log).__getitem__
 
     @functools.cached_property
     def path(self) -> Path:

@@ -144,6 +144,28 @@ def stored_rows(
     return _mapped(path)
 
 
+class MappedRows:
+    """The rows of an `.npy` file as plain arrays; a pickled copy maps the file again."""
+
+    def __init__(self, path: Path):
+        # The plain array: of a memmap every result would be one, too.
+        self._path, self._rows = path, np.asarray(_mapped(path))
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self._rows[rows]
+
+    def __reduce__(self) -> tuple:
+        return MappedRows, (self._path,)
+
+
+def mapped_rows(
+    path: pathlib.Path, blocks: _Blocks, *, log: Callable[[str], None] | None = None
+) -> MappedRows:
+    """As `stored_rows`, for an owner that is copied into other processes."""
+    stored_rows(path, blocks, log=log)
+    return MappedRows(path)
+
+
 def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")

@@ -168,7 +168,8 @@ class ClassificationTask:
                 },
             }
 
-        return batch_iterator(self.sampler, collate, self.config.data.threads)
+        data = self.config.data
+        return batch_iterator(self.sampler, collate, data.threads, data.get("workers", 0))
 
 
 def _texts(data: ClassificationData) -> list[str]:

@@ -47,17 +47,10 @@ class RCMLMethod(RelationalMethod):
 
     def batches(self) -> Any:
         """The grain iterator over training batches, with noise for the sentences if asked for."""
-        return self.task.batches(self.stored, self._noise if self._noise_length else None)
-
-    @property
-    def _noise_length(self) -> float:
-        return self.config.batch.sentence_noise
-
-    def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """(count, d) float32, of about the length `config.batch.sentence_noise` each."""
-        width = joint_width(self.towers_config)
-        noise = rng.standard_normal((count, width), np.float32)
-        return noise * np.float32(self._noise_length / math.sqrt(width))
+        length, noise = self.config.batch.sentence_noise, None
+        if length:
+            noise = functools.partial(_noise, joint_width(self.towers_config), length)
+        return self.task.batches(self.stored, noise)
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
@@ -196,6 +189,12 @@ class RCMLMethod(RelationalMethod):
         """z_T or z_I with the relations first, (R, n, d)."""
         out: Any = self.model.apply(variables, inputs, relation, intra, method=pool)
         return _relations_first(out)
+
+
+def _noise(width: int, length: float, rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, width) float32, of about that length each."""
+    noise = rng.standard_normal((count, width), np.float32)
+    return noise * np.float32(length / math.sqrt(width))
 
 
 def _relations_first(z: jax.Array) -> jax.Array:

@@ -11,7 +11,14 @@ import numpy as np
 
 from rcml_jax.data import queries
 from rcml_jax.data.gates import user_path
-from rcml_jax.data.images import Framing, ImageBank, ItemImages, StoredPixels, augment
+from rcml_jax.data.images import (
+    CACHE_BYTES,
+    Framing,
+    ImageBank,
+    ItemImages,
+    StoredPixels,
+    augment,
+)
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
@@ -154,7 +161,8 @@ class RelationTask:
             sentence_noise,
             None if stored and "text" in stored else self.stored_texts,
         )
-        return batch_iterator(sampler, collate, self.config.data.threads)
+        data = self.config.data
+        return batch_iterator(sampler, collate, data.threads, data.get("workers", 0))
 
     @functools.cached_property
     def stored_texts(self) -> StoredTexts | None:
@@ -256,7 +264,11 @@ def image_reader(
 ) -> ImageBank | StoredPixels:
     """What reads images of items as `config.data.pixels` says; name: of the data set."""
     if data.get("pixels", "encoded") == "encoded":
-        return ImageBank(images, framing)
+        workers = data.get("workers", 0)
+        if not workers:
+            return ImageBank(images, framing)
+        # Each worker has a copy; threads in it would wait for its one interpreter.
+        return ImageBank(images, framing, cache_bytes=CACHE_BYTES // workers, threads=1)
     return StoredPixels(cache_directory(data.dir) / "pixels", name, images, framing)
 
 

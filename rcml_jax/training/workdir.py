@@ -20,6 +20,7 @@ _ALWAYS = ("seed", "steps", "method", "parallel", "data")
 _FREE = {
     "data.dir",
     "data.threads",
+    "data.workers",
     "data.pixels",
     "log_every",
     "checkpoint_every",

@@ -1,14 +1,17 @@
 """What a relation task says of its texts, and where it takes relations for one."""
 
 import dataclasses
+import multiprocessing
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from rcml_jax.data.sampling import batch_iterator
 from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.methods import build
 from rcml_jax.methods.task import (
     RelationTask,
     load_graph,
@@ -99,3 +102,43 @@ def test_batches_are_the_same_from_stored_and_from_encoded_images(
     expected, found = batches[0], batches[-1]
     jax.tree.map(np.testing.assert_array_equal, expected, found)
     assert not np.array_equal(found[0]["items"]["images"], found[1]["items"]["images"])
+
+
+def test_workers_read_the_same_batches_and_go_on_where_threads_were(catalogue, tmp_path):
+    options = {"data.pixels": "encoded", "batch.sentence_noise": 0.1, "batch.image_shift": 2}
+    read = {
+        workers: build(tiny_config(catalogue, **options | {"data.workers": workers}), tmp_path)
+        for workers in (0, 2)
+    }
+    threads, workers = (method.batches() for method in read.values())
+    expected = [next(threads) for _ in range(4)]
+    workers.set_state({"next_index": 1})
+    # As the loop does: the first batch is read for its shapes, and again.
+    first = next(workers)
+    pids = {child.pid for child in multiprocessing.active_children()}
+    assert len(pids) >= 2
+    workers.set_state({"next_index": 1})
+    found = [next(workers) for _ in range(2)]
+    assert {child.pid for child in multiprocessing.active_children()} == pids
+    jax.tree.map(np.testing.assert_array_equal, [first, *found], expected[1:2] + expected[1:3])
+    # Threads go on with the state of workers, and the other way round.
+    assert workers.get_state() == {"next_index": 3}
+    threads.set_state(workers.get_state())
+    workers.close()
+    jax.tree.map(np.testing.assert_array_equal, expected[3], next(threads))
+
+
+def test_workers_are_started_anew_elsewhere_and_tell_what_is_wrong_as_it_is():
+    batches = batch_iterator(range(9), refuse, workers=1)
+    np.testing.assert_array_equal(next(batches), 0)
+    with pytest.raises(UserError, match="the second one"):
+        next(batches)
+    batches.set_state({"next_index": 7})
+    np.testing.assert_array_equal([next(batches), next(batches)], [7, 8])
+    batches.close()
+
+
+def refuse(index):
+    if index == 1:
+        raise UserError("the second one")
+    return np.asarray(index)
