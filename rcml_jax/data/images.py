@@ -489,20 +489,31 @@ def _in_words(size: int) -> str:
     return f"{size / 2**power:,.{power // 30}f} {'KMG'[power // 10 - 1]}iB"
 
 
+#: Which images of a batch some images are: how many the batch has, and their indices in it.
+Part = tuple[int, np.ndarray]
+
+
 def augment(
-    images: np.ndarray, rng: np.random.Generator, *, shift: int = 0, flip: bool = False
+    images: np.ndarray,
+    rng: np.random.Generator,
+    part: Part | None = None,
+    *,
+    shift: int = 0,
+    flip: bool = False,
 ) -> np.ndarray:
     """Randomly moved and mirrored copies of images (n, H, W, 3), the edge colour filling in.
 
     shift: at most so many pixels in each direction; flip: mirror half of them left to right.
+    part: the draws are those that these images have in a batch; None: they are all of it.
     """
     n, height, width, _ = images.shape
+    count, mine = part or (n, np.arange(n))
     margin = ((0, 0), (shift, shift), (shift, shift), (0, 0))
     padded = np.pad(images, margin, mode="edge")
-    top, left = rng.integers(0, 2 * shift + 1, (2, n))
+    top, left = rng.integers(0, 2 * shift + 1, (2, count))[:, mine]
     rows, columns = np.arange(height) + top[:, None], np.arange(width) + left[:, None]
     if flip:
-        columns = np.where(rng.random((n, 1)) < 0.5, columns[:, ::-1], columns)
+        columns = np.where(rng.random((count, 1))[mine] < 0.5, columns[:, ::-1], columns)
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -513,16 +524,23 @@ _GREY = 128
 
 
 def hide_patches(
-    images: np.ndarray, rng: np.random.Generator, *, share: float, patch: int
+    images: np.ndarray,
+    rng: np.random.Generator,
+    part: Part | None = None,
+    *,
+    share: float,
+    patch: int,
 ) -> np.ndarray:
     """Copies of images (n, H, W, 3) uint8, the same share of the patches of each turned grey.
 
-    H and W are multiples of `patch`; share: 0 to 1, rounded to a whole number of patches.
+    H and W are multiples of `patch`; share: 0 to 1, rounded to a whole number of patches; part: as
+    of `augment`.
     """
     n, height, width, _ = images.shape
+    batch, mine = part or (n, np.arange(n))
     rows, columns = height // patch, width // patch
     count = round(share * rows * columns)
-    order = np.argsort(rng.random((n, rows * columns)), axis=1)
+    order = np.argsort(rng.random((batch, rows * columns))[mine], axis=1)
     hidden = (order < count).reshape(n, rows, columns)
     mask = hidden.repeat(patch, axis=1).repeat(patch, axis=2)
     return np.where(mask[..., None], np.uint8(_GREY), images)

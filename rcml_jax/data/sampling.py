@@ -163,12 +163,13 @@ def collator(
     images: Callable[[np.ndarray], np.ndarray],
     sentence: Callable[[int, int], str],
     max_length: int,
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    augment: Callable[..., np.ndarray] | None = None,
     texts_per_row: int = 1,
     negatives: str = "unrelated",
     stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
     sentence_noise: Callable[[np.random.Generator, int], np.ndarray] | None = None,
     encoded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+    local_rows: Callable[[int], np.ndarray] | None = None,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
@@ -176,6 +177,8 @@ def collator(
     "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
     draws the noise added to the embeddings of that many sentences, `shared["sentence_noise"]`.
     `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
+    `local_rows`: number of rows of `items` → those that the batch has, all without it. Images of
+    others are not read; of all texts the ids are, as the longest sets the length.
 
     `items` are split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -202,9 +205,15 @@ def collator(
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked_under(anchor, positive, relations)
-        pixels = images(items)
+        mine = np.arange(len(items))
+        if local_rows is not None:
+            rows = local_rows(len(items) // texts_per_row)
+            mine = mine.reshape(-1, texts_per_row)[rows].ravel()
+            # Of stored states there are as many rows as items, whatever shares a row.
+            ids = _rows_of(ids, rows)
+        pixels = images(items[mine])
         if augment is not None:
-            pixels = augment(pixels, np.random.default_rng(plan["noise"]))
+            pixels = augment(pixels, np.random.default_rng(plan["noise"]), (len(items), mine))
         if texts_per_row > 1:
             pixels = _in_rows(pixels, texts_per_row)
         drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
@@ -239,6 +248,11 @@ def _in_rows(x: Any, per_row: int) -> Any:
     if isinstance(x, tuple):
         return type(x)(*(_in_rows(part, per_row) for part in x))
     return x.reshape(-1, per_row, *x.shape[1:])
+
+
+def _rows_of(x: Any, rows: np.ndarray) -> Any:
+    """Rows of an array, or of each array of a named tuple."""
+    return type(x)(*(part[rows] for part in x)) if isinstance(x, tuple) else x[rows]
 
 
 def _reordered(plan: dict, order: np.ndarray) -> dict:

@@ -12,7 +12,7 @@ from flax.core import FrozenDict
 
 from rcml_jax.evaluation.scores import EmbeddingTable
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
-from rcml_jax.methods.base import Batch, Metrics, Params
+from rcml_jax.methods.base import Batch, Metrics, Params, Rows
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
@@ -45,12 +45,12 @@ class RCMLMethod(RelationalMethod):
         self._pool_text = jax.jit(functools.partial(self._pool_one, "pool_text"))
         self._pool_image = jax.jit(functools.partial(self._pool_one, "pool_image"))
 
-    def batches(self) -> Any:
+    def batches(self, local_rows: Rows | None = None) -> Any:
         """The grain iterator over training batches, with noise for the sentences if asked for."""
         length, noise = self.config.batch.sentence_noise, None
         if length:
             noise = functools.partial(_noise, joint_width(self.towers_config), length)
-        return self.task.batches(self.stored, noise)
+        return self.task.batches(self.stored, noise, local_rows)
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
@@ -119,11 +119,7 @@ class RCMLMethod(RelationalMethod):
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         ids = self.relation_ids if sentences is None else self.task.encode(list(sentences))
         relation = self._relations(variables, ids)
-        shape = (len(relation), len(items), relation.shape[1])
-        text, image = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        for rows, ids, images in self.chunks(items):
-            z_text, z_image = self._pool(variables, ids, images, relation)
-            text[:, rows], image[:, rows] = z_text, z_image
+        text, image = self.embed_items(self._pool, (variables, relation, False), items, axis=1)
         table = EmbeddingTable(items, text, image, np.asarray(l2_normalize(relation)))
         return {"relation": table}
 
@@ -131,11 +127,8 @@ class RCMLMethod(RelationalMethod):
         """Embeddings pooled under the intra-sample relation."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         relation = self._relations(variables, self.task.encode([self.task.sentence(-1)]))
-        image, text = np.empty((2, len(items), relation.shape[1]), np.float32)
-        for rows, ids, images in self.chunks(items):
-            z_text, z_image = self._pool(variables, ids, images, relation, True)
-            text[rows], image[rows] = z_text[0], z_image[0]
-        return image, text
+        text, image = self.embed_items(self._pool, (variables, relation, True), items, axis=1)
+        return image[0], text[0]
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
         """Embed under the intra-sample relation first, then under each sentence."""
@@ -167,10 +160,10 @@ class RCMLMethod(RelationalMethod):
     def _pool_items(
         self,
         variables: dict,
+        relation: jax.Array,
+        is_intra: bool,
         ids: jax.Array,
         images: jax.Array,
-        relation: jax.Array,
-        is_intra: bool = False,
     ):
         """z_T and z_I with the relations first, (R, n, d), all of them intra-sample or none."""
         intra = jnp.full(relation.shape[0], is_intra)

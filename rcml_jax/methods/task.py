@@ -25,6 +25,7 @@ from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, 
 from rcml_jax.data.sources import SOURCES
 from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.methods.base import Rows
 from rcml_jax.registry import resolve
 
 #: Largest number of relations for which relation type is also measured among all of them.
@@ -133,8 +134,9 @@ class RelationTask:
         self,
         stored: Mapping[str, Callable] | None = None,
         sentence_noise: Callable | None = None,
+        local_rows: Rows | None = None,
     ) -> Any:
-        """The grain iterator over training batches; stored and sentence_noise: as of `collator`."""
+        """The grain iterator over training batches; the arguments are those of `collator`."""
         batch, seed = self.config.batch, self.config.seed
         sizes = BatchSizes(
             relations=batch.relations if batch.inter_pairs else 0,
@@ -160,6 +162,7 @@ class RelationTask:
             stored or {},
             sentence_noise,
             None if stored and "text" in stored else self.stored_texts,
+            local_rows,
         )
         data = self.config.data
         return batch_iterator(sampler, collate, data.threads, data.get("workers", 0))

@@ -101,9 +101,28 @@ def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> Non
         )
 
 
+def local_rows(devices: list[jax.Device], rows: int) -> np.ndarray:
+    """Indices of the rows of a batch that lie on this process's devices, in the devices' order.
+
+    Raises UserError where the rows cannot be divided by the number of devices.
+    """
+    if rows % len(devices):
+        raise UserError(
+            f"a batch of {rows} rows cannot be split over {len(devices)} devices; make it a "
+            "multiple of that by config.batch.size, or lower config.devices"
+        )
+    mine = [d.process_index == jax.process_index() for d in devices]
+    return np.flatnonzero(np.repeat(mine, rows // len(devices)))
+
+
+def of_process(devices: list[jax.Device]) -> list[jax.Device]:
+    """Those of the devices that are this process's own."""
+    return [d for d in devices if d.process_index == jax.process_index()]
+
+
 def first_local(devices: list[jax.Device]) -> jax.Device:
     """The first of the devices that is this process's own."""
-    return next(d for d in devices if d.process_index == jax.process_index())
+    return of_process(devices)[0]
 
 
 def donated(devices: list[jax.Device], in_place: bool = False) -> tuple[int, ...]:
@@ -160,15 +179,32 @@ class ShardedJit:
         """The first of this process's devices' copy, for what one device does, as evaluation."""
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
+    def local_rows(self, rows: int) -> np.ndarray:
+        """The rows of a batch's items that this process passes to `put_batch`."""
+        return local_rows(self.devices, rows)
+
     def put_batch(self, batch: dict) -> dict:
-        """A host batch → arrays on the devices; every process passes the whole batch."""
+        """A host batch → arrays on the devices.
+
+        Every process passes all of `shared`, and of `items` the rows of `local_rows`.
+        """
         places = {"items": self._split, "shared": self._replicated}
         if jax.process_count() == 1:
             return jax.device_put(batch, places)
-        return {
-            name: jax.tree.map(functools.partial(_put, sharding=place), batch[name])
-            for name, place in places.items()
-        }
+        shared = jax.tree.map(functools.partial(_put, sharding=self._replicated), batch["shared"])
+        return {"items": jax.tree.map(self._put_rows, batch["items"]), "shared": shared}
+
+    def _put_rows(self, x: Any) -> jax.Array:
+        """This process's rows of an array → the whole array."""
+        mine = len(of_process(self.devices))
+        rows = len(x) // mine * len(self.devices)
+        place = {int(row): index for index, row in enumerate(self.local_rows(rows))}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return x[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((rows, *np.shape(x)[1:]), self._split, part)
 
     def sharding_of(self, x: Any) -> NamedSharding:
         """Where an array of the state lies, by its shape alone: whole on every device."""
@@ -246,7 +282,7 @@ class Pmap:
 
     def __init__(self, devices: list[jax.Device], in_place: bool = False):
         self.devices, self._donated = devices, donated(devices, in_place)
-        self._local = [d for d in devices if d.process_index == jax.process_index()]
+        self._local = of_process(devices)
         self._split = NamedSharding(Mesh(np.asarray(self._local), (AXIS,)), PartitionSpec(AXIS))
         self._everywhere = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec())
 
@@ -270,15 +306,22 @@ class Pmap:
         """The first of this process's devices' copy."""
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
+    def local_rows(self, rows: int) -> np.ndarray:
+        """The rows of a batch's items that this process passes to `put_batch`."""
+        return local_rows(self.devices, rows)
+
     def put_batch(self, batch: dict) -> dict:
-        """A host batch → leaves with a leading device axis, this process's part of the items."""
-        mine = [i for i, d in enumerate(self.devices) if d in self._local]
+        """A host batch → leaves with a leading axis of this process's devices.
+
+        Every process passes all of `shared`, and of `items` the rows of `local_rows`.
+        """
+        count = len(self._local)
 
         def split(x):
-            parts = np.reshape(x, (len(self.devices), -1, *np.shape(x)[1:]))
-            return jax.device_put(parts[mine], self._split)
+            parts = np.reshape(x, (count, -1, *np.shape(x)[1:]))
+            return jax.device_put(parts, self._split)
 
-        shared = jax.tree.map(lambda x: _put(x, self._split, len(mine)), batch["shared"])
+        shared = jax.tree.map(lambda x: _put(x, self._split, count), batch["shared"])
         return {"items": jax.tree.map(split, batch["items"]), "shared": shared}
 
     def abstract(self, state: Any, batch: dict) -> tuple[Any, dict]:
