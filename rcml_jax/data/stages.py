@@ -151,7 +151,7 @@ class MappedRows:
         # The plain array: of a memmap every result would be one, too.
         self._path, self._rows = path, np.asarray(_mapped(path))
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: Any) -> Any:
         return self._rows[rows]
 
     def __reduce__(self) -> tuple:

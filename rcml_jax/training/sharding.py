@@ -200,7 +200,7 @@ class ShardedJit:
         rows = len(x) // mine * len(self.devices)
         place = {int(row): index for index, row in enumerate(self.local_rows(rows))}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             return x[place[start] : place[start] + stop - start]
 

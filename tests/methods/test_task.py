@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from rcml_jax.data.images import ImageBank
 from rcml_jax.data.sampling import batch_iterator
 from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
@@ -102,6 +103,39 @@ def test_batches_are_the_same_from_stored_and_from_encoded_images(
     expected, found = batches[0], batches[-1]
     jax.tree.map(np.testing.assert_array_equal, expected, found)
     assert not np.array_equal(found[0]["items"]["images"], found[1]["items"]["images"])
+
+
+def halves(batches, count):
+    """The batches of two processes that share each batch, `batches(local_rows)`, put together."""
+    parts = []
+    for process in range(2):
+        mine = lambda n, process=process: np.arange(n // 2) + process * (n // 2)  # noqa: E731
+        data = batches(mine)
+        parts.append([next(data) for _ in range(count)])
+    joined = []
+    for first, second in zip(*parts, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, first["shared"], second["shared"])
+        items = jax.tree.map(lambda *x: np.concatenate(x), first["items"], second["items"])
+        joined.append({"items": items, "shared": first["shared"]})
+    return joined
+
+
+@pytest.mark.parametrize("texts_per_row", [1, 4])
+def test_processes_read_halves_of_the_same_batch(catalogue, tmp_path, monkeypatch, texts_per_row):
+    options = {"batch.image_shift": 3, "batch.image_flip": True, "data.pixels": "encoded"}
+    options |= {"batch.texts_per_row": texts_per_row, "data.threads": 0}
+    task = RelationTask.load(tiny_config(catalogue, **options), tmp_path)
+    data = task.batches()
+    whole = [next(data) for _ in range(3)]
+    asked = []
+    read = ImageBank.__call__
+    monkeypatch.setattr(
+        ImageBank, "__call__", lambda bank, items: asked.append(len(items)) or read(bank, items)
+    )
+    found = halves(lambda mine: task.batches(local_rows=mine), 3)
+    jax.tree.map(np.testing.assert_array_equal, whole, found)
+    assert set(asked) == {8}
+    assert len(jax.tree.leaves(found[0]["items"]["images"])[0]) == 16 // texts_per_row
 
 
 def test_workers_read_the_same_batches_and_go_on_where_threads_were(catalogue, tmp_path):

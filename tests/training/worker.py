@@ -22,10 +22,10 @@ import optax
 
 from rcml_jax.data.images import ImageBank
 from rcml_jax.errors import UserError
-from rcml_jax.methods import task
+from rcml_jax.methods import build, task
 from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
-from rcml_jax.training.checkpoint import Checkpoints
+from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.step import create, make_step
 from tests.toy import tiny_config
 
@@ -110,6 +110,15 @@ class Counting(ImageBank):
         return super().__call__(indices)
 
 
+def tables(run):
+    """Embeddings of all items by a run's best checkpoint, over all devices."""
+    config = workdirs.load_config(pathlib.Path(run))
+    method = build(config, pathlib.Path(run))
+    method.devices = jax.local_devices()[: config.devices or None]
+    table = method.tables(read_params(pathlib.Path(run), "best"), np.arange(60))["relation"]
+    return [table.text.tolist(), table.image.tolist()]
+
+
 def shares(directory, catalogue, run):
     """Train and evaluate, then evaluate the run of one process; write what was read."""
     task.ImageBank = Counting
@@ -117,7 +126,8 @@ def shares(directory, catalogue, run):
     assert loop.train_and_evaluate(config, pathlib.Path(directory) / "shares")
     Counting.read[True].clear()
     result = loop.evaluate(workdirs.load_config(pathlib.Path(run)), run)
-    found = {"ahead": Counting.read[False], "here": Counting.read[True], "result": result}
+    here = list(Counting.read[True])
+    found = {"ahead": Counting.read[False], "here": here, "result": result, "tables": tables(run)}
     path = pathlib.Path(directory) / f"shares{jax.process_index()}.json"
     path.write_text(json.dumps(found))
 
