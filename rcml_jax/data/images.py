@@ -508,13 +508,21 @@ def augment(
     """
     n, height, width, _ = images.shape
     count, mine = part or (n, np.arange(n))
-    margin = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-    padded = np.pad(images, margin, mode="edge")
-    top, left = rng.integers(0, 2 * shift + 1, (2, count))[:, mine]
-    rows, columns = np.arange(height) + top[:, None], np.arange(width) + left[:, None]
-    if flip:
-        columns = np.where(rng.random((count, 1))[mine] < 0.5, columns[:, ::-1], columns)
-    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # Beyond its own size a shift leaves nothing but the edge.
+    limit = np.array([[height - 1], [width - 1]])
+    moves = (rng.integers(0, 2 * shift + 1, (2, count))[:, mine] - shift).clip(-limit, limit)
+    mirrored = rng.random((count, 1))[mine, 0] < 0.5 if flip else np.zeros(n, bool)
+    out = np.empty_like(images)
+    for image, to, down, right, mirror in zip(images, out, *moves.tolist(), mirrored, strict=True):
+        to = to[:, ::-1] if mirror else to
+        # What is in sight, then the columns beside it and the rows above and below.
+        top, bottom = max(0, -down), height - max(0, down)
+        left, end = max(0, -right), width - max(0, right)
+        to[top:bottom, left:end] = image[top + down : bottom + down, left + right : end + right]
+        to[top:bottom, :left] = to[top:bottom, left : left + 1]
+        to[top:bottom, end:] = to[top:bottom, end - 1 : end]
+        to[:top], to[bottom:] = to[top], to[bottom - 1]
+    return out
 
 
 # Taking information away from images and texts, to make a task that needs both.
