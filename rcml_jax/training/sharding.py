@@ -101,18 +101,24 @@ def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> Non
         )
 
 
-def local_rows(devices: list[jax.Device], rows: int) -> np.ndarray:
-    """Indices of the rows of a batch that lie on this process's devices, in the devices' order.
+def rows_on(devices: list[jax.Device]) -> Callable[[int], np.ndarray]:
+    """A function from the number of a batch's rows to the indices of those of this process.
 
-    Raises UserError where the rows cannot be divided by the number of devices.
+    It knows no device, so that it can be copied into other processes. It raises UserError for rows
+    that cannot be divided by the number of devices.
     """
-    if rows % len(devices):
+    mine = tuple(d.process_index == jax.process_index() for d in devices)
+    return functools.partial(_rows_where, mine)
+
+
+def _rows_where(mine: tuple[bool, ...], rows: int) -> np.ndarray:
+    """Rows split evenly over devices: those of the devices that are mine."""
+    if rows % len(mine):
         raise UserError(
-            f"a batch of {rows} rows cannot be split over {len(devices)} devices; make it a "
-            "multiple of that by config.batch.size, or lower config.devices"
+            f"a batch of {rows} rows cannot be split over {len(mine)} devices; make it a multiple "
+            "of that by config.batch.size, or lower config.devices"
         )
-    mine = [d.process_index == jax.process_index() for d in devices]
-    return np.flatnonzero(np.repeat(mine, rows // len(devices)))
+    return np.flatnonzero(np.repeat(mine, rows // len(mine)))
 
 
 def of_process(devices: list[jax.Device]) -> list[jax.Device]:
@@ -155,6 +161,8 @@ class ShardedJit:
 
     def __init__(self, devices: list[jax.Device], in_place: bool = False):
         self.devices, self._donated = devices, donated(devices, in_place)
+        #: Number of a batch's rows → those that this process passes to `put_batch`.
+        self.local_rows = rows_on(devices)
         mesh = Mesh(np.asarray(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -178,10 +186,6 @@ class ShardedJit:
     def local(self, tree: Any) -> Any:
         """The first of this process's devices' copy, for what one device does, as evaluation."""
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
-
-    def local_rows(self, rows: int) -> np.ndarray:
-        """The rows of a batch's items that this process passes to `put_batch`."""
-        return local_rows(self.devices, rows)
 
     def put_batch(self, batch: dict) -> dict:
         """A host batch → arrays on the devices.
@@ -282,6 +286,8 @@ class Pmap:
 
     def __init__(self, devices: list[jax.Device], in_place: bool = False):
         self.devices, self._donated = devices, donated(devices, in_place)
+        #: Number of a batch's rows → those that this process passes to `put_batch`.
+        self.local_rows = rows_on(devices)
         self._local = of_process(devices)
         self._split = NamedSharding(Mesh(np.asarray(self._local), (AXIS,)), PartitionSpec(AXIS))
         self._everywhere = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec())
@@ -305,10 +311,6 @@ class Pmap:
     def local(self, tree: Any) -> Any:
         """The first of this process's devices' copy."""
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
-
-    def local_rows(self, rows: int) -> np.ndarray:
-        """The rows of a batch's items that this process passes to `put_batch`."""
-        return local_rows(self.devices, rows)
 
     def put_batch(self, batch: dict) -> dict:
         """A host batch → leaves with a leading axis of this process's devices.
