@@ -442,13 +442,14 @@ class RelationalMethod(Method):
     def embed_items(
         self, function: Callable[..., Any], constants: Sequence[Any], items: np.ndarray, **axis: int
     ) -> Any:
-        """What `function(*constants, texts, images)` gives of items, as NumPy arrays.
+        """What `function(*constants, texts, images)` gives of items, as float32 NumPy arrays.
 
         As `divided` does it, over all processes and the devices of each. axis: of the items in the
         results.
         """
         read = self.reader(items)
-        return divided(function, constants, read, len(items), devices=self.devices, **axis)
+        found = divided(function, constants, read, len(items), devices=self.devices, **axis)
+        return jax.tree.map(lambda x: x.astype(np.float32, copy=False), found)
 
     def reader(self, items: np.ndarray) -> Callable[[np.ndarray], tuple]:
         """A function: indices into items → these in the order of rows, and texts and images."""

@@ -158,7 +158,7 @@ def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | N
     try:
         with jax.default_device(devices[0]):
             method = method or build_method(config, workdir)
-            method.devices = devices[: config.devices or None]
+            method.devices = devices[: config.get("devices", 0) or None]
             params = read_params(workdir, method.evaluated) if method.evaluated else {}
             params = jax.tree.map(jax.numpy.asarray, params)
             result = method.evaluate(params, split, read_history(workdir))
