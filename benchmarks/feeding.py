@@ -1,28 +1,45 @@
-"""Does feeding a step cost more, the larger the catalogue is?
+"""What does feeding a step cost, and does it cost more, the larger the catalogue is?
 
     python -m benchmarks.feeding                           # 10 thousand to 10 million items
     python -m benchmarks.feeding --items 10000 368000      # smaller ones
+    python -m benchmarks.feeding --batches                 # whole batches with their images
 
 The plan of a batch of 1,024 items (8 relations of 64 pairs, 64 self pairs, as with a pretrained
 CLIP) and its masks (which items are related, which pairs are linked), on random graphs of up to
 four pairs an item under ten relations. Plans are compared with those on the smallest graph. Beside
 them stands the earlier way, on the smallest graph and, with --earlier, on all: the filling items
 drawn from a list of all that the pairs leave out.
+
+With --batches: plan, token ids, packing, masks and 1,024 images of 224 pixels, on a prepared data
+set of JPEGs of 256 pixels. The images are copied from the file of stored pixels, in the page cache;
+or decoded, in this process or by one or two workers. Processor time is that of a core in this
+process and in the workers, which other programs change least. "On 2 free cores" is what follows
+from it, where all processes share two cores and none of them waits.
 """
 
+import argparse
 import functools
+import multiprocessing
+import pathlib
 import resource
+import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks import timing
-from rcml_jax.data.relation_graph import RelationGraph, Splits
-from rcml_jax.data.sampling import BatchSizes, RelationSampler
+from benchmarks import images, timing
+from rcml_jax.data.images import ImageBank, StoredPixels
+from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph
+from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.tokenizer import StoredTexts, train_tokenizer
 
 SIZES = BatchSizes(relations=8, pairs=64, intra_pairs=64, items=1024)
 RELATIONS, PAIRS_PER_ITEM = 10, 4
 MOST_MILLISECONDS, MOST_GROWTH = 3.0, 1.2
+MOST_BATCH_MILLISECONDS, LEAST_OF_TWO = 60.0, 1.8
+_IMAGES, _SIDE, _SIZE, _TEXT_LENGTH, _TEXTS_PER_ROW = 2048, 256, 224, 64, 4
+_IDLE_SECONDS = 3.0
 
 
 class NoTexts:
@@ -124,14 +141,111 @@ def print_processor_time(times: timing.Times, most: float | None = None) -> None
         print(f"{name}: {median:.2f} ms of a core{met}")
 
 
+class Batches:
+    """Batches of 1,024 items with their images, stored or decoded, of one prepared data set."""
+
+    def __init__(self, folder: pathlib.Path):
+        graph = images.prepare(folder, _SIDE, _IMAGES, RELATIONS)
+        splits = split_graph(graph, seed=0, disjoint="pair")
+        self.sampler = RelationSampler(graph, splits, SIZES, seed=0)
+        tokenizer = train_tokenizer([*graph.texts, *graph.relations], 1000)
+        texts = StoredTexts(folder / "ids", "ids", tokenizer, graph.texts, _TEXT_LENGTH)
+        banks = {
+            "stored": StoredPixels(folder / "pixels", "pixels", graph.images, _SIZE),
+            "decoded": ImageBank(graph.images, _SIZE, cache_bytes=0, threads=1),
+        }
+        self.collate = {
+            name: collator(
+                graph,
+                tokenizer,
+                bank,
+                functools.partial(images._sentence, graph),
+                _TEXT_LENGTH,
+                texts_per_row=_TEXTS_PER_ROW,
+                encoded=texts,
+            )
+            for name, bank in banks.items()
+        }
+        self.step = 0
+
+    def read(self, images: str) -> np.ndarray:
+        """The next batch, in this process and its one thread."""
+        self.step += 1
+        return self.collate[images](self.sampler[self.step])["items"]["images"]
+
+    def by_workers(self, workers: int, count: int) -> tuple[float, float, float]:
+        """Seconds of a batch of decoded images: of the clock, of this process, of the workers."""
+        batches = batch_iterator(self.sampler, self.collate["decoded"], workers=workers)
+        next(batches)
+        clocks = [~child.pid << 3 | 2 for child in multiprocessing.active_children()]
+
+        def spent() -> float:
+            return sum(time.clock_gettime(clock) for clock in clocks)
+
+        # Before and after, as many batches are read ahead as may be.
+        before, _ = _settled(spent)
+        start, own = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            next(batches)
+        own = time.process_time() - own
+        after, end = _settled(spent)
+        batches.close()
+        return (end - start) / count, own / count, (after - before) / count
+
+
+def _settled(spent: Callable[[], float]) -> tuple[float, float]:
+    """What has been spent once nothing more is, and the time since when."""
+    most, since = spent(), time.perf_counter()
+    while time.perf_counter() - since < _IDLE_SECONDS:
+        time.sleep(0.05)
+        now = spent()
+        if now > most + 0.005:
+            most, since = now, time.perf_counter()
+    return most, since
+
+
+def whole_batches(options: argparse.Namespace, machine: dict) -> None:
+    """Measure, print and write what whole batches cost."""
+    with tempfile.TemporaryDirectory() as folder:
+        batches = Batches(pathlib.Path(folder))
+        kinds = {kind: functools.partial(batches.read, kind) for kind in batches.collate}
+        stored = timing.alternate({"stored": kinds["stored"]}, repeats=options.repeats)
+        decoded = timing.alternate({"decoded": kinds["decoded"]}, repeats=3, warmup=1)
+        timing.print_times(stored | decoded, unit="batch of 1,024")
+        print_processor_time(stored, MOST_BATCH_MILLISECONDS)
+        print_processor_time(decoded)
+        alone = float(np.median(decoded["decoded"][:, 1]))
+        rows = {}
+        for workers in (1, 2):
+            wall, own, theirs = batches.by_workers(workers, options.batch_count)
+            # Two cores for all; of one worker a core is its own.
+            rate = 2 / (own + theirs) if workers == 2 else 1 / max(own, theirs)
+            rows[workers] = {"clock": wall, "own": own, "workers": theirs, "gain": rate * alone}
+            print(
+                f"{workers} workers: {wall:.2f} s of the clock, {own:.3f} s of a core in this "
+                f"process and {theirs:.2f} s in the workers; on 2 free cores {rate * alone:.2f} "
+                "times one process",
+                flush=True,
+            )
+        met = "met" if rows[2]["gain"] >= LEAST_OF_TWO else "missed"
+        print(f"target of 2 workers: {LEAST_OF_TWO} times one process, {met}")
+    figures = {**timing.summarise(stored | decoded), "workers": rows, "alone": alone}
+    timing.write_json(options.json, {"machine": machine, **figures})
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = timing.parser(__doc__.splitlines()[0], repeats=40)
+    parser.add_argument("--batches", action="store_true", help="whole batches with their images")
+    parser.add_argument("--batch-count", type=int, default=6, help="batches read by workers")
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 368_000, 10_000_000])
     parser.add_argument("--plans", type=int, default=20, help="plans in one timed call")
     parser.add_argument("--earlier", action="store_true", help="the earlier way on every graph")
     options = parser.parse_args()
     machine = timing.start(f"batches of {SIZES.items} items: {SIZES}")
+    if options.batches:
+        whole_batches(options, machine)
+        return
     feeders = {f"{items:,} items": Feeder(items) for items in options.items}
     first = next(iter(feeders))
 

@@ -14,15 +14,12 @@ import argparse
 import functools
 import io
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-import grain
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from benchmarks import timing, train_step
@@ -105,13 +102,6 @@ def _sentence(graph: RelationGraph, relation: int, drawn: int) -> str:
     return graph.intra_relation if relation < 0 else graph.relations[relation]
 
 
-def in_workers(sampler: RelationSampler, collate: Callable, workers: int) -> Iterator[dict]:
-    """As `batch_iterator`, in processes instead of threads."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    dataset = grain.MapDataset.source(sampler).map(collate).to_iter_dataset(options)
-    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
-
-
 def pipelines(config, graphs: dict[int, RelationGraph], image_size: int) -> dict[str, Iterator]:
     """Iterators over batches: every size as by default, the largest in other ways, too."""
     default = config.data.threads
@@ -123,8 +113,8 @@ def pipelines(config, graphs: dict[int, RelationGraph], image_size: int) -> dict
             for threads in sorted({1, 2, 4} - {default}):
                 result[_name(side, threads)] = batch_iterator(sampler, collate, threads)
             for workers in (1, 2):
-                result[f"{side} pixels, {workers} processes"] = in_workers(
-                    sampler, collate, workers
+                result[f"{side} pixels, {workers} processes"] = batch_iterator(
+                    sampler, collate, workers=workers
                 )
     return result
 
@@ -221,7 +211,6 @@ def main() -> None:
     parser.add_argument("--steps-together", type=int, default=6, help="steps on read batches")
     parser.add_argument("--items", type=int, default=128, help="items of the data set")
     args = parser.parse_args()
-    flags.FLAGS(sys.argv[:1])  # grain's processes ask for flags that were parsed
     config, clip_config = train_step.configuration(argparse.Namespace(small=False, **vars(args)))
     image_size = clip_config.vision_config.image_size
     machine = timing.start(

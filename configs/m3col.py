@@ -60,6 +60,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.patch_size = 8
     config.data.words_dropped = 0.0
     config.data.threads = 1
+    config.data.workers = 0
+    config.data.pixels = "stored"
 
     config.batch = ml_collections.ConfigDict()
     config.batch.size = 128

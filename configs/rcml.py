@@ -80,6 +80,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     few = source in ("openmoji", "grocery", "hm")
     config.data.pairs_per_relation = 100 if few else 0
     config.data.threads = 1
+    config.data.workers = 0
+    config.data.pixels = "stored"
 
     config.batch = ml_collections.ConfigDict()
     config.batch.relations = 8 if source == "openmoji" else 16

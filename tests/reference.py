@@ -758,3 +758,15 @@ def relation_batch(rng, items, pairs, relations, each, size):
     rest = [item for item in items if item not in paired]
     fill = rng.choice(len(rest), size - len(paired), replace=False)
     return drawn, paired + [rest[i] for i in fill]
+
+
+def augment(images, rng, count, mine, shift=0, flip=False):
+    """Images (n, H, W, 3), `mine` of the `count` of a batch, moved and mirrored by one index."""
+    _, height, width, _ = images.shape
+    margin = ((0, 0), (shift, shift), (shift, shift), (0, 0))
+    padded = np.pad(images, margin, mode="edge")
+    top, left = rng.integers(0, 2 * shift + 1, (2, count))[:, mine]
+    rows, columns = np.arange(height) + top[:, None], np.arange(width) + left[:, None]
+    if flip:
+        columns = np.where(rng.random((count, 1))[mine] < 0.5, columns[:, ::-1], columns)
+    return padded[np.arange(len(mine))[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -22,7 +22,15 @@ from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
-_OF_EVALUATION = ("evaluation.", "data.dir", "data.path", "data.threads", "platform")
+_OF_EVALUATION = (
+    "evaluation.",
+    "data.dir",
+    "data.path",
+    "data.threads",
+    "data.workers",
+    "data.pixels",
+    "platform",
+)
 
 
 def train(argv: Sequence[str] | None = None) -> int:

@@ -1,20 +1,26 @@
-"""Images to arrays: the one decoder, CLIP's resize and crop, and a memory cache of the results."""
+"""Images to arrays: the one decoder, resize and crop, and the results in memory or in a file."""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import ItemImages
+from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
 
 # Of strips longer than this many times their width only the centre is resized.
@@ -24,6 +30,8 @@ _LONGEST_RATIO = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _JPEGS = ("JPEG", "MPO")  # MPO: a JPEG that is followed by others, as of many phones
 _ORIENTATION = 0x0112
+#: Memory for decoded images in a process.
+CACHE_BYTES = 512 * 2**20
 
 
 class ImageError(ValueError):
@@ -205,6 +213,13 @@ def image_states(images: ItemImages) -> list:
     return [hashlib.sha256(images.encoded(index)).hexdigest() for index in range(len(images))]
 
 
+def _images_digest(images: ItemImages) -> str:
+    """A digest that changes when an image does; images with many files know a short `state`."""
+    short = getattr(images, "state", None)
+    state = image_states(images) if short is None else short()
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Framing:
     """How an image becomes a square: it is resized, and the centre is cut out.
@@ -282,7 +297,7 @@ class ImageBank:
         images: ItemImages,
         framing: int | Framing,
         *,
-        cache_bytes: int = 512 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
         threads: int | None = None,
     ):
         self.framing = Framing(framing) if isinstance(framing, int) else framing
@@ -360,21 +375,156 @@ class ImageBank:
             self._used += 1
 
 
+class StoredPixels:
+    """Images of items as arrays, decoded once into a file that is mapped: reading is a copy.
+
+    Called as an `ImageBank`, whose results it has to the bit. The file has all N images, uint8
+    (N, size, size, 3). It is written when images are first asked for, in threads. After a kill the
+    next call goes on, and of several processes one writes while the others wait. Where the
+    directory cannot be written, images are decoded as by an `ImageBank`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        images: ItemImages,
+        framing: int | Framing,
+        *,
+        threads: int | None = None,
+        log: Callable[[str], None] = log_line,
+    ):
+        """directory, name: where the file lies and the start of its name, before a digest."""
+        # A bank without memory: every image is decoded once.
+        self._bank = ImageBank(images, framing, cache_bytes=0, threads=threads or os.cpu_count())
+        self.images, self.framing, self.size = images, self._bank.framing, self._bank.size
+        self._directory, self._name, self._log = Path(directory), name, log
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._read: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_read")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The images of items (n,): uint8 (n, size, size, 3).
+
+        Raises UserError as `open` does.
+        """
+        return self.open()(np.asarray(indices, np.int64))
+
+    def open(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Map the file, and write it where it is missing; returns what reads images of items.
+
+        Raises UserError where an image cannot be decoded or the disk has too little room.
+        """
+        with self._lock:
+            if self._read is None:
+                self._read = self._open()
+            return self._read
+
+    def _open(self) -> Callable[[np.ndarray], np.ndarray]:
+        path = self.path
+        if not path.is_file():
+            if not _can_write(path.parent):
+                self._log(f"{path.parent} cannot be written; images are decoded in every run.")
+                return ImageBank(self.images, self.framing)
+            self._tell_size(path)
+        return mapped_rows(path, _PixelRows(self._bank), log=self._log).__getitem__
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """The file; its name has a digest of the images, the framing and the decoder."""
+        framing = {f.name: getattr(self.framing, f.name) for f in dataclasses.fields(Framing)}
+        decoder = [PIL.__version__, features.version("jpg"), features.version("webp")]
+        state = json.dumps([_images_digest(self.images), len(self.images), framing, decoder])
+        digest = hashlib.sha256(state.encode()).hexdigest()[:16]
+        return self._directory / f"{self._name}-{self.size}px-{digest}.npy"
+
+    def _tell_size(self, path: Path) -> None:
+        """Say how large the file will be; UserError where there is not that much room."""
+        part = path.with_name(path.name + ".part")
+        size = len(self.images) * self.size**2 * 3
+        wanted = size - (part.stat().st_size if part.is_file() else 0)
+        folder = next(x for x in (path.parent, *path.parents) if x.is_dir())
+        free = shutil.disk_usage(folder).free
+        what = f"{len(self.images):,} images of {self.size} pixels take {_in_words(size)}"
+        if wanted > free:
+            raise UserError(
+                f"{what} when they are stored decoded, but {path.parent} has room for "
+                f"{_in_words(free)}; free some, set data.dir to another disk, or set "
+                "config.data.pixels=encoded"
+            )
+        self._log(f"{what}, decoded once: {path}")
+
+
+class _PixelRows:
+    """Decoded images as `stored_rows` takes rows."""
+
+    dtype: type = np.uint8
+
+    def __init__(self, bank: ImageBank):
+        self._bank, self.shape = bank, (bank.size, bank.size, 3)
+
+    def __len__(self) -> int:
+        return len(self._bank.images)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        return self._bank(np.arange(start, stop))
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether a folder, or one that is to be made, can be written."""
+    there = next(x for x in (folder, *folder.parents) if x.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _in_words(size: int) -> str:
+    """A size in bytes as KiB, MiB or GiB."""
+    power = next((p for p in (30, 20) if size >= 2**p), 10)
+    return f"{size / 2**power:,.{power // 30}f} {'KMG'[power // 10 - 1]}iB"
+
+
+#: Which images of a batch some images are: how many the batch has, and their indices in it.
+Part = tuple[int, np.ndarray]
+
+
 def augment(
-    images: np.ndarray, rng: np.random.Generator, *, shift: int = 0, flip: bool = False
+    images: np.ndarray,
+    rng: np.random.Generator,
+    part: Part | None = None,
+    *,
+    shift: int = 0,
+    flip: bool = False,
 ) -> np.ndarray:
     """Randomly moved and mirrored copies of images (n, H, W, 3), the edge colour filling in.
 
     shift: at most so many pixels in each direction; flip: mirror half of them left to right.
+    part: the draws are those that these images have in a batch; None: they are all of it.
     """
     n, height, width, _ = images.shape
-    margin = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-    padded = np.pad(images, margin, mode="edge")
-    top, left = rng.integers(0, 2 * shift + 1, (2, n))
-    rows, columns = np.arange(height) + top[:, None], np.arange(width) + left[:, None]
-    if flip:
-        columns = np.where(rng.random((n, 1)) < 0.5, columns[:, ::-1], columns)
-    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    count, mine = part or (n, np.arange(n))
+    # Beyond its own size a shift leaves nothing but the edge.
+    limit = np.array([[height - 1], [width - 1]])
+    moves = (rng.integers(0, 2 * shift + 1, (2, count))[:, mine] - shift).clip(-limit, limit)
+    mirrored = rng.random((count, 1))[mine, 0] < 0.5 if flip else np.zeros(n, bool)
+    out = np.empty_like(images)
+    for image, to, down, right, mirror in zip(images, out, *moves.tolist(), mirrored, strict=True):
+        to = to[:, ::-1] if mirror else to
+        # What is in sight, then the columns beside it and the rows above and below.
+        top, bottom = max(0, -down), height - max(0, down)
+        left, end = max(0, -right), width - max(0, right)
+        to[top:bottom, left:end] = image[top + down : bottom + down, left + right : end + right]
+        to[top:bottom, :left] = to[top:bottom, left : left + 1]
+        to[top:bottom, end:] = to[top:bottom, end - 1 : end]
+        to[:top], to[bottom:] = to[top], to[bottom - 1]
+    return out
 
 
 # Taking information away from images and texts, to make a task that needs both.
@@ -384,16 +534,23 @@ _GREY = 128
 
 
 def hide_patches(
-    images: np.ndarray, rng: np.random.Generator, *, share: float, patch: int
+    images: np.ndarray,
+    rng: np.random.Generator,
+    part: Part | None = None,
+    *,
+    share: float,
+    patch: int,
 ) -> np.ndarray:
     """Copies of images (n, H, W, 3) uint8, the same share of the patches of each turned grey.
 
-    H and W are multiples of `patch`; share: 0 to 1, rounded to a whole number of patches.
+    H and W are multiples of `patch`; share: 0 to 1, rounded to a whole number of patches; part: as
+    of `augment`.
     """
     n, height, width, _ = images.shape
+    batch, mine = part or (n, np.arange(n))
     rows, columns = height // patch, width // patch
     count = round(share * rows * columns)
-    order = np.argsort(rng.random((n, rows * columns)), axis=1)
+    order = np.argsort(rng.random((batch, rows * columns))[mine], axis=1)
     hidden = (order < count).reshape(n, rows, columns)
     mask = hidden.repeat(patch, axis=1).repeat(patch, axis=2)
     return np.where(mask[..., None], np.uint8(_GREY), images)

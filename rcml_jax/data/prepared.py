@@ -27,7 +27,7 @@ from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import ImageError, open_rgb
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
-from rcml_jax.data.stages import disk_errors, load_arrays, save_arrays
+from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
 
@@ -153,6 +153,12 @@ class StoredImages:
         records = [self._folder.parents[1].name, [x for x in sizes if _SPLIT in x[0]]]
         state = hashlib.sha256(json.dumps(records).encode()).hexdigest()
         return [f"{state} {position}" for position in self._positions.tolist()]
+
+    def state(self) -> list:
+        """A JSON value that changes when any image does: folder, record files, positions."""
+        files = sorted(p for p in self._folder.iterdir() if p.is_file() and _SPLIT in p.name)
+        positions = hashlib.sha256(self._positions.tobytes()).hexdigest()
+        return [self._folder.parents[1].name, [file_state(p) for p in files], positions]
 
     def encoded(self, index: int) -> bytes:
         """The PNG or JPEG bytes of one item's image."""

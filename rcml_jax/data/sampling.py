@@ -1,11 +1,13 @@
 """Relation batches: which items, relations and pairs go into a step, and their arrays."""
 
 import dataclasses
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from rcml_jax.data.packing import pack_texts
 from rcml_jax.data.relation_graph import RelationGraph, Splits
@@ -161,12 +163,13 @@ def collator(
     images: Callable[[np.ndarray], np.ndarray],
     sentence: Callable[[int, int], str],
     max_length: int,
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    augment: Callable[..., np.ndarray] | None = None,
     texts_per_row: int = 1,
     negatives: str = "unrelated",
     stored: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
     sentence_noise: Callable[[np.random.Generator, int], np.ndarray] | None = None,
     encoded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+    local_rows: Callable[[int], np.ndarray] | None = None,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
@@ -174,6 +177,8 @@ def collator(
     "text" and "image", what of items takes the place of their ids and images. `sentence_noise`
     draws the noise added to the embeddings of that many sentences, `shared["sentence_noise"]`.
     `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
+    `local_rows`: number of rows of `items` → those that the batch has, all without it. Images of
+    others are not read; of all texts the ids are, as the longest sets the length.
 
     `items` are split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -200,9 +205,15 @@ def collator(
         items, relations = plan["items"], plan["relations"]
         anchor, positive = items[plan["anchor"]], items[plan["positive"]]
         linked = graph.linked_under(anchor, positive, relations)
-        pixels = images(items)
+        mine = np.arange(len(items))
+        if local_rows is not None:
+            rows = local_rows(len(items) // texts_per_row)
+            mine = mine.reshape(-1, texts_per_row)[rows].ravel()
+            # Of stored states there are as many rows as items, whatever shares a row.
+            ids = _rows_of(ids, rows)
+        pixels = images(items[mine])
         if augment is not None:
-            pixels = augment(pixels, np.random.default_rng(plan["noise"]))
+            pixels = augment(pixels, np.random.default_rng(plan["noise"]), (len(items), mine))
         if texts_per_row > 1:
             pixels = _in_rows(pixels, texts_per_row)
         drawn = zip(relations.tolist(), plan["paraphrase"].tolist(), strict=True)
@@ -239,6 +250,11 @@ def _in_rows(x: Any, per_row: int) -> Any:
     return x.reshape(-1, per_row, *x.shape[1:])
 
 
+def _rows_of(x: Any, rows: np.ndarray) -> Any:
+    """Rows of an array, or of each array of a named tuple."""
+    return type(x)(*(part[rows] for part in x)) if isinstance(x, tuple) else x[rows]
+
+
 def _reordered(plan: dict, order: np.ndarray) -> dict:
     """The same plan with its items in another order."""
     position = np.argsort(order).astype(np.int32)
@@ -246,8 +262,75 @@ def _reordered(plan: dict, order: np.ndarray) -> dict:
     return {**plan, **pairs, "items": plan["items"][order]}
 
 
-def batch_iterator(sampler: Any, collate: Callable[[dict], dict], threads: int = 1):
-    """A grain iterator over batches, whose state is its position; `threads` read ahead."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
+def batch_iterator(
+    sampler: Any, collate: Callable[[dict], dict], threads: int = 1, workers: int = 0
+) -> grain.DatasetIterator:
+    """A grain iterator over batches, whose state is its position.
+
+    `threads` read ahead, or that many `workers`, processes to which sampler and collate are copied.
+    """
     dataset = grain.MapDataset.source(sampler).map(collate)
+    if workers:
+        return _InWorkers(dataset, workers)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
     return iter(dataset.to_iter_dataset(options))
+
+
+class _InWorkers(grain.DatasetIterator):
+    """Elements of a data set read by processes, with the state of an iterator in threads.
+
+    Worker w of W reads the elements w, w + W and so on from the position of the start. Another
+    position starts the workers anew, unless it is that of the first element after a start.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, workers: int):
+        super().__init__()
+        self._dataset, self._workers = dataset, workers
+        self._next = 0
+        self._running: Any = None
+        self._first: tuple[int, Any] | None = None  # after a start, until the next one is read
+
+    def __next__(self) -> Any:
+        if self._first is not None and self._first[0] == self._next:
+            element = self._first[1]
+        else:
+            started = self._running is None
+            if started:
+                self._start()
+            element = next(self._running)
+            self._first = (self._next, element) if started else None
+        self._next += 1
+        return element
+
+    def _start(self) -> None:
+        # grain reads flags of absl, which are parsed only where absl starts the program.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        ahead = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1)
+        rest = self._dataset[self._next :].to_iter_dataset(options)
+        self._running = iter(rest.mp_prefetch(ahead, _ignore_interrupts))
+
+    def get_state(self) -> dict:
+        """The position of the next element."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict) -> None:
+        """Go to a position."""
+        wanted = state["next_index"]
+        held = self._first is not None and self._first[0] == wanted
+        if wanted != self._next and not held:
+            self.close()
+        self._next = wanted
+
+    def close(self) -> None:
+        """End the workers; the next element starts others."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._first = None
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """A terminal sends an interrupt to all of its processes; the main one decides what ends."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -104,7 +104,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 # Rows that are slow to compute, kept in a memory-mapped `.npy` as they come.
 
 
-_STEP = 1024
+_STEP, _STEP_BYTES = 1024, 64 * 2**20  # rows computed at a time, and their size
 
 
 class _Blocks(Protocol):
@@ -126,10 +126,10 @@ def stored_rows(
 
     What the file lacks is computed, once, in steps; killed in the middle, the next call goes on
     after the last whole step. Another process that wants the same file waits for it. `log` is told
-    now and then how far it is. Raises UserError where the file cannot be written.
+    now and then how far it is. Raises UserError where the file cannot be written, or is damaged.
     """
     if path.is_file():
-        return np.load(path, mmap_mode="r")
+        return _mapped(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(path.name + ".lock")
@@ -141,7 +141,36 @@ def stored_rows(
             f"cannot write {path} ({error.strerror or error}); make room, then start the same "
             "command again to go on"
         ) from error
-    return np.load(path, mmap_mode="r")
+    return _mapped(path)
+
+
+class MappedRows:
+    """The rows of an `.npy` file as plain arrays; a pickled copy maps the file again."""
+
+    def __init__(self, path: Path):
+        # The plain array: of a memmap every result would be one, too.
+        self._path, self._rows = path, np.asarray(_mapped(path))
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self._rows[rows]
+
+    def __reduce__(self) -> tuple:
+        return MappedRows, (self._path,)
+
+
+def mapped_rows(
+    path: pathlib.Path, blocks: _Blocks, *, log: Callable[[str], None] | None = None
+) -> MappedRows:
+    """As `stored_rows`, for an owner that is copied into other processes."""
+    stored_rows(path, blocks, log=log)
+    return MappedRows(path)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and it is made anew") from error
 
 
 def _write_rows(path: Path, blocks: _Blocks, log: Callable[[str], None] | None) -> None:
@@ -149,11 +178,13 @@ def _write_rows(path: Path, blocks: _Blocks, log: Callable[[str], None] | None) 
     part, done = path.with_name(path.name + ".part"), path.with_name(path.name + ".rows")
     start = int(done.read_text()) if done.is_file() and part.is_file() else 0
     shape, dtype = (len(blocks), *blocks.shape), np.dtype(blocks.dtype)
+    row_bytes = math.prod(blocks.shape) * dtype.itemsize
+    step = min(_STEP, max(1, _STEP_BYTES // max(1, row_bytes)))
     # By ordinary calls: where the disk is full a write to a map would kill the process.
     with part.open("r+b" if start else "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
         np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
-        file.seek(start * math.prod(blocks.shape) * dtype.itemsize, os.SEEK_CUR)
+        file.seek(start * row_bytes, os.SEEK_CUR)
         told = Progress(
             len(blocks),
             done=start,
@@ -162,8 +193,8 @@ def _write_rows(path: Path, blocks: _Blocks, log: Callable[[str], None] | None) 
             log=log or (lambda _: None),
         )
         with told as progress:
-            for first in range(start, len(blocks), _STEP):
-                last = min(first + _STEP, len(blocks))
+            for first in range(start, len(blocks), step):
+                last = min(first + step, len(blocks))
                 file.write(np.ascontiguousarray(blocks.block(first, last), dtype))
                 file.flush()
                 os.fsync(file.fileno())

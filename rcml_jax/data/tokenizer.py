@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from rcml_jax.data.log import log_line
 from rcml_jax.data.packing import LENGTHS
-from rcml_jax.data.stages import stored_rows
+from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
 from rcml_jax.files import write_whole
 
@@ -259,7 +259,7 @@ class StoredTexts:
             part = texts[start : start + _TEXTS_AT_ONCE]
             digest.update(json.dumps(part).encode())
         path = directory / f"{name}-{digest.hexdigest()[:16]}.npy"
-        self._rows = stored_rows(path, rows, log=log_line)
+        self._rows = mapped_rows(path, rows, log=log_line)
 
     def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of the texts of items (n,), both (n, T) int32."""

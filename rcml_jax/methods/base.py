@@ -4,14 +4,17 @@ A new method is one file and one line in `methods.METHODS`."""
 
 import abc
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 Params = Any
 Batch = dict[str, Any]
 Metrics = dict[str, Any]
+#: Number of rows of a batch → the indices of those of this process's devices.
+Rows = Callable[[int], np.ndarray]
 
 
 class Method(abc.ABC):
@@ -40,6 +43,8 @@ class Method(abc.ABC):
     in_place = False
     #: Number of examples packed into one batch row.
     examples_per_row = 1
+    #: This process's devices, over which the evaluation may divide its work; the loop sets them.
+    devices: Sequence[jax.Device] = ()
 
     def __init__(self, config: Any):
         self.config = config
@@ -70,12 +75,19 @@ class Method(abc.ABC):
         return self.config.validate_every
 
     @abc.abstractmethod
-    def batches(self) -> Any:
-        """A grain iterator over batches (NumPy arrays) with `get_state` and `set_state`."""
+    def batches(self, local_rows: Rows | None = None) -> Any:
+        """A grain iterator over batches (NumPy arrays) with `get_state` and `set_state`.
+
+        local_rows: given where there are several processes; `items` then has these rows alone, and
+        `shared` is whole. A method that trains in one process only may leave the argument out.
+        """
 
     @abc.abstractmethod
     def init(self, key: jax.Array, batch: Batch) -> Params:
-        """Parameters, random or from a checkpoint."""
+        """Parameters, random or from a checkpoint.
+
+        They must not depend on the values of `items`, which differ between processes.
+        """
 
     def adopt(self, params: Params, found: Params) -> Params:
         """Initialise `params` from the parameters of another run (`config.model.init_from`)."""

@@ -9,15 +9,27 @@ from typing import Any, Protocol
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.images import Framing, ImageBank, augment, drop_words, hide_patches
+from rcml_jax.data.images import (
+    Framing,
+    ImageBank,
+    StoredPixels,
+    augment,
+    drop_words,
+    hide_patches,
+)
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
-from rcml_jax.methods.base import Metrics, Params
+from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.methods.frozen_embeddings import tower_embeddings
-from rcml_jax.methods.task import cache_directory, tell_cut_texts, work_tokenizer
+from rcml_jax.methods.task import (
+    cache_directory,
+    image_reader,
+    tell_cut_texts,
+    work_tokenizer,
+)
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
@@ -84,7 +96,7 @@ class ClassificationTask:
     config: Any
     data: ClassificationData
     tokenizer: Tokenizer | None
-    banks: dict[str, ImageBank]
+    banks: dict[str, ImageBank | StoredPixels]
     max_length: int
 
     @classmethod
@@ -119,43 +131,62 @@ class ClassificationTask:
                 f"config.data.patch_size={config.data.patch_size} does not divide the images of "
                 f"{size} pixels; choose another"
             )
-        banks = {m.name: ImageBank(m.values, framing) for m in data.modalities if m.kind == "image"}
+        banks = {
+            m.name: image_reader(config.data, f"{data.name}-{m.name}", m.values, framing)
+            for m in data.modalities
+            if m.kind == "image"
+        }
         return cls(config, data, tokenizer, banks, max_length)
 
-    def inputs(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, tuple]:
+    def inputs(
+        self,
+        rows: np.ndarray,
+        rng: np.random.Generator | None = None,
+        mine: np.ndarray | None = None,
+    ) -> dict[str, tuple]:
         """The arrays of rows (n,) by modality.
 
         With a generator, for training, they are augmented and degraded at random. Without one they
-        are degraded in a way that depends on the row only.
+        are degraded in a way that depends on the row only. mine: indices into the rows, of whose
+        inputs there are these alone; other images are not read.
         """
+        mine = np.arange(len(rows)) if mine is None else mine
         return {
-            modality.name: self._input(modality, rows, rng) for modality in self.data.modalities
+            modality.name: self._input(modality, rows, rng, mine)
+            for modality in self.data.modalities
         }
 
-    def _input(self, modality: Any, rows: np.ndarray, rng: np.random.Generator | None) -> tuple:
+    def _input(
+        self, modality: Any, rows: np.ndarray, rng: np.random.Generator | None, mine: np.ndarray
+    ) -> tuple:
         if modality.kind == "table":
-            return (modality.values[rows],)
+            return (modality.values[rows[mine]],)
         if modality.kind == "image":
-            return (self._images(modality.name, rows, rng),)
+            return (self._images(modality.name, rows, rng, mine),)
+        # All texts: the longest sets the length, and words are lost one text after the other.
         share = self.config.data.words_dropped
         texts = [modality.values[row] for row in rows]
         if share:
             noise = [rng or self._noise(row) for row in rows]
             texts = [drop_words(t, r, share=share) for t, r in zip(texts, noise, strict=True)]
         assert self.tokenizer is not None  # there is one wherever there are texts
-        return self.tokenizer.encode(texts, self.max_length)
+        ids, mask = self.tokenizer.encode(texts, self.max_length)
+        return ids[mine], mask[mine]
 
-    def _images(self, name: str, rows: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    def _images(
+        self, name: str, rows: np.ndarray, rng: np.random.Generator | None, mine: np.ndarray
+    ) -> np.ndarray:
+        part, rows = (len(rows), mine), rows[mine]
         images, config = self.banks[name](rows), self.config
         if rng is not None and (config.batch.image_shift or config.batch.image_flip):
             images = augment(
-                images, rng, shift=config.batch.image_shift, flip=config.batch.image_flip
+                images, rng, part, shift=config.batch.image_shift, flip=config.batch.image_flip
             )
         share, patch = config.data.patches_hidden, config.data.patch_size
         if not share:
             return images
         if rng is not None:
-            return hide_patches(images, rng, share=share, patch=patch)
+            return hide_patches(images, rng, part, share=share, patch=patch)
         one = functools.partial(hide_patches, share=share, patch=patch)
         hidden = [one(p[None], self._noise(row)) for p, row in zip(images, rows, strict=True)]
         return np.concatenate(hidden)
@@ -168,13 +199,17 @@ class ClassificationTask:
         """The plans of training batches."""
         return EpochSampler(self.data.rows("train"), self.config.batch.size, self.config.seed)
 
-    def batches(self) -> Any:
-        """The grain iterator over training batches."""
+    def batches(self, local_rows: Rows | None = None) -> Any:
+        """The grain iterator over training batches; local_rows: as of `Method.batches`."""
+        for bank in self.banks.values():
+            if isinstance(bank, StoredPixels):
+                bank.open()  # Before the first step, so that a full disk is told at the start.
 
         def collate(plan: dict) -> dict:
             rows = plan["rows"]
+            mine = None if local_rows is None else local_rows(len(rows))
             return {
-                "items": self.inputs(rows, np.random.default_rng(plan["noise"])),
+                "items": self.inputs(rows, np.random.default_rng(plan["noise"]), mine),
                 "shared": {
                     "rows": rows.astype(np.int32),
                     "valid": plan["valid"],
@@ -182,7 +217,8 @@ class ClassificationTask:
                 },
             }
 
-        return batch_iterator(self.sampler, collate, self.config.data.threads)
+        data = self.config.data
+        return batch_iterator(self.sampler, collate, data.threads, data.get("workers", 0))
 
 
 def _texts(data: ClassificationData) -> list[str]:

@@ -15,7 +15,7 @@ from rcml_jax.data.sources.embeddings import ItemEmbeddings, file_digest, read_i
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.scores import RelationEmbeddings
-from rcml_jax.methods.base import Metrics, Params
+from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
 from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of
 from rcml_jax.methods.task import RelationTask, load_graph, make_splits
@@ -323,7 +323,7 @@ class EmbeddingsMethod(RelationalMethod):
 
     # Not available from a file of embeddings
 
-    def batches(self) -> NoReturn:
+    def batches(self, local_rows: Rows | None = None) -> NoReturn:
         """Raises UserError: nothing is trained."""
         raise UserError(
             "embeddings of a file are not trained; score them with rcml-eval --embeddings"

@@ -17,7 +17,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.m3co import m3co
 from rcml_jax.losses.multi_soft_clip import multi_soft_clip
-from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows
 from rcml_jax.methods.classification import (
     ClassificationTask,
     Models,
@@ -25,6 +25,7 @@ from rcml_jax.methods.classification import (
     look,
     report,
 )
+from rcml_jax.methods.divided import CHUNK, divided
 from rcml_jax.models.backbones import encoder_config, load_encoder
 from rcml_jax.models.bert import Bert, small_bert_config
 from rcml_jax.models.efficientnet import STATISTICS
@@ -113,9 +114,6 @@ def load_pretrained_parts(config: Any, kinds: Mapping[str, str], params: Params)
     return params
 
 
-_CHUNK = 256
-
-
 class M3CoLMethod(Method):
     """`config.method="m3col"`: one model on data with a validation split.
 
@@ -178,9 +176,9 @@ class M3CoLMethod(Method):
         switch = int(self.steps * self.config.loss.m3co_share + 1e-9)
         return [(0, first), (switch, second)] if switch else [(0, second)]
 
-    def batches(self) -> Any:
+    def batches(self, local_rows: Rows | None = None) -> Any:
         """The grain iterator over training batches."""
-        return self.task.batches()
+        return self.task.batches(local_rows)
 
     def init(self, key: jax.Array, batch: Batch, keep: jax.Array | None = None) -> Params:
         """Random parameters, pretrained encoders where they are named, and the tables' scaling.
@@ -354,15 +352,16 @@ class M3CoLMethod(Method):
         self, params: Params, rows: np.ndarray, embed: Callable | None = None
     ) -> dict[str, np.ndarray]:
         """Embeddings (models, n, d) of rows by modality."""
-        embed = embed or self.embed_all
-        parts = []
-        size = min(_CHUNK, len(rows)) if "table" not in self.kinds.values() else len(rows)
-        for start in range(0, len(rows), size):
-            indices = np.arange(start, start + size).clip(max=len(rows) - 1)
-            inputs = self.task.inputs(rows[indices])
-            found = jax.device_get(embed(params, inputs))
-            parts.append({n: x[:, : len(rows) - start] for n, x in found.items()})
-        return {name: np.concatenate([p[name] for p in parts], axis=1) for name in self.names}
+        chunk = len(rows) if "table" in self.kinds.values() else CHUNK
+        return divided(
+            embed or self.embed_all,
+            (params,),
+            lambda indices: (indices, (self.task.inputs(rows[indices]),)),
+            len(rows),
+            axis=1,
+            devices=self.devices,
+            chunk=chunk,
+        )
 
     def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
         """Embeddings (models, n, d) of other inputs of one modality."""

@@ -25,7 +25,8 @@ class RCMLMethod(RelationalMethod):
 
     def __init__(self, config: Any, task: RelationTask):
         super().__init__(config, task)
-        self.sentence_noise = self._noise if config.batch.sentence_noise else None
+        if length := config.batch.sentence_noise:
+            self.sentence_noise = functools.partial(_noise, joint_width(self.towers_config), length)
         head = config.model
         self.model = RCML(
             self.towers_config,
@@ -45,12 +46,6 @@ class RCMLMethod(RelationalMethod):
         self._pool = jax.jit(self._pool_items)
         self._pool_text = jax.jit(functools.partial(self._pool_one, "pool_text"))
         self._pool_image = jax.jit(functools.partial(self._pool_one, "pool_image"))
-
-    def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """(count, d) float32, of about the length `config.batch.sentence_noise` each."""
-        width = joint_width(self.towers_config)
-        noise = rng.standard_normal((count, width), np.float32)
-        return noise * np.float32(self.config.batch.sentence_noise / math.sqrt(width))
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
@@ -119,11 +114,7 @@ class RCMLMethod(RelationalMethod):
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         ids = self.relation_ids if sentences is None else self.task.encode(list(sentences))
         relation = self._relations(variables, ids)
-        shape = (len(relation), len(items), relation.shape[1])
-        text, image = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        for rows, ids, images in self.chunks(items):
-            z_text, z_image = self._pool(variables, ids, images, relation)
-            text[:, rows], image[:, rows] = z_text, z_image
+        text, image = self.embed_items(self._pool, (variables, relation, False), items, axis=1)
         table = RelationEmbeddings(items, text, image, np.asarray(l2_normalize(relation)))
         return {"relation": table}
 
@@ -131,11 +122,8 @@ class RCMLMethod(RelationalMethod):
         """Embeddings pooled under the intra-sample relation."""
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
         relation = self._relations(variables, self.task.encode([self.task.sentence(-1)]))
-        image, text = np.empty((2, len(items), relation.shape[1]), np.float32)
-        for rows, ids, images in self.chunks(items):
-            z_text, z_image = self._pool(variables, ids, images, relation, True)
-            text[rows], image[rows] = z_text[0], z_image[0]
-        return image, text
+        text, image = self.embed_items(self._pool, (variables, relation, True), items, axis=1)
+        return image[0], text[0]
 
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
         """Embed under the intra-sample relation first, then under each sentence."""
@@ -167,10 +155,10 @@ class RCMLMethod(RelationalMethod):
     def _pool_items(
         self,
         variables: dict,
+        relation: jax.Array,
+        is_intra: bool,
         ids: jax.Array,
         images: jax.Array,
-        relation: jax.Array,
-        is_intra: bool = False,
     ):
         """z_T and z_I with the relations first, (R, n, d), all of them intra-sample or none."""
         intra = jnp.full(relation.shape[0], is_intra)
@@ -189,6 +177,12 @@ class RCMLMethod(RelationalMethod):
         """z_T or z_I with the relations first, (R, n, d)."""
         out: Any = self.model.apply(variables, inputs, relation, intra, method=pool)
         return _relations_first(out)
+
+
+def _noise(width: int, length: float, rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, width) float32, of about that length each."""
+    noise = rng.standard_normal((count, width), np.float32)
+    return noise * np.float32(length / math.sqrt(width))
 
 
 def _relations_first(z: jax.Array) -> jax.Array:

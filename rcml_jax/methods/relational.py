@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,9 @@ from rcml_jax.evaluation.relation_probes import (
 )
 from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
-from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows
 from rcml_jax.methods.control_rows import control_rows
+from rcml_jax.methods.divided import divided
 from rcml_jax.methods.relational_towers import (
     check_packing,
     checkpoint_tower,
@@ -44,15 +45,13 @@ from rcml_jax.methods.stored_states import (
     text_inputs,
 )
 from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory
-from rcml_jax.methods.tower_tables import TowerTables
+from rcml_jax.methods.tower_tables import TowerTables, flat
 from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.preprocessing import with_preprocessing
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
-
-_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +102,13 @@ class RelationalMethod(Method):
             return config
         return with_preprocessing(config, preprocessing(config.model))
 
-    def batches(self) -> Any:
+    def batches(self, local_rows: Rows | None = None) -> Any:
         """The grain iterator over training batches.
 
         Raises UserError, too, for splits that are too small to be evaluated.
         """
         self.task.check_queries()
-        return self.task.batches(self.stored, self.sentence_noise)
+        return self.task.batches(self.stored, self.sentence_noise, local_rows)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredStates]:
@@ -361,13 +360,12 @@ class RelationalMethod(Method):
         encoders = {
             name: encoder(f"{name}_states") for name in ("text", "image") if getattr(came, name)
         }
-        sides: dict[str, np.ndarray] = {}
-        for rows, texts, images in self.chunks(items):
-            for name, inputs in (("text", texts), ("image", images)):
-                if name in encoders:
-                    found = encoders[name](inputs).reshape(len(rows), -1)
-                    sides.setdefault(name, np.empty((len(items), found.shape[1]), np.float32))
-                    sides[name][rows] = found
+
+        def encode_both(texts: Any, images: Any) -> dict[str, jax.Array]:
+            inputs = {"text": texts, "image": images}
+            return {name: flat(encode(inputs[name])) for name, encode in encoders.items()}
+
+        sides = self.embed_items(encode_both, (), items)
         if "text" not in encoders:
             return sides, np.zeros((len(self.task.sentences), 0))
         return sides, np.asarray(encoders["text"](self.relation_ids))
@@ -446,24 +444,33 @@ class RelationalMethod(Method):
             return np.arange(len(ids)), ids
         return pack_texts(ids, mask, self.examples_per_row)
 
-    def chunks(self, items: np.ndarray) -> Iterator[tuple]:
-        """Yield (rows, texts, images) of items in chunks; rows: indices into `items`.
+    def embed_items(
+        self, function: Callable[..., Any], constants: Sequence[Any], items: np.ndarray, **axis: int
+    ) -> Any:
+        """What `function(*constants, texts, images)` gives of items, as float32 NumPy arrays.
 
-        All chunks have one size: the last one is padded with its last item.
+        As `divided` does it, over all processes and the devices of each. axis: of the items in the
+        results.
         """
-        size = min(_CHUNK, 1 << (len(items) - 1).bit_length())
+        read = self.reader(items)
+        found = divided(function, constants, read, len(items), devices=self.devices, **axis)
+        return jax.tree.map(lambda x: x.astype(np.float32, copy=False), found)
+
+    def reader(self, items: np.ndarray) -> Callable[[np.ndarray], tuple]:
+        """A function: indices into items → these in the order of rows, and texts and images."""
         images, texts = self.stored.get("image", self.task.images), self.stored.get("text")
         if not texts:
             said = [self.task.graph.texts[i] for i in items]
             ids, mask = self.task.tokenizer.encode(said, self.task.max_length)
-        for start in range(0, len(items), size):
-            rows = np.arange(start, start + size).clip(max=len(items) - 1)
+
+        def read(rows: np.ndarray) -> tuple[np.ndarray, tuple]:
             if texts:
-                yield rows, texts(items[rows]), images(items[rows])
-                continue
+                return rows, (texts(items[rows]), images(items[rows]))
             indices, tokens = self.packed(ids[rows], mask[rows])
             rows = rows[indices]
-            yield rows, tokens, images(items[rows])
+            return rows, (tokens, images(items[rows]))
+
+        return read
 
 
 def flat_images(images: jax.Array | TokenStates) -> jax.Array | TokenStates:

@@ -12,7 +12,7 @@ import numpy as np
 from rcml_jax.config import fold_seed, several_models
 from rcml_jax.data.classification import stratified_folds
 from rcml_jax.errors import UserError
-from rcml_jax.methods.base import Batch, Method, Metrics, Params
+from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows
 from rcml_jax.methods.classification import Models, look, report
 from rcml_jax.methods.m3col import M3CoLMethod
 
@@ -79,9 +79,9 @@ class SeedEnsemble(Method):
         """As for a single model."""
         return self.single.validate_every
 
-    def batches(self) -> Any:
+    def batches(self, local_rows: Rows | None = None) -> Any:
         """The batches, which all models share."""
-        return self.single.batches()
+        return self.single.batches(local_rows)
 
     def phases(self) -> list[tuple[int, Method]]:
         """As for a single model."""
@@ -161,6 +161,7 @@ class SeedEnsemble(Method):
         def embed(params: Params, inputs: dict) -> dict:
             return {n: self._encode(params, n, inputs[n]) for n in self.single.names}
 
+        self.single.devices = self.devices
         return self.single.embeddings(params, rows, embed)
 
     def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rcml_jax.data.images import Framing, ImageBank
 from rcml_jax.data.log import log_line
-from rcml_jax.data.stages import stored_rows
+from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
 from rcml_jax.models.transformer import TokenStates
 
@@ -43,7 +43,7 @@ class StoredStates:
         if not path.is_file():
             size = count * int(np.prod(shape)) * 2 / 2**20
             log_line(f"Storing the token states of a frozen tower, {size:,.0f} MiB: {path}")
-        self._states = stored_rows(path, blocks, log=log_line)
+        self._states = mapped_rows(path, blocks, log=log_line)
 
     def __call__(self, items: np.ndarray) -> TokenStates:
         """The token states of items (n,)."""

@@ -11,13 +11,21 @@ import numpy as np
 
 from rcml_jax.data import queries
 from rcml_jax.data.gates import user_path
-from rcml_jax.data.images import ImageBank, augment
+from rcml_jax.data.images import (
+    CACHE_BYTES,
+    Framing,
+    ImageBank,
+    ItemImages,
+    StoredPixels,
+    augment,
+)
 from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
 from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.methods.base import Rows
 from rcml_jax.registry import call, resolve
 
 #: Largest number of relations for which relation type is also measured among all of them.
@@ -70,7 +78,7 @@ class RelationTask:
     graph: RelationGraph
     splits: Splits
     tokenizer: Tokenizer
-    images: ImageBank
+    images: ImageBank | StoredPixels
     max_length: int
 
     @classmethod
@@ -96,7 +104,7 @@ class RelationTask:
         )
         if new:
             tell_cut_texts(graph.texts, tokenizer, taken.max_length)
-        images = ImageBank(graph.images, taken.framing)
+        images = image_reader(data, graph.name, graph.images, taken.framing)
         return cls(config, graph, splits, tokenizer, images, taken.max_length)
 
     def sentence(self, relation: int, drawn: int = 0) -> str:
@@ -136,8 +144,9 @@ class RelationTask:
         self,
         stored: Mapping[str, Callable] | None = None,
         sentence_noise: Callable | None = None,
+        local_rows: Rows | None = None,
     ) -> Any:
-        """The grain iterator over training batches; stored and sentence_noise: as of `collator`."""
+        """The grain iterator over training batches; the arguments are those of `collator`."""
         batch, seed = self.config.batch, self.config.seed
         sizes = BatchSizes(
             relations=batch.relations if batch.inter_pairs else 0,
@@ -146,6 +155,8 @@ class RelationTask:
             items=batch.size,
         )
         sizes.check(len(self.splits.items("train")))
+        if isinstance(self.images, StoredPixels) and not (stored and "image" in stored):
+            self.images.open()  # Before the first step, so that a full disk is told at the start.
         sampler = RelationSampler(self.graph, self.splits, sizes, seed)
         moved = functools.partial(augment, shift=batch.image_shift, flip=batch.image_flip)
         collate = collator(
@@ -161,8 +172,10 @@ class RelationTask:
             stored or {},
             sentence_noise,
             None if stored and "text" in stored else self.stored_texts,
+            local_rows,
         )
-        return batch_iterator(sampler, collate, self.config.data.threads)
+        data = self.config.data
+        return batch_iterator(sampler, collate, data.threads, data.get("workers", 0))
 
     @functools.cached_property
     def stored_texts(self) -> StoredTexts | None:
@@ -273,6 +286,19 @@ def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) 
             f"{max_length} tokens that the text tower takes: "
             f"{counted(int(np.median(over)), 'tokens')} in the median, {over.max():,} at most"
         )
+
+
+def image_reader(
+    data: Any, name: str, images: ItemImages, framing: Framing
+) -> ImageBank | StoredPixels:
+    """What reads images of items as `config.data.pixels` says; name: of the data set."""
+    if data.get("pixels", "encoded") == "encoded":
+        workers = data.get("workers", 0)
+        if not workers:
+            return ImageBank(images, framing)
+        # Each worker has a copy; threads in it would wait for its one interpreter.
+        return ImageBank(images, framing, cache_bytes=CACHE_BYTES // workers, threads=1)
+    return StoredPixels(cache_directory(data.dir) / "pixels", name, images, framing)
 
 
 def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> pathlib.Path:

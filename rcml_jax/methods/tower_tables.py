@@ -10,6 +10,7 @@ import numpy as np
 from rcml_jax.evaluation.relation_retrieval import retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Params
+from rcml_jax.methods.divided import divided
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.two_towers import TwoTowers
 
@@ -31,6 +32,9 @@ class TowerTables:
         )
         self._weights: tuple[Params, dict[float, float]] = None, {}
 
+    def _both(self, towers: Params, ids: Any, images: Any) -> tuple[jax.Array, jax.Array]:
+        return flat(self._texts(towers, ids)), self._images(towers, images)
+
     def tables(
         self,
         towers: Params,
@@ -47,11 +51,8 @@ class TowerTables:
         task = self._method.task
         said = list(task.sentences if sentences is None else sentences)
         relation = np.asarray(self._texts(towers, task.encode(said)))
-        text = np.empty((1, len(items), relation.shape[1]), np.float32)
-        image = np.empty_like(text)
-        for rows, ids, images in self._method.chunks(items):
-            text[0, rows] = self._texts(towers, ids).reshape(len(rows), -1)
-            image[0, rows] = self._images(towers, images)
+        text, image = self._method.embed_items(self._both, (towers,), items)
+        text, image = text[None], image[None]
         tables = {"plain": RelationEmbeddings(items, text, image, relation)}
         if needed is not None:
             # A stored tower is there so that it need not be run on every text again.
@@ -86,15 +87,22 @@ class TowerTables:
         asked = [(task.graph.texts[i], r) for i, r in zip(items[rows], relations, strict=True)]
         index = {pair: number for number, pair in enumerate(dict.fromkeys(asked))}
         distinct = list(index)
-        embedded = np.empty((len(distinct), width), np.float32)
-        for start in range(0, len(distinct), _SENTENCE_CHUNK):
-            chunk = np.arange(start, start + _SENTENCE_CHUNK).clip(max=len(distinct) - 1)
-            texts, numbers = zip(*(distinct[i] for i in chunk), strict=True)
+
+        def read(rows: np.ndarray) -> tuple[np.ndarray, tuple]:
+            texts, numbers = zip(*(distinct[i] for i in rows), strict=True)
             sentences = [said[r] for r in numbers]
-            part = self.text(
-                towers, *task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
-            )
-            embedded[start : start + len(part)] = part[: len(distinct) - start]
+            padded = task.tokenizer.encode_with_suffix(texts, sentences, task.max_length)
+            indices, tokens = self._method.packed(*padded)
+            return rows[indices], (tokens,)
+
+        embedded = divided(
+            lambda towers, ids: flat(self._texts(towers, ids)),
+            (towers,),
+            read,
+            len(distinct),
+            devices=self._method.devices,
+            chunk=_SENTENCE_CHUNK,
+        )
         out[relations, rows] = embedded[[index[pair] for pair in asked]]
         return out
 
@@ -114,6 +122,11 @@ class TowerTables:
     def images(self, towers: Params, pixels: np.ndarray) -> np.ndarray:
         """Images (n, H, W, 3) → (n, d)."""
         return np.asarray(self._images(towers, pixels))
+
+
+def flat(embedded: jax.Array) -> jax.Array:
+    """Embeddings (n, d), or in rows of several texts, → (N, d)."""
+    return embedded.reshape(-1, embedded.shape[-1])
 
 
 def weights_on_validation(task: RelationTask, table: RelationEmbeddings) -> dict[float, float]:

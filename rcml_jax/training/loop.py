@@ -156,10 +156,11 @@ def evaluate(config: Any, workdir: pathlib.Path | str, split: str = "test") -> d
 
 @_HOST
 def _evaluate(config: Any, workdir: pathlib.Path, split: str, method: Method | None = None) -> dict:
-    device = sharding.first_local(sharding.pick_devices(config.platform))
+    devices = sharding.of_process(sharding.pick_devices(config.platform))
     try:
-        with jax.default_device(device):
+        with jax.default_device(devices[0]):
             method = method or build_method(config, workdir)
+            method.devices = devices[: config.get("devices", 0) or None]
             params = read_params(workdir, method.evaluated) if method.evaluated else {}
             params = jax.tree.map(jax.numpy.asarray, params)
             result = method.evaluate(params, split, read_history(workdir))
@@ -233,7 +234,9 @@ class Run:
     def __init__(self, config: Any, workdir: pathlib.Path, method: Method, devices: Any):
         self.config, self.method, self.devices = config, method, devices
         self.steps, self.validate_every = method.steps, method.validate_every
-        source = method.batches()
+        method.devices = sharding.of_process(devices.devices)
+        several = jax.process_count() > 1
+        source = method.batches(devices.local_rows) if several else method.batches()
         self.data = Prefetched(source, devices.put_batch)
         self.checkpoints = Checkpoints(workdir)
         # The counters of early stopping travel in the checkpoint.
@@ -265,7 +268,7 @@ class Run:
         config = self.config
         init_key, run_key = jax.random.split(jax.random.key(fold_seed(config.seed)))
         place = source.get_state()
-        batch = next(source)
+        batch = self._whole(next(source))
         rows, each = _rows(batch), self.method.examples_per_row
         count = len(self.devices.devices)
         if rows % count:
@@ -294,6 +297,21 @@ class Run:
             for first, method in self.method.phases()
         ]
         return self.devices.put_state(create(params, transform, run_key)), phases
+
+    def _whole(self, batch: dict) -> dict:
+        """A batch of this process's rows with the shapes of the whole batch, its first row again.
+
+        Nothing is copied.
+        """
+        if jax.process_count() == 1:
+            return batch
+        devices = self.devices.devices
+        mine = len(sharding.of_process(devices))
+
+        def whole(x: np.ndarray) -> np.ndarray:
+            return np.broadcast_to(x[:1], (len(x) // mine * len(devices), *x.shape[1:]))
+
+        return {**batch, "items": jax.tree.map(whole, batch["items"])}
 
     def _saved(self) -> Any:
         return self.devices.get_state(self.state)

@@ -103,9 +103,34 @@ def _check_processes(devices: list[jax.Device], picked: list[jax.Device]) -> Non
         )
 
 
+def rows_on(devices: list[jax.Device]) -> Callable[[int], np.ndarray]:
+    """A function from the number of a batch's rows to the indices of those of this process.
+
+    It knows no device, so that it can be copied into other processes. It raises UserError for rows
+    that cannot be divided by the number of devices.
+    """
+    mine = tuple(d.process_index == jax.process_index() for d in devices)
+    return functools.partial(_rows_where, mine)
+
+
+def _rows_where(mine: tuple[bool, ...], rows: int) -> np.ndarray:
+    """Rows split evenly over devices: those of the devices that are mine."""
+    if rows % len(mine):
+        raise UserError(
+            f"a batch of {rows} rows cannot be split over {len(mine)} devices; make it a multiple "
+            "of that by config.batch.size, or lower config.devices"
+        )
+    return np.flatnonzero(np.repeat(mine, rows // len(mine)))
+
+
+def of_process(devices: list[jax.Device]) -> list[jax.Device]:
+    """Those of the devices that are this process's own."""
+    return [d for d in devices if d.process_index == jax.process_index()]
+
+
 def first_local(devices: list[jax.Device]) -> jax.Device:
     """The first of the devices that is this process's own."""
-    return next(d for d in devices if d.process_index == jax.process_index())
+    return of_process(devices)[0]
 
 
 @contextlib.contextmanager
@@ -148,6 +173,8 @@ class ShardedJit:
 
     def __init__(self, devices: list[jax.Device], in_place: bool = False):
         self.devices, self._donated = devices, donated(devices, in_place)
+        #: Number of a batch's rows → those that this process passes to `put_batch`.
+        self.local_rows = rows_on(devices)
         mesh = Mesh(np.asarray(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -173,14 +200,27 @@ class ShardedJit:
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
     def put_batch(self, batch: dict) -> dict:
-        """A host batch → arrays on the devices; every process passes the whole batch."""
+        """A host batch → arrays on the devices.
+
+        Every process passes all of `shared`, and of `items` the rows of `local_rows`.
+        """
         places = {"items": self._split, "shared": self._replicated}
         if jax.process_count() == 1:
             return jax.device_put(batch, places)
-        return {
-            name: jax.tree.map(functools.partial(_put, sharding=place), batch[name])
-            for name, place in places.items()
-        }
+        shared = jax.tree.map(functools.partial(_put, sharding=self._replicated), batch["shared"])
+        return {"items": jax.tree.map(self._put_rows, batch["items"]), "shared": shared}
+
+    def _put_rows(self, x: Any) -> jax.Array:
+        """This process's rows of an array → the whole array."""
+        mine = len(of_process(self.devices))
+        rows = len(x) // mine * len(self.devices)
+        place = {int(row): index for index, row in enumerate(self.local_rows(rows))}
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return x[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((rows, *np.shape(x)[1:]), self._split, part)
 
     def sharding_of(self, x: Any) -> NamedSharding:
         """Where an array of the state lies, by its shape alone: whole on every device."""
@@ -258,7 +298,9 @@ class Pmap:
 
     def __init__(self, devices: list[jax.Device], in_place: bool = False):
         self.devices, self._donated = devices, donated(devices, in_place)
-        self._local = [d for d in devices if d.process_index == jax.process_index()]
+        #: Number of a batch's rows → those that this process passes to `put_batch`.
+        self.local_rows = rows_on(devices)
+        self._local = of_process(devices)
         self._split = NamedSharding(Mesh(np.asarray(self._local), (AXIS,)), PartitionSpec(AXIS))
         self._everywhere = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec())
 
@@ -283,14 +325,17 @@ class Pmap:
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def put_batch(self, batch: dict) -> dict:
-        """A host batch → leaves with a leading device axis, this process's part of the items."""
-        mine = [i for i, d in enumerate(self.devices) if d in self._local]
+        """A host batch → leaves with a leading axis of this process's devices.
+
+        Every process passes all of `shared`, and of `items` the rows of `local_rows`.
+        """
+        count = len(self._local)
 
         def split(x):
-            parts = np.reshape(x, (len(self.devices), -1, *np.shape(x)[1:]))
-            return jax.device_put(parts[mine], self._split)
+            parts = np.reshape(x, (count, -1, *np.shape(x)[1:]))
+            return jax.device_put(parts, self._split)
 
-        shared = jax.tree.map(lambda x: _put(x, self._split, len(mine)), batch["shared"])
+        shared = jax.tree.map(lambda x: _put(x, self._split, count), batch["shared"])
         return {"items": jax.tree.map(split, batch["items"]), "shared": shared}
 
     def abstract(self, state: Any, batch: dict) -> tuple[Any, dict]:

@@ -22,6 +22,8 @@ _ALWAYS = ("seed", "steps", "method", "parallel", "data")
 _FREE = {
     "data.dir",
     "data.threads",
+    "data.workers",
+    "data.pixels",
     "log_every",
     "checkpoint_every",
     "tensorboard",

@@ -8,6 +8,7 @@ from PIL import Image
 
 from rcml_jax.data import images
 from rcml_jax.errors import UserError
+from tests import reference
 from tests.data.conftest import png
 
 try:  # transformers 5 calls so what needs no torchvision
@@ -162,3 +163,15 @@ def test_augmentation_moves_and_mirrors():
         windows = {(y, x): padded[y : y + 6, x : x + 6] for y in range(5) for x in range(5)}
         places.update(place for place, window in windows.items() if np.array_equal(window, new))
     assert len(places) > 15
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4, 5, 30])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("mine", [range(20), [19, 3, 4]])
+def test_augmentation_is_that_of_one_index_for_all_images(shift, flip, mine):
+    mine = np.array(mine)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(mine), 5, 7, 3), np.uint8)
+    found = images.augment(pixels, np.random.default_rng(1), (20, mine), shift=shift, flip=flip)
+    expected = reference.augment(pixels, np.random.default_rng(1), 20, mine, shift, flip)
+    np.testing.assert_array_equal(found, expected)
+    assert np.array_equal(found, pixels) == (not shift and not flip)

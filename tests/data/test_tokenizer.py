@@ -140,7 +140,7 @@ def test_stored_texts_are_the_ids_of_the_texts(tokenizer, tmp_path, size, dtype)
     rng = np.random.default_rng(0)
     for length in (2, 12, 77):
         stored = StoredTexts(tmp_path, "toy", own, texts, length)
-        assert stored._rows.dtype == dtype
+        assert stored._rows[:0].dtype == dtype
         for count in (0, 1, 7, 30):
             items = rng.integers(len(texts), size=count)
             expected = own.encode([texts[i] for i in items], length)

@@ -1,6 +1,7 @@
 """Made-up data for M3CoL: tables of two classes, and configurations of seconds."""
 
 import importlib.util
+import pathlib
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def omics_config(tables, **options):
 
 
 def news_config(news, **options):
-    values = {"data.path": str(news)} | NEWS
+    values = {"data.path": str(news), "data.dir": str(pathlib.Path(news).parent / "cache")} | NEWS
     values |= {name.replace("__", "."): value for name, value in options.items()}
     return configuration("n24news", values)
 

@@ -14,6 +14,7 @@ from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import check_summary, news_config
+from tests.methods.test_task import halves
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.toy import read_metrics
 from tests.training.test_loop import assert_same_end
@@ -45,6 +46,21 @@ def test_the_evaluation_of_news_has_its_form(news_run):
     assert "ensemble" not in result
     assert set(result["corrupted"]) == {"image", "text"}
     assert (workdir / "tokenizer.json").is_file()
+
+
+def test_processes_read_halves_of_the_same_batch(news, tmp_path):
+    config = news_config(
+        news,
+        batch__image_shift=2,
+        batch__image_flip=True,
+        data__patches_hidden=0.5,
+        data__patch_size=4,
+        data__words_dropped=0.3,
+    )
+    method = build(config, tmp_path)
+    data = method.batches()
+    whole = [next(data) for _ in range(3)]
+    jax.tree.map(np.testing.assert_array_equal, whole, halves(method.batches, 3))
 
 
 @pytest.mark.slow

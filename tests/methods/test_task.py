@@ -1,14 +1,24 @@
 """What a relation task says of its texts, and where it takes relations for one."""
 
 import dataclasses
+import multiprocessing
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from rcml_jax.data.images import ImageBank
+from rcml_jax.data.sampling import batch_iterator
 from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.methods.task import load_graph, tell_cut_texts, tell_sentences_apart
+from rcml_jax.methods import build
+from rcml_jax.methods.task import (
+    RelationTask,
+    load_graph,
+    tell_cut_texts,
+    tell_sentences_apart,
+)
 from tests.data.conftest import make_graph
 from tests.toy import tiny_config, write_rows
 
@@ -75,3 +85,94 @@ def test_relation_ids_of_one_sentence_link_the_same_pairs(catalogue, tmp_path):
     np.testing.assert_array_equal(graph.same_sentence[:3], [0, 0, 2])
     a, b, _ = graph.pairs[graph.pairs[:, 2] == 0].T
     assert graph.linked(a, b, np.full(len(a), 1)).all()
+
+
+@pytest.mark.parametrize("stored_in_the_past", [False, True])
+def test_batches_are_the_same_from_stored_and_from_encoded_images(
+    catalogue, tmp_path, stored_in_the_past, monkeypatch
+):
+    options = {"batch.image_shift": 3, "batch.image_flip": True, "data.dir": str(tmp_path / "c")}
+    batches = []
+    for pixels in ("encoded", *["stored"] * (1 + stored_in_the_past)):
+        if len(batches) == 2:
+            monkeypatch.setattr("rcml_jax.data.images.to_array", None)
+        config = tiny_config(catalogue, **options | {"data.pixels": pixels})
+        data = RelationTask.load(config, tmp_path).batches()
+        batches.append([next(data) for _ in range(3)])
+    assert len(list((tmp_path / "c" / "pixels").glob("*.npy"))) == 1
+    expected, found = batches[0], batches[-1]
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+    assert not np.array_equal(found[0]["items"]["images"], found[1]["items"]["images"])
+
+
+def halves(batches, count):
+    """The batches of two processes that share each batch, `batches(local_rows)`, put together."""
+    parts = []
+    for process in range(2):
+        mine = lambda n, process=process: np.arange(n // 2) + process * (n // 2)  # noqa: E731
+        data = batches(mine)
+        parts.append([next(data) for _ in range(count)])
+    joined = []
+    for first, second in zip(*parts, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, first["shared"], second["shared"])
+        items = jax.tree.map(lambda *x: np.concatenate(x), first["items"], second["items"])
+        joined.append({"items": items, "shared": first["shared"]})
+    return joined
+
+
+@pytest.mark.parametrize("texts_per_row", [1, 4])
+def test_processes_read_halves_of_the_same_batch(catalogue, tmp_path, monkeypatch, texts_per_row):
+    options = {"batch.image_shift": 3, "batch.image_flip": True, "data.pixels": "encoded"}
+    options |= {"batch.texts_per_row": texts_per_row, "data.threads": 0}
+    task = RelationTask.load(tiny_config(catalogue, **options), tmp_path)
+    data = task.batches()
+    whole = [next(data) for _ in range(3)]
+    asked = []
+    read = ImageBank.__call__
+    monkeypatch.setattr(
+        ImageBank, "__call__", lambda bank, items: asked.append(len(items)) or read(bank, items)
+    )
+    found = halves(lambda mine: task.batches(local_rows=mine), 3)
+    jax.tree.map(np.testing.assert_array_equal, whole, found)
+    assert set(asked) == {8}
+    assert len(jax.tree.leaves(found[0]["items"]["images"])[0]) == 16 // texts_per_row
+
+
+def test_workers_read_the_same_batches_and_go_on_where_threads_were(catalogue, tmp_path):
+    options = {"data.pixels": "encoded", "batch.sentence_noise": 0.1, "batch.image_shift": 2}
+    read = {
+        workers: build(tiny_config(catalogue, **options | {"data.workers": workers}), tmp_path)
+        for workers in (0, 2)
+    }
+    threads, workers = (method.batches() for method in read.values())
+    expected = [next(threads) for _ in range(4)]
+    workers.set_state({"next_index": 1})
+    # As the loop does: the first batch is read for its shapes, and again.
+    first = next(workers)
+    pids = {child.pid for child in multiprocessing.active_children()}
+    assert len(pids) >= 2
+    workers.set_state({"next_index": 1})
+    found = [next(workers) for _ in range(2)]
+    assert {child.pid for child in multiprocessing.active_children()} == pids
+    jax.tree.map(np.testing.assert_array_equal, [first, *found], expected[1:2] + expected[1:3])
+    # Threads go on with the state of workers, and the other way round.
+    assert workers.get_state() == {"next_index": 3}
+    threads.set_state(workers.get_state())
+    workers.close()
+    jax.tree.map(np.testing.assert_array_equal, expected[3], next(threads))
+
+
+def test_workers_are_started_anew_elsewhere_and_tell_what_is_wrong_as_it_is():
+    batches = batch_iterator(range(9), refuse, workers=1)
+    np.testing.assert_array_equal(next(batches), 0)
+    with pytest.raises(UserError, match="the second one"):
+        next(batches)
+    batches.set_state({"next_index": 7})
+    np.testing.assert_array_equal([next(batches), next(batches)], [7, 8])
+    batches.close()
+
+
+def refuse(index):
+    if index == 1:
+        raise UserError("the second one")
+    return np.asarray(index)

@@ -1,6 +1,7 @@
 """Losses under pmap, batches and states on any devices, and whole runs on one and on eight."""
 
 import functools
+import pickle
 import signal
 
 import jax
@@ -285,3 +286,12 @@ def test_fsdp_leaves_a_step_with_its_parts():
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(after.params["w"], one.params["w"], rtol=1e-5)
+
+
+def test_the_rows_of_a_process_are_those_of_its_devices():
+    rows = sharding.rows_on(jax.devices())
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))(16), np.arange(16))
+    mine = (False, True, False, True)
+    np.testing.assert_array_equal(sharding._rows_where(mine, 8), [2, 3, 6, 7])
+    with pytest.raises(UserError, match="a batch of 6 rows cannot be split over 4 devices"):
+        sharding._rows_where(mine, 6)

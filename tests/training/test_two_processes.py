@@ -1,6 +1,8 @@
 """Two processes of four devices each, joined over loopback, against one process of eight."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,11 +14,12 @@ import numpy as np
 import pytest
 
 from rcml_jax.methods import build as build_method
+from rcml_jax.methods import task
 from rcml_jax.training import loop, sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from tests.toy import ROOT, read_metrics, tiny_config
 from tests.training.test_loop import at, steps_of, train
-from tests.training.worker import MODES, RCML, STOP, places, toy_run
+from tests.training.worker import MODES, RCML, SHARES, STOP, Counting, places, tables, toy_run
 
 DEADLINE = 300  # seconds
 
@@ -152,3 +155,47 @@ def test_rcml_of_two_processes_is_resumed_by_one(together, alone, catalogue, mod
         assert len(leaf.sharding.device_set) == 2
         # Adam divides by the gradient's size: a gradient of rounding errors may turn an update.
         np.testing.assert_allclose(leaf, expected, atol=3e-3)
+
+
+def numbers(tree, path=""):
+    """Path → number of all numbers in nested dictionaries and lists."""
+    if isinstance(tree, dict | list):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for name, x in pairs for k, v in numbers(x, f"{path}/{name}").items()}
+    return {path: tree} if isinstance(tree, int | float) else {}
+
+
+@pytest.mark.slow
+def test_two_processes_share_reading_and_evaluation(catalogue, tmp_path, monkeypatch):
+    """Each reads half of every batch and of the evaluation; losses and figures are those of one."""
+    config, run = tiny_config(catalogue, **SHARES), tmp_path / "one"
+    monkeypatch.setattr(task, "ImageBank", Counting)
+    monkeypatch.setattr(Counting, "read", {True: [], False: []})
+    loop.train_and_evaluate(config, run)
+    assert set(Counting.read[False]) == {16}
+    Counting.read[True].clear()
+    alone = loop.evaluate(config, run)
+    every, embeddings = list(Counting.read[True]), tables(run)
+    assert len(every) > 5
+    copy = shutil.copytree(run, tmp_path / "copy")
+    run_two(tmp_path, "shares", catalogue, copy)
+
+    mine, theirs = read_metrics(tmp_path / "shares"), read_metrics(run)
+    losses = [[x["loss"] for x in lines if "loss" in x] for lines in (mine, theirs)]
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    found = [json.loads((tmp_path / f"shares{i}.json").read_text()) for i in range(2)]
+    for process in found:
+        assert set(process["ahead"]) == {8}
+        assert len(process["ahead"]) >= 20
+        assert [2 * n for n in process["here"]] == every
+        np.testing.assert_allclose(process["tables"], embeddings, atol=1e-5)
+        assert process["result"] == found[0]["result"]
+    figures, expected = numbers(found[0]["result"]), numbers(alone)
+    assert figures.keys() == expected.keys()
+    assert len(expected) > 100
+    for name, value in expected.items():
+        # Scores of a barely trained model lie so close that rounding may turn two of 20 queries.
+        assert figures[name] == pytest.approx(value, abs=0.1 + 1e-6), name
+    same = sum(figures[name] == pytest.approx(x, abs=1e-6) for name, x in expected.items())
+    assert same > 0.9 * len(expected)

@@ -2,29 +2,45 @@
 
     python -m tests.training.worker toy DIRECTORY
     python -m tests.training.worker rcml DIRECTORY CATALOGUE
+    python -m tests.training.worker shares DIRECTORY CATALOGUE RUN
     python -m tests.training.worker unequal DIRECTORY
 
 The environment names the coordinator. Each parallel mode has its run in DIRECTORY/<mode>.
 """
 
+import json
 import os
 import pathlib
 import signal
 import sys
+import threading
 
 import grain
 import jax
 import numpy as np
 import optax
 
+from rcml_jax.data.images import ImageBank
 from rcml_jax.errors import UserError
+from rcml_jax.methods import build, task
 from rcml_jax.training import loop, sharding
-from rcml_jax.training.checkpoint import Checkpoints
+from rcml_jax.training import workdir as workdirs
+from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.step import create, make_step
 from tests.toy import tiny_config
 
 MODES = tuple(sharding.PARALLEL)
 STOP = 4
+SHARES = {
+    "devices": 0,
+    "steps": 20,
+    "log_every": 1,
+    "validate_every": 10,
+    "data.pixels": "encoded",
+    "batch.image_shift": 2,
+    "batch.image_flip": True,
+    "batch.texts_per_row": 2,
+}
 RCML = {"devices": 0, "steps": 24, "log_every": 1, "validate_every": 24}
 
 
@@ -49,7 +65,9 @@ def toy_run(mode, devices):
     step = place.compile(make_step(BOTH, adam, 10, parts=2))
     losses = []
     for _ in range(STOP):
-        state, metrics = step(state, place.put_batch(BATCH | {"items": items}))
+        mine = place.local_rows(len(items["a"]))
+        rows = {name: x[mine] for name, x in items.items()}
+        state, metrics = step(state, place.put_batch(BATCH | {"items": rows}))
         losses.append(float(np.ravel(jax.device_get(metrics["loss"]))[0]))
     return place, state, losses
 
@@ -82,6 +100,38 @@ def rcml(mode, directory, catalogue):
     assert loop.train_and_evaluate(tiny_config(catalogue, parallel=mode, **RCML), directory) is None
 
 
+class Counting(ImageBank):
+    """Counts the images of each call, by whether the main thread, as in the evaluation, asks."""
+
+    read: dict[bool, list[int]] = {True: [], False: []}  # noqa: RUF012
+
+    def __call__(self, indices):
+        self.read[threading.current_thread() is threading.main_thread()].append(len(indices))
+        return super().__call__(indices)
+
+
+def tables(run):
+    """Embeddings of all items by a run's best checkpoint, over all devices."""
+    config = workdirs.load_config(pathlib.Path(run))
+    method = build(config, pathlib.Path(run))
+    method.devices = jax.local_devices()[: config.devices or None]
+    table = method.tables(read_params(pathlib.Path(run), "best"), np.arange(60))["relation"]
+    return [table.text.tolist(), table.image.tolist()]
+
+
+def shares(directory, catalogue, run):
+    """Train and evaluate, then evaluate the run of one process; write what was read."""
+    task.ImageBank = Counting
+    config = tiny_config(catalogue, **SHARES)
+    assert loop.train_and_evaluate(config, pathlib.Path(directory) / "shares")
+    Counting.read[True].clear()
+    result = loop.evaluate(workdirs.load_config(pathlib.Path(run)), run)
+    here = list(Counting.read[True])
+    found = {"ahead": Counting.read[False], "here": here, "result": result, "tables": tables(run)}
+    path = pathlib.Path(directory) / f"shares{jax.process_index()}.json"
+    path.write_text(json.dumps(found))
+
+
 def unequal():
     """The processes have different numbers of devices: what each of them says."""
     try:
@@ -92,6 +142,9 @@ def unequal():
 
 def main(kind: str, directory: str, *rest: str) -> None:
     sharding.initialize_distributed()
+    if kind == "shares":
+        shares(directory, *rest)
+        return
     if kind == "unequal":
         unequal()
         return
