@@ -35,7 +35,7 @@ def parse_argument(
             f"the configuration knows no data source {source!r}; choose one of "
             f"{', '.join(sources)}, or give an import path, package.module:NAME"
         )
-    found = {}
+    found: dict[str, str] = {}
     for part in rest:
         name, equals, value = part.partition("=")
         if name not in options or not equals or not value:

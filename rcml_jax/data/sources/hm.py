@@ -494,7 +494,7 @@ def _build(
     )
     problems = [counted(number, name) for name, number in counts.items() if number]
     for sentence, number in zip(graph.relations, np.bincount(graph.pairs[:, 2]), strict=True):
-        log(f"{counted(number, 'pairs'):>15}: {sentence}")
+        log(f"{counted(int(number), 'pairs'):>15}: {sentence}")
     log(
         f"H&M: {counted(len(articles), 'articles')}, {counted(total, 'transactions')}, "
         f"{counted(customers, 'customers')} of these articles; "
