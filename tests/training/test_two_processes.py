@@ -19,7 +19,17 @@ from rcml_jax.training import loop, sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from tests.toy import ROOT, read_metrics, tiny_config
 from tests.training.test_loop import at, steps_of, train
-from tests.training.worker import MODES, RCML, SHARES, STOP, Counting, places, tables, toy_run
+from tests.training.worker import (
+    MODES,
+    RCML,
+    SHARES,
+    STOP,
+    Counting,
+    places,
+    tables,
+    toy_run,
+    train_alone,
+)
 
 DEADLINE = 300  # seconds
 
@@ -171,7 +181,7 @@ def test_two_processes_share_reading_and_evaluation(catalogue, tmp_path, monkeyp
     config, run = tiny_config(catalogue, **SHARES), tmp_path / "one"
     monkeypatch.setattr(task, "ImageBank", Counting)
     monkeypatch.setattr(Counting, "read", {True: [], False: []})
-    loop.train_and_evaluate(config, run)
+    train_alone(config, run)
     assert set(Counting.read[False]) == {16}
     Counting.read[True].clear()
     alone = loop.evaluate(config, run)
