@@ -31,6 +31,8 @@ def atomic_file(
     the number of this process in its name. durable: the file is on the disk before it is renamed.
     Raises OSError.
     """
+    if not path.name:  # such as "."
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         with part.open("wb") as file:

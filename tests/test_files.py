@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -118,6 +119,11 @@ def test_a_file_is_whole_or_not_there(tmp_path, shared):
         assert not path.exists()
     assert [x.name for x in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"whole"
+
+
+def test_a_path_without_a_name_is_no_file():
+    with pytest.raises(UserError, match=r"cannot write \.: Is a directory"):
+        files.write_whole(pathlib.Path("."), "x")
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):

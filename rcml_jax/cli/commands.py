@@ -8,6 +8,7 @@ import inspect
 import logging as python_logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -320,6 +321,7 @@ def parse_flags(
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).strip("'\"").split())
+        reason = textwrap.shorten(reason, 300, placeholder=" ...")
         raise UserError(f"wrong option: {reason}") from error
     if rest[1:]:
         raise UserError(f"unknown argument {rest[1]!r}; options are written --name=value")

@@ -15,7 +15,6 @@ means and deviations over the seeds of all that is finished; for classifiers als
 analysis, where each modality was trained alone.
 """
 
-import argparse
 import hashlib
 import json
 import pathlib
@@ -26,8 +25,9 @@ from collections.abc import Collection, Sequence
 import ml_collections
 
 from rcml_jax.cli.commands import guard, parse_flags, take_option, wants_help
+from rcml_jax.cli.embed import Parser
 from rcml_jax.config import call_config_file, load_config_file
-from rcml_jax.data.gates import user_path
+from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.files import write_whole
@@ -44,15 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rcml-sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="rcml-sweep", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", required=True, type=user_path)
-    parser.add_argument("--vary", default="")
-    parser.add_argument("--variant", action="append", default=[])
+    parser.add_argument("--vary", default="", type=argument_text)
+    parser.add_argument("--variant", action="append", default=[], type=argument_text)
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--seeds", default="42")
     if wants_help(argv):
@@ -134,9 +130,12 @@ def read_variants(vary: str, variants: Sequence[str]) -> dict[str, list[str]]:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        seeds = [int(seed) for seed in text.split(",")]
     except ValueError as error:
         raise UserError(f"--seeds {text!r} must be whole numbers, such as 42,43,44") from error
+    if len(set(seeds)) < len(seeds):  # it would count twice in the means
+        raise UserError(f"--seeds {text!r} names a seed twice; give each once")
+    return seeds
 
 
 def _config(path: str, options: Sequence[str], seed: int) -> ml_collections.ConfigDict:
@@ -149,7 +148,10 @@ def _finished(directory: pathlib.Path, config: ml_collections.ConfigDict) -> boo
     """Whether the very same configuration was already run to its end there."""
     if not (directory / "eval.json").is_file():
         return False
-    return load_config(directory).to_dict() == json.loads(json.dumps(config.to_dict()))
+    there, here = load_config(directory).to_dict(), json.loads(json.dumps(config.to_dict()))
+    for values in (there, here):  # the run itself writes what its checkpoints ask for
+        values.get("model", {}).pop("preprocessing", None)
+    return there == here
 
 
 if __name__ == "__main__":

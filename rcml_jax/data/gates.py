@@ -182,10 +182,13 @@ def user_path(given: str | os.PathLike) -> Path:
 
     The one place where text becomes a path, and where remote paths would be understood.
 
-    Raises UserError for a URL such as gs://bucket/run, for a name that this system cannot encode,
-    and where the home directory of ~ is unknown.
+    Raises UserError for an empty one, which is no current directory, for a URL such as
+    gs://bucket/run, for a name that this system cannot encode, and where the home directory of ~
+    is unknown.
     """
     text = os.fspath(given)
+    if not text:
+        raise UserError("a path is empty; give one, or a dot for the current directory")
     if scheme := _SCHEME.match(text):
         raise UserError(
             f"the path {_shown(text)} is a URL, and {scheme[1]}:// is not supported; give a local "

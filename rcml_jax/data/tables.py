@@ -52,7 +52,7 @@ def optional(row: dict, column: str) -> str:
 def table_of(folder: Path, name: str) -> Path:
     """The one file of a table."""
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}; set data.dir to the folder of your data.")
+        raise UserError(f"There is no folder {folder}; set data.path to the folder of your data.")
     found = [p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()]
     if not found:
         raise UserError(f"{folder} has neither {name}.csv nor {name}.jsonl; add one.")

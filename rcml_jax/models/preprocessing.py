@@ -1,7 +1,6 @@
 """What a checkpoint's own files say about its inputs: images, pooling, the tokenizer's ids."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rcml_jax.data.gates import read_json as parse_json
 from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
@@ -226,7 +226,7 @@ def _is_finite(x: Any) -> bool:
 def _image_options(name: str) -> dict | None:
     for file in _IMAGE_FILES:
         found = read_json(name, file, _IMAGE_FILES)
-        if found is not None and file == _IMAGE_FILES[1]:
+        if isinstance(found, dict) and file == _IMAGE_FILES[1]:
             found = found.get("image_processor")
         if isinstance(found, dict):
             return found
@@ -287,6 +287,8 @@ def read_pooling(name: str) -> str:
     modules = read_json(name, "modules.json", files)
     path = "1_Pooling"
     for module in modules if isinstance(modules, list) else []:
+        if not isinstance(module, dict):
+            raise UserError(f"modules.json of {name!r} is damaged; copy the checkpoint anew")
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind not in _MODULES:
             raise UserError(
@@ -346,6 +348,6 @@ def read_json(name: str, file: str, files: tuple[str, ...]) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the checkpoint anew") from error

@@ -395,7 +395,7 @@ def _check_room(directory: pathlib.Path, manifest: dict) -> None:
     needed = left * sum(lead * width * size + 1 for lead, width in manifest["shapes"].values())
     if shutil.disk_usage(directory).free < needed:
         raise UserError(
-            f"no room in {directory} for {needed / 2**30:.1f} GiB of embeddings; free some, or "
+            f"no room in {directory} for {needed / 2**20:,.1f} MiB of embeddings; free some, or "
             "embed under fewer relations or in float16"
         )
 

@@ -8,6 +8,7 @@ A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder w
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
         key = required(row, "id", where)
         if key in rows:
             raise UserError(
-                f"{where}: the id '{key}' is used before ({places[key]}); give every item its own "
-                "id."
+                f"{where}: the id '{key:.100}' is used before ({places[key]}); give every item its "
+                "own id."
             )
         rows[key] = optional(row, "text"), optional(row, "image")
         places[key] = where
@@ -139,10 +140,11 @@ def write_listing(graph: RelationGraph, directory: str | Path) -> None:
     `items.jsonl` comes last: a listing that has it is whole. Raises UserError where the directory
     is not empty or cannot be written.
     """
-    directory = user_path(directory)
+    directory, begun = user_path(directory), False
     try:
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} is not empty; give --list a new directory")
+        begun = True
         (directory / "images").mkdir(parents=True)
         unseen = graph.held_out_sentences()
         relations = [
@@ -159,6 +161,8 @@ def write_listing(graph: RelationGraph, directory: str | Path) -> None:
             items.append({"id": key, "text": text, "image": name})
         _write_rows(directory / "items.jsonl", items)
     except OSError as error:
+        if begun:  # so that the next start finds it empty
+            shutil.rmtree(directory, ignore_errors=True)
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
 
 

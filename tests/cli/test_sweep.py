@@ -159,6 +159,9 @@ def test_a_sweep_runs_each_variant_once(catalogue, tmp_path, capsys):
     [
         (["--vary", "model.betta=1,2"], "betta"),
         (["--variant", "x:steps=many"], "many"),
+        (["--vary", "patience=1", "--seeds", "1,2,1"], "--seeds '1,2,1' names a seed twice"),
+        (["--vary", "data.path=caf\udce9"], "the argument 'data.path=caf\\udce9' is not UTF-8"),
+        (["--vary", "patience=1", "--seeds"], "argument --seeds: expected one argument"),
         (["--vary", "patience=1", "--seeds", "1,two"], "--seeds '1,two' must be whole numbers"),
     ],
 )

@@ -203,6 +203,9 @@ def test_layers_behind_the_pooling_are_refused(tmp_path):
     (tmp_path / "Pooling").mkdir()
     (tmp_path / "Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     assert read_pooling(str(tmp_path)) == "cls"
+    (tmp_path / "modules.json").write_text('["Pooling"]')
+    with pytest.raises(UserError, match=r"modules\.json of .* is damaged"):
+        read_pooling(str(tmp_path))
 
 
 def test_the_pooled_state_is_the_first_token_or_the_mean():

@@ -150,6 +150,8 @@ def test_bad_arguments(workdir, tmp_path, capsys):
     (workdir / "eval.json").write_text('{"method": "m3')
     fails(["--workdir", workdir, *out], capsys, "eval.json is not valid JSON", "evaluate again")
     assert not (tmp_path / "report").exists()
+    for option in ("--relation", "--data-dir", "--data-path"):
+        fails(["--workdir", workdir, option, "caf\udce9"], capsys, "is not UTF-8 text")
 
 
 def test_without_matplotlib_the_extra_is_named(workdir, tmp_path, capsys, monkeypatch):

@@ -147,7 +147,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
     plan = make_plan(tmp_path)
     needed = 5 * (3 * 4 * 4 + 1 + 4 * 4 + 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
-    with pytest.raises(UserError, match=r"no room in .*store for 0.0 GiB"):
+    with pytest.raises(UserError, match=r"no room in .*store for 0.0 MiB"):
         Writer(tmp_path / "store", plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
     writer = Writer(tmp_path / "store", plan)

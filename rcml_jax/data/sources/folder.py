@@ -193,7 +193,7 @@ def _read_relations(folder: Path, gate: TextGate) -> dict[str, str]:
         key = required(row, "id", where)
         if key in relations:
             raise UserError(
-                f"{where}: the id '{key}' is used before; give every relation its own id."
+                f"{where}: the id '{key:.100}' is used before; give every relation its own id."
             )
         relations[key] = required(row, "sentence", where)
     if not relations:
@@ -269,7 +269,9 @@ def _split(row: dict, where: str) -> int:
 def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: str) -> int:
     key = required(row, column, where)
     if key not in numbers:
-        raise UserError(f"{where}: there is no {kind} '{key}'; add it to {kind}s or correct it.")
+        raise UserError(
+            f"{where}: there is no {kind} '{key:.100}'; add it to {kind}s or correct it."
+        )
     return numbers[key]
 
 
