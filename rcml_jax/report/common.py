@@ -147,7 +147,10 @@ def what(name: str, family: str) -> str:
 # Measures of runs and sweeps side by side: bars, and lines against an option that was varied.
 
 
-_FREE = ("seed", "seeds", "platform", "devices", "tensorboard", "data.dir", "data.threads")
+_FREE = (
+    *("seed", "seeds", "platform", "devices", "tensorboard"),
+    *("data.dir", "data.threads", "data.workers", "data.pixels"),
+)
 
 
 def by_score(runs: Sequence[Run], measure: Measure) -> dict[str, Any]:
