@@ -4,9 +4,12 @@
     rcml-search --embeddings embeddings --image cup.jpg --html page.html
     rcml-search --embeddings embeddings --text "a red cup" --k 20 --against image
 
-The sentence is one that the catalogue was embedded under; left out, the items are compared as what
-they are. `--against text` or `image` compares with that of the candidates alone. `--html` also
-writes a page with the images in it. `--workdir` says where the model is if it was moved.
+The sentence is one that the catalogue was embedded under or, where it was embedded with --tokens,
+any sentence; left out, the items are compared as what they are. `--candidates N` pools only the N
+items under a new sentence that are nearest under the known one most like it, and `--recall` says
+what that loses against the exact search. `--against text` or `image` compares with that of the
+candidates alone. `--html` also writes a page with the images in it. `--workdir` says where the
+model is if it was moved.
 """
 
 import argparse
@@ -159,29 +162,44 @@ def _search(argv: Sequence[str]) -> int:
     asked.add_argument("--text", type=argument_text)
     parser.add_argument("--relation", type=argument_text)
     parser.add_argument("--k", default=10, type=int)
+    parser.add_argument("--candidates", default=0, type=int)
+    parser.add_argument("--recall", action="store_true")
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
     parser.add_argument("--html", type=user_path)
     args, overrides = parser.parse_known_args(argv[1:])
     # Imported here: a wrong option is reported before the models' classes are loaded.
-    from rcml_jax.search.catalogue import open_model, related, relation_number
+    from rcml_jax.search.catalogue import Searcher, is_new, open_model, relation_number
 
     embeddings = open_embeddings(args.embeddings)
-    relation = embeddings.relations[relation_number(embeddings, args.relation)]
+    new = embeddings.tokens is not None and is_new(embeddings, args.relation)
+    if args.recall and not (new and args.candidates):
+        raise UserError(
+            "--recall needs --candidates, token states, and a sentence that is new to the catalogue"
+        )
+    relation = args.relation
+    if not new:
+        relation = embeddings.relations[relation_number(embeddings, args.relation)]
     workdir = args.workdir or user_path(embeddings.model["workdir"])
+    needs_model = args.item is None or new
     # An item needs no model, but a mistyped option must not pass.
-    config = model_config(workdir, overrides) if overrides or args.item is None else None
-    model = open_model(workdir, config) if args.item is None else None
-    found = related(
-        embeddings,
+    config = model_config(workdir, overrides) if overrides or needs_model else None
+    searcher = Searcher(embeddings, open_model(workdir, config) if needs_model else None)
+    found = searcher.search(
         relation,
         item=args.item,
         text=args.text,
         image=args.image,
-        model=model,
         k=args.k,
         against=args.against,
+        candidates=args.candidates,
     )
     _print(relation, found)
+    if args.recall:
+        share, asked = searcher.recall(relation, k=args.k, candidates=args.candidates)
+        print(
+            f"recall@{args.k} of {args.candidates:,} candidates against the exact search: "
+            f"{share:.3f} ({asked} items asked)"
+        )
     if args.html:
         read = _reader(embeddings, workdir, overrides)
         query = _query_card(embeddings, args, read)
