@@ -237,6 +237,7 @@ class Searcher:
             _check_model(embeddings, model)
         self.embeddings, self.model = embeddings, model
         self._pooled: collections.OrderedDict[str, dict] = collections.OrderedDict()
+        self._last: tuple[str | None, Any] = None, None
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -338,16 +339,14 @@ class Searcher:
 
     def nearest_known(self, relation: str) -> int:
         """The index of the embedded sentence whose embedding has the largest cosine."""
-        assert self.model is not None
-        with self.model.running():
-            asked = np.asarray(self._reader.relations([relation]))[0]
-        known = self._known_states
+        known, asked = self._known_states, np.asarray(self._state(relation))[0]
         return int(np.argmax(known @ asked / np.linalg.norm(known, axis=1)))
 
     def recall(self, relation: str, *, k: int = 10, candidates: int = 1000, queries: int = 20):
         """The share of the exact form's k items that the form with candidates finds.
 
-        Returns its mean over queries, and their number. Asked by `queries` items at equal distances in the catalogue, or all where there are fewer.
+        Returns its mean over queries, and their number: `queries` items at equal distances in the
+        catalogue, or all where there are fewer.
         """
         has = np.any([self.embeddings.has[name] for name in MODALITIES], axis=0)
         items = np.flatnonzero(has)
@@ -371,14 +370,21 @@ class Searcher:
         with self.model.running():
             return np.asarray(self._reader.relations(self.embeddings.relations))
 
+    def _state(self, relation: str) -> jax.Array:
+        """The embedding (1, d) of a sentence; that of the last one is kept."""
+        if self._last[0] != relation:
+            assert self.model is not None
+            with self.model.running():
+                self._last = relation, self._reader.relations([relation])
+        return self._last[1]
+
     def _under(self, number: int) -> dict[str, np.ndarray]:
         return {name: self.embeddings.under(name, number) for name in MODALITIES}
 
     def _pool(self, relation: str, items: np.ndarray | None = None) -> dict[str, np.ndarray]:
         assert self.model is not None
         with self.model.running():
-            state = self._reader.relations([relation])
-            folded: FoldedRelation = self._reader.fold(state, np.zeros(1, bool))
+            folded: FoldedRelation = self._reader.fold(self._state(relation), np.zeros(1, bool))
             return pool_tokens(self.tokens, folded, items, device=self.model.device)
 
     def _query(

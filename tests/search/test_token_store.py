@@ -47,8 +47,8 @@ def test_float16_gives_the_embeddings_of_the_sentence(model, kept, anew):
         expected = anew.under(name, 1)
         assert np.abs(vectors - expected).max() <= 1e-3
         # The sentence has a say, so that the other ones' embeddings would not do.
-        assert np.abs(kept["float16"].under(name, 1) - expected).max() > 0.02
-        assert np.abs(kept["float16"].under(name, 0) - expected).max() > 0.02
+        assert np.abs(kept["float16"].under(name, 1) - expected).max() > 1e-2
+        assert np.abs(kept["float16"].under(name, 0) - expected).max() > 1e-2
 
 
 def test_int8_finds_the_same_items(model, kept, anew):
