@@ -41,7 +41,7 @@ TYPES = ("float16", "int8")
 _STEP = 8
 _TEXTS_AT_ONCE = 256
 #: Items of one call of the jitted pooling, and of one step of it on CPUs, which stays in the cache.
-_ROWS, _ROWS_IN_CACHE = 256, 32
+_ROWS, _ROWS_IN_CACHE = 256, 8
 _LENGTH, _ROW, _COUNT, _POOLED = range(4)
 
 
@@ -267,24 +267,25 @@ def _block(files: tuple, places: np.ndarray) -> tuple:
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
-def _pool(states, scales, count, pooled, query, logit, matrix, *, chunk):
+def _pool(states, scales, count, index, query, logit, matrix, *, chunk):
     """Unit vectors (n, d) of slots (n, T, d) under one folded relation, `chunk` slots at a time."""
 
     def some(part):
-        states, scales, count, pooled = part
+        states, scales, count, index = part
         place = jnp.arange(states.shape[1])
         states = states.astype(jnp.float32)
         logits = jnp.einsum("ntd,d->nt", states, query)
         logits = logits if scales is None else logits * scales
-        logits += jnp.where(place == pooled[:, None], logit, 0.0)
+        logits += jnp.where(place == index[:, None], logit, 0.0)
         weights = jax.nn.softmax(logits, axis=-1, where=place < count[:, None])
         weights = weights if scales is None else weights * scales
-        return l2_normalize(jnp.einsum("nt,ntd->nd", weights, states) @ matrix)
+        return jnp.einsum("nt,ntd->nd", weights, states)
 
     parts = jax.tree.map(
-        lambda x: x.reshape(-1, chunk, *x.shape[1:]), (states, scales, count, pooled)
+        lambda x: x.reshape(-1, chunk, *x.shape[1:]), (states, scales, count, index)
     )
-    return jax.lax.map(some, parts).reshape(len(states), -1)
+    pooled = jax.lax.map(some, parts).reshape(len(states), -1)
+    return l2_normalize(pooled @ matrix)
 
 
 def _places_path(directory: pathlib.Path, name: str) -> pathlib.Path:
