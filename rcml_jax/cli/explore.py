@@ -54,6 +54,10 @@ _CSS = """
 .asked { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; margin: 0 0 .8rem; }
 .asked img { width: 7rem; height: 7rem; object-fit: contain; background: #fff; margin: 0; }
 .token { padding: .1rem .25rem; border-radius: .25rem; }
+#grid .grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; }
+#left, #right { flex: 1 1 300px; min-width: min(300px, 100%) !important; align-self: flex-start; }
+#right:not(:has(.cards)) { display: none; }
+h1, h2 { overflow-wrap: anywhere; }
 .problem { border-left: 4px solid #c22; padding: .6rem .9rem; }
 """
 
@@ -277,7 +281,6 @@ def page(explorer: "Explorer", *, candidates: int = 0) -> Any:
                 gallery = gr.Gallery(
                     _grid(explorer, first),
                     label="Pick an item",
-                    columns=6,
                     height=320,
                     allow_preview=False,
                     interactive=False,
