@@ -258,15 +258,17 @@ def page(explorer: "Explorer", *, candidates: int = 0) -> Any:
         return "an item", explorer.searcher.embeddings.items.ids[indices[event.index]]
 
     def opened(request: gr.Request) -> tuple:
-        """The inputs of the view that the address names."""
+        """The inputs and results of the view that the address names."""
         values = dict(request.query_params)
+        # Without a view nothing changes: somebody may have picked an item meanwhile.
+        same = [gr.update() for _ in (*restored, *outputs)]
         if not {"item", "text"} & values.keys():
-            return ("an item", "", "", "", "", 12, "both", gr.update(), "", "", gr.update(), "")
+            return tuple(same)
         try:
             view = View.from_link(values)
         except UserError as error:
-            rest = (_problem(error), "", "", gr.update(), "")
-            return ("an item", "", "", "", "", 12, "both", *rest)
+            same[len(restored)] = _problem(error)
+            return tuple(same)
         kind = "an item" if view.item else "a text"
         inputs = (view.relation, view.other, view.k, view.against)
         found = answer(kind, view.item, view.text, None, *inputs)

@@ -384,13 +384,15 @@ class Searcher:
     def _pool(self, relation: str, items: np.ndarray | None = None) -> dict[str, np.ndarray]:
         assert self.model is not None
         with self.model.running():
-            folded: FoldedRelation = self._reader.fold(self._state(relation), np.zeros(1, bool))
+            folded: FoldedRelation = self._reader.fold(
+                self._state(relation), jax.numpy.zeros(1, bool)
+            )
             return pool_tokens(self.tokens, folded, items, device=self.model.device)
 
     def _query(
         self,
         under: dict[str, np.ndarray],
-        relation: str | int,
+        relation: str | int | None,
         *,
         own: int | None,
         text: str | None,
@@ -404,6 +406,7 @@ class Searcher:
         if isinstance(relation, int):
             sentences = () if relation == 0 else (self.embeddings.relations[relation],)
         else:
+            assert relation is not None
             sentences = (relation,)
         return list(_embed_query(self.model, sentences, text, image).values())
 
@@ -559,7 +562,7 @@ def _embed(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """Vectors (relations, n, d) of a chunk, which of its items have them, and no token states."""
     inputs, has = _inputs(items, rows, images, size)
-    made = {"text": embedder.text, "image": embedder.image}
+    made: dict[str, Callable] = {"text": embedder.text, "image": embedder.image}
     blocks = {name: made[name](given) for name, given in inputs.items()}
     return _checked(blocks, has), has, {}
 
@@ -575,7 +578,7 @@ def _embed_tokens(
     """As `_embed`, with the token states; relations: the first is the intra-sample one."""
     inputs, has = _inputs(items, rows, images, size)
     intra = jax.numpy.arange(len(relations)) == 0
-    made = {"text": reader.text, "image": reader.image}
+    made: dict[str, Callable] = {"text": reader.text, "image": reader.image}
     states = {name: made[name](given) for name, given in inputs.items()}
     blocks = {
         name: np.swapaxes(reader.pool(found, relations, intra), 0, 1)

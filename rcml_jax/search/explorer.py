@@ -14,6 +14,7 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -162,7 +163,7 @@ class Explorer:
             sentence = (view.other if other else view.relation) or self._intra
             check_sentence(sentence)
             relation = reader.relations([sentence])
-            intra = np.array([sentence == self._intra])
+            intra = jnp.array([sentence == self._intra])
             text, image = self._query_content(view)
             words: tuple[tuple[str, float], ...] = ()
             drawn, pooled = None, 0.0

@@ -132,14 +132,15 @@ class TokenWriter:
         Raises UserError for an item that has more states than its slot holds.
         """
         for name in MODALITIES:
-            places, parts = self._places[name], {}
-            found = TokenStates(*map(np.asarray, states[name])) if has[name].any() else None
+            places = self._places[name]
+            parts: dict[int, list[tuple[int, np.ndarray]]] = {}
+            found = jax.device_get(states[name]) if has[name].any() else None
             for n, item in enumerate(items):
                 places[item, _COUNT:] = 0
                 if found is None or not has[name][n]:
                     continue
-                mask = np.asarray(found.mask[n])
-                rows = np.asarray(found.states[n])[mask]
+                mask = found.mask[n]
+                rows = found.states[n][mask]
                 length, row = places[item, : _ROW + 1].tolist()
                 if len(rows) > length:
                     raise UserError(
