@@ -7,7 +7,9 @@
 `image`; left out, the items of the run's own data set. Beside the given relations the items are
 embedded as what they are. An interrupted command goes on when it is started again. `--dtype
 float16` halves the files; `--shard N` sets how many items are between two points to go on from;
-`--strict` makes an image that cannot be read an error. Then `rcml-search` finds related items.
+`--strict` makes an image that cannot be read an error. `--tokens` also keeps the token states of
+RCML's towers, in float16 or, with `--tokens int8`, in about half of that, so that `rcml-search` can
+ask under any sentence. Then `rcml-search` finds related items.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from rcml_jax.errors import UserError
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
 
+#: Types of token states, as of `token_store`, which is not imported before the options are read.
+TYPES = ("float16", "int8")
 _FREE = ("config.data.dir", "config.data.path", "config.platform")
 
 
@@ -64,6 +68,7 @@ def _embed(argv: Sequence[str]) -> int:
     parser.add_argument("--relation", action="append", default=[], type=argument_text)
     parser.add_argument("--to", required=True, type=user_path)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--tokens", nargs="?", const="float16", default="", choices=TYPES)
     parser.add_argument("--shard", default=1024, type=int)
     parser.add_argument("--strict", action="store_true")
     args, overrides = parser.parse_known_args(argv[1:])
@@ -84,6 +89,7 @@ def _embed(argv: Sequence[str]) -> int:
             dtype=args.dtype,
             shard=args.shard,
             strict=args.strict,
+            tokens=args.tokens,
             note=lambda done, _: progress.update(done),
         )
     _report(embeddings)
@@ -93,7 +99,9 @@ def _embed(argv: Sequence[str]) -> int:
 def _report(embeddings: Embeddings) -> None:
     shapes = ", ".join(f"{name} {x.shape}" for name, x in embeddings.vectors.items())
     dtype = next(iter(embeddings.vectors.values())).dtype
-    print(f"{embeddings.directory}: {shapes}, {dtype}")
+    tokens = embeddings.tokens
+    kept = "" if tokens is None else f"; token states, {tokens['dtype']}"
+    print(f"{embeddings.directory}: {shapes}, {dtype}{kept}")
     for name, what in (
         ("unreadable", "images that cannot be read, left out"),
         ("empty", "items with neither text nor image"),

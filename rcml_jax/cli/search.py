@@ -4,35 +4,37 @@
     rcml-search --embeddings embeddings --image cup.jpg --html page.html
     rcml-search --embeddings embeddings --text "a red cup" --k 20 --against image
 
-The sentence is one that the catalogue was embedded under; left out, the items are compared as what
-they are. `--against text` or `image` compares with that of the candidates alone. `--html` also
-writes a page with the images in it. `--workdir` says where the model is if it was moved.
+The sentence is one that the catalogue was embedded under or, where it was embedded with --tokens,
+any sentence; left out, the items are compared as what they are. `--candidates N` pools only the N
+items under a new sentence that are nearest under the known one most like it, and `--recall` says
+what that loses against the exact search. `--against text` or `image` compares with that of the
+candidates alone. `--html` also writes a page with the images in it. `--workdir` says where the
+model is if it was moved.
 """
 
 import argparse
 import base64
 import dataclasses
 import html
-import io
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
 from rcml_jax.data.gates import argument_text, read_file, user_path
-from rcml_jax.data.images import DECODE_ERRORS, open_rgb, storable
+from rcml_jax.data.images import DECODE_ERRORS
 from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import make_console
 from rcml_jax.files import write_whole
 from rcml_jax.methods.task import load_graph
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
+from rcml_jax.search.items import thumbnail
 
 if TYPE_CHECKING:
     from rcml_jax.search.catalogue import Match
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 # A page of related items: one HTML file with its images in it, and nothing from elsewhere.
 
 
-_SIDE = 320  # pixels of a thumbnail's longer side: sharp on a phone's dense screen
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --soft: #5d646d; --card: #f4f5f7;
   --line: #dfe2e6; --accent: #2557a7; }
@@ -84,11 +85,6 @@ def page(relation: str, query: Card, found: Sequence[Card], note: str = "") -> s
 
     All texts are escaped. An image that cannot be decoded is shown as missing.
     """
-    cards = "\n".join(
-        f"<li>{_frame(card)}<div><p class=score>{number} · {card.score:.3f}</p>{_words(card)}"
-        "</div></li>"
-        for number, card in enumerate(found, 1)
-    )
     frame = _frame(query) if query.image is not None or query.id else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -97,47 +93,47 @@ def page(relation: str, query: Card, found: Sequence[Card], note: str = "") -> s
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{_escape(query.text or query.id)}: related items</title>
+<title>{escape(query.text or query.id)}: related items</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<h1>{_escape(relation)}</h1>
-<section class="query" aria-label="Query">{frame}<div>{_words(query)}</div></section>
+<h1>{escape(relation)}</h1>
+<section class="query" aria-label="Query">{frame}<div>{words(query)}</div></section>
 <main><ol aria-label="Related items, the most related first">
-{cards}
+{listing(found)}
 </ol></main>
-<footer>{_escape(note)}</footer>
+<footer>{escape(note)}</footer>
 </body>
 </html>
 """
 
 
-def _words(card: Card) -> str:
-    text = f"<p>{_escape(card.text)}</p>" if card.text else ""
-    return text + (f"<p class=id>{_escape(card.id)}</p>" if card.id else "")
+def listing(found: Sequence[Card]) -> str:
+    """What was found as the rows of an HTML list."""
+    return "\n".join(
+        f"<li>{_frame(card)}<div><p class=score>{number} · {card.score:.3f}</p>{words(card)}"
+        "</div></li>"
+        for number, card in enumerate(found, 1)
+    )
+
+
+def words(card: Card) -> str:
+    """The text and the id of a card as HTML."""
+    text = f"<p>{escape(card.text)}</p>" if card.text else ""
+    return text + (f"<p class=id>{escape(card.id)}</p>" if card.id else "")
 
 
 def _frame(card: Card) -> str:
-    data = None if card.image is None else _thumbnail(card.image)
-    if data is None:
+    small = None if card.image is None else thumbnail(card.image)
+    if small is None:
         return '<div class="frame">no image</div>'
-    alt = _escape(card.text or card.id or "the query")
+    data = base64.b64encode(small).decode()
+    alt = escape(card.text or card.id or "the query")
     return f'<div class="frame"><img src="data:image/jpeg;base64,{data}" alt="{alt}"></div>'
 
 
-def _thumbnail(encoded: bytes) -> str | None:
-    """A small JPEG in base64, upright, transparent parts white; None where that cannot be made."""
-    try:
-        image = open_rgb(storable(encoded, _SIDE))
-        image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-    except DECODE_ERRORS:
-        return None
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=85)
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """A text as HTML."""
     # Half of a surrogate pair, which JSON can hold, has no UTF-8.
     return html.escape(text.encode("utf-8", "replace").decode())
 
@@ -160,31 +156,46 @@ def _search(argv: Sequence[str]) -> int:
     asked.add_argument("--text", type=argument_text)
     parser.add_argument("--relation", type=argument_text)
     parser.add_argument("--k", default=10, type=int)
+    parser.add_argument("--candidates", default=0, type=int)
+    parser.add_argument("--recall", action="store_true")
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
     parser.add_argument("--html", type=user_path)
     args, overrides = parser.parse_known_args(argv[1:])
     # Imported here: a wrong option is reported before the models' classes are loaded.
-    from rcml_jax.search.catalogue import open_model, related, relation_number
+    from rcml_jax.search.catalogue import Searcher, is_new, open_model, relation_number
 
     embeddings = open_embeddings(args.embeddings)
-    relation = embeddings.relations[relation_number(embeddings, args.relation)]
+    new = embeddings.tokens is not None and is_new(embeddings, args.relation)
+    if args.recall and not (new and args.candidates):
+        raise UserError(
+            "--recall needs --candidates, token states, and a sentence that is new to the catalogue"
+        )
+    relation = args.relation
+    if not new:
+        relation = embeddings.relations[relation_number(embeddings, args.relation)]
     workdir = args.workdir or user_path(embeddings.model["workdir"])
+    needs_model = args.item is None or new
     # An item needs no model, but a mistyped option must not pass.
-    config = model_config(workdir, overrides) if overrides or args.item is None else None
-    model = open_model(workdir, config) if args.item is None else None
-    found = related(
-        embeddings,
+    config = model_config(workdir, overrides) if overrides or needs_model else None
+    searcher = Searcher(embeddings, open_model(workdir, config) if needs_model else None)
+    found = searcher.search(
         relation,
         item=args.item,
         text=args.text,
         image=args.image,
-        model=model,
         k=args.k,
         against=args.against,
+        candidates=args.candidates,
     )
     _print(relation, found)
+    if args.recall:
+        share, asked = searcher.recall(relation, k=args.k, candidates=args.candidates)
+        print(
+            f"recall@{args.k} of {args.candidates:,} candidates against the exact search: "
+            f"{share:.3f} ({asked} items asked)"
+        )
     if args.html:
-        read = _reader(embeddings, workdir, overrides)
+        read = image_reader(embeddings, workdir, overrides)
         query = _query_card(embeddings, args, read)
         cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
         step, method = embeddings.model["step"], embeddings.model["method"]
@@ -211,7 +222,7 @@ def _printable(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-def _reader(
+def image_reader(
     embeddings: Embeddings, workdir: pathlib.Path, overrides: Sequence[str]
 ) -> Callable[[int], bytes]:
     """What gives the bytes of an item's image: its file, or the data set of the model's run."""

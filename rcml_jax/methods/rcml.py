@@ -13,9 +13,17 @@ from flax.core import FrozenDict
 from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.methods.base import Batch, Metrics, Params
-from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
+from rcml_jax.methods.relational import (
+    Embedder,
+    RelationalMethod,
+    TokenReader,
+    flat_images,
+    in_rows,
+)
 from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.relation_pooling import FoldedRelation
+from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import l2_normalize
 
@@ -46,6 +54,15 @@ class RCMLMethod(RelationalMethod):
         self._pool = jax.jit(self._pool_items)
         self._pool_text = jax.jit(functools.partial(self._pool_one, "pool_text"))
         self._pool_image = jax.jit(functools.partial(self._pool_one, "pool_image"))
+        #: A method of the model by its name, on the variables and its own arguments.
+        self.call = jax.jit(
+            lambda name, variables, *inputs: self.model.apply(variables, *inputs, method=name),
+            static_argnums=0,
+        )
+        #: (mask, pooled index) of texts; XLA leaves the tower out.
+        self.text_layout = jax.jit(
+            lambda variables, ids: self.model.apply(variables, ids, method="text_states")[1:]
+        )
 
     def init_params(self, key: jax.Array, batch: Batch) -> Params:
         """Random towers and head."""
@@ -144,6 +161,10 @@ class RCMLMethod(RelationalMethod):
 
         return Embedder(text, image, dict.fromkeys(("text", "image"), relation.shape))
 
+    def token_reader(self, params: Params) -> TokenReader:
+        """Token states before the head, and the head apart from them."""
+        return _Tokens(self, {"params": {name: params[name] for name in ("towers", "head")}})
+
     def describe(self) -> dict:
         """Both items pooled under the relation in force."""
         return {"relation": "items pooled under the relation sentence (RCML Eq. 4-6)"}
@@ -177,6 +198,46 @@ class RCMLMethod(RelationalMethod):
         """z_T or z_I with the relations first, (R, n, d)."""
         out: Any = self.model.apply(variables, inputs, relation, intra, method=pool)
         return _relations_first(out)
+
+
+class _Tokens(TokenReader):
+    """The `TokenReader` of RCML. Texts are one a row, also where training packs them."""
+
+    def __init__(self, method: RCMLMethod, variables: dict):
+        self._method, self._variables = method, variables
+        self.width = joint_width(method.towers_config)
+        size = method.task.images.framing.size
+        pixels = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        states = jax.eval_shape(functools.partial(method.call, "image_states"), variables, pixels)
+        self.image_length = states.mask.shape[-1]
+
+    def text_lengths(self, texts: Sequence[str]) -> np.ndarray:
+        mask, _ = self._method.text_layout(self._variables, self._encode(texts))
+        return np.asarray(mask).sum(axis=-1)
+
+    def text(self, texts: Sequence[str]) -> TokenStates:
+        return self._call("text_states", self._encode(texts))
+
+    def image(self, pixels: np.ndarray) -> TokenStates:
+        return self._call("image_states", pixels)
+
+    def relations(self, sentences: Sequence[str]) -> jax.Array:
+        return self._call("relation", self._encode(sentences)).astype(jnp.float32)
+
+    def pool(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        return self._call("pool", tokens, relation, intra)
+
+    def attention(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        return self._call("attention", tokens, relation, intra)
+
+    def fold(self, relation: jax.Array, intra: jax.Array) -> FoldedRelation:
+        return self._call("fold", relation, intra)
+
+    def _call(self, name: str, *inputs: Any) -> Any:
+        return self._method.call(name, self._variables, *inputs)
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        return self._method.task.encode(list(texts))
 
 
 def _noise(width: int, length: float, rng: np.random.Generator, count: int) -> np.ndarray:

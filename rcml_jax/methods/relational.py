@@ -49,6 +49,7 @@ from rcml_jax.methods.tower_tables import TowerTables, flat
 from rcml_jax.models.backbones import build_backbone
 from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.preprocessing import with_preprocessing
+from rcml_jax.models.relation_pooling import FoldedRelation
 from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
@@ -66,6 +67,44 @@ class Embedder:
     text: Callable[[Sequence[str]], np.ndarray]
     image: Callable[[np.ndarray], np.ndarray]
     shapes: dict[str, tuple[int, int]]
+
+
+class TokenReader(abc.ABC):
+    """What a method that pools tokens under relations makes of texts, images and sentences.
+
+    width: d of all states; image_length: states of an image.
+    """
+
+    width: int
+    image_length: int
+
+    @abc.abstractmethod
+    def text_lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Number of states of each text, (n,) int."""
+
+    @abc.abstractmethod
+    def text(self, texts: Sequence[str]) -> TokenStates:
+        """The token states of texts."""
+
+    @abc.abstractmethod
+    def image(self, pixels: np.ndarray) -> TokenStates:
+        """The token states of images (n, H, W, 3) uint8."""
+
+    @abc.abstractmethod
+    def relations(self, sentences: Sequence[str]) -> jax.Array:
+        """The embeddings (R, d) of sentences, as `pool`, `attention` and `fold` take them."""
+
+    @abc.abstractmethod
+    def pool(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        """Unit vectors (n, R, d) of n items under R relations; intra: (R,) bool."""
+
+    @abc.abstractmethod
+    def attention(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        """The weights (n, R, T) of `pool`."""
+
+    @abc.abstractmethod
+    def fold(self, relation: jax.Array, intra: jax.Array) -> FoldedRelation:
+        """The pooling under R relations, apart from any item."""
 
 
 class RelationalMethod(Method):
@@ -221,6 +260,13 @@ class RelationalMethod(Method):
     @abc.abstractmethod
     def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
         """An `Embedder` for any texts and images, under R sentences."""
+
+    def token_reader(self, params: Params) -> TokenReader:
+        """Token states and their pooling. Raises UserError where the method pools no tokens."""
+        raise UserError(
+            f"the method {self.config.method!r} pools no tokens under a relation, so that it can "
+            "neither keep nor read token states; give a run of rcml"
+        )
 
     @abc.abstractmethod
     def describe(self) -> dict:

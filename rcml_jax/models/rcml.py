@@ -9,7 +9,8 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from rcml_jax.data.packing import PackedTexts
-from rcml_jax.models.relation_pooling import RelationPooling
+from rcml_jax.models.relation_pooling import FoldedRelation, RelationPooling
+from rcml_jax.models.transformer import TokenStates
 from rcml_jax.models.two_towers import build_towers, joint_width
 from rcml_jax.ops.similarity import l2_normalize
 
@@ -46,6 +47,26 @@ class RCML(nn.Module):
     def pool_image(self, pixels: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:
         """Images (n, H, W, 3) under relation embeddings (R, d) → z_I (n, R, d)."""
         return self.head(self.towers.image_states(pixels), relation, intra)
+
+    def text_states(self, ids: jax.Array) -> TokenStates:
+        """Texts (n, T) → the states of their tokens, which `pool` takes."""
+        return self.towers.text_states(ids)
+
+    def image_states(self, pixels: jax.Array) -> TokenStates:
+        """Images (n, H, W, 3) → the states of their tokens, which `pool` takes."""
+        return self.towers.image_states(pixels)
+
+    def pool(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        """Token states of n items under relation embeddings (R, d) → z (n, R, d)."""
+        return self.head(tokens, relation, intra)
+
+    def attention(self, tokens: TokenStates, relation: jax.Array, intra: jax.Array) -> jax.Array:
+        """The weights (n, R, T) of `pool`."""
+        return self.head.attention(tokens, relation, intra)
+
+    def fold(self, relation: jax.Array, intra: jax.Array) -> FoldedRelation:
+        """The head under relation embeddings (R, d), as `RelationPooling.fold` gives it."""
+        return self.head.fold(relation, intra)
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """The relation-guided pooling head of RCML (Eq. 4–6)."""
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,18 @@ from rcml_jax.ops.similarity import l2_normalize
 def _identity(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     del key
     return jnp.eye(*shape, dtype=dtype)
+
+
+class FoldedRelation(NamedTuple):
+    """Everything that R relations do to token states, whichever these are (`RelationPooling.fold`).
+
+    query: (R, d), what a state is multiplied with for its logit; pooled_logit: (R,), added to the
+    logit of the pooled state; matrix: (R, d, d), applied to the weighted sum of states.
+    """
+
+    query: jax.Array
+    pooled_logit: jax.Array
+    matrix: jax.Array
 
 
 class RelationPooling(nn.Module):
@@ -103,3 +116,19 @@ class RelationPooling(nn.Module):
             change = jnp.expand_dims(change, range(pooled.ndim - 2))
             pooled *= 1.0 + math.sqrt(self.dim) * change
         return l2_normalize(pooled @ self.output.astype(self.dtype))
+
+    def fold(self, relation: jax.Array, intra: jax.Array) -> FoldedRelation:
+        """Fold the head and relations (R, d) into a vector, a number and a matrix each, in float32.
+
+        Pooling an item under a relation is linear in its states but for softmax and length:
+        a = softmax(H · query + pooled_logit · S), z = norm(a · H · matrix). A sentence that comes
+        after the states of a catalogue were computed thus costs one pass over them.
+        """
+        query = relation.astype(jnp.float32) @ self.query.T @ self.key
+        logit = jnp.where(intra, self.beta * self.pooled_logit, 0.0) + self.prior
+        value = jnp.broadcast_to(self.value.T, (len(relation), self.dim, self.dim))
+        if self.gate:
+            change = l2_normalize(relation) @ self.scale.T
+            value = value * (1.0 + math.sqrt(self.dim) * change[:, None, :])
+        scale = (1.0 - self.beta) / math.sqrt(self.dim)
+        return FoldedRelation(query * scale, logit, value @ self.output)

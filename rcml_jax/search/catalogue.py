@@ -4,11 +4,15 @@ model = open_model("runs/rcml")
 items = read_items("my_catalogue")
 embeddings = embed_catalogue(model, items, ["both of them show a heart"], "embeddings")
 related(embeddings, "both of them show a heart", item="beating heart", k=10)
+
+With `tokens="float16"` the catalogue can be asked under any sentence: see `Searcher`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +31,8 @@ from rcml_jax.data.log import counted, log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
-from rcml_jax.methods.relational import Embedder, RelationalMethod
+from rcml_jax.methods.relational import Embedder, RelationalMethod, TokenReader
+from rcml_jax.models.relation_pooling import FoldedRelation
 from rcml_jax.search.embedding_store import (
     MODALITIES,
     Embeddings,
@@ -37,12 +42,22 @@ from rcml_jax.search.embedding_store import (
     open_embeddings,
 )
 from rcml_jax.search.items import Items, pixels
+from rcml_jax.search.token_store import (
+    Tokens,
+    TokenWriter,
+    open_tokens,
+    plan_tokens,
+    pool_tokens,
+)
 from rcml_jax.training import sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from rcml_jax.training.workdir import load_config
 
 _CHUNK = 256
 _SEARCHED_IDS = 20_000
+_MOST_CHARACTERS = 2_000
+#: Sentences whose vectors a `Searcher` keeps, the last ones that were asked for.
+_KEPT_SENTENCES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +126,7 @@ def embed_catalogue(
     dtype: str = "float32",
     shard: int = 1024,
     strict: bool = False,
+    tokens: str = "",
     note: Callable[[int, int], None] | None = None,
 ) -> Embeddings:
     """Embed items as what they are and under relation sentences into a directory, or go on there.
@@ -121,16 +137,37 @@ def embed_catalogue(
     counted ("unreadable"); what then has neither text nor image is counted too ("empty"); both
     are errors with `strict`. Items whose text or image has changed since an earlier call are
     embedded anew, and one line on standard error counts them. The layout is that of
-    `rcml_jax.search.embedding_store`.
+    `rcml_jax.search.embedding_store`. tokens: "float16" or "int8" also keeps the token states, so
+    that items can be pooled under sentences to come; one line says first how large they are.
 
-    Raises UserError for an empty sentence and where the directory holds anything else.
+    Raises UserError for an empty sentence, where the directory holds anything else, and with
+    `tokens` for a method that pools none.
     """
     sentences = _sentences(model.method.task.sentence(-1), relations)
     framing = model.method.task.images.framing
+    with model.running():
+        reader = model.method.token_reader(model.params) if tokens else None
     with model.running(), hold_store(to):
         embedder = model.method.embedder(model.params, sentences[1:])
-        plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard)
+        layout = None if reader is None else plan_tokens(reader, items, tokens)
+        kept = None if layout is None else layout.manifest()
+        plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard, kept)
         writer = Writer(to, plan)
+        embed: Callable[..., tuple] = functools.partial(_embed, embedder)
+        token_writer = None
+        if reader is not None and layout is not None:
+            log_line(
+                f"{to}: token states ({tokens}) of {len(items):,} items: {_size(layout.bytes)}"
+            )
+            token_writer = TokenWriter(writer.directory, layout, items, writer.begun)
+            embed = functools.partial(_embed_tokens, reader, reader.relations(sentences))
+
+        def write(rows: Sequence[int], images: Sequence[_Image], put: Callable) -> None:
+            blocks, has, states = embed(items, rows, images, framing.size)
+            if token_writer is not None:
+                token_writer.write(rows, states, has)
+            put(blocks, has)
+
         chunks = [
             range(start, min(start + _CHUNK, rows.stop))
             for rows in writer.shards()
@@ -147,14 +184,18 @@ def embed_catalogue(
             parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
             for part, images in _read_ahead(items, parts, framing, pool):
                 _problems(items, part, images, strict)
-                writer.rewrite(part, *_embed(embedder, items, part, images, framing.size))
+                write(part, images, functools.partial(writer.rewrite, part))
             if stale:
+                if token_writer is not None:
+                    token_writer.sync()
                 writer.refresh()
             for rows, images in _read_ahead(items, chunks, framing, pool):
                 for name, ids in _problems(items, rows, images, strict).items():
                     problems[name] += ids
-                writer.write(rows.start, *_embed(embedder, items, rows, images, framing.size))
+                write(rows, images, functools.partial(writer.write, rows.start))
                 if rows.stop % writer.shard == 0 or rows.stop == len(items):
+                    if token_writer is not None:
+                        token_writer.sync()
                     writer.mark(problems)
                     problems = {name: [] for name in problems}
                 if note is not None:
@@ -175,44 +216,236 @@ def related(
 ) -> list[Match]:
     """The k items most related to an item, a text or an image's file under a relation sentence.
 
-    relation: one that the catalogue was embedded under; None: as what the items are. A text and a
-    image need the model. A candidate's score is the mean of the cosines between what the query
-    has and what the candidate has, both text and image or, with `against`, "text" or "image"
-    alone. The item itself is left out; of equal scores the first in the catalogue comes first. The
-    search is exact and holds a block of the catalogue at a time.
-
-    Raises UserError for a sentence or an item that the catalogue lacks, an image that cannot be
-    read, another model than the catalogue's, k below 1.
+    As `Searcher.search`, which see; a `Searcher` keeps what several calls have in common.
     """
-    number = relation_number(embeddings, relation)
-    if k < 1:
-        raise UserError(f"k is {k}; it must be at least 1")
-    if against != "both" and against not in MODALITIES:
-        raise UserError(f"against={against!r} is unknown; choose both, text or image")
-    if sum(given is not None for given in (item, text, image)) != 1:
-        raise UserError("give one of an item, a text and an image")
-    own = None
-    if item is not None:
-        own = item_number(embeddings, item)
-        query = {
-            name: embeddings.under(name, number)[own]
-            for name in MODALITIES
-            if embeddings.has[name][own]
-        }
-        if not query:
+    found = Searcher(embeddings, model)
+    return found.search(relation, item=item, text=text, image=image, k=k, against=against)
+
+
+class Searcher:
+    """Finds the items of a catalogue that are most related to a query, under any sentence.
+
+    Sentences that the catalogue was embedded under need nothing but the embeddings. Any other one
+    needs the model, and a catalogue that keeps its token states: these are pooled anew. The vectors
+    of the last few sentences are kept.
+
+    Raises UserError for a model that is not the catalogue's.
+    """
+
+    def __init__(self, embeddings: Embeddings, model: Model | None = None):
+        if model is not None:
+            _check_model(embeddings, model)
+        self.embeddings, self.model = embeddings, model
+        self._pooled: collections.OrderedDict[str, dict] = collections.OrderedDict()
+        self._last: tuple[str | None, Any] = None, None
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """The token states. Raises UserError where the catalogue keeps none."""
+        return open_tokens(self.embeddings)
+
+    def search(
+        self,
+        relation: str | None = None,
+        *,
+        item: str | None = None,
+        text: str | None = None,
+        image: pathlib.Path | str | np.ndarray | None = None,
+        k: int = 10,
+        against: str = "both",
+        candidates: int = 0,
+    ) -> list[Match]:
+        """The k items most related to an item, a text or an image under a sentence, best first.
+
+        relation: None: as what the items are. image: a file, or the pixels of one as the model has
+        them. A text, an image and a new sentence need the model. A candidate's score is the mean of
+        the cosines between what the query has and what the candidate has, both text and image or,
+        with `against`, "text" or "image" alone. The item itself is left out; of equal scores the
+        first in the catalogue comes first. The search is exact, unless `candidates` is given: then
+        only so many items are pooled under a new sentence, those that are nearest under the known
+        sentence that is most like it.
+
+        Raises UserError for an item that the catalogue lacks, a sentence that is empty, too long or
+        new to a catalogue without token states, an image that cannot be read, k below 1.
+        """
+        number = self.known(relation)
+        if k < 1:
+            raise UserError(f"k is {k}; it must be at least 1")
+        if candidates and candidates < k:
+            raise UserError(f"{candidates} candidates are too few for k={k}; give k at least")
+        if against != "both" and against not in MODALITIES:
+            raise UserError(f"against={against!r} is unknown; choose both, text or image")
+        if sum(given is not None for given in (item, text, image)) != 1:
+            raise UserError("give one of an item, a text and an image")
+        names = MODALITIES if against == "both" else (against,)
+        own = None if item is None else item_number(self.embeddings, item)
+        if own is not None and not any(self.embeddings.has[name][own] for name in MODALITIES):
             raise UserError(f"the item {item!r} has no embedding: no text and no readable image")
-    else:
-        query = _embed_query(embeddings, model, number, text, image)
-    names = MODALITIES if against == "both" else (against,)
-    vectors = {name: embeddings.under(name, number) for name in names}
-    index, scores = nearest(vectors, embeddings.has, list(query.values()), k, leave_out=own)
-    if not len(index):
-        raise UserError(f"{embeddings.directory} holds no other item with {' or '.join(names)}")
-    ids, texts = embeddings.items.ids, embeddings.items.texts
-    return [
-        Match(int(i), ids[i], texts[i], float(score))
-        for i, score in zip(index, scores, strict=True)
-    ]
+        query = functools.partial(self._query, own=own, text=text, image=image)
+        if number is None and candidates:
+            assert relation is not None
+            nearby = self.nearest_known(relation)
+            index, _ = self._nearest(
+                self._under(nearby), query(self._under(nearby), nearby), candidates, own, names
+            )
+            index = np.sort(index)  # of equal scores the first comes first
+            rows = index if own is None else np.append(index, own)
+            vectors = self._pool(relation, rows)
+            last = None if own is None else len(index)
+            asked = query({n: x[-1:] for n, x in vectors.items()}, relation, last=True)
+            found, scores = self._nearest(vectors, asked, k, last, names, rows)
+            index = rows[found]
+        else:
+            under = self.vectors(relation)
+            asked = query(under, relation if number is None else number)
+            index, scores = self._nearest(under, asked, k, own, names)
+        if not len(index):
+            raise UserError(
+                f"{self.embeddings.directory} holds no other item with {' or '.join(names)}"
+            )
+        ids, texts = self.embeddings.items.ids, self.embeddings.items.texts
+        return [
+            Match(int(i), ids[i], texts[i], float(score))
+            for i, score in zip(index, scores, strict=True)
+        ]
+
+    def known(self, relation: str | None) -> int | None:
+        """The index of a sentence that the catalogue was embedded under; None: it is a new one.
+
+        Raises UserError for an empty or very long sentence, and for a new one where the catalogue
+        keeps no token states or no model is given.
+        """
+        if relation is not None:
+            check_sentence(relation)
+            if is_new(self.embeddings, relation) and self.embeddings.tokens is not None:
+                if self.model is None:
+                    raise UserError(f"the sentence {relation!r} is new and needs the model")
+                return None
+        return relation_number(self.embeddings, relation)
+
+    def vectors(self, relation: str | None) -> dict[str, np.ndarray]:
+        """The vectors (items, d) of each modality under any sentence; raises as `known`."""
+        number = self.known(relation)
+        if number is not None:
+            return self._under(number)
+        assert relation is not None
+        key = _plain(relation)
+        if key not in self._pooled:
+            self._pooled[key] = self._pool(relation)
+            while len(self._pooled) > _KEPT_SENTENCES:
+                self._pooled.popitem(last=False)
+        self._pooled.move_to_end(key)
+        return self._pooled[key]
+
+    def nearest_known(self, relation: str) -> int:
+        """The index of the embedded sentence whose embedding has the largest cosine."""
+        known, asked = self._known_states, np.asarray(self._state(relation))[0]
+        return int(np.argmax(known @ asked / np.linalg.norm(known, axis=1)))
+
+    def recall(self, relation: str, *, k: int = 10, candidates: int = 1000, queries: int = 20):
+        """The share of the exact form's k items that the form with candidates finds.
+
+        Returns its mean over queries, and their number: `queries` items at equal distances in the
+        catalogue, or all where there are fewer.
+        """
+        has = np.any([self.embeddings.has[name] for name in MODALITIES], axis=0)
+        items = np.flatnonzero(has)
+        items = items[np.unique(np.linspace(0, len(items) - 1, queries).astype(int))]
+        shares = []
+        for i in items:
+            key = self.embeddings.items.ids[i]
+            exact = {m.index for m in self.search(relation, item=key, k=k)}
+            few = self.search(relation, item=key, k=k, candidates=candidates)
+            shares.append(len(exact & {m.index for m in few}) / len(exact))
+        return float(np.mean(shares)), len(items)
+
+    @functools.cached_property
+    def _reader(self) -> TokenReader:
+        assert self.model is not None
+        return self.model.method.token_reader(self.model.params)
+
+    @functools.cached_property
+    def _known_states(self) -> np.ndarray:
+        assert self.model is not None
+        with self.model.running():
+            return np.asarray(self._reader.relations(self.embeddings.relations))
+
+    def _state(self, relation: str) -> jax.Array:
+        """The embedding (1, d) of a sentence; that of the last one is kept."""
+        if self._last[0] != relation:
+            assert self.model is not None
+            with self.model.running():
+                self._last = relation, self._reader.relations([relation])
+        return self._last[1]
+
+    def _under(self, number: int) -> dict[str, np.ndarray]:
+        return {name: self.embeddings.under(name, number) for name in MODALITIES}
+
+    def _pool(self, relation: str, items: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        assert self.model is not None
+        with self.model.running():
+            folded: FoldedRelation = self._reader.fold(
+                self._state(relation), jax.numpy.zeros(1, bool)
+            )
+            return pool_tokens(self.tokens, folded, items, device=self.model.device)
+
+    def _query(
+        self,
+        under: dict[str, np.ndarray],
+        relation: str | int | None,
+        *,
+        own: int | None,
+        text: str | None,
+        image: Any,
+        last: bool = False,
+    ) -> list[np.ndarray]:
+        """The query's vectors; an item's are its rows in `under`, or the last rows there."""
+        if own is not None:
+            has = self.embeddings.has
+            return [under[name][-1 if last else own] for name in MODALITIES if has[name][own]]
+        if isinstance(relation, int):
+            sentences = () if relation == 0 else (self.embeddings.relations[relation],)
+        else:
+            assert relation is not None
+            sentences = (relation,)
+        return list(_embed_query(self.model, sentences, text, image).values())
+
+    def _nearest(
+        self,
+        vectors: dict[str, np.ndarray],
+        query: list[np.ndarray],
+        k: int,
+        own: int | None,
+        names: Sequence[str],
+        rows: np.ndarray | slice = slice(None),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        has = {name: self.embeddings.has[name][rows] for name in names}
+        return nearest({name: vectors[name] for name in names}, has, query, k, leave_out=own)
+
+
+def is_new(embeddings: Embeddings, relation: str | None) -> bool:
+    """Whether a catalogue was not embedded under a sentence."""
+    return relation is not None and _plain(relation) not in map(_plain, embeddings.relations)
+
+
+def check_sentence(sentence: str) -> None:
+    """Raise UserError for a sentence that is empty, very long or no text."""
+    if not argument_text(sentence).strip():
+        raise UserError("the relation is empty; give a sentence, or none at all")
+    if len(sentence) > _MOST_CHARACTERS:
+        raise UserError(
+            f"the relation has {len(sentence):,} characters; give a sentence of at most "
+            f"{_MOST_CHARACTERS:,}"
+        )
+
+
+def _check_model(embeddings: Embeddings, model: Model) -> None:
+    if model.about["digest"] != embeddings.model.get("digest"):
+        raise UserError(
+            f"{embeddings.directory} was embedded by another model ({embeddings.model['workdir']}, "
+            f"step {embeddings.model['step']}) than {model.about['workdir']}; give that one as "
+            "--workdir, or embed anew"
+        )
 
 
 def item_number(embeddings: Embeddings, key: str) -> int:
@@ -242,7 +475,8 @@ def relation_number(embeddings: Embeddings, sentence: str | None) -> int:
     rest = len(embeddings.relations) - len(close)
     raise UserError(
         f"{embeddings.directory} was not embedded under {sentence!r}; embed it anew with that "
-        f"sentence, or choose {_quoted(close)}" + (f" or one of {rest} others" if rest else "")
+        f"sentence or with --tokens, or choose {_quoted(close)}"
+        + (f" or one of {rest} others" if rest else "")
     )
 
 
@@ -325,63 +559,102 @@ def _problems(
 
 def _embed(
     embedder: Embedder, items: Items, rows: Sequence[int], images: Sequence[_Image], size: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Vectors (relations, n, d) of a chunk, and which of its items have them."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
+    """Vectors (relations, n, d) of a chunk, which of its items have them, and no token states."""
+    inputs, has = _inputs(items, rows, images, size)
+    made: dict[str, Callable] = {"text": embedder.text, "image": embedder.image}
+    blocks = {name: made[name](given) for name, given in inputs.items()}
+    return _checked(blocks, has), has, {}
+
+
+def _embed_tokens(
+    reader: TokenReader,
+    relations: jax.Array,
+    items: Items,
+    rows: Sequence[int],
+    images: Sequence[_Image],
+    size: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
+    """As `_embed`, with the token states; relations: the first is the intra-sample one."""
+    inputs, has = _inputs(items, rows, images, size)
+    intra = jax.numpy.arange(len(relations)) == 0
+    made: dict[str, Callable] = {"text": reader.text, "image": reader.image}
+    states = {name: made[name](given) for name, given in inputs.items()}
+    blocks = {
+        name: np.swapaxes(reader.pool(found, relations, intra), 0, 1)
+        for name, found in states.items()
+    }
+    return _checked(blocks, has), has, states
+
+
+def _inputs(
+    items: Items, rows: Sequence[int], images: Sequence[_Image], size: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a chunk has of each modality, filled up to a few lengths, and (n,) which items have it.
+
+    A modality that no item has is left out.
+    """
     n = len(rows)
     padded = 1 << (n - 1).bit_length()  # few shapes, so that little is compiled
-    texts = [items.texts[i] for i in rows] + [""] * (padded - n)
     has = {
-        "text": np.array([bool(text) for text in texts[:n]]),
+        "text": np.array([bool(items.texts[i]) for i in rows]),
         "image": np.array([isinstance(image, np.ndarray) for image in images]),
     }
-    blocks = {}
+    inputs: dict[str, Any] = {}
     if has["text"].any():
-        blocks["text"] = embedder.text(texts)
+        inputs["text"] = [items.texts[i] for i in rows] + [""] * (padded - n)
     if has["image"].any():
-        batch = np.zeros((padded, size, size, 3), np.uint8)
+        inputs["image"] = np.zeros((padded, size, size, 3), np.uint8)
         for row in np.flatnonzero(has["image"]).tolist():
-            batch[row] = images[row]
-        blocks["image"] = embedder.image(batch)
-    blocks = {name: np.asarray(block, np.float32)[:, :n] for name, block in blocks.items()}
+            inputs["image"][row] = images[row]
+    return inputs, has
+
+
+def _checked(blocks: dict[str, Any], has: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The vectors of the items themselves. Raises UserError where they are not finite."""
+    found = {}
     for name, block in blocks.items():
-        if not np.isfinite(block[:, has[name]]).all():
+        found[name] = np.asarray(block, np.float32)[:, : len(has[name])]
+        if not np.isfinite(found[name][:, has[name]]).all():
             raise UserError(
                 f"the model's {name} embeddings are not finite; train it anew, or take another run"
             )
-    return blocks, has
+    return found
+
+
+def _size(count: int) -> str:
+    """A number of bytes, as a person reads it."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _embed_query(
-    embeddings: Embeddings,
     model: Model | None,
-    relation: int,
+    sentences: Sequence[str],
     text: str | None,
-    image: pathlib.Path | str | None,
+    image: pathlib.Path | str | np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    """The vector of a text or of an image's file under a relation."""
+    """The vector of a text or an image under the last sentence, or under none of them."""
     if model is None:
         raise UserError("a text or an image can be embedded with the catalogue's model only")
-    if model.about["digest"] != embeddings.model.get("digest"):
-        raise UserError(
-            f"{embeddings.directory} was embedded by another model ({embeddings.model['workdir']}, "
-            f"step {embeddings.model['step']}) than {model.about['workdir']}; give that one as "
-            "--workdir, or embed anew"
-        )
     with model.running():
-        embedder = model.method.embedder(
-            model.params, () if relation == 0 else (embeddings.relations[relation],)
-        )
+        embedder = model.method.embedder(model.params, sentences)
         if text is not None:
             if not text.strip():
                 raise UserError("the text is empty; give some words")
             return {"text": np.asarray(embedder.text([argument_text(text)])[-1, 0], np.float32)}
-        assert image is not None  # `related` takes one of the two
-        try:
-            batch = pixels(read_file(user_path(image)), model.method.task.images.framing)
-        except DECODE_ERRORS as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"the image {image} cannot be read ({reason}); check it") from error
-        return {"image": np.asarray(embedder.image(batch[None])[-1, 0], np.float32)}
+        assert image is not None  # `search` takes one of the two
+        if not isinstance(image, np.ndarray):
+            image = image_pixels(model, image)
+        return {"image": np.asarray(embedder.image(image[None])[-1, 0], np.float32)}
+
+
+def image_pixels(model: Model, image: pathlib.Path | str) -> np.ndarray:
+    """An image's file as the model has it, (size, size, 3). Raises UserError."""
+    try:
+        return pixels(read_file(user_path(image)), model.method.task.images.framing)
+    except DECODE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the image {image} cannot be read ({reason}); check it") from error
 
 
 def _best_step(workdir: pathlib.Path) -> int | None:

@@ -9,7 +9,8 @@ A directory holds
   of the image's file when it was embedded;
 - `manifest.json`: model, items, relations, sizes, and how many shards are done. It is written
   before anything else, and anew after each shard, so what it counts is whole. `stale` are items
-  whose text or image has changed since, until they are embedded anew.
+  whose text or image has changed since, until they are embedded anew;
+- token states, where they were asked for: see `rcml_jax.search.token_store`.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ class Plan:
 
     model: what names the model: "workdir", "step", "digest" and more; relations: the sentences,
     first the intra-sample one; shapes: of each modality the number of relations, or 1, and the
-    width; shard: items that are embedded between two marks of what is done.
+    width; shard: items that are embedded between two marks of what is done; tokens: the layout of
+    `token_store.TokenLayout` as JSON values, None where no token states are kept.
     """
 
     model: dict[str, Any]
@@ -58,6 +60,7 @@ class Plan:
     shapes: dict[str, tuple[int, int]]
     dtype: str = "float32"
     shard: int = 1024
+    tokens: dict[str, Any] | None = None
 
     def manifest(self) -> dict[str, Any]:
         """What `manifest.json` holds before anything is done."""
@@ -72,6 +75,7 @@ class Plan:
             "shapes": {name: list(self.shapes[name]) for name in MODALITIES},
             "dtype": self.dtype,
             "shard": self.shard,
+            "tokens": self.tokens,
             "done": 0,
             "problems": {},
             "stale": [],
@@ -158,6 +162,16 @@ class Writer:
         """Items of a shard."""
         return self._manifest["shard"]
 
+    @property
+    def tokens(self) -> dict[str, Any] | None:
+        """The layout of the token states in this store, None where it keeps none."""
+        return self._manifest["tokens"]
+
+    @property
+    def begun(self) -> bool:
+        """Whether a shard is whole."""
+        return self._manifest["done"] > 0
+
     def shards(self) -> Iterator[range]:
         """The items of each shard that is not done, in order."""
         items = self._manifest["items"]
@@ -189,10 +203,7 @@ class Writer:
         _write_manifest(self.directory, self._manifest)
 
     def _sync(self) -> None:
-        with _guarded(self.directory):
-            for name in self._arrays:
-                with _path(self.directory, name).open("rb+") as file:
-                    os.fsync(file.fileno())
+        sync(_path(self.directory, name) for name in self._arrays)
 
     def _write_rows(self) -> None:
         path = self.directory / _ITEMS
@@ -202,24 +213,21 @@ class Writer:
             os.replace(part, path)
 
     def _put(self, name: str, start: int, block: np.ndarray) -> None:
-        """Write rows by ordinary calls: a full disk is an error, where a map would kill us."""
+        """Write rows of each relation by ordinary calls."""
         array = self._arrays[name]
         block = np.ascontiguousarray(block, array.dtype)
         table = array.nbytes // len(block)  # of one relation
         place = array.offset + start * (table // self._manifest["items"])
-        with _guarded(self.directory), _path(self.directory, name).open("rb+") as file:
-            for number, rows in enumerate(block):
-                file.seek(place + number * table)
-                file.write(rows)
+        parts = [(place + number * table, rows) for number, rows in enumerate(block)]
+        write_parts(_path(self.directory, name), parts)
 
     def _create(self, plan: Plan) -> None:
         directory, n = self.directory, len(plan.items)
         _check_room(directory, self._manifest)
         _write_manifest(directory, self._manifest)
-        with _guarded(directory):
-            for name, (lead, width) in plan.shapes.items():
-                _allocate(_path(directory, name), (lead, n, width), plan.dtype)
-                _allocate(_path(directory, f"has_{name}"), (n,), "bool")
+        for name, (lead, width) in plan.shapes.items():
+            allocate(_path(directory, name), (lead, n, width), plan.dtype)
+            allocate(_path(directory, f"has_{name}"), (n,), "bool")
         self._rows = plan.items.rows()
         self._write_rows()
 
@@ -245,7 +253,8 @@ class Embeddings:
 
     items: as they were embedded, their images read where they are files; vectors: of each
     modality the memory-mapped array; has: of each modality (items,) bool; model: what made them;
-    problems: of each kind the "count" of the items that have it, and the "first" few ids.
+    problems: of each kind the "count" of the items that have it, and the "first" few ids; tokens:
+    the layout of the token states, None where there are none.
     """
 
     directory: pathlib.Path
@@ -255,6 +264,7 @@ class Embeddings:
     has: dict[str, np.ndarray]
     model: dict[str, Any]
     problems: dict[str, dict[str, Any]]
+    tokens: dict[str, Any] | None = None
 
     def under(self, modality: str, relation: int) -> np.ndarray:
         """The vectors (items, d) of a modality under a relation, mapped."""
@@ -287,6 +297,7 @@ def open_embeddings(directory: pathlib.Path | str) -> Embeddings:
         {name: np.array(arrays[f"has_{name}"]) for name in MODALITIES},
         manifest["model"],
         manifest["problems"],
+        manifest["tokens"],
     )
 
 
@@ -305,8 +316,9 @@ def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
         missing = [key for key in _KEYS if key not in manifest]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        manifest.setdefault("tokens", None)  # a store from before there were any
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return manifest
 
 
@@ -331,7 +343,7 @@ def _read_rows(directory: pathlib.Path, manifest: dict) -> list[dict]:
             if not {"id", "text", "image", "state"} <= {*row}:
                 raise ValueError("a line lacks id, text, image or state")
     except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return rows
 
 
@@ -347,15 +359,19 @@ def _open_arrays(directory: pathlib.Path, manifest: dict) -> dict[str, np.memmap
             f"has_{modality}": ((n,), "bool"),
         }
         for name, (shape, dtype) in wanted.items():
-            path = _path(directory, name)
-            try:
-                array = np.load(path, mmap_mode="r")
-                if array.shape != shape or array.dtype != dtype:
-                    raise ValueError(f"it is {array.dtype} {array.shape}, not {dtype} {shape}")
-            except (OSError, ValueError, EOFError) as error:
-                raise _damaged(path, error) from error
-            arrays[name] = array
+            arrays[name] = open_array(_path(directory, name), shape, dtype)
     return arrays
+
+
+def open_array(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
+    """Map an array of a store. Raises UserError where it is missing or has another layout."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"it is {array.dtype} {array.shape}, not {dtype} {shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path, error) from error
+    return array
 
 
 def _make_empty(directory: pathlib.Path) -> None:
@@ -378,25 +394,34 @@ def _check_same(directory: pathlib.Path, found: dict, asked: dict) -> None:
         "relations": f"other relations ({counted(len(found['relations']), 'sentences')})",
         "shapes": "another width",
         "dtype": f"the type {found['dtype']}",
+        "tokens": f"the option --tokens {_token_type(found) or 'left out'}",
     }
     for name, what in words.items():
         theirs, ours = found[name], asked[name]
         if name == "model":
             theirs, ours = theirs.get("digest"), ours["digest"]
+        elif name == "tokens":
+            theirs, ours = _token_type(found), _token_type(asked)
         if theirs != ours:
             raise UserError(
                 f"{directory} holds embeddings of {what}; give another directory, or remove it"
             )
 
 
+def _token_type(manifest: dict) -> str:
+    return "" if manifest["tokens"] is None else manifest["tokens"]["dtype"]
+
+
 def _check_room(directory: pathlib.Path, manifest: dict) -> None:
     left = max(0, manifest["items"] - manifest["done"] * manifest["shard"])
     size = np.dtype(manifest["dtype"]).itemsize
     needed = left * sum(lead * width * size + 1 for lead, width in manifest["shapes"].values())
+    if manifest["tokens"] is not None:
+        needed += manifest["tokens"]["bytes"] * left // max(1, manifest["items"])
     if shutil.disk_usage(directory).free < needed:
         raise UserError(
             f"no room in {directory} for {needed / 2**20:,.1f} MiB of embeddings; free some, or "
-            "embed under fewer relations or in float16"
+            "embed under fewer relations, in float16 or without --tokens"
         )
 
 
@@ -406,9 +431,31 @@ def _write_manifest(directory: pathlib.Path, manifest: dict) -> None:
         file.write(content.encode())
 
 
-def _allocate(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> None:
-    """An array of zeros, of which the disk holds nothing yet."""
-    np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+def allocate(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Make an array of zeros, of which the disk holds nothing yet. Raises UserError."""
+    with _guarded(path.parent):
+        if 0 in shape:  # which cannot be mapped
+            np.save(path, np.zeros(shape, dtype))
+        else:
+            np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+
+
+def write_parts(path: pathlib.Path, parts: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Write arrays at offsets of a file by ordinary calls: on a full disk a map would kill us.
+
+    Raises UserError where the disk refuses it.
+    """
+    with _guarded(path.parent), path.open("rb+") as file:
+        for place, rows in parts:
+            file.seek(place)
+            file.write(rows)
+
+
+def sync(paths: Iterable[pathlib.Path]) -> None:
+    """Wait until files are on the disk. Raises UserError where it refuses them."""
+    for path in paths:
+        with _guarded(path.parent), path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _path(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -427,5 +474,6 @@ def _guarded(directory: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+def damaged(path: pathlib.Path, error: Exception) -> UserError:
+    """The error of a file of a store that cannot be used."""
     return UserError(f"{path} is damaged ({error}); embed anew into another directory")

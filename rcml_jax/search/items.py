@@ -7,12 +7,14 @@ A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder w
 
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from rcml_jax.data import images
 from rcml_jax.data.gates import TextGate, read_file, user_path
@@ -25,6 +27,7 @@ from rcml_jax.errors import UserError
 
 #: The longer side of an image before it is resized for a model, as the folder source keeps it.
 STORED_SIZE = 512
+_SIDE = 320  # pixels of a thumbnail's longer side: sharp on a phone's dense screen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,3 +181,15 @@ def pixels(encoded: bytes, framing: int | images.Framing) -> np.ndarray:
       ImageError: the bytes are no image.
     """
     return images.to_array(images.open_rgb(images.storable(encoded, STORED_SIZE)), framing)
+
+
+def thumbnail(encoded: bytes) -> bytes | None:
+    """A small JPEG, upright, transparent parts white; None where that cannot be made."""
+    try:
+        image = images.open_rgb(images.storable(encoded, _SIDE))
+        image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    except DECODE_ERRORS:
+        return None
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()

@@ -134,3 +134,22 @@ def test_learned_prior_is_a_parameter(inputs):
     assert params["pooled_prior"] == 3.0
     grads = jax.grad(lambda p: head.apply({"params": p}, *inputs)[..., 0].sum())(params)
     assert grads["pooled_prior"] != 0
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("is_intra", [False, True])
+def test_a_folded_head_is_the_head(inputs, gate, is_intra):
+    """The pass over a catalogue's states takes the head apart from them (`fold`)."""
+    tokens, relation, _ = inputs
+    intra = jnp.full(R, is_intra)
+    head = RelationPooling(dim=D, gate=gate, pooled_prior=0.7, head_init="plain")
+    variables = {"params": random_params(head, inputs)}
+    folded = head.apply(variables, relation, intra, method="fold")
+    logits = jnp.einsum("ntd,rd->nrt", tokens.states, folded.query)
+    pooled = jnp.arange(T) == tokens.pooled_index[:, None]
+    logits += jnp.where(pooled[:, None], folded.pooled_logit[:, None], 0)
+    weights = jax.nn.softmax(logits, axis=-1, where=tokens.mask[:, None])
+    z = jnp.einsum("nrt,ntd,rde->nre", weights, tokens.states, folded.matrix)
+    z /= jnp.linalg.norm(z, axis=-1, keepdims=True)
+    expected = head.apply(variables, tokens, relation, intra)
+    np.testing.assert_allclose(z, expected, atol=2e-5)
