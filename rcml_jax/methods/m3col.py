@@ -353,7 +353,7 @@ class M3CoLMethod(Method):
     ) -> dict[str, np.ndarray]:
         """Embeddings (models, n, d) of rows by modality."""
         chunk = len(rows) if "table" in self.kinds.values() else CHUNK
-        return divided(
+        found = divided(
             embed or self.embed_all,
             (params,),
             lambda indices: (indices, (self.task.inputs(rows[indices]),)),
@@ -362,6 +362,7 @@ class M3CoLMethod(Method):
             devices=self.devices,
             chunk=chunk,
         )
+        return {name: found[name] for name in self.names}  # a tree's keys are sorted
 
     def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
         """Embeddings (models, n, d) of other inputs of one modality."""
