@@ -33,27 +33,27 @@ def tower_embeddings(
     """Memory-mapped float32 embeddings, "image" (n, d) and "text" (m, d'), of what is given.
 
     name, layer, pooling: as of `models.frozen.load_towers`; max_length: of texts, in tokens. They
-    are kept below `directory`, under a digest of the checkpoint's files, the images and the texts,
-    so that whatever changes is embedded anew. Raises UserError as `load_towers` and `stored_rows`.
+    are kept below `directory`, each under a digest of the checkpoints' files and its own inputs, so
+    that what changes is embedded anew. Raises UserError as `load_towers` and `stored_rows`.
     """
     image, text = load_towers(name, layer=layer, pooling=pooling)
     length = min(text.size, max_length)
-    key: dict[str, Any] = {"name": name, "layer": layer, "pooling": pooling, "length": length}
-    key |= {
-        "files": _fingerprints(name),
-        "texts": None if texts is None else list(texts),
-        "images": None if images is None else image_states(images),
-    }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    blocks: dict[str, Any] = {}
+    asked: list[Any] = [name, layer, pooling, _fingerprints(name)]
+    found = {}
     if images is not None:
-        blocks["image"] = ImageBlocks(image, images)
+        state = [*asked, image_states(images)]
+        found["image"] = _stored(directory, "image", state, ImageBlocks(image, images), log)
     if texts is not None:
-        blocks["text"] = TextBlocks(text, texts, length)
-    return {
-        side: stored_rows(directory / digest / f"{side}.npy", rows, log=log)
-        for side, rows in blocks.items()
-    }
+        state = [*asked, length, list(texts)]
+        found["text"] = _stored(directory, "text", state, TextBlocks(text, texts, length), log)
+    return found
+
+
+def _stored(
+    directory: pathlib.Path, side: str, state: list, rows: Any, log: Callable[[str], None]
+) -> np.ndarray:
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    return stored_rows(directory / digest / f"{side}.npy", rows, log=log)
 
 
 def _fingerprints(name: str) -> list:
