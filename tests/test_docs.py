@@ -57,7 +57,7 @@ def has(config, name):
 
 
 def test_named_options_exist():
-    recipes = ("rcml", "rcml:amazon", "rcml:hm,path=x", "m3col", "alignment")
+    recipes = ("rcml", "rcml:amazon", "rcml:hm,path=x", "m3col", "m3col:hm,path=x", "alignment")
     configs = [load_config_file(recipe) for recipe in recipes]
     assert has(configs[0], "model.gate")
     assert not has(configs[0], "model.gait")
