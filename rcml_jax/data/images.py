@@ -285,6 +285,28 @@ class EncodedImages:
         return self._encode(int(index))
 
 
+class ChosenImages:
+    """Some images of another source, by their indices there; an `ItemImages`."""
+
+    def __init__(self, images: ItemImages, indices: np.ndarray):
+        self._images, self._indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self._images[int(self._indices[index])]
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of one item's image."""
+        return self._images.encoded(int(self._indices[index]))
+
+    def states(self) -> list:
+        """A JSON value for each image that changes when the image does, as the source has it."""
+        found = image_states(self._images)
+        return [found[index] for index in self._indices]
+
+
 class ImageBank:
     """Items' images as arrays, decoded once while they fit into `cache_bytes` of memory.
 

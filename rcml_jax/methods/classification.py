@@ -27,6 +27,7 @@ from rcml_jax.methods.frozen_embeddings import tower_embeddings
 from rcml_jax.methods.task import (
     cache_directory,
     image_reader,
+    load_source,
     tell_cut_texts,
     work_tokenizer,
 )
@@ -34,25 +35,14 @@ from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
-from rcml_jax.registry import call, resolve
 
 
 def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationData:
     """The data that `config.data` names, with the modalities that it names.
 
-    Raises UserError for an unknown source or modality, and whatever the source finds wrong.
+    Raises UserError as `load_source`, and for an unknown modality.
     """
-    option, cache = "config.data.name", cache_directory(data.dir, workdir)
-    found = call(
-        data.name,
-        resolve(data.name, CLASSIFICATION_SOURCES, option),
-        option,
-        "a data source takes (config.data, directory of the cache) and returns an "
-        "rcml_jax.data.classification.ClassificationData",
-        data,
-        cache,
-        accepts=lambda found: isinstance(found, ClassificationData),
-    )
+    found = load_source(data, CLASSIFICATION_SOURCES, ClassificationData, workdir)
     return found.select(data.modalities.split(",")) if data.modalities else found
 
 

@@ -42,23 +42,30 @@ def make_splits(graph: RelationGraph, data: Any) -> Splits:
     )
 
 
-def load_graph(data: Any, workdir: pathlib.Path | None = None) -> RelationGraph:
-    """The relation graph that `config.data` names, of `SOURCES` or by an import path.
+def load_source(
+    data: Any, known: Mapping[str, str], kind: type, workdir: pathlib.Path | None = None
+) -> Any:
+    """What the source that `config.data` names returns, of `known` or by an import path.
 
-    Raises UserError for an unknown source, one that is no data source, and whatever the source
-    finds wrong.
+    kind: the type that it has to return. Raises UserError for an unknown source, one that is no
+    data source, and whatever the source finds wrong.
     """
-    option, cache = "config.data.name", cache_directory(data.dir, workdir)
-    graph = call(
+    option = "config.data.name"
+    return call(
         data.name,
-        resolve(data.name, SOURCES, option),
+        resolve(data.name, known, option),
         option,
         "a data source takes (config.data, directory of the cache) and returns an "
-        "rcml_jax.data.relation_graph.RelationGraph",
+        f"{kind.__module__}.{kind.__qualname__}",
         data,
-        cache,
-        accepts=lambda found: isinstance(found, RelationGraph),
+        cache_directory(data.dir, workdir),
+        accepts=lambda found: isinstance(found, kind),
     )
+
+
+def load_graph(data: Any, workdir: pathlib.Path | None = None) -> RelationGraph:
+    """The relation graph that `config.data` names. Raises UserError as `load_source`."""
+    graph = load_source(data, SOURCES, RelationGraph, workdir)
     # Only a source can tell which of its relation ids have one sentence, and does so.
     same = _first_equal(np.array([" ".join(sentence.split()) for sentence in graph.relations]))
     return graph if same is None else dataclasses.replace(graph, same_sentence=same)

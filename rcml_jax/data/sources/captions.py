@@ -122,7 +122,7 @@ def flickr30k(
 ) -> CaptionedImages:
     """Flickr30K. Without the Karpathy split, 60, 20 and 20 % of the images by the seed.
 
-    Pictures without a file that can be decoded or a caption, and empty captions, are left out and
+    Images without a file that can be decoded or a caption, and empty captions, are left out and
     counted in one line to `log` (default: standard error); with `strict` a damaged image and a
     caption that is no Unicode text are an error. What was found out about the images is kept in
     `cache`, if one is given. Raises UserError for a missing or malformed file, and where more than

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data import images
 from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.images import ChosenImages
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import hm
@@ -71,7 +71,7 @@ def load(
     if mask_class_words:
         texts = without_class_words(texts, graph.label_names)
     names = trained[trained >= 0]
-    chosen = images.EncodedImages(len(keep), lambda index: graph.images.encoded(int(keep[index])))
+    chosen = ChosenImages(graph.images, keep)
     return ClassificationData(
         name=hm.NAME,
         modalities=(Modality("image", "image", chosen), Modality("text", "text", texts)),

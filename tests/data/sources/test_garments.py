@@ -1,12 +1,14 @@
 """Garment groups of a made-up copy of H&M's files: labels, splits, masked words."""
 
 import csv
+import pickle
 
 import numpy as np
 import pytest
 
+from rcml_jax.data.images import ChosenImages
 from rcml_jax.data.relation_graph import SPLITS
-from rcml_jax.data.sources import garments
+from rcml_jax.data.sources import garments, hm
 from rcml_jax.data.sources.garments import without_class_words
 from rcml_jax.errors import UserError
 from tests.data import hm_copy
@@ -35,6 +37,12 @@ def test_labels_are_groups_and_products_stay_in_one_split(copy, cache):
     assert (image.kind, text.kind, data.classes) == ("image", "text", 4)
     assert text.values[0] == 'Kite No. 0. Red Kite. A kite, "made up", for the café.'
     assert image.values.encoded(7) == hm_copy.photograph(7)
+    # The store tells what changes with an image, for all or for some of them.
+    assert image.values.states() == hm.load(cache, copy).images.states()
+    some = ChosenImages(image.values, np.array([7, 2]))
+    assert some.states() == [image.values.states()[i] for i in (7, 2)]
+    assert some[1].tobytes() == image.values[2].tobytes()
+    assert pickle.loads(pickle.dumps(some)).encoded(0) == hm_copy.photograph(7)
     split_of = {}
     for key, split in zip(ids, data.split.tolist(), strict=True):
         assert split_of.setdefault(PRODUCT[key], split) == split
