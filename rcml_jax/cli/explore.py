@@ -261,7 +261,7 @@ def page(explorer: "Explorer", *, candidates: int = 0) -> Any:
         """The inputs and results of the view that the address names."""
         values = dict(request.query_params)
         # Without a view nothing changes: somebody may have picked an item meanwhile.
-        same = [gr.update() for _ in (*restored, *outputs)]
+        same: list[Any] = [gr.update() for _ in (*restored, *outputs)]
         if not {"item", "text"} & values.keys():
             return tuple(same)
         try:
