@@ -18,9 +18,9 @@ from flax.core import FrozenDict
 from benchmarks import inputs, timing
 from configs.rcml import get_config
 from rcml_jax.errors import UserError
-from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
-from rcml_jax.models.hf_flax import hugging_face_classes
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.towers.clip import IMAGE_MEAN, IMAGE_STD
+from rcml_jax.models.towers.hf_flax import hugging_face_classes
 from rcml_jax.models.two_towers import TwoTowers
 
 TARGETS = {1: 1.05, 10: 1.15}

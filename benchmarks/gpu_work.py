@@ -16,7 +16,7 @@ from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes
 from rcml_jax.cli.commands import load_config_file
 from rcml_jax.methods.base import Method
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 PAPER = Sizes(relations=8, pairs=64, self_pairs=64)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.torch_efficientnet import features
-from rcml_jax.models import efficientnet
+from rcml_jax.models.towers import efficientnet
 
 OURS, PARTS, GROUPED = "ours", "ours, in parts", "ours, grouped convolutions"
 TORCH, CHANNELS_LAST = "PyTorch", "PyTorch, channels last"

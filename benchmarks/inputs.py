@@ -7,7 +7,7 @@ import numpy as np
 from transformers import CLIPConfig
 
 from configs.rcml import get_config
-from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.towers.clip import small_clip_config
 
 # The ids of the largest tokenizer that configs/rcml.py allows.
 TOKENIZER = types.SimpleNamespace(

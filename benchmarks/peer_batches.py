@@ -15,7 +15,7 @@ from benchmarks import inputs
 from benchmarks.item_batches import Sizes, item_batch
 from benchmarks.torch_rcml import Tensors
 from configs.rcml import get_config
-from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+from rcml_jax.models.towers.clip import IMAGE_MEAN, IMAGE_STD
 
 SIZES = Sizes(relations=10, pairs=3, self_pairs=2)
 

@@ -23,12 +23,12 @@ from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.classification import ClassificationTask
 from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.methods.rcml import RCMLMethod
-from rcml_jax.methods.relational_towers import inputs as tower_inputs
 from rcml_jax.models.backbones import encoder_config
-from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import resolve
-from rcml_jax.models.clip import end_token
+from rcml_jax.models.towers.bert import max_text_length
+from rcml_jax.models.towers.clip import end_token
 from rcml_jax.models.two_towers import pretrained_config
+from rcml_jax.tasks.towers import inputs as tower_inputs
 
 # Checkpoints of configs/ whose sizes are known, so that they need not be fetched.
 _SIZES = {

@@ -19,7 +19,7 @@ from configs.rcml import get_config
 from rcml_jax.methods.base import Method
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.rcml import RCMLMethod
-from rcml_jax.models.clip import end_token
+from rcml_jax.models.towers.clip import end_token
 from rcml_jax.training import optimizer, step
 from rcml_jax.training.sharding import ShardedJit
 

@@ -19,9 +19,9 @@ from PIL import Image
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.sources import openmoji
 from rcml_jax.data.sources.openmoji import SENTENCES, colours, outline
-from rcml_jax.methods.task import cache_directory
 from rcml_jax.report import page
 from rcml_jax.report.page import box, frame
+from rcml_jax.tasks.relations import cache_directory
 
 PARTNERS, WRONG = 3, 2
 FIGURE = pathlib.Path(__file__).parent / "figures" / "openmoji.png"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from rcml_jax.data.gates import user_path
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import user_path
 from rcml_jax.registry import is_path
 
 _FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}

@@ -339,11 +339,11 @@ def test_an_end_token_that_pytorch_would_not_find(runs, tmp_path):
 
 
 def test_towers_that_are_not_clips(capsys, copy, tmp_path, monkeypatch):
-    from rcml_jax.methods import relational_towers
     from rcml_jax.models.two_towers import PairConfig
+    from rcml_jax.tasks import towers
 
     pair = PairConfig(None, None, 16)
-    monkeypatch.setattr(relational_towers, "towers_config", lambda model, tokenizer: pair)
+    monkeypatch.setattr(towers, "towers_config", lambda model, tokenizer: pair)
     assert "only CLIP's own towers" in fails(capsys, "--workdir", copy, "--to", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

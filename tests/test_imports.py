@@ -1,6 +1,7 @@
 """Imports go one way, heavy packages stay where they belong, and no module grows too long."""
 
 import ast
+import collections
 import pathlib
 import re
 import subprocess
@@ -15,11 +16,13 @@ PACKAGE = ROOT / "rcml_jax"
 # Layers from the ground up; a module may import those of its own layer and of the ones before.
 LAYERS = (
     ("errors",),
-    ("registry", "files"),
+    ("registry", "files", "log", "parsing"),
     ("ops",),
     ("losses",),
     ("models", "data", "config"),
     ("evaluation",),
+    ("methods.base",),
+    ("tasks",),
     ("methods",),
     ("options", "schema"),
     ("training",),
@@ -155,9 +158,17 @@ def test_training_methods_and_models_know_their_place():
             assert top not in ("torch", "tensorflow", "cloudpickle"), module
             if top == "pickle":
                 # Its unpickler is restricted: it calls nothing that a file names.
-                assert module == "models.efficientnet", f"{module} imports {name}"
+                assert module == "models.towers.efficientnet", f"{module} imports {name}"
             if within(module, "models"):
                 assert not within(name, "rcml_jax.losses"), "models know no loss"
+
+
+def test_no_folder_holds_too_many_modules():
+    """A reader takes in about a dozen at a glance; what outgrows that gets folders."""
+    names = [name.rpartition(".")[0] for name in MODULES if MODULES[name].stem != "__init__"]
+    counts = collections.Counter(names)
+    assert counts["losses"] >= 8
+    assert {folder: count for folder, count in counts.items() if count > 14} == {}
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])
@@ -208,7 +219,7 @@ def test_losses_and_pooling_need_jax_flax_and_optax_alone():
     blocked = sorted(BASE - {"absl", "flax", "jax", "numpy", "optax", "rich", "scipy"})
     assert {"transformers", "orbax", "grain", "tensorflow_datasets", "PIL"} < set(blocked)
     modules = [name for name in MODULES if any(within(name, part) for part in JAX_ALONE)]
-    modules += ["models.relation_pooling", "models.transformer"]
+    modules += ["models.relation_pooling", "models.towers.transformer"]
     assert {"losses.rcml", "ops.similarity"} < set(modules)
     code = LIGHT.format(blocked=blocked, modules=modules, last="rcml_jax.cli.commands")
     process = subprocess.run(

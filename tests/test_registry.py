@@ -30,8 +30,8 @@ from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.sources import folder
 from rcml_jax.evaluation.measures import Measure
 from rcml_jax.methods.base import Method
-from rcml_jax.methods.task import RelationTask
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.tasks.relations import RelationTask
+from rcml_jax.models.towers.transformer import TokenStates
 
 NUMBER = 5
 

@@ -14,7 +14,7 @@ from rcml_jax.config import fold_seed, leaves, load_config_file
 from rcml_jax.data.relation_graph import split_graph
 from rcml_jax.errors import UserError
 from rcml_jax.methods import METHODS
-from rcml_jax.models import transformer
+from rcml_jax.models.towers import transformer
 from rcml_jax.options import ARGUMENTS, RECIPES, Option
 from rcml_jax.training import gradcache, sharding
 from tests.methods.m3col_data import omics_config

@@ -25,15 +25,15 @@ from rcml_jax.losses.softmax import info_nce, softmax_contrastive
 from rcml_jax.losses.unicl import label_supervised
 from rcml_jax.methods import build
 from rcml_jax.models.backbones import build_backbone
-from rcml_jax.models.bert import small_bert_config
-from rcml_jax.models.clip import small_clip_config
-from rcml_jax.models.efficientnet import EfficientNetLite0
-from rcml_jax.models.efficientnet import Stage as EfficientNetStage
 from rcml_jax.models.m3col import Dropout, M3CoL, TableEncoder
 from rcml_jax.models.rcml import RCML
-from rcml_jax.models.resnet import ResNet
+from rcml_jax.models.towers.bert import small_bert_config
+from rcml_jax.models.towers.clip import small_clip_config
+from rcml_jax.models.towers.efficientnet import EfficientNetLite0
+from rcml_jax.models.towers.efficientnet import Stage as EfficientNetStage
+from rcml_jax.models.towers.resnet import ResNet
+from rcml_jax.models.towers.vit import small_vit_config
 from rcml_jax.models.two_towers import TwoTowers
-from rcml_jax.models.vit import small_vit_config
 from rcml_jax.ops import mixup, ranking, similarity, views
 from rcml_jax.training import optimizer, sharding
 from rcml_jax.training.gradcache import accumulated

@@ -13,11 +13,11 @@ from benchmarks import throughput_measure as measure
 from benchmarks import throughput_models as models
 from benchmarks.throughput_work import Plan
 from rcml_jax.cli.commands import load_config_file
-from rcml_jax.models.bert import Bert
 from rcml_jax.models.m3col import M3CoL
 from rcml_jax.models.rcml import RCML
+from rcml_jax.models.towers.bert import Bert
+from rcml_jax.models.towers.vit import ViT
 from rcml_jax.models.two_towers import TwoTowers
-from rcml_jax.models.vit import ViT
 from tests.toy import CONFIG, ROOT
 
 M3COL = ROOT / "configs" / "m3col.py"

@@ -18,9 +18,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from rcml_jax.config import load_config_file
-from rcml_jax.data.gates import argument_text, user_path
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted
+from rcml_jax.parsing import argument_text, user_path
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
 _OF_EVALUATION = (
@@ -244,9 +244,9 @@ def _check_split(split: str) -> None:
 
 def _list(config: ml_collections.ConfigDict, directory: str, rest: Sequence[str]) -> int:
     values = parse_flags(rest, config)
-    from rcml_jax.methods.task import load_graph
     from rcml_jax.schema import validate
     from rcml_jax.search.items import write_listing
+    from rcml_jax.tasks.relations import load_graph
 
     validate(values.config)
     graph = load_graph(values.config.data)

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rcml_jax.cli.commands import guard, parse_flags
-from rcml_jax.data.gates import argument_text, user_path
-from rcml_jax.data.log import Progress
 from rcml_jax.errors import UserError
+from rcml_jax.log import Progress
+from rcml_jax.parsing import argument_text, user_path
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
 from rcml_jax.cli.search import Card, escape, image_reader, listing, words
-from rcml_jax.data.gates import read_file, user_path
-from rcml_jax.data.log import Progress, log_line
 from rcml_jax.errors import UserError
+from rcml_jax.log import Progress, log_line
+from rcml_jax.parsing import read_file, user_path
 from rcml_jax.search.embedding_store import open_embeddings
 
 if TYPE_CHECKING:

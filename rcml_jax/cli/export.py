@@ -24,12 +24,12 @@ from safetensors.numpy import save_file
 from tokenizers import processors
 
 from rcml_jax.cli.commands import guard, take_option
-from rcml_jax.data.gates import user_path
 from rcml_jax.data.relation_graph import INTRA_RELATION
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
+from rcml_jax.parsing import user_path
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.workdir import load_config
 
@@ -182,7 +182,7 @@ def _write_files(
 ) -> None:
     # Imported here, so that a wrong option is said before Hugging Face's classes are loaded.
     from rcml_jax.export.towers import save_clip
-    from rcml_jax.methods.relational_towers import inputs, towers_config
+    from rcml_jax.tasks.towers import inputs, towers_config
 
     temperature = _temperature(config, params)
     taken = inputs(config.model)

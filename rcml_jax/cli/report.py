@@ -24,10 +24,10 @@ from typing import Any
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser
-from rcml_jax.data.gates import argument_text, user_path
-from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
 from rcml_jax.files import abandoned, exclusive
+from rcml_jax.log import log_line
+from rcml_jax.parsing import argument_text, user_path
 from rcml_jax.report import common, page
 from rcml_jax.report.page import Folder, Paragraph, Section, write_page, written_files
 from rcml_jax.report.runs import Sources, groups, read_sources

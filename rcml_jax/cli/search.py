@@ -26,15 +26,15 @@ from rich.text import Text
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser, model_config
-from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import make_console
 from rcml_jax.files import write_whole
-from rcml_jax.methods.task import load_graph
+from rcml_jax.log import counted
+from rcml_jax.parsing import argument_text, read_file, user_path
 from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
 from rcml_jax.search.items import thumbnail
+from rcml_jax.tasks.relations import load_graph
 
 if TYPE_CHECKING:
     from rcml_jax.search.catalogue import Match

@@ -27,10 +27,10 @@ import ml_collections
 from rcml_jax.cli.commands import guard, parse_flags, take_option, wants_help
 from rcml_jax.cli.embed import Parser
 from rcml_jax.config import call_config_file, load_config_file
-from rcml_jax.data.gates import argument_text, user_path
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.files import write_whole
+from rcml_jax.parsing import argument_text, user_path
 from rcml_jax.schema import help_text, validate
 from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.workdir import load_config, write_json

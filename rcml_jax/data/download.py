@@ -22,7 +22,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rcml_jax.data.gates import text_lines, user_path
 from rcml_jax.data.images import (
     ImageError,
     TooManyPixelsError,
@@ -30,8 +29,9 @@ from rcml_jax.data.images import (
     check_decodes,
     storable,
 )
-from rcml_jax.data.log import Progress, counted, log_line
 from rcml_jax.errors import UserError
+from rcml_jax.log import Progress, counted, log_line
+from rcml_jax.parsing import text_lines, user_path
 
 Log = Callable[[str], None]
 

@@ -18,10 +18,10 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import ItemImages
 from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
+from rcml_jax.log import log_line
 
 # Of strips longer than this many times their width only the centre is resized.
 _LONGEST_RATIO = 8

@@ -12,12 +12,12 @@ import PIL
 from PIL import Image
 
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.gates import TextGate, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, FORMATS, decode_problems, open_rgb
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, split_index
 from rcml_jax.data.stages import Stages, file_state, pack, unpack
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted, log_line
+from rcml_jax.parsing import TextGate, read_file, user_path
 
 
 class Record(NamedTuple):

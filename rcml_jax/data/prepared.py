@@ -23,13 +23,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import ImageError, open_rgb
-from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
+from rcml_jax.log import log_line
+from rcml_jax.parsing import user_path
 
 _SPLIT = "items"
 _GRAPH_FILE = "graph.npz"

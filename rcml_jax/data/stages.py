@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from rcml_jax import files
-from rcml_jax.data.log import Progress
 from rcml_jax.errors import UserError
+from rcml_jax.log import Progress
 
 Arrays = dict[str, np.ndarray]
 

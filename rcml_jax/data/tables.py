@@ -5,8 +5,8 @@ import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rcml_jax.data.gates import CsvRows, TextGate, read_json
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import CsvRows, TextGate, read_json
 
 
 def rows_of(table: Path, gate: TextGate | None = None) -> Iterator[tuple[str, dict]]:

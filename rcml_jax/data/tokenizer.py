@@ -12,11 +12,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from rcml_jax.data.log import log_line
 from rcml_jax.data.packing import LENGTHS
 from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
 from rcml_jax.files import write_whole
+from rcml_jax.log import log_line
 
 # The end id must not be 2: Hugging Face's CLIP takes `eos_token_id == 2` for an old checkpoint
 # and then looks for the highest id instead of the end token.

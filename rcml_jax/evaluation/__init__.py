@@ -10,8 +10,8 @@ SCORES = ("tt", "ii", "ti", "it", "avg")
 PROBES = ("linear", "mlp")
 #: Estimates of the Wasserstein-2 distance, of `evaluation.modality_gap`.
 WASSERSTEIN = ("gaussian", "sinkhorn", "sliced")
-#: Learned similarities, of `evaluation.learners`: networks over the pair, a map of each side, and
-#: maps with a closed form.
+#: Learned similarities, of `evaluation.learned_similarity`: networks over the pair, a map of each
+#: side, and maps with a closed form.
 MLPS = ("mlp_mse", "mlp_cosine", "mlp_contrastive")
 TWO_TOWERS = ("two_tower", "two_tower_mlp", "two_tower_sigmoid")
 CLOSED = ("procrustes", "cca", "kernel_cca", "relative", "optimal_transport")

@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rcml_jax.data.log import counted
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.classification import error_analysis
 from rcml_jax.evaluation.controls import LABELS, rows_of
@@ -23,6 +22,7 @@ from rcml_jax.evaluation.measures import (
     printed,
     values_at,
 )
+from rcml_jax.log import counted
 
 #: Columns of what is no terminal: more than any table has.
 _WIDEST = 1000

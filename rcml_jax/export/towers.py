@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from rcml_jax.data.images import Framing
 from rcml_jax.errors import UserError
 from rcml_jax.models.checkpoints import to_torch
-from rcml_jax.models.clip import end_token
 from rcml_jax.models.preprocessing import image_statistics
+from rcml_jax.models.towers.clip import end_token
 from rcml_jax.models.two_towers import towers_shapes
 
 

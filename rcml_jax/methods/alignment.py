@@ -10,8 +10,6 @@ import jax
 import numpy as np
 
 from rcml_jax.config import fold_seed
-from rcml_jax.data.gates import user_path
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import captions, openmoji
 from rcml_jax.data.sources.captions import CaptionedImages
@@ -29,7 +27,7 @@ from rcml_jax.evaluation import modality_gap as gap
 from rcml_jax.evaluation.calibration import SPACES as SIGNED
 from rcml_jax.evaluation.calibration import fit_space, pair_scores, score_measures
 from rcml_jax.evaluation.cross_modal import check_pairs, pair_retrieval, retrieval
-from rcml_jax.evaluation.learned_similarity import (
+from rcml_jax.evaluation.learned_similarity.training import (
     GRIDS,
     SPACES,
     Learned,
@@ -45,13 +43,15 @@ from rcml_jax.evaluation.modality_gap import (
     plane,
     unmatched_pairs,
 )
+from rcml_jax.log import counted, log_line
 from rcml_jax.methods import build
-from rcml_jax.methods.frozen_embeddings import tower_embeddings
 from rcml_jax.methods.relational import RelationalMethod
-from rcml_jax.methods.task import cache_directory
 from rcml_jax.models.frozen import tower_types
 from rcml_jax.ops.similarity import SIMILARITIES
+from rcml_jax.parsing import user_path
 from rcml_jax.schema import validate
+from rcml_jax.tasks.frozen_embeddings import tower_embeddings
+from rcml_jax.tasks.relations import cache_directory
 from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import read_params

@@ -14,10 +14,10 @@ from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.losses import LOSSES
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
-from rcml_jax.methods.task import RelationTask
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.two_towers import build_towers, joint_width
 from rcml_jax.registry import call, resolve
+from rcml_jax.tasks.relations import RelationTask
 
 _BIAS = -10.0  # SigLIP's initial bias: most pairs are negative.
 

@@ -23,18 +23,18 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import classification
 from rcml_jax.methods.base import Metrics, Params, Rows
-from rcml_jax.methods.frozen_embeddings import tower_embeddings
-from rcml_jax.methods.task import (
+from rcml_jax.models.backbones import encoder_config
+from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
+from rcml_jax.models.towers.bert import max_text_length
+from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.tasks.frozen_embeddings import tower_embeddings
+from rcml_jax.tasks.relations import (
     cache_directory,
     image_reader,
     load_source,
     tell_cut_texts,
     work_tokenizer,
 )
-from rcml_jax.models.backbones import encoder_config
-from rcml_jax.models.bert import max_text_length
-from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
-from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 
 
 def load_data(data: Any, workdir: pathlib.Path | None = None) -> ClassificationData:

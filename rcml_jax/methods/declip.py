@@ -12,12 +12,12 @@ from rcml_jax.losses.declip import declip, masked_mean, masked_tokens, simsiam
 from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.relational import flat_images, in_rows
-from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.backbones import backbone_of
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import as_float, l2_normalize
 from rcml_jax.ops.views import drop_states, drop_tokens, image_view, mask_tokens
+from rcml_jax.tasks.relations import RelationTask
 
 # Heads that DeCLIP trains beside the towers; evaluation does not use them.
 

@@ -18,8 +18,8 @@ from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
 from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of
-from rcml_jax.methods.task import RelationTask, load_graph, make_splits
 from rcml_jax.methods.tower_tables import retrieval_items, weights_on_validation
+from rcml_jax.tasks.relations import RelationTask, load_graph, make_splits
 
 _NO_RELATION = (
     "the file has neither `relation` in the space of the items nor `text_under` or `image_under`"

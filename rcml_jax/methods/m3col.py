@@ -25,14 +25,14 @@ from rcml_jax.methods.classification import (
     look,
     report,
 )
-from rcml_jax.methods.divided import CHUNK, divided
 from rcml_jax.models.backbones import encoder_config, load_encoder
-from rcml_jax.models.bert import Bert, small_bert_config
-from rcml_jax.models.efficientnet import STATISTICS
 from rcml_jax.models.m3col import M3CoL, TableEncoder, column_range
 from rcml_jax.models.preprocessing import check_tokenizer, set_statistics, with_preprocessing
-from rcml_jax.models.vit import ViT, small_vit_config
+from rcml_jax.models.towers.bert import Bert, small_bert_config
+from rcml_jax.models.towers.efficientnet import STATISTICS
+from rcml_jax.models.towers.vit import ViT, small_vit_config
 from rcml_jax.ops import mixup
+from rcml_jax.ops.divided import CHUNK, divided
 from rcml_jax.ops.similarity import l2_normalize
 
 # M3CoL's model as the configuration describes it, small or with pretrained encoders.

@@ -20,12 +20,12 @@ from rcml_jax.methods.relational import (
     flat_images,
     in_rows,
 )
-from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.relation_pooling import FoldedRelation
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.two_towers import joint_width
 from rcml_jax.ops.similarity import l2_normalize
+from rcml_jax.tasks.relations import RelationTask
 
 
 class RCMLMethod(RelationalMethod):

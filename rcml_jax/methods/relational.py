@@ -28,8 +28,24 @@ from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows
 from rcml_jax.methods.control_rows import control_rows
-from rcml_jax.methods.divided import divided
-from rcml_jax.methods.relational_towers import (
+from rcml_jax.methods.tower_tables import TowerTables, flat
+from rcml_jax.models.backbones import build_backbone
+from rcml_jax.models.preprocessing import with_preprocessing
+from rcml_jax.models.relation_pooling import FoldedRelation
+from rcml_jax.models.towers.efficientnet import STATISTICS
+from rcml_jax.models.towers.transformer import TokenStates
+from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
+from rcml_jax.ops.divided import divided
+from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
+from rcml_jax.tasks.relations import MOST_RELATIONS, RelationTask, cache_directory
+from rcml_jax.tasks.stored_states import (
+    StoredStates,
+    check_storable,
+    image_inputs,
+    params_digest,
+    text_inputs,
+)
+from rcml_jax.tasks.towers import (
     check_packing,
     checkpoint_tower,
     frozen_parts,
@@ -37,22 +53,6 @@ from rcml_jax.methods.relational_towers import (
     preprocessing,
     towers_config,
 )
-from rcml_jax.methods.stored_states import (
-    StoredStates,
-    check_storable,
-    image_inputs,
-    params_digest,
-    text_inputs,
-)
-from rcml_jax.methods.task import MOST_RELATIONS, RelationTask, cache_directory
-from rcml_jax.methods.tower_tables import TowerTables, flat
-from rcml_jax.models.backbones import build_backbone
-from rcml_jax.models.efficientnet import STATISTICS
-from rcml_jax.models.preprocessing import with_preprocessing
-from rcml_jax.models.relation_pooling import FoldedRelation
-from rcml_jax.models.transformer import TokenStates
-from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
-from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 from rcml_jax.evaluation.relation_retrieval import retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Params
-from rcml_jax.methods.divided import divided
-from rcml_jax.methods.task import RelationTask
 from rcml_jax.models.two_towers import TwoTowers
+from rcml_jax.ops.divided import divided
+from rcml_jax.tasks.relations import RelationTask
 
 #: Weights w of a sentence beside a query (see `RelationEmbeddings`), of which validation picks one;
 #: without the sentence it is 0.

@@ -9,19 +9,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rcml_jax.data.gates import checkpoint_name
-from rcml_jax.models.bert import Bert
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
-from rcml_jax.models.clip import CLIPText, CLIPVision
-from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
-from rcml_jax.models.efficientnet import (
+from rcml_jax.models.towers.bert import Bert
+from rcml_jax.models.towers.clip import CLIPText, CLIPVision
+from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.towers.efficientnet import (
     EfficientNetConfig,
     EfficientNetLite0,
     load_efficientnet_lite0,
 )
-from rcml_jax.models.siglip import SiglipText, SiglipVision
-from rcml_jax.models.transformer import TokenStates
-from rcml_jax.models.vit import ViT
+from rcml_jax.models.towers.siglip import SiglipText, SiglipVision
+from rcml_jax.models.towers.transformer import TokenStates
+from rcml_jax.models.towers.vit import ViT
+from rcml_jax.parsing import checkpoint_name
 from rcml_jax.registry import call, resolve
 
 
@@ -131,7 +131,7 @@ def token_states(tower: nn.Module, config: Any, inputs: Any, project: Callable) 
         tower.token_states,
         config.option,
         "its token_states takes (inputs, project) and returns an "
-        "rcml_jax.models.transformer.TokenStates",
+        "rcml_jax.models.towers.transformer.TokenStates",
         inputs,
         project,
         accepts=lambda found: isinstance(found, TokenStates),

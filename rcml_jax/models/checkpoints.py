@@ -17,9 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from rcml_jax.data.gates import checkpoint_name
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted
+from rcml_jax.parsing import checkpoint_name
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MSGPACK = "flax_model.msgpack"

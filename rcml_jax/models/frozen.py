@@ -13,17 +13,17 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models import LAYERS, POOLINGS
 from rcml_jax.models.backbones import build_backbone, load_encoder
-from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import pretrained_directory, read_config, resolve
-from rcml_jax.models.clip import end_token
-from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.preprocessing import (
     check_tokenizer,
     read_image_preprocessing,
     read_pooling,
     set_statistics,
 )
-from rcml_jax.models.resnet import ResNet, load_resnet
+from rcml_jax.models.towers.bert import max_text_length
+from rcml_jax.models.towers.clip import end_token
+from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.models.towers.resnet import ResNet, load_resnet
 from rcml_jax.models.two_towers import TwoTowers, joint_width, load_pretrained, set_special_tokens
 
 _JOINT = ("clip", "siglip")

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rcml_jax.data.gates import read_json as parse_json
 from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models.checkpoints import pretrained_directory
+from rcml_jax.parsing import read_json as parse_json
 
 CLIP_STATISTICS = (
     (0.48145466, 0.4578275, 0.40821073),

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.models.relation_pooling import FoldedRelation, RelationPooling
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.two_towers import build_towers, joint_width
 from rcml_jax.ops.similarity import l2_normalize
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.ops.similarity import l2_normalize
 
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import CLIPConfig, SiglipConfig
 
-from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import backbone_of, build_backbone, token_states
 from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
-from rcml_jax.models.hf_flax import HFText, HFVision, check_hugging_face
-from rcml_jax.models.transformer import TokenStates, check_remat
+from rcml_jax.models.towers.hf_flax import HFText, HFVision, check_hugging_face
+from rcml_jax.models.towers.transformer import TokenStates, check_remat
 from rcml_jax.ops.similarity import l2_normalize
+from rcml_jax.parsing import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)

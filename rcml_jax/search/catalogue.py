@@ -25,14 +25,14 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
-from rcml_jax.data.gates import argument_text, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS, Framing
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.top_k import nearest
+from rcml_jax.log import counted, log_line
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
 from rcml_jax.methods.relational import Embedder, RelationalMethod, TokenReader
 from rcml_jax.models.relation_pooling import FoldedRelation
+from rcml_jax.parsing import argument_text, read_file, user_path
 from rcml_jax.search.embedding_store import (
     MODALITIES,
     Embeddings,

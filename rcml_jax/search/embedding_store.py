@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.gates import user_path
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
 from rcml_jax.files import atomic_file, exclusive
+from rcml_jax.log import counted
+from rcml_jax.parsing import user_path
 from rcml_jax.search.items import Items, from_names
 
 MODALITIES = ("text", "image")

@@ -17,13 +17,13 @@ import numpy as np
 from PIL import Image
 
 from rcml_jax.data import images
-from rcml_jax.data.gates import TextGate, read_file, user_path
 from rcml_jax.data.images import DECODE_ERRORS
-from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import file_state
 from rcml_jax.data.tables import optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
+from rcml_jax.log import log_line
+from rcml_jax.parsing import TextGate, read_file, user_path
 
 #: The longer side of an image before it is resized for a model, as the folder source keeps it.
 STORED_SIZE = 512

@@ -25,7 +25,7 @@ import numpy as np
 from rcml_jax.errors import UserError
 from rcml_jax.methods.relational import TokenReader
 from rcml_jax.models.relation_pooling import FoldedRelation
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.ops.similarity import l2_normalize
 from rcml_jax.search.embedding_store import (
     MODALITIES,

@@ -15,12 +15,12 @@ import numpy as np
 from flax.errors import FlaxError
 
 from rcml_jax.config import fold_seed
-from rcml_jax.data.gates import user_path
-from rcml_jax.data.log import Progress, log_line
 from rcml_jax.errors import UserError
+from rcml_jax.log import Progress, log_line
 from rcml_jax.methods import build as build_method
 from rcml_jax.methods import method_class
 from rcml_jax.methods.base import Method
+from rcml_jax.parsing import user_path
 from rcml_jax.registry import call, is_path
 from rcml_jax.schema import validate
 from rcml_jax.training import optimizer as optimizers

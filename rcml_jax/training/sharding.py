@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted
 
 AXIS = "data"
 # Smaller arrays are not worth their part of a collective.

@@ -9,8 +9,9 @@ import pytest
 import scipy.linalg
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import CLOSED, LEARNERS, learned_similarity, learners, maps
-from rcml_jax.evaluation.learned_similarity import fit, search
+from rcml_jax.evaluation import CLOSED, LEARNERS
+from rcml_jax.evaluation.learned_similarity import maps, networks, training
+from rcml_jax.evaluation.learned_similarity.training import fit, search
 
 NETWORKS = tuple(name for name in LEARNERS if name not in CLOSED)
 #: Options that make a fit of a second.
@@ -92,7 +93,7 @@ def test_cca_finds_the_canonical_correlations(texts_each):
 def test_moments_are_added_up_in_blocks(monkeypatch):
     data = planted(width=(5, 4), texts_each=2)
     whole = fit("cca", *data)
-    monkeypatch.setattr("rcml_jax.evaluation.maps.CHUNK", 7)
+    monkeypatch.setattr("rcml_jax.evaluation.learned_similarity.maps.CHUNK", 7)
     parts = fit("cca", *data)
     np.testing.assert_allclose(parts.score(*data[:2]), whole.score(*data[:2]), atol=1e-5)
 
@@ -110,11 +111,11 @@ def test_a_planted_map_is_learned(name):
 
 def untrained(name, image, text, rows):
     """A learner before its training: nothing of it is zero but biases and the bilinear matrix."""
-    options = learners.read_options(name, TINY | {"tokens": 2})
+    options = networks.read_options(name, TINY | {"tokens": 2})
     widths = image.shape[1], text.shape[1]
-    params = learners.initial(name, jax.random.key(0), *widths, options)
+    params = networks.initial(name, jax.random.key(0), *widths, options)
     prepare = maps.fit_preparation(image, text, rows)
-    return learned_similarity.Learned(name, options, params, prepare, [], None)
+    return training.Learned(name, options, params, prepare, [], None)
 
 
 @pytest.mark.parametrize("name", ["mlp_mse", "attention"])
@@ -136,14 +137,14 @@ def test_pair_scores_in_blocks_are_those_of_each_pair(name, monkeypatch):
         weights = np.exp(queries @ keys.T / np.sqrt(8))
         weights /= weights.sum(axis=1, keepdims=True)
         expected[i, j] = np.mean(np.sum(weights * (unit(texts) @ unit(values).T), axis=1))
-    plain = jax.jit(learners.matrix, static_argnums=0)(
+    plain = jax.jit(networks.matrix, static_argnums=0)(
         name, model.params, *map(jnp.asarray, (x, y))
     )
     np.testing.assert_allclose(plain, expected, atol=1e-5)
     np.testing.assert_allclose(model.score(image, text), expected, atol=1e-5)
     # Two rows at a time, then one: the number is read when a new shape is traced.
     for images, numbers in ((5, 2 * 8 * 18), (4, 1)):
-        monkeypatch.setattr(learners, "PAIR_NUMBERS", numbers)
+        monkeypatch.setattr(networks, "PAIR_NUMBERS", numbers)
         np.testing.assert_allclose(model.score(image[:images], text), expected[:images], atol=1e-5)
 
 
@@ -184,7 +185,7 @@ def test_gradients_are_finite_and_not_zero(name, dropout):
 
     @jax.jit
     def gradient(params):
-        loss = partial(learners.loss, dropout=dropout)
+        loss = partial(networks.loss, dropout=dropout)
         return jax.grad(loss, argnums=1)(name, params, prepare, x, y, same, jax.random.key(1))
 
     leaves = jax.tree.leaves(gradient(params))
@@ -200,10 +201,10 @@ def test_squared_errors_are_against_their_targets(name):
     params = untrained(name, image, text, rows).params
     same = rows[:, None] == rows
     # As many negatives as it takes to have seen each shift about equally often.
-    loss = jax.jit(partial(learners.loss, name, negatives=5000))
+    loss = jax.jit(partial(networks.loss, name, negatives=5000))
     found = loss(params, prepare, x, y, same, jax.random.key(0))
     targets = same if name == "mlp_mse" else unit(image[rows]) @ unit(text).T
-    scores = jax.jit(learners.matrix, static_argnums=0)(name, params, x, y)
+    scores = jax.jit(networks.matrix, static_argnums=0)(name, params, x, y)
     errors = (np.asarray(scores) - targets) ** 2
     others = errors[~np.eye(6, dtype=bool)]
     assert found == pytest.approx(others.mean(), rel=0.05)
@@ -227,7 +228,7 @@ def test_early_stopping_takes_the_best_back(monkeypatch):
         seen.append(params)
         return {"mrr": next(measures), "recall@1": 0.0}
 
-    monkeypatch.setattr(learned_similarity, "_validate", validate)
+    monkeypatch.setattr(training, "_validate", validate)
     data = planted()
     model = fit("bilinear", *data, data, options=TINY | {"steps": 100, "patience": 3})
     assert [entry["mrr"] for entry in model.history] == [0.1, 0.3, 0.5, 0.4, 0.5, 0.2]
@@ -239,12 +240,10 @@ def test_early_stopping_takes_the_best_back(monkeypatch):
 
 def test_the_measure_counts_ties_against_the_model(monkeypatch):
     scores = jnp.asarray([[3.0, 1.0, 1.0], [2.0, 1.0, 0.0], [0.0, 0.0, jnp.nan]])
-    monkeypatch.setattr(learners, "score", lambda *arguments: scores)
+    monkeypatch.setattr(networks, "score", lambda *arguments: scores)
     # Images in rows; image 2 has no text. Texts: 0 first of three, 1 tied with image 0, 2 behind
     # image 0 and the NaN. Images: 0 has text 0, 1 has texts 1 and 2, the better of them behind 0.
-    found = learned_similarity._validate(
-        "x", {}, {}, np.zeros((3, 1)), np.zeros((3, 1)), np.array([0, 1, 1])
-    )
+    found = training._validate("x", {}, {}, np.zeros((3, 1)), np.zeros((3, 1)), np.array([0, 1, 1]))
     forward, backward = (1 + 1 / 2 + 1 / 3) / 3, (1 + 1 / 2) / 2
     assert found["mrr"] == pytest.approx((forward + backward) / 2)
     assert found["recall@1"] == pytest.approx((1 / 3 + 1 / 2) / 2)
@@ -252,7 +251,7 @@ def test_the_measure_counts_ties_against_the_model(monkeypatch):
 
 def test_validation_takes_some_texts_with_their_images():
     image, text, rows = planted(images=10, texts_each=3)
-    x, y, own = learned_similarity._some(image, text, rows, 7, seed=0)
+    x, y, own = training._some(image, text, rows, 7, seed=0)
     assert len(y) == 7
     assert sorted(set(own)) == list(range(len(x)))
     for row, vector in zip(own, y, strict=True):
@@ -262,20 +261,20 @@ def test_validation_takes_some_texts_with_their_images():
 
 def test_the_best_of_a_grid_is_kept(monkeypatch):
     data, validation = planted(width=(8, 6), noise=0.5), planted(seed=1, width=(8, 6), noise=0.5)
-    monkeypatch.setitem(learned_similarity.GRIDS, "cca", {"shrinkage": (0.999, 0.01)})
+    monkeypatch.setitem(training.GRIDS, "cca", {"shrinkage": (0.999, 0.01)})
     tried = [fit("cca", *data, validation, options={"shrinkage": s}) for s in (0.999, 0.01)]
     figures = [model.best["mrr"] for model in tried]
     assert figures[0] != figures[1]
     best = tried[int(np.argmax(figures))].options
-    assert learned_similarity.fit_best("cca", *data, validation).options == best
-    given = learned_similarity.fit_best("cca", *data, validation, options={"shrinkage": 0.5})
+    assert training.fit_best("cca", *data, validation).options == best
+    given = training.fit_best("cca", *data, validation, options={"shrinkage": 0.5})
     assert given.options.shrinkage == 0.5
-    assert learned_similarity.fit_best("procrustes", *data, validation).best["mrr"] > 0
+    assert training.fit_best("procrustes", *data, validation).best["mrr"] > 0
 
 
 def test_pairs_are_drawn_images_first_and_more_contain_fewer():
     image, text, rows = planted(images=10, texts_each=3)
-    draw = partial(learned_similarity.draw_pairs, image, text, rows)
+    draw = partial(training.draw_pairs, image, text, rows)
     found = {n: draw(n, seed=1) for n in (4, 10, 14, 30)}
     texts = {n: {tuple(t) for t in y} for n, (_, y, _) in found.items()}
     assert texts[4] < texts[10] < texts[14] < texts[30]
@@ -295,14 +294,14 @@ def test_the_sigmoid_learner_scores_its_logit():
     image, text, _ = planted()
     towers = untrained("two_tower", *planted())
     params = {k: v for k, v in model.params.items() if k != "bias"}
-    cosines = learners.score("two_tower", params, towers.prepare, image, text)
+    cosines = networks.score("two_tower", params, towers.prepare, image, text)
     expected = np.exp(params["log_scale"]) * np.asarray(cosines) - 10
     np.testing.assert_allclose(model.score(image, text), expected, atol=1e-4)
     assert (expected < 0).mean() > 0.5
 
 
 def test_batches_go_through_all_pairs():
-    batches = learned_similarity._endless_batches(np.random.default_rng(0), 10, 3)
+    batches = training._endless_batches(np.random.default_rng(0), 10, 3)
     passes = [np.concatenate([next(batches) for _ in range(3)]) for _ in range(2)]
     assert all(len(set(one)) == 9 for one in passes)
     assert (passes[0] != passes[1]).any()
@@ -338,10 +337,10 @@ def test_a_trial_that_diverges_counts_as_0(monkeypatch, capsys):
     def sometimes(*arguments, options, **rest):
         calls.append(options)
         if len(calls) == 1 or options.get("steps") == 1:
-            raise learned_similarity.Diverged("the loss is not finite")
+            raise training.Diverged("the loss is not finite")
         return fit(*arguments, options=options, **rest)
 
-    monkeypatch.setattr(learned_similarity, "fit", sometimes)
+    monkeypatch.setattr(training, "fit", sometimes)
     found = search("cca", *data, data, trials=2)
     assert found.trials[0]["mrr"] == 0 < found.trials[1]["mrr"]
     with pytest.raises(UserError, match="cca was not finite in any trial"):

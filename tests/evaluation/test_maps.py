@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import maps
-from rcml_jax.evaluation.learned_similarity import fit
+from rcml_jax.evaluation.learned_similarity import maps
+from rcml_jax.evaluation.learned_similarity.training import fit
 from tests import reference
 
 needs_ott = pytest.mark.skipif(not importlib.util.find_spec("ott"), reason="ott-jax is missing")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rcml_jax.cli import commands
-from rcml_jax.methods import frozen_embeddings
 from rcml_jax.models.frozen import load_towers
+from rcml_jax.tasks import frozen_embeddings
 from tests.data.imagetext import jpeg
 from tests.data.sources.test_captions import write_flickr
 from tests.models import towers

@@ -12,10 +12,10 @@ from tokenizers import models, pre_tokenizers
 from rcml_jax.export.card import METHODS
 from rcml_jax.methods import RELATIONAL, build
 from rcml_jax.training.checkpoint import read_params
-from tests.methods.test_relational_towers import WORDS, save_tokenizer
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.models.test_checkpoints import tiny_siglip
 from tests.models.test_classification_encoders import tiny
+from tests.tasks.test_towers import WORDS, save_tokenizer
 from tests.toy import read_metrics, tiny_config
 from tests.training.test_loop import assert_same_end, at, train
 

@@ -7,7 +7,7 @@ import pytest
 from rcml_jax.cli.commands import load_config_file
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.methods.task import RelationTask, load_graph
+from rcml_jax.tasks.relations import RelationTask, load_graph
 from tests.data.hm_copy import GROUPS, write_copy
 from tests.toy import CONFIG, TINY
 

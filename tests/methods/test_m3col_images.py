@@ -14,8 +14,8 @@ from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import check_summary, news_config
-from tests.methods.test_task import halves
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
+from tests.tasks.test_relations import halves
 from tests.toy import read_metrics
 from tests.training.test_loop import assert_same_end
 
@@ -141,8 +141,8 @@ def test_the_plateau_is_observed_once_a_validation(news, tmp_path):
 
 def test_pretrained_encoders_are_taken(news, tmp_path):
     from rcml_jax.data.tokenizer import train_tokenizer
-    from rcml_jax.models.bert import small_bert_config
-    from rcml_jax.models.vit import small_vit_config
+    from rcml_jax.models.towers.bert import small_bert_config
+    from rcml_jax.models.towers.vit import small_vit_config
 
     texts = [f"headline train{n}" for n in range(6)]
     tokenizer = train_tokenizer(texts, 300)

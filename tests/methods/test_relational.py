@@ -16,7 +16,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.evaluation import controls
 from rcml_jax.methods import build
 from rcml_jax.methods.tower_tables import SENTENCE_WEIGHTS
-from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.towers.clip import small_clip_config
 from rcml_jax.schema import validate
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, ResNetConfig, SiglipConfig
 
 from rcml_jax.models.backbones import build_backbone, example_input
 from rcml_jax.models.checkpoints import to_torch
-from rcml_jax.models.resnet import ResNet
+from rcml_jax.models.towers.resnet import ResNet
 from rcml_jax.models.two_towers import TwoTowers
 
 #: "flax_safetensors" is what Hugging Face's Flax classes wrote with safe_serialization=True.

@@ -24,9 +24,9 @@ from transformers import (
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import encoder_config, load_encoder
-from rcml_jax.models.bert import Bert, max_text_length, small_bert_config
 from rcml_jax.models.checkpoints import pretrained_directory
-from rcml_jax.models.vit import ViT, small_vit_config
+from rcml_jax.models.towers.bert import Bert, max_text_length, small_bert_config
+from rcml_jax.models.towers.vit import ViT, small_vit_config
 from tests.models.checkpoints_on_disk import LAYOUTS, make_model, save_checkpoint
 from tests.models.hugging_face import flax_model, needs_flax_classes
 

@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image, ImageDraw, ImageFont
 
 from rcml_jax.errors import UserError
-from rcml_jax.models import efficientnet
-from rcml_jax.models.efficientnet import EfficientNetLite0, MBConv, Stage
+from rcml_jax.models.towers import efficientnet
+from rcml_jax.models.towers.efficientnet import EfficientNetLite0, MBConv, Stage
 from tests import reference
 from tests.toy import ROOT
 
@@ -346,7 +346,7 @@ def test_another_form_is_refused_in_a_sentence(data, reason):
 
 def test_neither_torch_nor_the_package_is_loaded():
     code = (
-        "import sys; from rcml_jax.models import efficientnet\n"
+        "import sys; from rcml_jax.models.towers import efficientnet\n"
         "try: efficientnet.load_efficientnet_lite0()\n"
         "except efficientnet.UserError: pass\n"
         "print({'torch', 'transformers', efficientnet._PACKAGE} & set(sys.modules))"

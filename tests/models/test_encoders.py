@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD, small_clip_config
+from rcml_jax.models.towers.clip import IMAGE_MEAN, IMAGE_STD, small_clip_config
 from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 from tests.models.checkpoints_on_disk import LAYOUTS, make_model, save_checkpoint
 from tests.models.hugging_face import flax_model, needs_flax_classes

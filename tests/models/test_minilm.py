@@ -12,7 +12,7 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models import checkpoints
 from rcml_jax.models.backbones import load_encoder
-from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.towers.clip import small_clip_config
 from rcml_jax.models.two_towers import PairConfig, TwoTowers
 from tests.toy import ROOT
 

@@ -13,9 +13,6 @@ from PIL import Image
 from rcml_jax.data.images import to_array
 from rcml_jax.data.tokenizer import Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.methods.relational_towers import inputs, towers_config
-from rcml_jax.models.bert import Bert, small_bert_config
-from rcml_jax.models.clip import small_clip_config
 from rcml_jax.models.frozen import load_towers
 from rcml_jax.models.preprocessing import (
     CLIP_STATISTICS,
@@ -25,6 +22,9 @@ from rcml_jax.models.preprocessing import (
     normalize,
     read_pooling,
 )
+from rcml_jax.models.towers.bert import Bert, small_bert_config
+from rcml_jax.models.towers.clip import small_clip_config
+from rcml_jax.tasks.towers import inputs, towers_config
 from rcml_jax.training.loop import _completed
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.models.towers import WORDS, save_bert, save_clip

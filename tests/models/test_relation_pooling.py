@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.models.relation_pooling import RelationPooling
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.transformer import TokenStates
 from tests import reference
 
 N, T, R, D = 5, 7, 3, 8

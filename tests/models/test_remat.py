@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import RobertaConfig
 
 from rcml_jax.methods import build as build_method
-from rcml_jax.models.bert import Bert, small_bert_config
-from rcml_jax.models.clip import small_clip_config
+from rcml_jax.models.towers.bert import Bert, small_bert_config
+from rcml_jax.models.towers.clip import small_clip_config
+from rcml_jax.models.towers.vit import ViT, small_vit_config
 from rcml_jax.models.two_towers import PairConfig, TwoTowers, build_towers
-from rcml_jax.models.vit import ViT, small_vit_config
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import news_config
 from tests.toy import tiny_config

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import ResNetConfig
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.resnet import IMAGE_MEAN, IMAGE_STD, ResNet, load_resnet
+from rcml_jax.models.towers.resnet import IMAGE_MEAN, IMAGE_STD, ResNet, load_resnet
 from tests import reference
 
 SIZES = {"embedding_size": 8, "hidden_sizes": [8, 16, 24], "depths": [1, 2, 1]}

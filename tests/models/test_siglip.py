@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.rcml import RCML
-from rcml_jax.models.siglip import PoolingHead
+from rcml_jax.models.towers.siglip import PoolingHead
 from rcml_jax.models.two_towers import TwoTowers, joint_width, set_special_tokens, takes_packed
 from tests import reference
 from tests.models.checkpoints_on_disk import make_model

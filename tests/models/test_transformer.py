@@ -11,8 +11,8 @@ import pytest
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
-from rcml_jax.models.clip import LAYER_NAMES
-from rcml_jax.models.transformer import (
+from rcml_jax.models.towers.clip import LAYER_NAMES
+from rcml_jax.models.towers.transformer import (
     Encoder,
     Layer,
     LayerConfig,

@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from rcml_jax.models.backbones import load_encoder
 from rcml_jax.models.checkpoints import to_torch
-from rcml_jax.models.vit import ViT, small_vit_config
+from rcml_jax.models.towers.vit import ViT, small_vit_config
 
 NEW = {
     "encoder.layer.0.attention.attention.query.weight": "layers.0.attention.q_proj.weight",

@@ -5,9 +5,9 @@ import json
 from transformers import ResNetConfig
 
 from rcml_jax.data.tokenizer import train_tokenizer
-from rcml_jax.models.bert import small_bert_config
-from rcml_jax.models.clip import small_clip_config
-from rcml_jax.models.vit import small_vit_config
+from rcml_jax.models.towers.bert import small_bert_config
+from rcml_jax.models.towers.clip import small_clip_config
+from rcml_jax.models.towers.vit import small_vit_config
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.models.test_classification_encoders import bert_tokenizer
 

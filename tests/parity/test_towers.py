@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.models import clip, siglip
+from rcml_jax.models.towers import clip, siglip
 from rcml_jax.models.two_towers import TwoTowers, load_pretrained
 from tests.parity.torch_towers import (
     BERT,

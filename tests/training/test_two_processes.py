@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.methods import build as build_method
-from rcml_jax.methods import task
+from rcml_jax.tasks import relations as task
 from rcml_jax.training import loop, sharding
 from rcml_jax.training.checkpoint import Checkpoints, read_params
 from tests.toy import ROOT, read_metrics, tiny_config

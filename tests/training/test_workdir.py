@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from rcml_jax.data.gates import read_json
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.measures import values_at
+from rcml_jax.parsing import read_json
 from rcml_jax.training.workdir import load_config, prepare, write_json
 from tests.methods.m3col_data import news_config
 from tests.toy import tiny_config

@@ -22,7 +22,8 @@ import optax
 
 from rcml_jax.data.images import ImageBank
 from rcml_jax.errors import UserError
-from rcml_jax.methods import build, task
+from rcml_jax.methods import build
+from rcml_jax.tasks import relations
 from rcml_jax.training import loop, sharding
 from rcml_jax.training import workdir as workdirs
 from rcml_jax.training.checkpoint import Checkpoints, read_params
@@ -130,7 +131,7 @@ def train_alone(config, workdir):
 
 def shares(directory, catalogue, run):
     """Train, then evaluate the run of one process; write what was read."""
-    task.ImageBank = Counting
+    relations.ImageBank = Counting
     config = tiny_config(catalogue, **SHARES)
     train_alone(config, pathlib.Path(directory) / "shares")
     Counting.read[True].clear()

@@ -29,9 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rcml_jax.data import images, prepared
-from rcml_jax.data.gates import read_file, user_path
 from rcml_jax.data.images import EncodedImages
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.sources.amazon_records import CATEGORIES, read_items, read_purchases
 from rcml_jax.data.sources.copurchases import (
@@ -43,6 +41,8 @@ from rcml_jax.data.sources.copurchases import (
 )
 from rcml_jax.data.stages import Arrays, Stages, digest, file_state, pack, unpack
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted, log_line
+from rcml_jax.parsing import read_file, user_path
 
 # Images of Amazon's products: local files first, the others fetched.
 

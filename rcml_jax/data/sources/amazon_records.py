@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from rcml_jax.data.gates import NO_TEXT, TextGate, read_json, replaced
 from rcml_jax.data.sources.copurchases import CORE, distinct_purchases, k_core
 from rcml_jax.data.stages import Arrays, pack
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import NO_TEXT, TextGate, read_json, replaced
 
 # A longer line is no record: without a limit, a foreign file could fill the memory.
 LONGEST_LINE = 16 * 2**20

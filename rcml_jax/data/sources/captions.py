@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.gates import TextGate, read_json, text_lines
 from rcml_jax.data.imagetext import ImageFiles, image_problems, reading, require_files
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS, ItemImages
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted, log_line
+from rcml_jax.parsing import TextGate, read_json, text_lines
 
 _FLICKR_SPLITS = {"train": 0, "restval": 0, "val": 1, "test": 2}
 _FLICKR_FILES = ("dataset_flickr30k.json", "results_20130124.token")

@@ -7,9 +7,9 @@ import zipfile
 
 import numpy as np
 
-from rcml_jax.data.gates import user_path
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted
+from rcml_jax.parsing import user_path
 
 _KEYS = ("image", "text", "image_of_text")
 

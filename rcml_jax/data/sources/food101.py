@@ -23,9 +23,9 @@ import numpy as np
 
 from rcml_jax.data import imagetext
 from rcml_jax.data.classification import ClassificationData
-from rcml_jax.data.gates import CsvRows, TextGate
 from rcml_jax.data.relation_graph import split_index
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import CsvRows, TextGate
 
 NAME = "food101"
 _FILES = {"train": "train.csv", "test": "test.csv"}

@@ -12,10 +12,10 @@ import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.images import ChosenImages
-from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import hm
 from rcml_jax.errors import UserError
+from rcml_jax.log import log_line
 
 _WORD = re.compile(r"[^\W\d_]+")
 _NO_CLASS_WORDS = {"and", "of", "the", "or", "with"}

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data import images, prepared
-from rcml_jax.data.gates import CsvRows, TextGate, text_lines, user_path
 from rcml_jax.data.relation_graph import SPLITS, RelationGraph, normalize_pairs
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import CsvRows, TextGate, text_lines, user_path
 
 # What links grocery products, in sentences, and pairs of their photographs drawn from it.
 

@@ -31,8 +31,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rcml_jax.data import images, prepared
-from rcml_jax.data.gates import NO_TEXT, CsvRows, read_file, user_path
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph, normalize_pairs, pairs_within
 from rcml_jax.data.sources.copurchases import (
     copurchase_pairs,
@@ -43,6 +41,8 @@ from rcml_jax.data.sources.copurchases import (
 )
 from rcml_jax.data.stages import digest, file_state
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted, log_line
+from rcml_jax.parsing import NO_TEXT, CsvRows, read_file, user_path
 
 # The files of H&M Personalized Fashion Recommendations, read as they are published.
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from rcml_jax.data import N24NEWS_TEXTS, imagetext
 from rcml_jax.data.classification import ClassificationData
-from rcml_jax.data.gates import TextGate, read_json
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import TextGate, read_json
 
 NAME = "n24news"
 _FILES = tuple(f"news/nytimes_{part}.json" for part in ("train", "dev", "test"))  # as SPLITS

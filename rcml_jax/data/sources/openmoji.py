@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from rcml_jax.data import prepared
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.gates import text_lines
 from rcml_jax.data.images import EncodedImages, open_rgb
 from rcml_jax.data.relation_graph import RelationGraph, split_graph
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import text_lines
 
 # In which respects two emoji may be alike: sentences without a value, and who shares what.
 

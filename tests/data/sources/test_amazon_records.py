@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 
-from rcml_jax.data.gates import TextGate
 from rcml_jax.data.sources import amazon_records
 from rcml_jax.data.sources.amazon_records import (
     categories_of,
@@ -18,6 +17,7 @@ from rcml_jax.data.sources.amazon_records import (
     records,
 )
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import TextGate
 
 REVIEW = {"user_id": "U1", "parent_asin": "B1", "asin": "B1-red", "rating": 4.0}
 HIGH, LARGE = "https://host/high.jpg", "https://host/large.jpg"

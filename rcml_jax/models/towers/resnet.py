@@ -14,7 +14,7 @@ from transformers import ResNetConfig
 from rcml_jax.errors import UserError
 from rcml_jax.models.checkpoints import read_config, read_params, torch_names
 from rcml_jax.models.preprocessing import IMAGENET_STATISTICS, image_statistics, normalize
-from rcml_jax.models.transformer import activation
+from rcml_jax.models.towers.transformer import activation
 
 IMAGE_MEAN, IMAGE_STD = IMAGENET_STATISTICS
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data import queries
-from rcml_jax.data.gates import user_path
 from rcml_jax.data.images import (
     CACHE_BYTES,
     Framing,
@@ -19,13 +18,14 @@ from rcml_jax.data.images import (
     StoredPixels,
     augment,
 )
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph, split_index
 from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
 from rcml_jax.data.sources import SOURCES
 from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted, log_line
 from rcml_jax.methods.base import Rows
+from rcml_jax.parsing import user_path
 from rcml_jax.registry import call, resolve
 
 #: Largest number of relations for which relation type is also measured among all of them.
@@ -95,7 +95,7 @@ class RelationTask:
         graph = load_graph(data, workdir)
         splits = make_splits(graph, data)
         # Imported here: who wants the data alone has no need of Hugging Face's classes.
-        from rcml_jax.methods.relational_towers import inputs
+        from rcml_jax.tasks.towers import inputs
 
         taken = inputs(model)
         new = not (pathlib.Path(workdir) / "tokenizer.json").is_file()

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import ViTConfig
 
-from rcml_jax.models.clip import check_image, check_sizes, transformer_sizes
 from rcml_jax.models.preprocessing import image_statistics, normalize
-from rcml_jax.models.transformer import Encoder, LayerConfig, LayerNames, TokenStates
+from rcml_jax.models.towers.clip import check_image, check_sizes, transformer_sizes
+from rcml_jax.models.towers.transformer import Encoder, LayerConfig, LayerNames, TokenStates
 
 _LAYER_NAMES = LayerNames(
     query=("attention", "attention", "query"),

@@ -19,7 +19,7 @@ attention: both vectors become `tokens` tokens of `width`; each token u of the t
 procrustes: the cosine after the best rotation of images onto texts. cca: the cosine of canonical
     variates, each times its correlation. kernel_cca: the same of Gaussian-kernel features.
     relative: the cosine of the similarities with the training pairs. optimal_transport: as
-    procrustes, after a matching that uses no pair (`evaluation.maps` has all of these).
+    procrustes, after a matching that uses no pair (`maps` beside this module has all of these).
 All other networks are trained with the CLIP loss over the batch; all texts of an image are its
 positives. The closed forms are not trained.
 """
@@ -37,8 +37,9 @@ import numpy as np
 import optax
 
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import CLOSED, MLPS, learners, maps
-from rcml_jax.evaluation.learners import EMBEDDING, Options, read_options
+from rcml_jax.evaluation import CLOSED, MLPS
+from rcml_jax.evaluation.learned_similarity import maps, networks
+from rcml_jax.evaluation.learned_similarity.networks import EMBEDDING, Options, read_options
 from rcml_jax.evaluation.modality_gap import check_pairs
 from rcml_jax.ops.ranking import retrieval_metrics
 
@@ -155,7 +156,7 @@ class Learned:
         image with all texts.
         """
         self._check(image=x, text=y)
-        return learners.score(self.name, self.params, self.prepare, x, y)
+        return networks.score(self.name, self.params, self.prepare, x, y)
 
     @property
     def embeds(self) -> bool:
@@ -174,7 +175,7 @@ class Learned:
         if not self.embeds:
             raise UserError(f"{self.name} scores pairs and has no embedding; use its score")
         self._check(**{modality: x})
-        return learners.embedding(self.name, modality, self.params, self.prepare, x)
+        return networks.embedding(self.name, modality, self.params, self.prepare, x)
 
     def _check(self, **arrays: Any) -> None:
         for modality, x in arrays.items():
@@ -243,7 +244,7 @@ def _descend(name, options, prepare, image, text, rows, validation, seed):
     """Minibatch descent with early stopping: the best parameters, the history, its best entry."""
     rng = np.random.default_rng(seed)
     start, noise = jax.random.split(jax.random.key(seed))
-    params = learners.initial(name, start, image.shape[1], text.shape[1], options)
+    params = networks.initial(name, start, image.shape[1], text.shape[1], options)
     state = _optimizer(options.learning_rate, options.weight_decay).init(params)
     size = min(options.batch_size, len(rows))
     batches = _endless_batches(rng, len(rows), size)
@@ -297,7 +298,7 @@ def _train(name, dropout, negatives, rates, carry, arrays, inputs):
         x, y = image[rows[chosen]], text[chosen]
         same = rows[chosen][:, None] == rows[chosen]
         loss, grad = jax.value_and_grad(
-            lambda p: learners.loss(
+            lambda p: networks.loss(
                 name, p, prepare, x, y, same, key, dropout=dropout, negatives=negatives
             )
         )(params)
@@ -322,7 +323,7 @@ def _endless_batches(rng, count, size):
 
 def _validate(name, params, prepare, image, text, rows):
     """{"mrr", "recall@1"} of validation rows, averaged over both directions."""
-    scores = np.asarray(learners.score(name, params, prepare, image, text))
+    scores = np.asarray(networks.score(name, params, prepare, image, text))
     relevant = np.arange(len(image))[:, None] == rows
     both = [
         retrieval_metrics(_ranks(s, r), ks=(1,), where=jnp.asarray(r.any(axis=1)))

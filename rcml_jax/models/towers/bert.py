@@ -8,8 +8,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import BertConfig, RobertaConfig
 
-from rcml_jax.models.clip import check_length, check_sizes, transformer_sizes
-from rcml_jax.models.transformer import Encoder, LayerConfig, LayerNames, TokenStates, with_pooled
+from rcml_jax.models.towers.clip import check_length, check_sizes, transformer_sizes
+from rcml_jax.models.towers.transformer import (
+    Encoder,
+    LayerConfig,
+    LayerNames,
+    TokenStates,
+    with_pooled,
+)
 
 _LAYER_NAMES = LayerNames(
     query=("attention", "self", "query"),

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from rcml_jax.data import log
-from rcml_jax.data.log import Progress, counted
+from rcml_jax import log
+from rcml_jax.log import Progress, counted
 
 
 class Clock:

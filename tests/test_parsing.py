@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from rcml_jax.data import gates
+from rcml_jax import parsing
 from rcml_jax.errors import UserError
-from rcml_jax.methods.task import cache_directory
+from rcml_jax.tasks.relations import cache_directory
 from tests.toy import ROOT
 
 
@@ -36,7 +36,7 @@ def test_each_kind_of_input_has_one_gate():
 
 @pytest.mark.parametrize("bad", ["\ud83d", "\0"])
 def test_no_unicode_text_is_replaced_and_counted_or_refused(bad):
-    gate, lines = gates.TextGate(), []
+    gate, lines = parsing.TextGate(), []
     assert gate("café \N{TEACUP WITHOUT HANDLE}", "f, line 1") == "café \N{TEACUP WITHOUT HANDLE}"
     gate.report(lines.append)
     assert lines == []
@@ -47,33 +47,33 @@ def test_no_unicode_text_is_replaced_and_counted_or_refused(bad):
     assert lines[0].startswith("2 texts held a NUL")
     assert lines[0].endswith("the first is in f, line 2.")
     with pytest.raises(UserError, match=r"^f, line 2: 'red.*leave `strict` off"):
-        gates.TextGate(strict=True)(f"red{bad}cup", "f, line 2")
+        parsing.TextGate(strict=True)(f"red{bad}cup", "f, line 2")
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        gates.argument_text(f"caf{bad}")
+        parsing.argument_text(f"caf{bad}")
 
 
 def test_lines_end_at_newlines_only():
     odd = "a\u2028b\x85c\x0cd\x0be\x1cf\rg"
-    assert gates.text_lines(f"{odd}\r\n\nlast") == [odd, "", "last"]
-    assert gates.text_lines("a\n") == ["a"]
-    assert gates.text_lines("") == []
+    assert parsing.text_lines(f"{odd}\r\n\nlast") == [odd, "", "last"]
+    assert parsing.text_lines("a\n") == ["a"]
+    assert parsing.text_lines("") == []
 
 
 @pytest.mark.parametrize("text", ["NaN", "[-Infinity]", '{"a": Infinity}', "1e999", "[" * 10**5])
 def test_json_has_no_nan_and_no_end(text):
     with pytest.raises(ValueError, match=r"no JSON number|too large|too deeply"):
-        gates.read_json(text)
+        parsing.read_json(text)
 
 
 def test_json_of_text_and_bytes():
     for text in ('{"a": 1.5e3, "b": "é"}', '{"a": 1.5e3, "b": "é"}'.encode()):
-        assert gates.read_json(text) == {"a": 1500.0, "b": "é"}
+        assert parsing.read_json(text) == {"a": 1500.0, "b": "é"}
 
 
 def test_csv_values_may_be_long_and_errors_do_not_end_the_file():
     before = csv.field_size_limit()
     text = 'a,b\n\n"x\ny",' + "z" * 200_000 + '\n"a"b,c\nq,r\n'
-    rows, found = gates.CsvRows(io.StringIO(text)), []
+    rows, found = parsing.CsvRows(io.StringIO(text)), []
     while True:
         try:
             found.append(next(rows))
@@ -87,12 +87,12 @@ def test_csv_values_may_be_long_and_errors_do_not_end_the_file():
 
 def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert gates.user_path("~/x") == tmp_path / "x"
-    assert gates.user_path(pathlib.Path("~/x")) == tmp_path / "x"
-    assert gates.checkpoint_name("~/clip") == str(tmp_path / "clip")
+    assert parsing.user_path("~/x") == tmp_path / "x"
+    assert parsing.user_path(pathlib.Path("~/x")) == tmp_path / "x"
+    assert parsing.checkpoint_name("~/clip") == str(tmp_path / "clip")
     for plain in ("runs/é", "./~", "C:/x", "a:b"):
-        assert gates.user_path(plain) == pathlib.Path(plain)
-    assert [gates.checkpoint_name(x) for x in ("", "openai/clip")] == ["", "openai/clip"]
+        assert parsing.user_path(plain) == pathlib.Path(plain)
+    assert [parsing.checkpoint_name(x) for x in ("", "openai/clip")] == ["", "openai/clip"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
 )
 def test_what_is_no_local_path_is_refused(path, reason):
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        gates.user_path(path)
+        parsing.user_path(path)
     str(caught.value).encode("ascii")
 
 
@@ -121,7 +121,7 @@ def test_names_that_the_locale_cannot_encode_are_refused(monkeypatch):
 
     monkeypatch.setattr(os, "fsencode", ascii_only)
     with pytest.raises(UserError, match="set PYTHONUTF8=1"):
-        gates.user_path("runs/é")
+        parsing.user_path("runs/é")
 
 
 def test_without_a_home_directory_the_cache_is_beside_the_run(monkeypatch, tmp_path, capsys):
@@ -135,10 +135,10 @@ def test_without_a_home_directory_the_cache_is_beside_the_run(monkeypatch, tmp_p
 
 def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
-    assert gates.read_file(tmp_path / "file") == b"content"
+    assert parsing.read_file(tmp_path / "file") == b"content"
     with pytest.raises(OSError, match="more than 6 bytes"):
-        gates.read_file(tmp_path / "file", 6)
+        parsing.read_file(tmp_path / "file", 6)
     os.mkfifo(tmp_path / "pipe")
     for other in (tmp_path / "pipe", tmp_path, tmp_path / "nowhere", "/dev/zero"):
         with pytest.raises(OSError, match=str(other)):
-            gates.read_file(other)
+            parsing.read_file(other)

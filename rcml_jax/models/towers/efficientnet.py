@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rcml_jax.errors import UserError
-from rcml_jax.models.transformer import TokenStates, with_pooled
+from rcml_jax.models.towers.transformer import TokenStates, with_pooled
 
 #: Name of the checkpoint in a configuration; a directory of that name is "./efficientnet-lite0".
 NAME = "efficientnet-lite0"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import CLOSED, LEARNERS, MLPS, TWO_TOWERS
-from rcml_jax.evaluation.maps import gaussian_kernel, prepared, relative
+from rcml_jax.evaluation.learned_similarity.maps import gaussian_kernel, prepared, relative
 from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.softmax import softmax_contrastive
 from rcml_jax.ops.similarity import l2_normalize

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import SiglipTextConfig, SiglipVisionConfig
 
-from rcml_jax.models.clip import (
+from rcml_jax.models.preprocessing import HALF_STATISTICS, image_statistics, normalize
+from rcml_jax.models.towers.clip import (
     PatchEmbeddings,
     TextEmbeddings,
     check_image,
     check_length,
     clip_layers,
 )
-from rcml_jax.models.preprocessing import HALF_STATISTICS, image_statistics, normalize
-from rcml_jax.models.transformer import Encoder, TokenStates, activation, with_pooled
+from rcml_jax.models.towers.transformer import Encoder, TokenStates, activation, with_pooled
 
 IMAGE_MEAN, IMAGE_STD = HALF_STATISTICS
 

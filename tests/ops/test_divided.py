@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.methods.divided import divided
+from rcml_jax.ops.divided import divided
 
 ITEMS = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
 WEIGHTS = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rcml_jax.data.gates import checkpoint_name
 from rcml_jax.data.images import ImageBank, image_states
-from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import ItemImages
 from rcml_jax.data.stages import file_state, stored_rows
 from rcml_jax.data.tokenizer import Tokenizer
-from rcml_jax.methods.stored_states import in_chunks
+from rcml_jax.log import log_line
 from rcml_jax.models.frozen import load_towers
+from rcml_jax.parsing import checkpoint_name
+from rcml_jax.tasks.stored_states import in_chunks
 
 
 def tower_embeddings(

@@ -9,11 +9,12 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
 from rcml_jax.errors import UserError
-from rcml_jax.methods import build, stored_states
-from rcml_jax.methods.relational_towers import load_checkpoints
-from rcml_jax.methods.task import RelationTask
+from rcml_jax.methods import build
 from rcml_jax.schema import validate
-from tests.methods.test_relational_towers import WORDS, checkpoints  # noqa: F401
+from rcml_jax.tasks import stored_states
+from rcml_jax.tasks.relations import RelationTask
+from rcml_jax.tasks.towers import load_checkpoints
+from tests.tasks.test_towers import WORDS, checkpoints  # noqa: F401
 from tests.toy import tiny_config
 
 CLOSE = {"rtol": 5e-3, "atol": 5e-3}  # float16 has 11 bits

@@ -13,7 +13,7 @@ from rcml_jax.data.sampling import batch_iterator
 from rcml_jax.data.tokenizer import train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.methods.task import (
+from rcml_jax.tasks.relations import (
     RelationTask,
     load_graph,
     tell_cut_texts,

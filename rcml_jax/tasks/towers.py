@@ -8,11 +8,11 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
 from rcml_jax.models.backbones import TowerSizes, encoder_config, load_encoder
-from rcml_jax.models.bert import max_text_length
 from rcml_jax.models.checkpoints import resolve
-from rcml_jax.models.clip import end_token, small_clip_config
-from rcml_jax.models.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.preprocessing import check_tokenizer, preprocessing_of, set_statistics
+from rcml_jax.models.towers.bert import max_text_length
+from rcml_jax.models.towers.clip import end_token, small_clip_config
+from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
 from rcml_jax.models.two_towers import (
     PairConfig,
     TowersConfig,

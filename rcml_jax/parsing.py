@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rcml_jax.data.log import counted
 from rcml_jax.errors import UserError
+from rcml_jax.log import counted
 
 # Texts
 

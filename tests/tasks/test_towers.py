@@ -11,16 +11,16 @@ from rcml_jax.data.images import Framing
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
-from rcml_jax.methods.relational_towers import (
+from rcml_jax.models.backbones import load_encoder
+from rcml_jax.models.towers.clip import small_clip_config
+from rcml_jax.models.two_towers import PairConfig, load_pretrained
+from rcml_jax.tasks.towers import (
     Inputs,
     frozen_parts,
     inputs,
     load_checkpoints,
     towers_config,
 )
-from rcml_jax.models.backbones import load_encoder
-from rcml_jax.models.clip import small_clip_config
-from rcml_jax.models.two_towers import PairConfig, load_pretrained
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
-from rcml_jax.models.clip import CLIPText, CLIPVision
 from rcml_jax.models.preprocessing import image_statistics, normalize
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.models.towers.clip import CLIPText, CLIPVision
+from rcml_jax.models.towers.transformer import TokenStates
 
 
 def hugging_face_classes() -> Any:

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from rcml_jax.data.images import Framing, ImageBank
-from rcml_jax.data.log import log_line
 from rcml_jax.data.stages import mapped_rows
 from rcml_jax.errors import UserError
-from rcml_jax.models.transformer import TokenStates
+from rcml_jax.log import log_line
+from rcml_jax.models.towers.transformer import TokenStates
 
 _CHUNK = 64
 #: Item numbers (n,) → what a tower takes of them, one row each.

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.preprocessing import CLIP_STATISTICS, image_statistics, normalize
-from rcml_jax.models.transformer import (
+from rcml_jax.models.towers.transformer import (
     Encoder,
     LayerConfig,
     LayerNames,

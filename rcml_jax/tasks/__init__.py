@@ -1,0 +1,1 @@
+"""Data made ready for a method: splits, tokenizers, images, towers and their stored states."""
