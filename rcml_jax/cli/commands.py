@@ -4,12 +4,13 @@ Status 0 means done, or stopped by a signal with everything saved; 2 a mistake t
 sentence tells how to mend.
 """
 
+import difflib
 import inspect
 import logging as python_logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -244,11 +245,14 @@ def _check_split(split: str) -> None:
 
 def _list(config: ml_collections.ConfigDict, directory: str, rest: Sequence[str]) -> int:
     values = parse_flags(rest, config)
+    from rcml_jax.methods import family_of
     from rcml_jax.schema import validate
     from rcml_jax.search.items import write_listing
     from rcml_jax.tasks.relations import load_graph
 
     validate(values.config)
+    if family_of(values.config.method) != "relational":
+        raise UserError("--list writes the items of a relation graph; give --config rcml:SOURCE")
     graph = load_graph(values.config.data)
     write_listing(graph, directory)
     items, relations = len(graph), len(graph.relations)
@@ -303,6 +307,39 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
+def _check_name(config: ml_collections.ConfigDict, name: str) -> None:
+    """Raises UserError for a name below `config.` that the configuration has not."""
+    parts = name.partition("[")[0].split(".")  # config.a[0] is the first value of a tuple
+    section: Any = config
+    for depth, part in enumerate(parts[1:], 1):
+        path = ".".join(parts[:depth])
+        if not isinstance(section, ml_collections.ConfigDict):
+            raise UserError(f"wrong option: {path} is a value and has no part {part!r}")
+        if part not in section:
+            near = {key: f"{path}.{key}" for key in section}
+            meant = _meant(part, {**_names(config), **near})
+            raise UserError(f"wrong option: {path} has no {part!r}{meant}")
+        section = section[part]
+    if isinstance(section, ml_collections.ConfigDict):
+        raise UserError(f"wrong option: {name} has parts; set one, such as --{name}.{min(section)}")
+
+
+def _names(section: ml_collections.ConfigDict, path: str = "config") -> dict[str, str]:
+    """The last part of each option's name → the whole name."""
+    found = {}
+    for key, value in section.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            found.update(_names(value, f"{path}.{key}"))
+        found[key] = f"{path}.{key}"
+    return found
+
+
+def _meant(name: str, known: Mapping[str, str]) -> str:
+    """A hint at the option that is nearest by its last part; known: last part → name."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {known[close[0]]}?" if close else "; --help lists all options"
+
+
 def parse_flags(
     args: Sequence[str], config: ml_collections.ConfigDict, **options: str
 ) -> flags.FlagValues:
@@ -311,7 +348,12 @@ def parse_flags(
     Raises UserError for a mistyped option or a value of the wrong type.
     """
     for argument in args:
-        argument_text(argument.partition("=")[0])
+        name = argument_text(argument.partition("=")[0]).lstrip("-")
+        if name.startswith("config."):
+            _check_name(config, name)
+        elif argument.startswith("--") and name not in options and "config." not in name:
+            near = {option: f"--{option}" for option in options}
+            raise UserError(f"wrong option: --{name} is unknown{_meant(name, near)}")
     values = flags.FlagValues()
     for name, default in options.items():
         flags.DEFINE_string(name, default, name, flag_values=values)

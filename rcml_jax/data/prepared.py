@@ -28,7 +28,7 @@ from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
-from rcml_jax.log import log_line
+from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import user_path
 
 _SPLIT = "items"
@@ -263,10 +263,9 @@ def load_or_prepare(
             start = time.perf_counter()
             graph = build()
             folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
-            log(
-                f"Prepared {name}: {len(graph):,} items, {len(graph.relations):,} relations, "
-                f"{len(graph.pairs):,} pairs in {time.perf_counter() - start:.1f} s ({folder})."
-            )
+            counts = {"items": graph, "relations": graph.relations, "pairs": graph.pairs}
+            said = ", ".join(counted(len(of), what) for what, of in counts.items())
+            log(f"Prepared {name}: {said} in {time.perf_counter() - start:.1f} s ({folder}).")
     return load(data_dir, name, fingerprint=fingerprint)
 
 

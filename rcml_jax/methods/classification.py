@@ -121,8 +121,9 @@ class ClassificationTask:
                 f"config.data.patch_size={config.data.patch_size} does not divide the images of "
                 f"{size} pixels; choose another"
             )
+        cache = cache_directory(config.data.dir, workdir)
         banks = {
-            m.name: image_reader(config.data, f"{data.name}-{m.name}", m.values, framing)
+            m.name: image_reader(config.data, f"{data.name}-{m.name}", m.values, framing, cache)
             for m in data.modalities
             if m.kind == "image"
         }

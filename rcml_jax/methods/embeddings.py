@@ -19,7 +19,7 @@ from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.methods.control_rows import ITEMS_OF_RELATION, training_items
 from rcml_jax.methods.relational import RelationalMethod, best_of, similarities_of
 from rcml_jax.methods.tower_tables import retrieval_items, weights_on_validation
-from rcml_jax.tasks.relations import RelationTask, load_graph, make_splits
+from rcml_jax.tasks.relations import RelationTask, cache_directory, load_graph, make_splits
 
 _NO_RELATION = (
     "the file has neither `relation` in the space of the items nor `text_under` or `image_under`"
@@ -84,7 +84,6 @@ class EmbeddingsMethod(RelationalMethod):
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "EmbeddingsMethod":
         """Open the data and the file. Raises UserError for no file, or one that has changed."""
-        del workdir
         if "embeddings" not in config:
             raise UserError(
                 "config.method='embeddings' is for vectors of a file: python eval.py --embeddings "
@@ -93,12 +92,14 @@ class EmbeddingsMethod(RelationalMethod):
         path = config.embeddings.path
         if file_digest(path) != config.embeddings.sha256:
             raise UserError(f"{path} has changed since it was evaluated; give a new --workdir")
-        graph = load_graph(config.data)
+        graph = load_graph(config.data, workdir)
         splits = make_splits(graph, config.data)
         found = read_item_embeddings(path, len(graph.relations), len(graph.held_out_sentences()))
         tokenizer: Any = None  # nothing is tokenized or resized
         images: Any = graph.images
-        return cls(config, RelationTask(config, graph, splits, tokenizer, images, 0), found)
+        cache = cache_directory(config.data.dir, workdir)
+        task = RelationTask(config, graph, splits, tokenizer, images, 0, cache)
+        return cls(config, task, found)
 
     # Tables
 

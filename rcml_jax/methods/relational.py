@@ -37,7 +37,7 @@ from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.two_towers import PairConfig, build_towers, load_pretrained
 from rcml_jax.ops.divided import divided
 from rcml_jax.ops.similarity import SIMILARITIES, l2_normalize
-from rcml_jax.tasks.relations import MOST_RELATIONS, RelationTask, cache_directory
+from rcml_jax.tasks.relations import MOST_RELATIONS, RelationTask
 from rcml_jax.tasks.stored_states import (
     StoredStates,
     check_storable,
@@ -155,7 +155,7 @@ class RelationalMethod(Method):
         if not self.stored_modalities:
             return {}
         task, towers = self.task, self.towers_config
-        directory = cache_directory(self.config.data.dir) / "token_states"
+        directory = task.cache / "token_states"
         found = {}
         for modality in self.stored_modalities:
             params = checkpoint_tower(self.config.model, modality)

@@ -51,6 +51,9 @@ def load_source(
     data source, and whatever the source finds wrong.
     """
     option = "config.data.name"
+    cache = cache_directory(data.dir, workdir)
+    if not data.dir and _user_cache() is None:
+        log_line(f"No home directory is known, so data sets are cached in {cache}.")
     return call(
         data.name,
         resolve(data.name, known, option),
@@ -58,7 +61,7 @@ def load_source(
         "a data source takes (config.data, directory of the cache) and returns an "
         f"{kind.__module__}.{kind.__qualname__}",
         data,
-        cache_directory(data.dir, workdir),
+        cache,
         accepts=lambda found: isinstance(found, kind),
     )
 
@@ -87,6 +90,7 @@ class RelationTask:
     tokenizer: Tokenizer
     images: ImageBank | StoredPixels
     max_length: int
+    cache: pathlib.Path
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "RelationTask":
@@ -111,8 +115,9 @@ class RelationTask:
         )
         if new:
             tell_cut_texts(graph.texts, tokenizer, taken.max_length)
-        images = image_reader(data, graph.name, graph.images, taken.framing)
-        return cls(config, graph, splits, tokenizer, images, taken.max_length)
+        cache = cache_directory(data.dir, workdir)
+        images = image_reader(data, graph.name, graph.images, taken.framing, cache)
+        return cls(config, graph, splits, tokenizer, images, taken.max_length, cache)
 
     def sentence(self, relation: int, drawn: int = 0) -> str:
         """The sentence of a relation; −1 is the intra-sample one.
@@ -187,10 +192,13 @@ class RelationTask:
     @functools.cached_property
     def stored_texts(self) -> StoredTexts | None:
         """The token ids of all texts, kept beside the prepared data; None where they cannot be."""
-        directory = cache_directory(self.config.data.dir) / "token_ids"
         try:
             return StoredTexts(
-                directory, self.graph.name, self.tokenizer, self.graph.texts, self.max_length
+                self.cache / "token_ids",
+                self.graph.name,
+                self.tokenizer,
+                self.graph.texts,
+                self.max_length,
             )
         except UserError as error:  # such as a cache that can only be read
             log_line(f"Texts are tokenized in every batch: {error}.")
@@ -296,37 +304,41 @@ def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) 
 
 
 def image_reader(
-    data: Any, name: str, images: ItemImages, framing: Framing
+    data: Any, name: str, images: ItemImages, framing: Framing, cache: pathlib.Path
 ) -> ImageBank | StoredPixels:
-    """What reads images of items as `config.data.pixels` says; name: of the data set."""
+    """What reads images of items as `config.data.pixels` says.
+
+    name: of the data set; cache: the directory of stored pixels.
+    """
     if data.get("pixels", "encoded") == "encoded":
         workers = data.get("workers", 0)
         if not workers:
             return ImageBank(images, framing)
         # Each worker has a copy; threads in it would wait for its one interpreter.
         return ImageBank(images, framing, cache_bytes=CACHE_BYTES // workers, threads=1)
-    return StoredPixels(cache_directory(data.dir) / "pixels", name, images, framing)
+    return StoredPixels(cache / "pixels", name, images, framing)
 
 
 def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> pathlib.Path:
     """Where data sets are cached: the directory given, or the user's own.
 
     That is `$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`. Where no home directory is known, it
-    is `rcml_jax_cache` next to the work directory `beside`, or in the current directory, and a line
-    on standard error says so.
+    is `rcml_jax_cache` next to the work directory `beside`, or in the current directory.
     """
     if given:
         return user_path(given)
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not cache:
-        home = os.path.expanduser("~")
-        if home == "~":  # a user id that the system does not know
-            place = pathlib.Path.cwd() if beside is None else pathlib.Path(beside).absolute().parent
-            folder = place / "rcml_jax_cache"
-            log_line(f"No home directory is known, so data sets are cached in {folder}.")
-            return folder
-        cache = os.path.join(home, ".cache")
-    return user_path(cache) / "rcml_jax"
+    cache = _user_cache()
+    if cache is not None:
+        return user_path(cache) / "rcml_jax"
+    place = pathlib.Path.cwd() if beside is None else pathlib.Path(beside).absolute().parent
+    return place / "rcml_jax_cache"
+
+
+def _user_cache() -> str | None:
+    """The user's own folder for caches; None for a user id that the system does not know."""
+    home = os.path.expanduser("~")
+    known = None if home == "~" else os.path.join(home, ".cache")
+    return os.environ.get("XDG_CACHE_HOME", "") or known
 
 
 def work_tokenizer(

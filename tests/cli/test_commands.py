@@ -156,7 +156,12 @@ def test_a_signal_in_mid_run_saves_and_the_next_start_resumes(catalogue, tmp_pat
         ("--config.steps=many", ("many",)),
         ("--config.steps=1.5", ("1.5",)),
         ("--config.data.strict=perhaps", ("perhaps",)),
-        ("--config.optimizer=3", ("optimizer",)),
+        ("--config.optimizer=3", ("config.optimizer has parts", "--config.optimizer.")),
+        ("--config.model.nope=3", ("config.model has no 'nope'; --help lists all options",)),
+        ("--config.learnin_rate=1", ("did you mean config.optimizer.learning_rate?",)),
+        ("--config.seed.x=1", ("config.seed is a value and has no part 'x'",)),
+        ("--confg.steps=1", ("--confg.steps is unknown",)),
+        ("--wrkdir=runs", ("--wrkdir is unknown; did you mean --workdir?",)),
         ("surplus", ("unknown argument 'surplus'", "--name=value")),
     ],
 )

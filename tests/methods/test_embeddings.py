@@ -393,6 +393,9 @@ def test_the_list_of_what_to_embed(catalogue, graph, tmp_path, capsys):
     assert tuple(json.loads(line)["sentence"] for line in lines) == graph.relations
     fails(commands.evaluate, args, capsys, "is not empty", "--list")
     fails(commands.evaluate, [args[-1]], capsys, "--list needs --config")
+    other = ["--config=m3col", f"--list={tmp_path / 'other'}"]
+    fails(commands.evaluate, other, capsys, "the items of a relation graph; give --config rcml")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_documented_example_runs(catalogue, graph, tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 import dataclasses
 import multiprocessing
+import os
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.sampling import batch_iterator
@@ -15,7 +18,9 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.tasks.relations import (
     RelationTask,
+    cache_directory,
     load_graph,
+    load_source,
     tell_cut_texts,
     tell_sentences_apart,
 )
@@ -176,3 +181,22 @@ def refuse(index):
     if index == 1:
         raise UserError("the second one")
     return np.asarray(index)
+
+
+def remember(data, cache):
+    """A data source that returns the directory of the cache that it was given."""
+    return cache
+
+
+def test_without_a_home_directory_every_store_is_in_one_place(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    data = ConfigDict({"name": "toy", "dir": ""})
+    known = {"toy": f"{__name__}:remember"}
+    found = load_source(data, known, pathlib.Path, tmp_path / "run")
+    assert found == tmp_path / "rcml_jax_cache" == cache_directory("", tmp_path / "run")
+    # One line, however many stores there are.
+    assert capsys.readouterr().err.count("No home directory is known") == 1
+    data.dir = str(tmp_path)
+    assert load_source(data, known, pathlib.Path, tmp_path / "run") == tmp_path
+    assert capsys.readouterr().err == ""
