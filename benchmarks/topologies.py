@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,12 +98,15 @@ def abstract_batch(method: Method, text: int, sentence: int) -> dict:
     return batch
 
 
-def _resized(method: Method, factor: int) -> Method:
-    """The method with `factor` times the smallest batch whose parts are those of its own."""
+def _resized(method: Method, factor: int) -> Any:
+    """The method's towers with `factor` times the smallest batch whose parts are those of its own.
+
+    Not a method built anew: its configuration names no checkpoint any more, whose sizes it has.
+    """
     batch = method.config.batch
     smallest = np.gcd.reduce([batch.size, batch.pairs_per_relation, batch.intra_pairs])
     config = models.part_of(method.config, factor, int(smallest))
-    return models.relational(config.method, config)
+    return types.SimpleNamespace(config=config, towers_config=method.towers_config)
 
 
 def compile_step(method: Method, batch: dict, devices: Any) -> Any:

@@ -35,6 +35,12 @@ def test_the_shapes_are_those_of_a_batch(items):
     assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda x: x.shape, shapes)
 
 
+def test_the_shapes_of_a_checkpoint_are_its_own():
+    method = models.relational("rcml", topologies.sized(get_config("amazon"), 16))
+    shapes = topologies.abstract_batch(method, 8, 6)
+    assert shapes["items"]["images"].shape == (16, 224, 224, 3)
+
+
 @pytest.mark.parametrize("mode", ["jit", "fsdp"])
 def test_a_step_is_compiled_from_shapes(mode):
     config = get_config()

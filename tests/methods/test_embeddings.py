@@ -188,7 +188,7 @@ def test_unseen_sentences(catalogue, graph, tmp_path, monkeypatch):
     results = []
     for given in (unseen, None):
         path = save(tmp_path / "f.npz", graph, relation_unseen=given, **arrays)
-        monkeypatch.setattr(embeddings, "load_graph", lambda data: turned)
+        monkeypatch.setattr(embeddings, "load_graph", lambda data, workdir: turned)
         results.append(evaluate(catalogue, path))
     right, wrong = results[0]["unseen_sentences"]
     assert right["relation_type"] == results[0]["relation_type"]
