@@ -10,6 +10,10 @@ float16` halves the files; `--shard N` sets how many items are between two point
 `--strict` makes an image that cannot be read an error. `--tokens` also keeps the token states of
 RCML's towers, in float16 or, with `--tokens int8`, in about half of that, so that `rcml-search` can
 ask under any sentence. Then `rcml-search` finds related items.
+
+`--to lance://DIRECTORY` or `lance+s3://BUCKET/PATH` (also `lance+gs://`, `lance+az://`) writes a
+table of LanceDB instead (extra `lance`), with the further columns of the items. `--index ivf-pq` or
+`hnsw` also indexes its vectors, which happens by itself from a million items on.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from rcml_jax.log import Progress
 from rcml_jax.parsing import argument_text, user_path
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
+from rcml_jax.search.lance_table import INDICES, LanceTable, is_table, table_or_path
 
 #: Types of token states, as of `token_store`, which is not imported before the options are read.
 TYPES = ("float16", "int8")
@@ -66,13 +71,19 @@ def _embed(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, type=user_path)
     parser.add_argument("--items", type=user_path)
     parser.add_argument("--relation", action="append", default=[], type=argument_text)
-    parser.add_argument("--to", required=True, type=user_path)
+    parser.add_argument("--to", required=True, type=table_or_path)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--tokens", nargs="?", const="float16", default="", choices=TYPES)
+    parser.add_argument("--index", choices=("auto", "none", *INDICES))
     parser.add_argument("--shard", default=1024, type=int)
     parser.add_argument("--strict", action="store_true")
     args, overrides = parser.parse_known_args(argv[1:])
+    if is_table(args.to) and args.tokens:
+        raise UserError("--tokens needs a directory of files; leave lance:// out of --to")
+    if not is_table(args.to) and args.index:
+        raise UserError("--index needs a table; write --to lance://DIRECTORY")
     from rcml_jax.search.catalogue import embed_catalogue, open_model
+    from rcml_jax.search.lance_search import embed_table
 
     config = model_config(args.workdir, overrides)
     # Read before the model, so that a mistake in it is said at once.
@@ -81,19 +92,25 @@ def _embed(argv: Sequence[str]) -> int:
     if items is None:
         items = from_graph(model.method.task.graph)
     with Progress(len(items)) as progress:
-        embeddings = embed_catalogue(
-            model,
-            items,
-            args.relation,
-            args.to,
-            dtype=args.dtype,
-            shard=args.shard,
-            strict=args.strict,
-            tokens=args.tokens,
-            note=lambda done, _: progress.update(done),
-        )
-    _report(embeddings)
+        options: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "shard")}
+        options |= {"strict": args.strict, "note": lambda done, _: progress.update(done)}
+        given = model, items, args.relation, args.to
+        if is_table(args.to):
+            table = embed_table(*given, index=args.index or "auto", **options)
+            _report_table(table)
+        else:
+            _report(embed_catalogue(*given, tokens=args.tokens, **options))
     return 0
+
+
+def _report_table(table: LanceTable) -> None:
+    shapes = ", ".join(
+        f"{name} {(lead, len(table), d)}" for name, (lead, d) in table.shapes.items()
+    )
+    kinds = {found.index_type for name, found in table.indices().items() if name != "text"}
+    index = f"; index {' and '.join(sorted(kinds))}" if kinds else ""
+    print(f"{table.directory}: {shapes}, {table.dtype}{index}")
+    _warn(table.problems())
 
 
 def _report(embeddings: Embeddings) -> None:
@@ -102,11 +119,15 @@ def _report(embeddings: Embeddings) -> None:
     tokens = embeddings.tokens
     kept = "" if tokens is None else f"; token states, {tokens['dtype']}"
     print(f"{embeddings.directory}: {shapes}, {dtype}{kept}")
+    _warn(embeddings.problems)
+
+
+def _warn(problems: dict[str, dict[str, Any]]) -> None:
     for name, what in (
         ("unreadable", "images that cannot be read, left out"),
         ("empty", "items with neither text nor image"),
     ):
-        problem = embeddings.problems.get(name, {"count": 0, "first": []})
+        problem = problems.get(name, {"count": 0, "first": []})
         count, ids = problem["count"], problem["first"]
         if count:
             listed = ", ".join(ids) + (", ..." if count > len(ids) else "")

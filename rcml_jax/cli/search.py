@@ -10,6 +10,16 @@ items under a new sentence that are nearest under the known one most like it, an
 what that loses against the exact search. `--against text` or `image` compares with that of the
 candidates alone. `--html` also writes a page with the images in it. `--workdir` says where the
 model is if it was moved.
+
+A table of LanceDB (`--embeddings lance://DIRECTORY`) also takes filters and words:
+
+    rcml-search --embeddings lance://catalogue --item ID --where "price < 20 AND brand = 'X'"
+    rcml-search --embeddings lance://catalogue --text "a red cup" --words "cup"
+    rcml-search --embeddings lance://catalogue --words "red cup"
+
+`--where` is a condition in SQL on the items' columns; `--words` are in an item's text, all of them;
+alone they are the query. From a million items on an index gives candidates that are then ranked
+exactly; `--exact` compares with every item, `--no-exact` uses the index of a smaller table.
 """
 
 import argparse
@@ -32,8 +42,9 @@ from rcml_jax.evaluation.display import make_console
 from rcml_jax.files import write_whole
 from rcml_jax.log import counted
 from rcml_jax.parsing import argument_text, read_file, user_path
-from rcml_jax.search.embedding_store import MODALITIES, Embeddings, open_embeddings
+from rcml_jax.search.embedding_store import MODALITIES, Embeddings, ids_digest, open_embeddings
 from rcml_jax.search.items import thumbnail
+from rcml_jax.search.lance_table import LanceTable, is_table, open_table, table_or_path
 from rcml_jax.tasks.relations import load_graph
 
 if TYPE_CHECKING:
@@ -148,19 +159,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _search(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-search", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--embeddings", required=True, type=user_path)
+    parser.add_argument("--embeddings", required=True, type=table_or_path)
     parser.add_argument("--workdir", type=user_path)
-    asked = parser.add_mutually_exclusive_group(required=True)
+    asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--item", type=argument_text)
     asked.add_argument("--image", type=user_path)
     asked.add_argument("--text", type=argument_text)
+    parser.add_argument("--words", default="", type=argument_text)
+    parser.add_argument("--where", default="", type=argument_text)
     parser.add_argument("--relation", type=argument_text)
     parser.add_argument("--k", default=10, type=int)
     parser.add_argument("--candidates", default=0, type=int)
     parser.add_argument("--recall", action="store_true")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction)
     parser.add_argument("--against", default="both", choices=("both", *MODALITIES))
     parser.add_argument("--html", type=user_path)
     args, overrides = parser.parse_known_args(argv[1:])
+    if args.item is args.image is args.text is None and not args.words:
+        parser.error("one of the arguments --item --image --text is required")
+    found: tuple
+    if is_table(args.embeddings):
+        found = _search_table(args, overrides)
+    else:
+        found = _search_files(args, overrides)
+    _write_page(args, overrides, *found)
+    return 0
+
+
+def _search_files(
+    args: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[Embeddings, str, pathlib.Path, "list[Match]"]:
+    """Search files of embeddings and print; the store, the sentence, the model's run, the items."""
+    if args.where or args.words or args.exact is False:
+        option = "--where" if args.where else "--words" if args.words else "--no-exact"
+        raise UserError(
+            f"{option} needs a table of LanceDB; embed anew with --to lance://DIRECTORY"
+        )
     # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.catalogue import Searcher, is_new, open_model, relation_number
 
@@ -194,14 +228,57 @@ def _search(argv: Sequence[str]) -> int:
             f"recall@{args.k} of {args.candidates:,} candidates against the exact search: "
             f"{share:.3f} ({asked} items asked)"
         )
-    if args.html:
-        read = image_reader(embeddings, workdir, overrides)
-        query = _query_card(embeddings, args, read)
-        cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
-        step, method = embeddings.model["step"], embeddings.model["method"]
-        note = f"{counted(len(embeddings.items), 'items')}, embedded by {method} after step {step}"
-        write_whole(args.html, page(relation, query, cards, note))
-    return 0
+    return embeddings, relation, workdir, found
+
+
+def _search_table(
+    args: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[LanceTable, str, pathlib.Path, "list[Match]"]:
+    """As `_search_files`, in a table."""
+    if args.candidates or args.recall:
+        raise UserError("--candidates and --recall need token states, which no table keeps")
+    from rcml_jax.search.catalogue import open_model, relation_number
+    from rcml_jax.search.lance_search import TableSearcher
+
+    table = open_table(args.embeddings)
+    relation = table.relations[relation_number(table, args.relation)]
+    workdir = args.workdir or user_path(table.model["workdir"])
+    needs_model = args.image is not None or args.text is not None
+    config = model_config(workdir, overrides) if overrides or needs_model else None
+    found = TableSearcher(table, open_model(workdir, config) if needs_model else None).search(
+        relation,
+        item=args.item,
+        text=args.text,
+        image=args.image,
+        k=args.k,
+        against=args.against,
+        where=args.where,
+        words=args.words,
+        exact=args.exact,
+    )
+    title = relation if needs_model or args.item is not None else args.words
+    _print(title, found)
+    return table, title, workdir, found
+
+
+def _write_page(
+    args: argparse.Namespace,
+    overrides: Sequence[str],
+    store: Embeddings | LanceTable,
+    title: str,
+    workdir: pathlib.Path,
+    found: "Sequence[Match]",
+) -> None:
+    """The page of what was found, if one was asked for."""
+    if not args.html:
+        return
+    read = image_reader(store, workdir, overrides)
+    query = _query_card(store, args, read)
+    cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
+    step, method = store.model["step"], store.model["method"]
+    count = len(store) if isinstance(store, LanceTable) else len(store.items)
+    note = f"{counted(count, 'items')}, embedded by {method} after step {step}"
+    write_whole(args.html, page(title, query, cards, note))
 
 
 def _print(relation: str, found: "Sequence[Match]") -> None:
@@ -223,13 +300,18 @@ def _printable(text: str) -> str:
 
 
 def image_reader(
-    embeddings: Embeddings, workdir: pathlib.Path, overrides: Sequence[str]
+    embeddings: Embeddings | LanceTable, workdir: pathlib.Path, overrides: Sequence[str]
 ) -> Callable[[int], bytes]:
     """What gives the bytes of an item's image: its file, or the data set of the model's run."""
-    if embeddings.items.root is not None:
-        return embeddings.items.read
+    if isinstance(embeddings, LanceTable):
+        root, read, digest = embeddings.root, embeddings.image, embeddings.digest
+    else:
+        items = embeddings.items
+        root, read, digest = items.root, items.read, ids_digest(items.ids)
+    if root is not None:
+        return read
     graph = load_graph(model_config(workdir, overrides).data)
-    if graph.ids != embeddings.items.ids:
+    if ids_digest(graph.ids) != digest:
         raise UserError(
             f"the data set of {workdir} has other items than {embeddings.directory}; embed anew, "
             "or leave --html out"
@@ -238,14 +320,18 @@ def image_reader(
 
 
 def _query_card(
-    embeddings: Embeddings, args: argparse.Namespace, read: Callable[[int], bytes]
+    embeddings: Embeddings | LanceTable, args: argparse.Namespace, read: Callable[[int], bytes]
 ) -> Card:
+    if args.item is not None and isinstance(embeddings, LanceTable):
+        index = embeddings.number(args.item)
+        (row,) = embeddings.rows([index], ["text"])
+        return Card(args.item, row["text"], _bytes(read, index))
     if args.item is not None:
         index = embeddings.items.ids.index(args.item)
         return Card(args.item, embeddings.items.texts[index], _bytes(read, index))
     if args.image is not None:
         return Card(text=args.image.name, image=read_file(args.image))
-    return Card(text=args.text)
+    return Card(text=args.text or args.words)
 
 
 def _bytes(read: Callable[[int], bytes], index: int) -> bytes | None:

@@ -37,6 +37,7 @@ from rcml_jax.search.embedding_store import (
     MODALITIES,
     Embeddings,
     Plan,
+    Store,
     Writer,
     hold_store,
     open_embeddings,
@@ -143,8 +144,7 @@ def embed_catalogue(
     Raises UserError for an empty sentence, where the directory holds anything else, and with
     `tokens` for a method that pools none.
     """
-    sentences = _sentences(model.method.task.sentence(-1), relations)
-    framing = model.method.task.images.framing
+    sentences = sentences_of(model, relations)
     with model.running():
         reader = model.method.token_reader(model.params) if tokens else None
     with model.running(), hold_store(to):
@@ -153,7 +153,7 @@ def embed_catalogue(
         kept = None if layout is None else layout.manifest()
         plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard, kept)
         writer = Writer(to, plan)
-        embed: Callable[..., tuple] = functools.partial(_embed, embedder)
+        embed: Callable[..., tuple] = functools.partial(embed_chunk, embedder)
         token_writer = None
         if reader is not None and layout is not None:
             log_line(
@@ -162,45 +162,67 @@ def embed_catalogue(
             token_writer = TokenWriter(writer.directory, layout, items, writer.begun)
             embed = functools.partial(_embed_tokens, reader, reader.relations(sentences))
 
-        def write(rows: Sequence[int], images: Sequence[_Image], put: Callable) -> None:
-            blocks, has, states = embed(items, rows, images, framing.size)
-            if token_writer is not None:
-                token_writer.write(rows, states, has)
-            put(blocks, has)
+        fill(writer, model, items, embed, token_writer, strict=strict, note=note)
+    return open_embeddings(to)
 
-        chunks = [
-            range(start, min(start + _CHUNK, rows.stop))
-            for rows in writer.shards()
-            for start in range(rows.start, rows.stop, _CHUNK)
-        ]
-        problems: dict[str, list[str]] = {"unreadable": [], "empty": []}
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            stale = writer.stale
-            if stale:
-                log_line(
-                    f"{to}: {len(stale):,} of {counted(len(items), 'items')} changed since the "
-                    "last embedding; embedding anew what changed"
-                )
-            parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
-            for part, images in _read_ahead(items, parts, framing, pool):
-                _problems(items, part, images, strict)
-                write(part, images, functools.partial(writer.rewrite, part))
-            if stale:
+
+def fill(
+    writer: Any,
+    model: Model,
+    items: Items,
+    embed: Callable[..., tuple],
+    token_writer: TokenWriter | None = None,
+    *,
+    strict: bool = False,
+    note: Callable[[int, int], None] | None = None,
+) -> None:
+    """Embed what a store lacks or has of an earlier state of the items, shard by shard.
+
+    writer: as `embedding_store.Writer`; embed: `embed_chunk` with its embedder, or what returns the
+    same of a chunk; the others as of `embed_catalogue`.
+    """
+    framing = model.method.task.images.framing
+
+    def write(rows: Sequence[int], images: Sequence[_Image], put: Callable) -> None:
+        blocks, has, states = embed(items, rows, images, framing.size)
+        if token_writer is not None:
+            token_writer.write(rows, states, has)
+        put(blocks, has)
+
+    shards = list(writer.shards())
+    ends = {rows.stop for rows in shards}
+    chunks = [
+        range(start, min(start + _CHUNK, rows.stop))
+        for rows in shards
+        for start in range(rows.start, rows.stop, _CHUNK)
+    ]
+    problems: dict[str, list[str]] = {"unreadable": [], "empty": []}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        stale = writer.stale
+        if stale:
+            log_line(
+                f"{writer.directory}: {len(stale):,} of {counted(len(items), 'items')} changed "
+                "since the last embedding; embedding anew what changed"
+            )
+        parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
+        for part, images in _read_ahead(items, parts, framing, pool):
+            _problems(items, part, images, strict)
+            write(part, images, functools.partial(writer.rewrite, part))
+        if stale:
+            if token_writer is not None:
+                token_writer.sync()
+            writer.refresh()
+        for rows, images in _read_ahead(items, chunks, framing, pool):
+            for name, ids in _problems(items, rows, images, strict).items():
+                problems[name] += ids
+            write(rows, images, functools.partial(writer.write, rows.start))
+            if rows.stop in ends:
                 if token_writer is not None:
                     token_writer.sync()
-                writer.refresh()
-            for rows, images in _read_ahead(items, chunks, framing, pool):
-                for name, ids in _problems(items, rows, images, strict).items():
-                    problems[name] += ids
-                write(rows, images, functools.partial(writer.write, rows.start))
-                if rows.stop % writer.shard == 0 or rows.stop == len(items):
-                    if token_writer is not None:
-                        token_writer.sync()
-                    writer.mark(problems)
-                    problems = {name: [] for name in problems}
-                if note is not None:
-                    note(rows.stop, len(items))
-    return open_embeddings(to)
+                writer.mark(problems)
+                problems = {name: [] for name in problems}
+            if note is not None:
+                note(rows.stop, len(items))
 
 
 def related(
@@ -234,7 +256,7 @@ class Searcher:
 
     def __init__(self, embeddings: Embeddings, model: Model | None = None):
         if model is not None:
-            _check_model(embeddings, model)
+            check_model(embeddings, model)
         self.embeddings, self.model = embeddings, model
         self._pooled: collections.OrderedDict[str, dict] = collections.OrderedDict()
         self._last: tuple[str | None, Any] = None, None
@@ -269,15 +291,9 @@ class Searcher:
         new to a catalogue without token states, an image that cannot be read, k below 1.
         """
         number = self.known(relation)
-        if k < 1:
-            raise UserError(f"k is {k}; it must be at least 1")
+        names = check_question(k, against, item, text, image)
         if candidates and candidates < k:
             raise UserError(f"{candidates} candidates are too few for k={k}; give k at least")
-        if against != "both" and against not in MODALITIES:
-            raise UserError(f"against={against!r} is unknown; choose both, text or image")
-        if sum(given is not None for given in (item, text, image)) != 1:
-            raise UserError("give one of an item, a text and an image")
-        names = MODALITIES if against == "both" else (against,)
         own = None if item is None else item_number(self.embeddings, item)
         if own is not None and not any(self.embeddings.has[name][own] for name in MODALITIES):
             raise UserError(f"the item {item!r} has no embedding: no text and no readable image")
@@ -408,7 +424,7 @@ class Searcher:
         else:
             assert relation is not None
             sentences = (relation,)
-        return list(_embed_query(self.model, sentences, text, image).values())
+        return list(embed_query(self.model, sentences, text, image).values())
 
     def _nearest(
         self,
@@ -439,7 +455,19 @@ def check_sentence(sentence: str) -> None:
         )
 
 
-def _check_model(embeddings: Embeddings, model: Model) -> None:
+def check_question(k: int, against: str, *queries: Any) -> tuple[str, ...]:
+    """The modalities to compare with. Raises UserError unless one query is given, and k above 0."""
+    if k < 1:
+        raise UserError(f"k is {k}; it must be at least 1")
+    if against != "both" and against not in MODALITIES:
+        raise UserError(f"against={against!r} is unknown; choose both, text or image")
+    if sum(given is not None for given in queries) != 1:
+        raise UserError("give one of an item, a text and an image")
+    return MODALITIES if against == "both" else (against,)
+
+
+def check_model(embeddings: Store, model: Model) -> None:
+    """Raise UserError where another model embedded a store."""
     if model.about["digest"] != embeddings.model.get("digest"):
         raise UserError(
             f"{embeddings.directory} was embedded by another model ({embeddings.model['workdir']}, "
@@ -460,7 +488,7 @@ def item_number(embeddings: Embeddings, key: str) -> int:
         raise UserError(f"{embeddings.directory} has no item {key!r}{hint}") from None
 
 
-def relation_number(embeddings: Embeddings, sentence: str | None) -> int:
+def relation_number(embeddings: Store, sentence: str | None) -> int:
     """The index of a sentence among the embedded ones; None: the first, the intra-sample one.
 
     Raises UserError that names the sentences there are.
@@ -473,9 +501,10 @@ def relation_number(embeddings: Embeddings, sentence: str | None) -> int:
             return number
     close = difflib.get_close_matches(sentence, embeddings.relations, 5, 0.0)
     rest = len(embeddings.relations) - len(close)
+    tokens = " or with --tokens" if isinstance(embeddings, Embeddings) else ""
     raise UserError(
         f"{embeddings.directory} was not embedded under {sentence!r}; embed it anew with that "
-        f"sentence or with --tokens, or choose {_quoted(close)}"
+        f"sentence{tokens}, or choose {_quoted(close)}"
         + (f" or one of {rest} others" if rest else "")
     )
 
@@ -488,9 +517,9 @@ def _quoted(names: Sequence[str]) -> str:
     return " or ".join(repr(name) for name in names)
 
 
-def _sentences(intra: str, relations: Sequence[str]) -> tuple[str, ...]:
-    """The intra-sample sentence and the others, each once."""
-    found = [intra]
+def sentences_of(model: Model, relations: Sequence[str]) -> tuple[str, ...]:
+    """The intra-sample sentence and the others, each once. Raises UserError for an empty one."""
+    found = [model.method.task.sentence(-1)]
     for sentence in relations:
         sentence = " ".join(argument_text(sentence).split())
         if not sentence:
@@ -557,7 +586,7 @@ def _problems(
     }
 
 
-def _embed(
+def embed_chunk(
     embedder: Embedder, items: Items, rows: Sequence[int], images: Sequence[_Image], size: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """Vectors (relations, n, d) of a chunk, which of its items have them, and no token states."""
@@ -575,7 +604,7 @@ def _embed_tokens(
     images: Sequence[_Image],
     size: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-    """As `_embed`, with the token states; relations: the first is the intra-sample one."""
+    """As `embed_chunk`, with the token states; relations: the first is the intra-sample one."""
     inputs, has = _inputs(items, rows, images, size)
     intra = jax.numpy.arange(len(relations)) == 0
     made: dict[str, Callable] = {"text": reader.text, "image": reader.image}
@@ -627,7 +656,7 @@ def _size(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _embed_query(
+def embed_query(
     model: Model | None,
     sentences: Sequence[str],
     text: str | None,

@@ -21,7 +21,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,6 +44,11 @@ _KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype
 _KEYS += ("done", "problems", "stale")
 
 
+def ids_digest(ids: Sequence[str]) -> str:
+    """Changes with ids and their order."""
+    return hashlib.sha256(json.dumps(tuple(ids)).encode()).hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is embedded, by what, and how it is kept.
@@ -62,6 +67,12 @@ class Plan:
     shard: int = 1024
     tokens: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"the type {self.dtype!r} is unknown; choose {' or '.join(DTYPES)}")
+        if self.shard < 1:
+            raise UserError(f"a shard of {self.shard} items is too small; 1 is the least")
+
     def manifest(self) -> dict[str, Any]:
         """What `manifest.json` holds before anything is done."""
         root = self.items.root
@@ -69,7 +80,7 @@ class Plan:
             "format": _FORMAT,
             "model": self.model,
             "items": len(self.items),
-            "items_digest": hashlib.sha256(json.dumps(self.items.ids).encode()).hexdigest(),
+            "items_digest": ids_digest(self.items.ids),
             "root": None if root is None else str(root),
             "relations": list(self.relations),
             "shapes": {name: list(self.shapes[name]) for name in MODALITIES},
@@ -93,18 +104,14 @@ class Writer:
 
     def __init__(self, directory: pathlib.Path | str, plan: Plan):
         self.directory = user_path(directory)
-        if plan.dtype not in DTYPES:
-            raise UserError(f"the type {plan.dtype!r} is unknown; choose {' or '.join(DTYPES)}")
-        if plan.shard < 1:
-            raise UserError(f"a shard of {plan.shard} items is too small; 1 is the least")
         self._manifest = plan.manifest()
         begun = (self.directory / _MANIFEST).is_file()
         if not begun:
             _make_empty(self.directory)
         if begun and (found := read_manifest(self.directory))["done"]:
-            _check_same(self.directory, found, self._manifest)
+            check_same(self.directory, found, self._manifest)
             self._manifest = found
-            _check_room(self.directory, found)
+            check_room(self.directory, found)
             self._rows = plan.items.rows()
             self._find_stale()
         else:
@@ -223,7 +230,7 @@ class Writer:
 
     def _create(self, plan: Plan) -> None:
         directory, n = self.directory, len(plan.items)
-        _check_room(directory, self._manifest)
+        check_room(directory, self._manifest)
         _write_manifest(directory, self._manifest)
         for name, (lead, width) in plan.shapes.items():
             allocate(_path(directory, name), (lead, n, width), plan.dtype)
@@ -245,6 +252,22 @@ def hold_store(directory: pathlib.Path | str) -> contextlib.AbstractContextManag
         f"is embedding into {directory}",
         remedy="wait until it ends, or give another directory",
     )
+
+
+class Store(Protocol):
+    """What any store of embeddings says of itself: where it is, its sentences and its model."""
+
+    @property
+    def directory(self) -> pathlib.Path | str:
+        """Where it is."""
+
+    @property
+    def relations(self) -> tuple[str, ...]:
+        """The sentences, first the intra-sample one."""
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What made it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -386,7 +409,8 @@ def _make_empty(directory: pathlib.Path) -> None:
         )
 
 
-def _check_same(directory: pathlib.Path, found: dict, asked: dict) -> None:
+def check_same(directory: pathlib.Path | str, found: dict, asked: dict) -> None:
+    """Raise UserError where the manifest of a store is that of another plan than asked for."""
     model = found["model"]
     words = {
         "model": f"another model ({model.get('workdir')}, step {model.get('step')})",
@@ -412,7 +436,8 @@ def _token_type(manifest: dict) -> str:
     return "" if manifest["tokens"] is None else manifest["tokens"]["dtype"]
 
 
-def _check_room(directory: pathlib.Path, manifest: dict) -> None:
+def check_room(directory: pathlib.Path, manifest: dict) -> None:
+    """Raise UserError where the disk has no room for the shards that are not done."""
     left = max(0, manifest["items"] - manifest["done"] * manifest["shard"])
     size = np.dtype(manifest["dtype"]).itemsize
     needed = left * sum(lead * width * size + 1 for lead, width in manifest["shapes"].values())

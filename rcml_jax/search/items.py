@@ -2,16 +2,19 @@
 
 A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder with `items.csv` or
 `items.jsonl`; its columns are `id`, `text` and `image` (a path relative to the table), as in
-`rcml_jax.data.sources.folder`. Here an item may lack its text or its image.
+`rcml_jax.data.sources.folder`. Here an item may lack its text or its image, and further columns are
+kept, for stores that can filter by them.
 """
 
 import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +40,8 @@ class Items:
     ids; texts, "" where there is none; images, their names, "" where there is none; read: an
     index → the bytes of that image's file, or OSError. root: the folder that names are relative
     to; None where the images are those of a graph. states: gives for each image a JSON value
-    that changes when its content does.
+    that changes when its content does. columns: by name the values of each further column: bool,
+    int (up to 2^53), float or str, one type a column, and None where there is none.
     """
 
     ids: tuple[str, ...]
@@ -46,6 +50,7 @@ class Items:
     read: Callable[[int], bytes]
     root: Path | None = None
     states: Callable[[], list] | None = None
+    columns: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,8 +77,9 @@ class Items:
 def read_items(path: str | Path, *, strict: bool = False) -> Items:
     """The items of a table, or of the folder that holds one.
 
-    Texts with a NUL or half of a surrogate pair are changed and counted on standard error; with
-    `strict` they are an error.
+    In a .csv file a column of numbers is one if all its values are written as such, without leading
+    zeros. Texts with a NUL or half of a surrogate pair are changed and counted on standard error;
+    with `strict` they are an error.
 
     Raises:
       UserError: there is no such table, it is malformed, an id is missing or used twice, or no row
@@ -84,6 +90,7 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
         raise UserError(f"there is no {path}; give a folder, a .csv or a .jsonl file of items")
     table = table_of(path, "items") if path.is_dir() else path
     rows: dict[str, tuple[str, str]] = {}
+    others: dict[str, dict[int, Any]] = {}
     places: dict[str, str] = {}
     for where, row in rows_of(table, gate):
         key = required(row, "id", where)
@@ -92,6 +99,8 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
                 f"{where}: the id '{key:.100}' is used before ({places[key]}); give every item its "
                 "own id."
             )
+        for name in row.keys() - {"id", "text", "image", ""}:
+            others.setdefault(name, {})[len(rows)] = row[name]
         rows[key] = optional(row, "text"), optional(row, "image")
         places[key] = where
     gate.report(log_line)
@@ -100,7 +109,40 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     texts, image_names = zip(*rows.values(), strict=True)
     if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
-    return from_names(tuple(rows), texts, image_names, table.parent)
+    columns = {
+        name: column([values.get(i) for i in range(len(rows))], table.suffix.lower() == ".csv")
+        for name, values in sorted(others.items())
+    }
+    found = from_names(tuple(rows), texts, image_names, table.parent)
+    return dataclasses.replace(found, columns=columns)
+
+
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,14})")
+_NUMBER = re.compile(rf"{_INTEGER.pattern}(\.[0-9]+)?([eE][+-]?[0-9]{{1,2}})?")
+
+
+def column(values: Sequence[Any], words: bool = False) -> tuple:
+    """Values of one type: bool, int, float or str; None for what is empty.
+
+    words: they are texts, of which numbers are to be made where all are numbers. Values of several
+    types, lists and objects become JSON texts.
+    """
+    values = [None if value == "" else value for value in values]
+    given = [value for value in values if value is not None]
+    make: Callable[[Any], Any]
+    if words and all(_INTEGER.fullmatch(value) for value in given):
+        make = int
+    elif words and all(_NUMBER.fullmatch(value) for value in given):
+        make = float
+    elif all(type(value) is bool for value in given):
+        make = bool
+    elif all(type(value) is int and abs(value) <= 2**53 for value in given):
+        make = int
+    elif all(type(value) in (int, float) and abs(value) < 2**1000 for value in given):
+        make = float
+    else:
+        make = lambda value: value if isinstance(value, str) else json.dumps(value)  # noqa: E731
+    return tuple(None if value is None else make(value) for value in values)
 
 
 def from_names(
