@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.gates import argument_text
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import argument_text
 from rcml_jax.search.catalogue import (
     Match,
     Model,

@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.gates import NO_TEXT, read_file, user_path
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
+from rcml_jax.parsing import NO_TEXT, read_file, user_path
 from rcml_jax.search.embedding_store import MODALITIES, Plan, check_room, check_same
 
 #: From so many items on a table gets an index by itself, and is searched by it.
