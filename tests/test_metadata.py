@@ -126,7 +126,7 @@ def test_the_console_scripts(wheel):
     parser.read(path)
     scripts = dict(parser["console_scripts"])
     assert scripts == PROJECT["scripts"]
-    commands = ("train", "eval", "sweep", "embed", "search", "explore", "report", "export")
+    commands = ("train", "eval", "sweep", "embed", "search", "explore", "serve", "report", "export")
     assert set(scripts) == {f"rcml-{command}" for command in commands}
     for script in scripts.values():
         module, _, function = script.partition(":")

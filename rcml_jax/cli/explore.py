@@ -11,6 +11,7 @@ nobody anything. `--candidates N` pools only N items under a new sentence, for l
 Needs pip install "rcml_jax[explore]".
 """
 
+import argparse
 import base64
 import importlib.util
 import io
@@ -69,20 +70,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explore(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-explore", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, type=user_path)
-    parser.add_argument("--embeddings", type=user_path)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", default=7860, type=int)
-    parser.add_argument("--candidates", default=0, type=int)
+    add_options(parser, port=7860)
     args, overrides = parser.parse_known_args(argv[1:])
-    if not 0 <= args.port < 2**16:
-        raise UserError(f"--port {args.port} is no port; give one from 1 to {2**16 - 1}")
-    if args.candidates < 0:
-        raise UserError(f"--candidates {args.candidates} must not be negative")
+    check_options(args)
     require_gradio()
     explorer = open_explorer(args.workdir, args.embeddings, overrides)
     serve(explorer, host=args.host, port=args.port, candidates=args.candidates)
     return 0
+
+
+def add_options(parser: Parser, *, port: int) -> None:
+    """Add the options of a command that serves an explorer; port: the default."""
+    parser.add_argument("--workdir", required=True, type=user_path)
+    parser.add_argument("--embeddings", type=user_path)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", default=port, type=int)
+    parser.add_argument("--candidates", default=0, type=int)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for a port or a number of candidates that cannot be."""
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port {args.port} is no port; give one from 1 to {2**16 - 1}")
+    if args.candidates < 0:
+        raise UserError(f"--candidates {args.candidates} must not be negative")
 
 
 def require_gradio() -> None:

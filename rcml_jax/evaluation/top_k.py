@@ -132,24 +132,39 @@ def nearest(
     and one of the item's. An item that has nothing, and `leave_out`, are no candidates. Of equal
     scores the first comes first. The search is exact, in float32, and holds 16 MiB of rows.
     """
+    return nearest_of_each(vectors, has, [query], k, leave_out=[leave_out])[0]
+
+
+def nearest_of_each(
+    vectors: Mapping[str, np.ndarray],
+    has: Mapping[str, np.ndarray],
+    queries: Sequence[Sequence[np.ndarray]],
+    k: int,
+    *,
+    leave_out: Sequence[int | None],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What `nearest` finds for each of several queries, in one pass over the items."""
     n = len(next(iter(vectors.values())))
     # The sum of all cosines is the product of the two sums.
-    total = np.sum([np.asarray(vector, np.float32) for vector in query], axis=0)
-    best = Best(1, min(k, n))
+    totals = [np.sum([np.asarray(x, np.float32) for x in query], axis=0) for query in queries]
+    total, sides = np.stack(totals, axis=1), np.array([len(query) for query in queries], np.float32)
+    best = Best(len(queries), min(k, n))
     step = max(1, _BLOCK_BYTES // (4 * len(total)))
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        scores = np.zeros(part.stop - start, np.float32)
-        count = np.zeros(part.stop - start, np.float32)
+        scores = np.zeros((part.stop - start, len(queries)), np.float32)
+        count = np.zeros((part.stop - start, 1), np.float32)
         for name, rows in vectors.items():
-            scores += np.where(has[name][part], rows[part].astype(np.float32) @ total, 0)
-            count += has[name][part]
-        scores /= len(query) * np.maximum(count, 1)
-        found = (count > 0) & (scores > best.floor[0])
-        if leave_out is not None and start <= leave_out < part.stop:
-            found[leave_out - start] = False
-        indices = np.flatnonzero(found)
-        best.add(np.zeros_like(indices), indices + start, scores[indices])
+            own = has[name][part, None]
+            scores += np.where(own, rows[part].astype(np.float32) @ total, 0)
+            count += own
+        scores /= sides * np.maximum(count, 1)
+        found = (count > 0) & (scores > best.floor)
+        for column, index in enumerate(leave_out):
+            if index is not None and start <= index < part.stop:
+                found[index - start, column] = False
+        index, column = np.nonzero(found)
+        best.add(column, index + start, scores[index, column])
     best.merge()
-    kept = best.index[0] >= 0
-    return best.index[0][kept], best.scores[0][kept]
+    kept = best.index >= 0
+    return [(best.index[q, kept[q]], best.scores[q, kept[q]]) for q in range(len(queries))]

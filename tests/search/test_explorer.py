@@ -49,7 +49,7 @@ def test_the_grid_has_the_items_with_all_words(explorer):
 
 def test_results_are_those_of_the_searcher(explorer, picture):
     searcher = explorer.searcher
-    image = {"image": explorer._pixels(picture)}
+    image = {"image": explorer.pixels(picture)}
     for view, query in (
         (View(item="i17"), {"item": "i17"}),
         (View(text="kind5"), {"text": "kind5"}),
