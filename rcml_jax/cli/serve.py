@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser
 from rcml_jax.cli.explore import add_options, check_options, open_explorer
-from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
+from rcml_jax.log import log_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.gates import NO_TEXT, read_json
-from rcml_jax.data.log import log_line
 from rcml_jax.errors import UserError
+from rcml_jax.log import log_line
+from rcml_jax.parsing import NO_TEXT, read_json
 from rcml_jax.search.catalogue import item_number
 from rcml_jax.search.explorer import MOST_BYTES, SIZES, Explorer, View
 
