@@ -555,6 +555,31 @@ def overlap(x, y):
     return sum(weight * y.get(word, 0) for word, weight in x.items())
 
 
+def class_words(text, names, counts):
+    """The class with the largest share of its name's words in the text, the more frequent first."""
+
+    def stems(x):
+        words = [w[:-3] + "y" if w.endswith("ies") else w for w in re.findall("[a-z]+", x.lower())]
+        words = [w[:-1] if re.search("[^s]s$", w) else w for w in words]
+        words = [w[:-1] if w.endswith("e") else w for w in words]
+        return {w for w in words if w not in ("and", "of", "th", "the", "or", "with")}
+
+    def standing(c):
+        words = stems(names[c])
+        return sum(w in stems(text) for w in words) / len(words), counts[c]
+
+    return max(range(len(names)), key=standing)
+
+
+def regression_loss(w, b, x, y, penalty):
+    """Penalised cross-entropy of a linear model, a mean over the rows of x (n, f)."""
+    total = 0.0
+    for i in range(len(x)):
+        logits = [sum(x[i, f] * w[f, c] for f in range(len(w))) + b[c] for c in range(len(b))]
+        total += math.log(sum(math.exp(z) for z in logits)) - logits[y[i]]
+    return (total + penalty / 2 * float((w**2).sum())) / len(x)
+
+
 def relation_means(side, rows, relation, relations):
     means = []
     for e in range(relations):

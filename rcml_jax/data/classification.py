@@ -1,6 +1,7 @@
 """Labelled samples of several modalities, split into train, validation and test."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,6 +9,10 @@ import numpy as np
 
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
+
+#: A word of a class's name or a text: a run of letters.
+WORD = re.compile(r"[^\W\d_]+")
+_EMPTY_WORDS = {"and", "of", "the", "or", "with"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,3 +106,14 @@ def stratified_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
         fold[rows] = (start + np.arange(len(rows))) % folds
         start += len(rows)
     return fold
+
+
+def word_stems(text: str) -> set[str]:
+    """The stems of a text's words; "and", "of", "the", "or" and "with" are left out."""
+    return {stem(word) for word in WORD.findall(text)} - _EMPTY_WORDS
+
+
+def stem(word: str) -> str:
+    """What a word has in common with its plural: "Dresses" and "dress" give "dress"."""
+    word = re.sub(r"ies$", "y", word.casefold())
+    return re.sub(r"(?<=[^s])s$", "", word).removesuffix("e")

@@ -1,7 +1,8 @@
 """Controls: scores that leave out a part of the question. Every method is compared with them.
 
 A gain is measured over the best control, never over chance. The functions are pure: arrays in,
-scores or measures out, no model. `LABELS` names the controls, in the order of every table.
+scores or measures out, no model. `LABELS` names the controls, in the order of every table; those of
+classification are computed by `rcml_jax.evaluation.class_controls`.
 """
 
 import re
@@ -28,7 +29,19 @@ LABELS = {
     "words_and_relation": "word overlap + relation only",
     "frozen_towers": "frozen towers as they came",
     "frozen_towers_sentence": "frozen towers + sentence",
+    "majority": "largest class",
+    "class_words": "class word in the text",
+    "linear": "logistic regression",
 }
+#: A linear control on one modality alone has its name behind this.
+LINEAR = "linear_"
+
+
+def label_of(name: str) -> str:
+    """A control's label in tables."""
+    if name.startswith(LINEAR):
+        return f"{LABELS['linear']}, {name.removeprefix(LINEAR)}"
+    return LABELS[name]
 
 
 def tf_idf(texts: Sequence[str], fitted: Sequence[str]) -> scipy.sparse.csr_array:
@@ -189,11 +202,12 @@ def rows_of(results: Mapping[str, Sequence[dict]]) -> list[tuple[str, str, list[
     """
     found, seen = [], []
     for method, runs in results.items():
-        for name, label in LABELS.items():
+        named = [name for run in runs for name in run.get("controls", {})]
+        for name in [*LABELS, *sorted(set(named) - set(LABELS), key=named.index)]:
             rows = [run["controls"][name] for run in runs if name in run.get("controls", {})]
             if rows and (name, rows[0]) not in seen:
                 seen.append((name, rows[0]))
-                found.append((method, label, rows))
+                found.append((method, label_of(name), rows))
     return found
 
 

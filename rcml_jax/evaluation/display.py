@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.classification import error_analysis
-from rcml_jax.evaluation.controls import LABELS, rows_of
+from rcml_jax.evaluation.controls import label_of, rows_of
 from rcml_jax.evaluation.measures import (
     Measure,
     at,
@@ -185,6 +185,8 @@ def _print_classification(result: dict, console: Console) -> None:
         rows["mean of the models' probabilities"] = result["ensemble"]
     rows |= {f"{name} alone (its classifier)": x for name, x in result.get("unimodal", {}).items()}
     rows |= {f"{name} replaced by noise": x for name, x in result.get("corrupted", {}).items()}
+    for _, label, (row,) in rows_of({"": [result]}):
+        rows[f"– {label}"] = row["classification"]["last"]
     every = [m.name.removeprefix("last/") for m in of_task("classification")]
     measures = [name for name in dict.fromkeys(every) if all(name in row for row in rows.values())]
     count, split = protocol["samples"][result["split"]], result["split"]
@@ -199,6 +201,11 @@ def _print_classification(result: dict, console: Console) -> None:
         "\n".join(f"{name}: {protocol[name]}" for name in result.get("classification", {})),
     )
     console.print(table)
+    if found := result.get("gain_over_best_control", {}).get("classification"):
+        console.print(
+            f"Gain over the best control, {label_of(found['control'])}: "
+            f"{_percent(found['gain'], '+')} points of accuracy at the last epoch"
+        )
     if "random_inputs" in result:
         mean = _spread(result["random_inputs"]["mean"])
         chance = 100 / len(protocol["classes"])
@@ -282,7 +289,7 @@ def _controls(result: dict, measure: Measure) -> Iterator[tuple[str, dict, str]]
         if values := at(row, measure.path):
             yield f"– {label}", values, ""
     if found := result.get("gain_over_best_control", {}).get(measure.task):
-        yield f"= gain over {LABELS[found['control']]}", {"avg": found["gain"]}, "+"
+        yield f"= gain over {label_of(found['control'])}", {"avg": found["gain"]}, "+"
 
 
 # The table of a sweep: means and deviations over seeds, and the error analysis of classifiers.

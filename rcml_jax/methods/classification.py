@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import scipy.sparse
 
-from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.classification import ClassificationData, Modality, stratified_folds
 from rcml_jax.data.images import (
     Framing,
     ImageBank,
@@ -17,16 +18,19 @@ from rcml_jax.data.images import (
     drop_words,
     hide_patches,
 )
+from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
-from rcml_jax.evaluation import classification
+from rcml_jax.evaluation import class_controls, classification
+from rcml_jax.evaluation.controls import LINEAR
 from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
+from rcml_jax.ops.divided import CHUNK
 from rcml_jax.tasks.frozen_embeddings import tower_embeddings
 from rcml_jax.tasks.relations import (
     cache_directory,
@@ -81,6 +85,7 @@ class ClassificationTask:
     """Classification data for a method: inputs by modality, and training batches.
 
     The input of a table is (features,), that of images (uint8 pixels,), that of text (ids, mask).
+    texts: the texts of each text modality, also where `data` has frozen embeddings of them.
     """
 
     config: Any
@@ -88,12 +93,15 @@ class ClassificationTask:
     tokenizer: Tokenizer | None
     banks: dict[str, ImageBank | StoredPixels]
     max_length: int
+    texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "ClassificationTask":
         """Prepare or open the data; fit the tokenizer, or read the one in the work directory."""
         model = config.model
-        data = embedded(load_data(config.data, workdir), config, workdir)
+        loaded = load_data(config.data, workdir)
+        texts = {m.name: m.values for m in loaded.modalities if m.kind == "text"}
+        data = embedded(loaded, config, workdir)
         kinds = {modality.kind for modality in data.modalities}
         tokenizer, max_length, framing = None, model.max_length, Framing(model.image_size)
         if "text" in kinds:
@@ -127,7 +135,7 @@ class ClassificationTask:
             for m in data.modalities
             if m.kind == "image"
         }
-        return cls(config, data, tokenizer, banks, max_length)
+        return cls(config, data, tokenizer, banks, max_length, texts)
 
     def inputs(
         self,
@@ -155,14 +163,20 @@ class ClassificationTask:
         if modality.kind == "image":
             return (self._images(modality.name, rows, rng, mine),)
         # All texts: the longest sets the length, and words are lost one text after the other.
-        share = self.config.data.words_dropped
-        texts = [modality.values[row] for row in rows]
-        if share:
-            noise = [rng or self._noise(row) for row in rows]
-            texts = [drop_words(t, r, share=share) for t, r in zip(texts, noise, strict=True)]
         assert self.tokenizer is not None  # there is one wherever there are texts
+        texts = self.degraded_texts(modality.values, rows, rng)
         ids, mask = self.tokenizer.encode(texts, self.max_length)
         return ids[mine], mask[mine]
+
+    def degraded_texts(
+        self, texts: Sequence[str], rows: np.ndarray, rng: np.random.Generator | None = None
+    ) -> list[str]:
+        """The texts of rows (n,) without the words that are dropped, at random as in `inputs`."""
+        share, found = self.config.data.words_dropped, [texts[row] for row in rows]
+        if not share:
+            return found
+        noise = [rng or self._noise(row) for row in rows]
+        return [drop_words(t, r, share=share) for t, r in zip(found, noise, strict=True)]
 
     def _images(
         self, name: str, rows: np.ndarray, rng: np.random.Generator | None, mine: np.ndarray
@@ -355,6 +369,8 @@ def report(
         )
     if split == "test":
         result |= _analyses(method, params, predictions, indices)
+        result["controls"] = control_rows(method.task)
+        result["gain_over_best_control"] = class_controls.gain(result, result["controls"])
     result["predictions"] = _arrays(models, predictions, rows, data)
     return result
 
@@ -473,3 +489,124 @@ def noise_inputs(method: Classifier, params: Params, count: int) -> dict[str, np
             drawn = drawn.round().clip(0, 255)
         noise[name] = method.encode_inputs(params, name, (drawn.astype(x.dtype),))
     return noise
+
+
+# Controls: what is reached without the method, on the same splits.
+
+
+_LINEAR_ROWS = 10_000  # most training samples of a linear control
+_TOKENS = 4096  # most tokens whose presence is a feature
+_FIELDS = 16  # an image is averaged to so many fields a side
+
+
+def control_rows(task: ClassificationTask) -> dict[str, dict]:
+    """Measures of each control by name (see `controls.label_of`), under the method's paths.
+
+    The largest class; where there are texts, the class whose words stand in them; and logistic
+    regression on the modalities' plain features, together and on each alone. Its penalty is chosen
+    on validation, or on a fold of train where there is none.
+    """
+    data = task.data
+    train, validation, test = (data.rows(split) for split in SPLITS)
+    splits = test, validation
+    share = lambda rows: class_controls.majority(data.labels[train], data.classes, len(rows))  # noqa: E731
+    found = {"majority": tuple(share(rows) for rows in splits)}
+    if task.texts:
+        rule = functools.partial(
+            class_controls.class_word_probabilities,
+            names=data.label_names,
+            labels=data.labels[train],
+        )
+        found["class_words"] = tuple(rule(_joined_texts(task, rows)) for rows in splits)
+    found |= _linear_controls(task)
+    return {
+        name: class_controls.row(
+            *(
+                classification.measures(probabilities, data.labels[rows]) if len(rows) else None
+                for probabilities, rows in zip(on_splits, splits, strict=True)
+            )
+        )
+        for name, on_splits in found.items()
+    }
+
+
+def _joined_texts(task: ClassificationTask, rows: np.ndarray) -> list[str]:
+    """All texts of each row, as the model is given them."""
+    parts = [task.degraded_texts(texts, rows) for texts in task.texts.values()]
+    return [" ".join(texts) for texts in zip(*parts, strict=True)]
+
+
+def _linear_controls(task: ClassificationTask) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Probabilities on test and validation of logistic regression, together and by modality."""
+    data, options = task.data, task.config.data
+    train, validation, test = (data.rows(split) for split in SPLITS)
+    if len(train) > _LINEAR_ROWS:
+        rng = np.random.default_rng(options.split_seed)
+        train = np.sort(rng.choice(train, _LINEAR_ROWS, replace=False))
+    rows = np.concatenate([train, validation, test])
+    ends = np.cumsum([len(train), len(validation)])
+    features, labels = plain_features(task, rows, len(train)), data.labels[rows]
+    chosen = {LINEAR + name: [x] for name, x in features.items()}
+    if len(features) > 1:
+        chosen = {LINEAR.rstrip("_"): list(features.values())} | chosen
+    found = {}
+    for name, parts in chosen.items():
+        x = np.concatenate(parts, axis=1)
+        (fit, held_out, asked), (y, y_held_out, _) = np.split(x, ends), np.split(labels, ends)
+        penalties: Sequence[float] = class_controls.PENALTIES
+        if not len(validation):
+            fold = stratified_folds(y, max(2, min(options.folds, len(y))), options.split_seed)
+            kept, left = ((fit[mine], y[mine]) for mine in (fold != 0, fold == 0))
+            _, penalty = class_controls.linear_probabilities(kept, left, [], data.classes)
+            penalties = [penalty]
+        (on_test, on_validation), _ = class_controls.linear_probabilities(
+            (fit, y), (held_out, y_held_out), [asked, held_out], data.classes, penalties=penalties
+        )
+        found[name] = on_test, on_validation
+    return found
+
+
+def plain_features(
+    task: ClassificationTask, rows: np.ndarray, fitted: int
+) -> dict[str, np.ndarray]:
+    """What a linear model is given of rows (n,) by modality, (n, features) float32.
+
+    The columns of a table; the mean colours of an image's fields; and whether a text has each of
+    the tokens that most of the first `fitted` rows have, which are those of training. Images and
+    texts are degraded as those of the evaluation are.
+    """
+    found: dict[str, list] = {name: [] for name in (m.name for m in task.data.modalities)}
+    for start in range(0, len(rows), CHUNK):
+        for name, values in task.inputs(rows[start : start + CHUNK]).items():
+            if len(values) == 2:
+                found[name].append(_token_presence(*values, task.tokenizer))
+            else:
+                found[name].append(_fields(values[0]) if values[0].ndim == 4 else values[0])
+    result = {}
+    for name, parts in found.items():
+        if scipy.sparse.issparse(parts[0]):
+            present = scipy.sparse.vstack(parts).tocsc()
+            count = np.asarray(present[:fitted].sum(axis=0)).ravel()
+            kept = np.sort(np.argsort(-count, kind="stable")[: min(_TOKENS, np.sum(count > 1))])
+            result[name] = present[:, kept].toarray()
+        else:
+            result[name] = np.concatenate(parts)
+    return result
+
+
+def _token_presence(ids: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Any:
+    """Whether each text has each token, (n, tokens) sparse float32."""
+    row, column = np.nonzero(mask)
+    pairs = np.unique(np.stack([row, ids[row, column]]), axis=1)
+    shape = (len(ids), tokenizer.vocab_size)
+    return scipy.sparse.csr_array((np.ones(pairs.shape[1], np.float32), tuple(pairs)), shape=shape)
+
+
+def _fields(images: np.ndarray) -> np.ndarray:
+    """Mean colours of at most 16 × 16 fields of (n, H, W, 3) images, (n, features) float32."""
+    edges = [np.unique(np.arange(_FIELDS) * side // _FIELDS) for side in images.shape[1:3]]
+    sums = np.add.reduceat(images.astype(np.float32), edges[0], axis=1)
+    sums = np.add.reduceat(sums, edges[1], axis=2)
+    sizes = [np.diff([*e, side]) for e, side in zip(edges, images.shape[1:3], strict=True)]
+    area = (sizes[0][:, None] * sizes[1][None])[None, :, :, None]
+    return (sums / area).reshape(len(images), -1)

@@ -109,6 +109,25 @@ def test_analyses_are_of_the_same_models(omics_run):
     assert 0.5 <= noise["q05"]["mean"] <= noise["q50"]["mean"] <= noise["q95"]["mean"] <= 1
 
 
+def test_controls_stand_beside_the_figure(omics_run):
+    _, result = omics_run
+    views = ("mrna", "methylation", "mirna")
+    assert list(result["controls"]) == ["majority", "linear", *(f"linear_{v}" for v in views)]
+    rates = {}
+    for name, row in result["controls"].items():
+        check_summary(row["classification"]["last"], 1)
+        assert "validation" not in row
+        rates[name] = row["classification"]["last"]["accuracy"]["mean"]
+    assert rates["majority"] == 0.5
+    assert result["controls"]["majority"]["classification"]["last"]["auc"]["mean"] == 0.5
+    # The classes are parted in every column: together by more than by one view alone.
+    assert min(rates["linear"], *(rates[f"linear_{v}"] for v in views)) > 0.7
+    gain = result["gain_over_best_control"]["classification"]
+    accuracy = result["classification"]["last"]["accuracy"]["mean"]
+    assert gain["gain"] == pytest.approx(accuracy - max(rates.values()))
+    assert rates[gain["control"]] == max(rates.values())
+
+
 def test_evaluating_again_gives_the_same(omics_run, tables):
     workdir, result = omics_run
     again = loop.evaluate(omics_config(tables), workdir)
@@ -358,7 +377,14 @@ def test_the_commands_train_and_show_a_table(tables, tmp_path, capsys):
     args = ["train", config, f"--workdir={tmp_path / 'run'}", *overrides]
     assert commands.train(args) == 0
     out = capsys.readouterr().out
-    for text in ("m3col on rosmap: test, 20 samples", "validation selected", "replaced by noise"):
+    for text in (
+        "m3col on rosmap: test, 20 samples",
+        "validation selected",
+        "replaced by noise",
+        "– largest class",
+        "– logistic regression, mirna",
+        "Gain over the best control, ",
+    ):
         assert text in out
     assert commands.evaluate(["eval", f"--workdir={tmp_path / 'run'}", "--split=validation"]) == 0
     assert "m3col on rosmap: validation" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """M3CoL on images with headlines: devices, accumulation, schedules, pretrained encoders."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
+from rcml_jax.methods.classification import _fields, plain_features
 from rcml_jax.training import loop, sharding
 from rcml_jax.training.gradcache import parts_of
 from rcml_jax.training.optimizer import build as build_optimizer
@@ -46,6 +49,32 @@ def test_the_evaluation_of_news_has_its_form(news_run):
     assert "ensemble" not in result
     assert set(result["corrupted"]) == {"image", "text"}
     assert (workdir / "tokenizer.json").is_file()
+
+
+def test_controls_of_raw_images_and_texts(news_run, news, tmp_path):
+    _, result = news_run
+    names = ["majority", "class_words", "linear", "linear_image", "linear_text"]
+    assert list(result["controls"]) == names
+    for row in result["controls"].values():
+        check_summary(row["classification"]["last"], 1)
+        check_summary(row["validation"]["last"], 1)
+    task = build(news_config(news, data__words_dropped=0.5), tmp_path).task
+    train, test = (task.data.rows(split) for split in ("train", "test"))
+    rows = np.concatenate([train, test])
+    found = plain_features(task, rows, len(train))
+    # 16 pixels a side are 16 fields a side; a wider image is averaged.
+    pixels, (ids, mask) = task.inputs(rows)["image"][0], task.inputs(rows)["text"]
+    np.testing.assert_allclose(found["image"], pixels.reshape(len(rows), -1))
+    wide = np.repeat(np.repeat(pixels, 3, axis=1), 2, axis=2)
+    np.testing.assert_allclose(_fields(wide), found["image"], rtol=1e-5)
+    # Tokens of two training texts or more, of texts that have lost the same words.
+    present = [
+        {int(t) for t, m in zip(*pair, strict=True) if m} for pair in zip(ids, mask, strict=True)
+    ]
+    count = Counter(t for tokens in present[: len(train)] for t in tokens)
+    common = sorted(token for token, n in count.items() if n > 1)
+    expected = [[float(token in tokens) for token in common] for tokens in present]
+    np.testing.assert_array_equal(found["text"], expected)
 
 
 def test_processes_read_halves_of_the_same_batch(news, tmp_path):

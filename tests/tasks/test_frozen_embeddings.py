@@ -50,6 +50,9 @@ def test_they_are_computed_once_and_trained_on_by_several_seeds(config, tmp_path
     result = loop.train_and_evaluate(config, tmp_path / "run")
     assert result["dataset"] == "hm"
     assert result["protocol"]["models"] == ["seed42", "seed43"]
+    # The rule reads the texts, of which the data have embeddings only.
+    names = ["majority", "class_words", "linear", "linear_image", "linear_text"]
+    assert list(result["controls"]) == names
     folder = tmp_path / "run"
     stored = sorted(pathlib.Path(config.data.dir).glob("embeddings/*/*.npy"))
     assert sorted(path.name for path in stored) == ["image.npy", "text.npy"]

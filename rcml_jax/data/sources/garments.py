@@ -3,22 +3,18 @@
 The files, the items and their texts are those of `rcml_jax.data.sources.hm`.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.classification import WORD, ClassificationData, Modality, stem, word_stems
 from rcml_jax.data.images import ChosenImages
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import hm
 from rcml_jax.errors import UserError
 from rcml_jax.log import log_line
-
-_WORD = re.compile(r"[^\W\d_]+")
-_NO_CLASS_WORDS = {"and", "of", "the", "or", "with"}
 
 
 def from_config(data: Any, cache: Path) -> ClassificationData:
@@ -83,12 +79,6 @@ def load(
 
 def without_class_words(texts: Sequence[str], names: Sequence[str]) -> list[str]:
     """Texts without the words of the classes' names, in any case, singular or plural."""
-    words = {_stem(word) for name in names for word in _WORD.findall(name)} - _NO_CLASS_WORDS
-    shown = lambda found: "" if _stem(found[0]) in words else found[0]  # noqa: E731
-    return [" ".join(_WORD.sub(shown, text).split()) for text in texts]
-
-
-def _stem(word: str) -> str:
-    """What a word has in common with its plural: "Dresses" and "dress" give "dress"."""
-    word = re.sub(r"ies$", "y", word.casefold())
-    return re.sub(r"(?<=[^s])s$", "", word).removesuffix("e")
+    words = set().union(*(word_stems(name) for name in names))
+    shown = lambda found: "" if stem(found[0]) in words else found[0]  # noqa: E731
+    return [" ".join(WORD.sub(shown, text).split()) for text in texts]
