@@ -239,7 +239,7 @@ def _row(name: str, devices: list[Any], mode: str, title: str, config: Any) -> d
     }
     begin = time.perf_counter()
     try:
-        placed = sharding.build(mode, devices)
+        placed = sharding.build(mode, devices, split_shared=method.split_shared)
         compiled = compile_step(method, abstract_batch(method, text, sentence), placed)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         return row | {"error": str(error).splitlines()[0][:160]}

@@ -104,9 +104,10 @@ def relation_terms(
     is_negative = valid[None] & ~related[rows] & ~is_positive
 
     queries = jnp.concatenate([text[rows], image[rows]])
-    logits = queries @ jnp.concatenate([text, image]).T / jnp.asarray(temperature, text.dtype)
-    # (modality of the anchor, row, modality of the candidate, candidate)
-    logits = logits.reshape(2, len(rows), 2, len(text))
+    # (modality of the anchor, row, modality of the candidate, candidate). The candidates of both
+    # modalities are stacked, not joined: split over devices, they stay where they are.
+    logits = jnp.einsum("qd,ynd->qyn", queries, jnp.stack([text, image]))
+    logits = logits.reshape(2, len(rows), 2, len(text)) / jnp.asarray(temperature, text.dtype)
     is_positive, is_negative, live_row = (
         x[None, :, None] for x in (is_positive, is_negative, live)
     )

@@ -21,10 +21,10 @@ class Method(abc.ABC):
     """A model, a loss, its batches and its evaluation.
 
     A batch has two parts. The leaves of `items` have examples (or rows of several) on their leading
-    axis and are split over the devices. Every device holds `shared` whole. The loss has two steps,
-    so that it is correct on any number of devices: `embed` sees each example alone, `objective`
-    sees the embeddings of the whole batch. `prepare` runs before both, for work that needs all raw
-    examples.
+    axis and are split over the devices. Every device holds `shared` whole, but for `split_shared`.
+    The loss has two steps, so that it is correct on any number of devices: `embed` sees each
+    example alone, `objective` sees the embeddings of the whole batch. `prepare` runs before both,
+    for work that needs all raw examples.
     """
 
     config: Any
@@ -39,6 +39,9 @@ class Method(abc.ABC):
     evaluated = "best"
     #: Whether the method overrides `prepare`.
     prepares = False
+    #: Arrays of a batch's `shared` whose last axis runs over the examples, such as (N, N) masks.
+    #: `jit` splits that axis over the devices.
+    split_shared: Sequence[str] = ()
     #: Whether the state is donated (updated in place) on CPUs, too.
     in_place = False
     #: Number of examples packed into one batch row.

@@ -111,6 +111,7 @@ class RelationalMethod(Method):
     """Two towers on a relation graph, scored by retrieval, relation type and relation validity."""
 
     family = "relational"
+    split_shared = ("related",)
     #: Noise for the relation sentences of a batch, as of `RelationTask.batches`.
     sentence_noise: Callable | None = None
 

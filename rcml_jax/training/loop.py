@@ -124,7 +124,9 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
         with jax.default_device(sharding.first_local(devices)):
             method = _build(config, workdir)
             with Interrupt() as interrupt:
-                place = sharding.build(config.parallel, devices, method.in_place)
+                place = sharding.build(
+                    config.parallel, devices, method.in_place, method.split_shared
+                )
                 run = Run(config, workdir, method, place)
                 finished = run.train(interrupt)
             return _evaluate(config, workdir, "test", method) if finished else None

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -169,9 +169,18 @@ def across_devices(objective: Callable, axis_name: str = AXIS) -> Callable:
 
 
 class ShardedJit:
-    """Data parallel by `jit`: items sharded over a mesh, everything else replicated."""
+    """Data parallel by `jit`: items sharded over a mesh, everything else replicated.
 
-    def __init__(self, devices: list[jax.Device], in_place: bool = False):
+    split_shared: the arrays of `shared` whose last axis is sharded, too; see `Method`.
+    """
+
+    def __init__(
+        self,
+        devices: list[jax.Device],
+        in_place: bool = False,
+        split_shared: Sequence[str] = (),
+    ):
+        self._split_shared = frozenset(split_shared)
         self.devices, self._donated = devices, donated(devices, in_place)
         #: Number of a batch's rows → those that this process passes to `put_batch`.
         self.local_rows = rows_on(devices)
@@ -204,11 +213,20 @@ class ShardedJit:
 
         Every process passes all of `shared`, and of `items` the rows of `local_rows`.
         """
-        places = {"items": self._split, "shared": self._replicated}
+        places = {name: self._place_of(name, x) for name, x in batch["shared"].items()}
         if jax.process_count() == 1:
-            return jax.device_put(batch, places)
-        shared = jax.tree.map(functools.partial(_put, sharding=self._replicated), batch["shared"])
+            return jax.device_put(batch, {"items": self._split, "shared": places})
+        shared = {
+            name: jax.tree.map(functools.partial(_put, sharding=places[name]), x)
+            for name, x in batch["shared"].items()
+        }
         return {"items": jax.tree.map(self._put_rows, batch["items"]), "shared": shared}
+
+    def _place_of(self, name: str, x: Any) -> NamedSharding:
+        """Where an array of `shared` lies."""
+        if name not in self._split_shared or np.shape(x)[-1] % len(self.devices):
+            return self._replicated
+        return NamedSharding(self._split.mesh, PartitionSpec(*(None,) * (np.ndim(x) - 1), AXIS))
 
     def _put_rows(self, x: Any) -> jax.Array:
         """This process's rows of an array → the whole array."""
@@ -233,7 +251,10 @@ class ShardedJit:
         To compile a step ahead, on devices that need not be there.
         """
         items = jax.tree.map(lambda x: _shape(x, self._split), batch["items"])
-        shared = jax.tree.map(lambda x: _shape(x, self._replicated), batch["shared"])
+        shared = {
+            name: jax.tree.map(functools.partial(_shape, sharding=self._place_of(name, x)), x)
+            for name, x in batch["shared"].items()
+        }
         state = jax.tree.map(lambda x: _shape(x, self.sharding_of(x)), state)
         return state, {"items": items, "shared": shared}
 
@@ -254,8 +275,13 @@ class FullyShardedJit(ShardedJit):
     where they are used, and each device updates its own part.
     """
 
-    def __init__(self, devices: list[jax.Device], in_place: bool = False):
-        super().__init__(devices, in_place)
+    def __init__(
+        self,
+        devices: list[jax.Device],
+        in_place: bool = False,
+        split_shared: Sequence[str] = (),
+    ):
+        super().__init__(devices, in_place, split_shared)
         self._whole = jax.jit(lambda tree: tree, out_shardings=self._replicated)
 
     def sharding_of(self, x: Any) -> NamedSharding:
@@ -296,7 +322,13 @@ class FullyShardedJit(ShardedJit):
 class Pmap:
     """Data parallel by `pmap`: each device embeds its items, the embeddings are gathered."""
 
-    def __init__(self, devices: list[jax.Device], in_place: bool = False):
+    def __init__(
+        self,
+        devices: list[jax.Device],
+        in_place: bool = False,
+        split_shared: Sequence[str] = (),
+    ):
+        del split_shared  # every device computes the whole loss
         self.devices, self._donated = devices, donated(devices, in_place)
         #: Number of a batch's rows → those that this process passes to `put_batch`.
         self.local_rows = rows_on(devices)
@@ -386,6 +418,11 @@ PARALLEL: dict[str, type[ShardedJit] | type[Pmap]] = {
 }
 
 
-def build(name: str, devices: list[jax.Device], in_place: bool = False) -> ShardedJit | Pmap:
-    """The parallel mode of a name in `PARALLEL`; for `in_place` see `donated`."""
-    return PARALLEL[name](devices, in_place)
+def build(
+    name: str,
+    devices: list[jax.Device],
+    in_place: bool = False,
+    split_shared: Sequence[str] = (),
+) -> ShardedJit | Pmap:
+    """The parallel mode of a name in `PARALLEL`; in_place, split_shared: a method's."""
+    return PARALLEL[name](devices, in_place, split_shared)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.topologies import collective_bytes
 from rcml_jax.errors import UserError
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.rcml import relation_contrastive
@@ -295,3 +296,67 @@ def test_the_rows_of_a_process_are_those_of_its_devices():
     np.testing.assert_array_equal(sharding._rows_where(mine, 8), [2, 3, 6, 7])
     with pytest.raises(UserError, match="a batch of 6 rows cannot be split over 4 devices"):
         sharding._rows_where(mine, 6)
+
+
+def test_masks_over_the_examples_are_split_along_them():
+    batch = {
+        "items": {"ids": np.arange(16).reshape(16, 1)},
+        "shared": {"related": np.random.default_rng(0).random((3, 16, 16)) < 0.5},
+    }
+    devices = pick_devices("cpu", 8)
+    for mode in ("jit", "fsdp"):
+        put = sharding.build(mode, devices, split_shared=("related",)).put_batch(batch)
+        shards = put["shared"]["related"].addressable_shards
+        assert {shard.data.shape for shard in shards} == {(3, 16, 2)}
+        np.testing.assert_array_equal(put["shared"]["related"], batch["shared"]["related"])
+    whole = sharding.build("jit", devices).put_batch(batch)["shared"]["related"]
+    assert {shard.data.shape for shard in whole.addressable_shards} == {(3, 16, 16)}
+
+
+def compiled_loss(relations, items, width=16):
+    """The gradient of RCML's loss compiled for 8 devices, of items/2 pairs, from shapes."""
+    pairs = items // 2 // relations
+    place = sharding.build("jit", pick_devices("cpu", 8), split_shared=("related",))
+
+    def shape(*sizes, dtype=bool):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    embeddings = shape(items, relations, width, dtype=np.float32)
+    shared = {
+        **dict.fromkeys(("anchor", "positive"), shape(relations, pairs, dtype=np.int32)),
+        "pair_valid": shape(relations, pairs),
+        "related": shape(relations, items, items),
+        "valid": shape(items),
+        "intra": shape(relations),
+    }
+    batch = {"items": dict.fromkeys(("text", "image"), embeddings), "shared": shared}
+
+    def loss(items, shared):
+        text, image = (jnp.swapaxes(items[name], 0, 1) for name in ("text", "image"))
+        return relation_contrastive(text, image, **shared)[0]
+
+    _, batch = place.abstract({}, batch)
+    return jax.jit(jax.grad(loss)).lower(batch["items"], batch["shared"]).compile()
+
+
+def test_what_rcml_exchanges_does_not_grow_with_the_relations():
+    """Candidates and masks stay where they are; only the rows of the pairs are exchanged."""
+    items, width = 128, 16
+    sent = {}
+    for relations in (2, 8):
+        found = collective_bytes(compiled_loss(relations, items, width).as_text())
+        assert set(found) == {"all-reduce"}
+        sent[relations] = sum(size for _, size in found.values())
+    # Two modalities of one row an item, forward and backward, and a few numbers a row.
+    rows = 2 * 2 * items * width * 4
+    assert rows <= sent[2] < sent[8] * 1.05 < 1.3 * rows
+
+
+def test_each_device_holds_its_part_of_the_masks():
+    arguments = [
+        compiled_loss(8, items).memory_analysis().argument_size_in_bytes for items in (128, 256)
+    ]
+    masks = [8 * items * items // 8 for items in (128, 256)]
+    embeddings = [2 * items * 8 * 16 * 4 // 8 for items in (128, 256)]
+    for found, mask, embedded in zip(arguments, masks, embeddings, strict=True):
+        assert mask + embedded <= found < 1.2 * (mask + embedded)
