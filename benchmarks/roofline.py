@@ -131,7 +131,10 @@ def step(
     kept = sum(items * n * d * layers * ACTIVATION_BYTES for n, d, layers in tokens)
     size = parameters(config, relations)
     others = (chips - 1) / chips
-    embeddings = 2 * everything * width * 2 * max(relations, 1)
+    # CLIP gathers everybody's embeddings in bfloat16. RCML's candidates stay where they are: the
+    # rows of its pairs, one an item and modality whatever the relations, are summed over the
+    # devices in float32, which takes twice as long as a gather.
+    embeddings = 2 * everything * width * (2 * 4 if relations else 2)
     return Step(
         items=items,
         flop=flops.training(parts) + loss,
