@@ -303,6 +303,7 @@ def image_reader(
     embeddings: Embeddings | LanceTable, workdir: pathlib.Path, overrides: Sequence[str]
 ) -> Callable[[int], bytes]:
     """What gives the bytes of an item's image: its file, or the data set of the model's run."""
+    read: Callable[[int], bytes]
     if isinstance(embeddings, LanceTable):
         root, read, digest = embeddings.root, embeddings.image, embeddings.digest
     else:
@@ -322,13 +323,14 @@ def image_reader(
 def _query_card(
     embeddings: Embeddings | LanceTable, args: argparse.Namespace, read: Callable[[int], bytes]
 ) -> Card:
-    if args.item is not None and isinstance(embeddings, LanceTable):
-        index = embeddings.number(args.item)
-        (row,) = embeddings.rows([index], ["text"])
-        return Card(args.item, row["text"], _bytes(read, index))
     if args.item is not None:
-        index = embeddings.items.ids.index(args.item)
-        return Card(args.item, embeddings.items.texts[index], _bytes(read, index))
+        if isinstance(embeddings, LanceTable):
+            index = embeddings.number(args.item)
+            text = embeddings.rows([index], ["text"])[0]["text"]
+        else:
+            index = embeddings.items.ids.index(args.item)
+            text = embeddings.items.texts[index]
+        return Card(args.item, text, _bytes(read, index))
     if args.image is not None:
         return Card(text=args.image.name, image=read_file(args.image))
     return Card(text=args.text or args.words)

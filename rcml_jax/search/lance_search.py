@@ -136,8 +136,8 @@ class TableSearcher:
             keep = numbers != (-1 if own is None else own)
             if wanted is not None:
                 keep &= np.isin(numbers, wanted)
-            pairs = zip(found, (numbers[keep], scores[keep]), strict=True)
-            found = _best(*(np.concatenate(pair) for pair in pairs), k)
+            numbers = np.concatenate([found[0], numbers[keep]])
+            found = _best(numbers, np.concatenate([found[1], scores[keep]]), k)
         return self._matches(*found, names, where, words)
 
     def _query(
@@ -194,7 +194,7 @@ class TableSearcher:
             raise UserError(
                 f"{self.table.directory} holds no other item with {' or '.join(names)}{filters}"
             )
-        rows = self.table.rows(numbers, ["id", "text"])
+        rows = self.table.rows(numbers.tolist(), ["id", "text"])
         return [
             Match(int(number), row["id"], row["text"], float(score))
             for number, row, score in zip(numbers, rows, scores, strict=True)

@@ -242,6 +242,7 @@ class TableWriter:
         rows = pa.Table.from_batches(self._waiting, self._schema)
         self._waiting = []
         self._commit(lambda: self._table.add(rows))
+        self._missing[np.asarray(rows["item_number"])] = False
 
     def rewrite(
         self, items: Sequence[int], blocks: dict[str, np.ndarray], has: dict[str, np.ndarray]
@@ -282,11 +283,9 @@ class TableWriter:
                 width = self._schema.field(name).type.list_size
                 # Eight numbers a byte where the width allows it: narrow vectors need more bytes.
                 step = next((s for s in (8, 4, 2) if width % s == 0 and width >= 16 * s), 1)
-                configs = {
-                    "ivf-pq": lambda n=width // step: IvfPq("cosine", num_sub_vectors=n),
-                    "hnsw": lambda: HnswSq("cosine"),
-                }
-                self._index(name, old if kind == wanted else None, configs[wanted]())
+                config: Any = IvfPq("cosine", num_sub_vectors=width // step)
+                config = HnswSq("cosine") if wanted == "hnsw" else config
+                self._index(name, old if kind == wanted else None, config)
         if index != "none" and not made:
             raise UserError(
                 f"{self.directory} has too few items for an index; give {_TRAINED_ON} at least, or "
@@ -442,7 +441,7 @@ def _scan(address: str, table: Any, columns: list[str], where: str = "") -> Iter
 class LanceTable:
     """A whole table, opened for reading.
 
-    directory: its address; relations, model: as of `embedding_store.Embeddings`; items: their
+    directory: its address; relations, model: as of `embedding_store.Embeddings`; count: their
     number; digest: that of the ids, as of `embedding_store.ids_digest`; root: the folder of the
     images, None where they are those of the model's own data; handle: LanceDB's.
     """
@@ -450,7 +449,7 @@ class LanceTable:
     directory: str
     relations: tuple[str, ...]
     model: dict[str, Any]
-    items: int
+    count: int
     digest: str
     root: pathlib.Path | None
     shapes: dict[str, list[int]]
@@ -458,7 +457,7 @@ class LanceTable:
     handle: Any
 
     def __len__(self) -> int:
-        return self.items
+        return self.count
 
     def column(self, modality: str, relation: int) -> str:
         """The name of the column with the vectors of a modality under a relation."""
@@ -532,7 +531,7 @@ class LanceTable:
 
         Raises UserError where the texts have no index.
         """
-        from lancedb.query import MatchQuery
+        import lancedb.query
 
         if "text" not in self.indices():
             raise UserError(
@@ -540,9 +539,11 @@ class LanceTable:
                 "again to go on"
             )
         with _guarded(self.directory):
-            query = self.handle.search(MatchQuery(words, "text", operator="AND"), query_type="fts")
+            match: Any = lancedb.query.MatchQuery
+            asked = match(words, "text", operator=lancedb.query.FullTextOperator.AND)
+            query = self.handle.search(asked, query_type="fts")
             query = query.where(where) if where else query
-            found = query.select(["item_number", "_score"]).limit(max(1, self.items)).to_arrow()
+            found = query.select(["item_number", "_score"]).limit(max(1, self.count)).to_arrow()
         numbers, scores = found["item_number"].to_pylist(), found["_score"].to_pylist()
         return dict(zip(numbers, scores, strict=True))
 
@@ -577,18 +578,21 @@ def open_table(address: str) -> LanceTable:
         )
     manifest = _manifest(address, handle)
     with _guarded(address):
-        count = handle.count_rows()
-    if count != manifest["items"]:
+        count, items = handle.count_rows(), manifest["items"]
+    there = np.zeros(items, bool)
+    for batch in _scan(address, handle, ["item_number"]):
+        there[np.asarray(batch["item_number"])] = True
+    if count != items or not there.all():  # some may be there twice
         raise UserError(
-            f"{address} is unfinished ({count:,} rows for {manifest['items']:,} items); start the "
-            "command that embeds again to go on"
+            f"{address} is unfinished ({there.sum():,} of {items:,} items, {count:,} rows); start "
+            "the command that embeds again to go on"
         )
     root = manifest["root"]
     return LanceTable(
         address,
         tuple(manifest["relations"]),
         manifest["model"],
-        manifest["items"],
+        items,
         manifest["items_digest"],
         None if root is None else pathlib.Path(root),
         manifest["shapes"],

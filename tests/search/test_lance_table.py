@@ -276,7 +276,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
 
     with pytest.raises(KeyboardInterrupt):
         embed_table(model, items, SENTENCES, to, shard=16, note=stop)
-    with pytest.raises(UserError, match=r"is unfinished \(32 rows for 60 items\); start the"):
+    with pytest.raises(UserError, match=r"is unfinished \(32 of 60 items, 32 rows\); start"):
         open_table(to)
     read.clear()
     found = embed_table(model, items, SENTENCES, to, shard=16)
@@ -364,13 +364,13 @@ def test_two_writers_without_locks_find_out_and_lose_nothing(tmp_path):
         write(first, vectors, has, shards=1)
         with pytest.raises(UserError, match=r"another process is writing to lance\+file://"):
             write(second, vectors, has)
-    # Both at one moment: rows that are there twice.
-    rows = first._table.search().where("item_number < 5").to_arrow()
+    # Both at one moment: rows that are there twice, as many as are missing.
+    rows = first._table.search().where("item_number < 10").to_arrow()
     first._table.add(rows)
-    with pytest.raises(UserError, match=r"is unfinished \(\d+ rows for 30 items\)"):
+    with pytest.raises(UserError, match=r"is unfinished \(20 of 30 items, 30 rows\)"):
         open_table(to)
     third = TableWriter(to, plan)
-    assert list(third.shards()) == [range(0, 5), range(20, 30)]
+    assert list(third.shards()) == [range(0, 10), range(20, 30)]
     write(third, vectors, has)
     third.finish()
     found = contents(open_table(to))
