@@ -11,9 +11,12 @@ from rcml_jax.training.step import TrainState
 from tests.toy import tiny_config
 
 
-def make_run(folder, workdir, *, seed=0, method="rcml"):
-    """A work directory with a checkpoint of random parameters, the head's noise included."""
-    config = tiny_config(folder, method=method)
+def make_run(folder, workdir, *, seed=0, method="rcml", options=None):
+    """A work directory with a checkpoint of random parameters, the head's noise included.
+
+    options: as of `tiny_config`.
+    """
+    config = tiny_config(folder, method=method, **(options or {}))
     workdirs.prepare(workdir, config)
     built = build(config, workdir)
     batches = built.batches()

@@ -61,9 +61,12 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
                 f"{', '.join(f'--{free}' for free in _FREE)} can be given"
             )
     # Imported here: a wrong option is reported before the models' classes are loaded.
+    from rcml_jax.search.exported import export_config, find_export
     from rcml_jax.training.workdir import load_config
 
-    return parse_flags(overrides, load_config(workdir)).config
+    export = find_export(workdir)
+    config = load_config(workdir) if export is None else export_config(export)
+    return parse_flags(overrides, config).config
 
 
 def _embed(argv: Sequence[str]) -> int:
@@ -91,6 +94,8 @@ def _embed(argv: Sequence[str]) -> int:
     model = open_model(args.workdir, config)
     if items is None:
         items = from_graph(model.method.task.graph)
+    if not len(items):
+        raise UserError(f"{args.workdir} is an export, which has no items; give --items")
     with Progress(len(items)) as progress:
         options: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "shard")}
         options |= {"strict": args.strict, "note": lambda done, _: progress.update(done)}

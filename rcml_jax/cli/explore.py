@@ -123,6 +123,8 @@ def open_explorer(
     if found is None:
         task = model.method.task
         items = from_graph(task.graph)
+        if not len(items):
+            raise UserError(f"{workdir} is an export, which has no items; give --embeddings")
         with Progress(len(items)) as progress:
             found = embed_catalogue(
                 model,

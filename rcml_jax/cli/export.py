@@ -1,11 +1,16 @@
 """Write a trained run as a directory that `transformers` (PyTorch) loads as CLIP.
 
     rcml-export --workdir runs/rcml --to exported/rcml
+    rcml-export --workdir runs/rcml --to exported/rcml --push user/name
+    rcml-export --to exported/rcml --push user/name --public
 
 The best checkpoint of a run of rcml, clip, siglip, unicl or declip, its tokenizer and image
 processor in Hugging Face's files, RCML's head in `relation_pooling.safetensors`, and a model card,
 `README.md`, with the figures and the code to use both in PyTorch. Needs neither torch nor the data
-set.
+set. `--push` also pushes the directory to the Hugging Face hub, as whoever is logged in there (`hf
+auth login`, or HF_TOKEN), into a repository that is made private unless `--public` is given;
+without `--workdir` a directory that was written before. `rcml-embed`, `rcml-search` and the others
+take the directory or `user/name` as their `--workdir`.
 """
 
 import contextlib
@@ -30,7 +35,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.parsing import user_path
-from rcml_jax.training.checkpoint import read_params
+from rcml_jax.training.checkpoint import best_step, read_params
 from rcml_jax.training.workdir import load_config
 
 
@@ -42,15 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(argv: Sequence[str]) -> int:
     workdir, rest = take_option(argv, "workdir")
     target, rest = take_option(["", *rest], "to")
-    if workdir is None:
+    repository, rest = take_option(["", *rest], "push")
+    public = "--public" in rest
+    rest = [argument for argument in rest if argument != "--public"]
+    if workdir is None and repository is None:
         raise UserError("the export needs --workdir, the work directory of a run")
     if target is None:
         raise UserError("the export needs --to, a new directory to write to")
     if rest:
-        raise UserError(f"unknown argument {rest[0]!r}; the export takes --workdir and --to only")
-    export_run(workdir, target)
-    files = ", ".join(sorted(path.name for path in user_path(target).iterdir()))
-    print(f"{target}: {files}")
+        raise UserError(
+            f"unknown argument {rest[0]!r}; the export takes --workdir, --to, --push and --public"
+        )
+    if public and repository is None:
+        raise UserError("--public is for the repository of --push; give that, too")
+    # Imported here, so that a wrong option is said before Hugging Face's classes are loaded.
+    from rcml_jax.export.hub import check_push, push
+
+    if repository is not None:
+        check_push(repository)  # before the work
+    if workdir is not None:
+        export_run(workdir, target)
+        files = ", ".join(sorted(path.name for path in user_path(target).iterdir()))
+        print(f"{target}: {files}")
+    if repository is not None:
+        print(push(user_path(target), repository, public=public))
     return 0
 
 
@@ -130,9 +150,9 @@ def export_run(workdir: pathlib.Path | str, target: pathlib.Path | str) -> None:
     _check_finished(workdir, config.steps)
     _check_free(target)
     result = _read_result(workdir)
-    params = read_params(workdir)
+    params, step = read_params(workdir), best_step(workdir)
     with _new_directory(target) as directory:
-        _write_files(directory, workdir, config, params, result)
+        _write_files(directory, workdir, config, params, result, step)
 
 
 def _check_finished(workdir: pathlib.Path, steps: int) -> None:
@@ -178,7 +198,12 @@ def _new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _write_files(
-    directory: pathlib.Path, workdir: pathlib.Path, config: Any, params: Any, result: dict | None
+    directory: pathlib.Path,
+    workdir: pathlib.Path,
+    config: Any,
+    params: Any,
+    result: dict | None,
+    step: int | None,
 ) -> None:
     # Imported here, so that a wrong option is said before Hugging Face's classes are loaded.
     from rcml_jax.export.towers import save_clip
@@ -197,6 +222,7 @@ def _write_files(
         pad_id=tokenizer.pad_id,
         temperature=temperature,
         framing=taken.framing,
+        about={"method": config.method, "step": step},
     )
     if config.method == "rcml":
         _save_head(directory / "relation_pooling.safetensors", config.model, params["head"])

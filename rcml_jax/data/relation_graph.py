@@ -499,6 +499,14 @@ def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return rows, np.repeat(start, counts) + offset
 
 
+def empty_graph(name: str, images: ItemImages, intra_relation: str) -> RelationGraph:
+    """A graph of no items and no relations."""
+    none = np.zeros((0, 3), np.int32)
+    return RelationGraph(
+        name, (), (), none[:, 0], (), (), none, none[:, 0].astype(np.int8), images, intra_relation
+    )
+
+
 def _find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where values are in a sorted array of one at least, and whether they are."""
     index = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)

@@ -160,9 +160,9 @@ def nearest_of_each(
             count += own
         scores /= sides * np.maximum(count, 1)
         found = (count > 0) & (scores > best.floor)
-        for column, index in enumerate(leave_out):
-            if index is not None and start <= index < part.stop:
-                found[index - start, column] = False
+        for q, item in enumerate(leave_out):
+            if item is not None and start <= item < part.stop:
+                found[item - start, q] = False
         index, column = np.nonzero(found)
         best.add(column, index + start, scores[index, column])
     best.merge()

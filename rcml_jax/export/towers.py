@@ -16,6 +16,7 @@ from rcml_jax.models.checkpoints import to_torch
 from rcml_jax.models.preprocessing import image_statistics
 from rcml_jax.models.towers.clip import end_token
 from rcml_jax.models.two_towers import towers_shapes
+from rcml_jax.search.exported import MARK
 
 
 def save_clip(
@@ -28,11 +29,13 @@ def save_clip(
     pad_id: int,
     temperature: float,
     framing: Framing | None = None,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors` and `preprocessor_config.json` of a `CLIPModel`.
 
     params: those of `TwoTowers(config)`; the ids are the tokenizer's, and the logit scale is that
-    of the temperature. framing: of the run's images, by default CLIP's. Torch is not needed. Raises
+    of the temperature. framing: of the run's images, by default CLIP's; about: what
+    `rcml_jax.search.exported` reads again. Torch is not needed. Raises
     UserError for towers that are not CLIP's, for parameters of another configuration, and where
     PyTorch would look for another end token than the tokenizer has.
     """
@@ -46,7 +49,8 @@ def save_clip(
     config.text_config.update(ids)
     # In preprocessor_config.json, where others look for it.
     vars(config.vision_config).pop("image_statistics", None)
-    (directory / "config.json").write_text(config.to_json_string(), "utf-8")
+    said = json.loads(config.to_json_string()) | ({MARK: about} if about else {})
+    (directory / "config.json").write_text(json.dumps(said, indent=2) + "\n", "utf-8")
     scale = np.float32(-math.log(temperature))
     tensors = to_torch({**params, "logit_scale": scale})
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

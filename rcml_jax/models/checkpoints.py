@@ -35,12 +35,31 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def unreachable(name: str, error: Exception, kind: str) -> UserError:
     """The error for a checkpoint that cannot be found, fetched or read."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    reason = textwrap.shorten(reason, 200, placeholder=" ...")
     return UserError(
-        f"cannot load a {kind} checkpoint from {name!r} ({reason}); give a directory written by "
-        "save_pretrained, or a name on the Hugging Face hub that this machine can reach"
+        f"cannot load a {kind} checkpoint from {name!r} ({hub_reason(error)}); give a directory "
+        "written by save_pretrained, or a name on the Hugging Face hub that this machine can reach"
     )
+
+
+def hub_reason(error: Exception) -> str:
+    """What went wrong at the hub, or the first line of any other error."""
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: "its owner grants access to it one by one, and not to this token",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or not for this token",
+        errors.LocalEntryNotFoundError: "the hub cannot be reached, and no copy is here",
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status in (401, 403):
+        return f"the hub refuses this token: {status}; it has to be valid, and may have to write"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(reason, 200, placeholder=" ...")
 
 
 def pretrained_directory(

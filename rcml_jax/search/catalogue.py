@@ -42,6 +42,7 @@ from rcml_jax.search.embedding_store import (
     hold_store,
     open_embeddings,
 )
+from rcml_jax.search.exported import export_config, export_mark, find_export, load_export
 from rcml_jax.search.items import Items, pixels
 from rcml_jax.search.token_store import (
     Tokens,
@@ -51,7 +52,7 @@ from rcml_jax.search.token_store import (
     pool_tokens,
 )
 from rcml_jax.training import sharding
-from rcml_jax.training.checkpoint import Checkpoints, read_params
+from rcml_jax.training.checkpoint import best_step, read_params
 from rcml_jax.training.workdir import load_config
 
 _CHUNK = 256
@@ -96,8 +97,13 @@ class Match:
 def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
     """The best checkpoint of a work directory; `config` in place of its own where given.
 
-    Raises UserError where nothing was trained, or no relational method.
+    workdir: also a directory that `rcml-export` wrote, or the name of a repository on the Hugging
+    Face hub that it pushed to, "user/name".
+
+    Raises UserError where nothing was trained, or no relational method, and as `find_export`.
     """
+    if (export := find_export(workdir)) is not None:
+        return _open_export(export, str(workdir), config)
     workdir = user_path(workdir)
     config = load_config(workdir) if config is None else config
     if config.method == EMBEDDINGS or family_of(config.method) != "relational":
@@ -112,10 +118,22 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
         about = {
             "workdir": str(workdir.resolve()),
             "method": config.method,
-            "step": _best_step(workdir),
+            "step": best_step(workdir),
             "digest": _digest(config, workdir, params, method.task.sentence(-1)),
         }
         return Model(method, jax.tree.map(jax.numpy.asarray, params), about, device)
+
+
+def _open_export(directory: pathlib.Path, name: str, config: Any) -> Model:
+    config = export_config(directory) if config is None else config
+    device = sharding.first_local(sharding.pick_devices(config.platform))
+    with sharding.working_on(device):
+        method, params = load_export(directory, config)
+        about = {"workdir": name, **(export_mark(directory) or {})}
+        plain = config.copy_and_resolve_references()
+        plain.model.pretrained = ""  # the place of the files embeds nothing
+        about["digest"] = _digest(plain, directory, params, method.task.sentence(-1))
+        return Model(method, params, about, device)
 
 
 def embed_catalogue(
@@ -686,14 +704,6 @@ def image_pixels(model: Model, image: pathlib.Path | str) -> np.ndarray:
         raise UserError(f"the image {image} cannot be read ({reason}); check it") from error
 
 
-def _best_step(workdir: pathlib.Path) -> int | None:
-    checkpoints = Checkpoints(workdir)
-    try:
-        return checkpoints.best()
-    finally:
-        checkpoints.close()
-
-
 def _digest(config: Any, workdir: pathlib.Path, params: Any, intra: str) -> str:
     """Changes with what embeds: the weights, the tokenizer, the model's options."""
     digest = hashlib.sha256()
@@ -702,5 +712,5 @@ def _digest(config: Any, workdir: pathlib.Path, params: Any, intra: str) -> str:
     digest.update((workdir / "tokenizer.json").read_bytes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(leaf.tobytes())
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

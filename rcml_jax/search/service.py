@@ -269,7 +269,9 @@ def create_app(
                     answer = batcher.put((kind, await view_of(request, kind)))
                 return JSONResponse(await answer)
             except RefusedError as error:
-                return problem(error.status, str(error))
+                # Whoever still sends is not listened to any longer.
+                close = {"connection": "close"} if error.status in (408, 413) else None
+                return problem(error.status, str(error), close)
             except UserError as error:
                 return problem(400, str(error))
             except ClientDisconnect:

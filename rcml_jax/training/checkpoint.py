@@ -258,3 +258,12 @@ def read_params(workdir: pathlib.Path | str, step: int | str = "best") -> Any:
         raise
     finally:
         checkpoints.close()
+
+
+def best_step(workdir: pathlib.Path | str) -> int | None:
+    """The step of the best checkpoint of a work directory; None where there is none."""
+    checkpoints = Checkpoints(pathlib.Path(workdir))
+    try:
+        return checkpoints.best()
+    finally:
+        checkpoints.close()

@@ -1,0 +1,125 @@
+"""A run that `rcml-export` wrote, read back: a local directory, or a repository on the hub."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+from safetensors import SafetensorError, safe_open
+
+from rcml_jax.config import load_config_file
+from rcml_jax.data.images import EncodedImages, ImageBank
+from rcml_jax.data.relation_graph import INTRA_RELATION, empty_graph
+from rcml_jax.data.tokenizer import Tokenizer
+from rcml_jax.errors import UserError
+from rcml_jax.methods import RELATIONAL, method_class
+from rcml_jax.methods.relational import RelationalMethod
+from rcml_jax.models.checkpoints import TOKENIZER_FILES, pretrained_directory
+from rcml_jax.models.two_towers import load_pretrained
+from rcml_jax.parsing import read_json, user_path
+from rcml_jax.tasks.relations import RelationTask
+from rcml_jax.tasks.towers import inputs
+
+#: The head of RCML, and the key of config.json that says what a directory is an export of.
+HEAD, MARK = "relation_pooling.safetensors", "rcml_jax"
+_FILES = ("model.safetensors", HEAD, "preprocessor_config.json", *TOKENIZER_FILES)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def export_mark(directory: pathlib.Path) -> dict[str, Any] | None:
+    """The method and the step that a directory is an export of; None where it is no export."""
+    try:
+        config = read_json((directory / "config.json").read_bytes())
+        mark = config[MARK]
+        return mark if mark["method"] in RELATIONAL else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_export(name: pathlib.Path | str) -> pathlib.Path | None:
+    """The directory of an export: a local one, or that of a repository, which is downloaded.
+
+    None for a local directory of another kind, and what can be no repository's name.
+
+    Raises UserError where the hub has no such repository, cannot be reached, or the repository is
+    no export.
+    """
+    path, text = user_path(name), str(name)
+    if path.exists() or not _REPOSITORY.fullmatch(text):
+        return path if export_mark(path) is not None else None
+    kind = "rcml-export"
+    # config.json alone first: what is no export may be large.
+    if export_mark(pretrained_directory(text, kind=kind, files=())) is None:
+        raise UserError(
+            f"the repository {text} is no export of a run; give one that rcml-export pushed"
+        )
+    return pretrained_directory(text, kind=kind, files=_FILES)
+
+
+def export_config(directory: pathlib.Path) -> Any:
+    """The configuration of an export: the recipe's, but for what embeds.
+
+    Raises UserError where a file is missing or damaged.
+    """
+    mark = export_mark(directory)
+    assert mark is not None  # `find_export` has looked
+    config = load_config_file("rcml")
+    with config.unlocked():
+        config.method = mark["method"]
+        config.model.pretrained = str(directory)
+        config.model.max_length = _max_length(directory)
+        if mark["method"] == "rcml":
+            options, names = _head(directory)[1:]
+            config.model.update({name: float(options[name]) for name in ("beta", "pooled_logit")})
+            config.model.gate = "gate" in names
+            config.model.learn_pooled_prior = True
+    return config
+
+
+def load_export(directory: pathlib.Path, config: Any) -> tuple[RelationalMethod, Any]:
+    """The method of an export, on no items, and its parameters.
+
+    config: of `export_config`. Raises UserError where a file is missing or damaged.
+    """
+    _, towers = load_pretrained(str(directory))
+    params: dict[str, Any] = {"towers": towers}
+    intra = INTRA_RELATION
+    if config.method == "rcml":
+        params["head"], options, _ = _head(directory)
+        intra = options["intra_relation"]
+    taken = inputs(config.model)
+    images = EncodedImages(0, lambda index: b"")
+    graph = empty_graph(directory.name, images, intra)
+    task = RelationTask(
+        config,
+        graph,
+        None,  # type: ignore[arg-type]  # there is nothing to split
+        Tokenizer.from_pretrained_dir(directory),
+        ImageBank(images, taken.framing),
+        taken.max_length,
+    )
+    method: Any = method_class(config.method)
+    return method(config, task), jax.tree.map(jax.numpy.asarray, params)
+
+
+def _head(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The arrays of RCML's head, what is not learned, and the arrays' names."""
+    path = directory / HEAD
+    try:
+        with safe_open(path, "numpy") as file:
+            names = list(file.keys())
+            options = json.loads(file.metadata()["options"])
+            arrays = {name: file.get_tensor(name) for name in names}
+        str(options["intra_relation"]), float(options["beta"]), float(options["pooled_logit"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); export the run again") from error
+    return arrays, options, names
+
+
+def _max_length(directory: pathlib.Path) -> int:
+    path = directory / "tokenizer_config.json"
+    try:
+        return int(read_json(path.read_bytes())["model_max_length"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); export the run again") from error
