@@ -1,11 +1,14 @@
 """Items to embed: ids, texts and images of a table, or of a relation graph.
 
-A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder with `items.csv` or
-`items.jsonl`; its columns are `id`, `text` and `image` (a path relative to the table), as in
+A table is a `.csv` file with a header, a `.jsonl` file (UTF-8), a Parquet file or a tar shard as
+img2dataset writes it; or a folder with `items.csv` or another of these, with several Parquet files
+or shards, or with a data set that Hugging Face's `save_to_disk` wrote. Its columns are `id`, `text`
+and `image` (a path relative to the table, or the image itself), as in
 `rcml_jax.data.sources.folder`. Here an item may lack its text or its image.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -17,12 +20,13 @@ import numpy as np
 from PIL import Image
 
 from rcml_jax.data import images
-from rcml_jax.data.gates import TextGate, read_file, user_path
+from rcml_jax.data.containers import ImageReader
+from rcml_jax.data.gates import TextGate, user_path
 from rcml_jax.data.images import DECODE_ERRORS
 from rcml_jax.data.log import log_line
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import file_state
-from rcml_jax.data.tables import optional, required, rows_of, table_of
+from rcml_jax.data.tables import optional, required, rows_of, table_at, table_of
 from rcml_jax.errors import UserError
 
 #: The longer side of an image before it is resized for a model, as the folder source keeps it.
@@ -81,8 +85,8 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     """
     path, gate = user_path(path), TextGate(strict)
     if not path.exists():
-        raise UserError(f"there is no {path}; give a folder, a .csv or a .jsonl file of items")
-    table = table_of(path, "items") if path.is_dir() else path
+        raise UserError(f"there is no {path}; give a folder or a table of items")
+    table = table_of(path, "items") if path.is_dir() else table_at(path)
     rows: dict[str, tuple[str, str]] = {}
     places: dict[str, str] = {}
     for where, row in rows_of(table, gate):
@@ -100,27 +104,32 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     texts, image_names = zip(*rows.values(), strict=True)
     if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
-    return from_names(tuple(rows), texts, image_names, table.parent)
+    return from_names(tuple(rows), texts, image_names, table.root)
 
 
 def from_names(
     ids: tuple[str, ...], texts: tuple[str, ...], image_names: tuple[str, ...], root: Path
 ) -> Items:
-    """Items whose images are files relative to `root`."""
+    """Items whose images are files relative to `root`, or parts of such files."""
+    reader = ImageReader(root)
 
-    def state(name: str) -> list | None:
-        try:
-            return file_state(root / name)[1:] if name else None
-        except DECODE_ERRORS:  # it is missing, or its name is none
-            return None
+    def states() -> list:
+        @functools.cache  # many images may be in one file
+        def of_file(path: Path) -> list | None:
+            try:
+                return file_state(path)[1:]
+            except DECODE_ERRORS:  # it is missing, or its name is none
+                return None
+
+        return [of_file(reader.file_of(name)) if name else None for name in image_names]
 
     return Items(
         ids,
         texts,
         image_names,
-        lambda i: read_file(root / image_names[i]),
+        lambda i: reader(image_names[i]),
         root.resolve(),
-        lambda: [state(name) for name in image_names],
+        states,
     )
 
 
