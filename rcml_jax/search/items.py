@@ -136,9 +136,9 @@ def from_names(
 def from_graph(graph: RelationGraph) -> Items:
     """The items of a relation graph, under their ids."""
     return Items(
-        graph.ids,
-        graph.texts,
-        graph.ids,
+        ids := tuple(graph.ids),
+        tuple(graph.texts),
+        ids,
         graph.images.encoded,
         states=lambda: images.image_states(graph.images),
     )
