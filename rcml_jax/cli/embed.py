@@ -4,7 +4,8 @@
         --relation "both of them show a heart" --relation "co-purchased by anglers"
 
 `--items` is a folder with `items.csv` or `items.jsonl`, or such a file: columns `id`, `text`,
-`image`; left out, the items of the run's own data set. Beside the given relations the items are
+`image`; or Parquet files, a saved Hugging Face data set, or tar shards as img2dataset writes them;
+left out, the items of the run's own data set. Beside the given relations the items are
 embedded as what they are. An interrupted command goes on when it is started again. `--dtype
 float16` halves the files; `--shard N` sets how many items are between two points to go on from;
 `--strict` makes an image that cannot be read an error. `--tokens` also keeps the token states of

@@ -2,10 +2,12 @@
 
 No TensorFlow is imported. Layout: `<data_dir>/<name>-<fingerprint>/relation_graph/<version>/`.
 A preparation writes into a folder `incomplete.*` and renames it when it is whole, so a folder of
-that layout is a whole data set. The graph (all but the images) is kept beside the records in
-`graph.npz`; it is made from the records wherever it is missing.
+that layout is a whole data set. The graph (all but the images) is kept beside the records: arrays
+in `graph.npz`, ids and texts, which are mapped, in `ids.strings` and `texts.strings`. They are made
+from the records wherever one is missing or damaged.
 """
 
+import array
 import contextlib
 import errno
 import hashlib
@@ -26,6 +28,7 @@ from PIL import Image
 from rcml_jax.data.images import ImageError, open_rgb
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
+from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
 from rcml_jax.log import counted, log_line
@@ -33,6 +36,7 @@ from rcml_jax.parsing import user_path
 
 _SPLIT = "items"
 _GRAPH_FILE = "graph.npz"
+_STRINGS = ("ids", "texts")
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -338,11 +342,15 @@ def _read_graph(folder: Path) -> RelationGraph:
         metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
         info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
         counts = [int(n) for split in info["splits"] for n in split["shardLengths"]]
-        arrays = load_arrays(path)
-        if arrays is None or len(arrays["positions"]) != sum(counts):
-            arrays = _scan(folder)
+        arrays, strings = load_arrays(path), _load_strings(folder)
+        sizes = {len(x) for x in strings.values()}
+        if arrays is None or len(arrays["positions"]) != sum(counts) or sizes != {sum(counts)}:
+            arrays, strings = _scan(folder)
             with contextlib.suppress(OSError):  # a read-only cache is read by scanning
+                for name, column in strings.items():
+                    column.save(folder / f"{name}.strings")
                 save_arrays(path, arrays)
+                strings = _load_strings(folder) or strings
         # Not in data sets of an older version.
         split, group, attributes = (
             values if values is not None and np.any(values >= 0) else None
@@ -351,8 +359,8 @@ def _read_graph(folder: Path) -> RelationGraph:
         links = metadata.get("class_links")
         graph = RelationGraph(
             name=metadata["graph_name"],
-            ids=tuple(json.loads(arrays["ids"].tobytes())),
-            texts=tuple(json.loads(arrays["texts"].tobytes())),
+            ids=strings["ids"],
+            texts=strings["texts"],
             labels=arrays["labels"],
             label_names=tuple(metadata["label_names"]),
             relations=tuple(metadata["relations"]),
@@ -371,7 +379,7 @@ def _read_graph(folder: Path) -> RelationGraph:
         missing = [f.name for f in _shards(folder, counts) if not f.is_file()]
         if missing:
             raise _damaged(folder, f"{missing[0]} is missing")
-        return graph.validate()
+        return graph.validate(strings=False)  # they were looked at before they were written
     except (OSError, KeyError, ValueError, TypeError, AttributeError, UserError) as error:
         if isinstance(error, UserError) and str(folder) in str(error):
             raise
@@ -383,37 +391,62 @@ def _shards(folder: Path, counts: list[int]) -> list[Path]:
     return [folder / f"{stem}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
 
 
-def _scan(folder: Path) -> dict[str, np.ndarray]:
-    """The graph's arrays out of the records, which TFDS has shuffled."""
-    records = _records(folder)
-    rows: list[tuple] = []
+def _load_strings(folder: Path) -> dict[str, StringColumn]:
+    """Ids and texts, mapped; empty where one is missing or damaged."""
     try:
-        for position in range(len(records)):
+        return {name: StringColumn.open(folder / f"{name}.strings") for name in _STRINGS}
+    except (OSError, ValueError):
+        return {}
+
+
+def _scan(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, StringColumn]]:
+    """The graph's arrays, ids and texts out of the records, which TFDS has shuffled."""
+    records = _records(folder)
+    n = len(records)
+    # In the order of the records, as numbers and bytes: objects of each item would take gigabytes.
+    numbers = {name: np.full(n, -1, np.int64) for name in ("index", "label", "split", "group")}
+    counts, near = np.zeros(n, np.int64), [array.array("i") for _ in range(3)]
+    attributes: Any = None
+    data = {name: bytearray() for name in _STRINGS}
+    stops = {name: array.array("q", [0]) for name in _STRINGS}
+    try:
+        for position in range(n):
             r = records[position]
-            triple = (r["neighbor_item"], r["neighbor_relation"], r["neighbor_split"])
-            near = np.array(triple, np.int32).reshape(3, -1)
-            text = (r["id"].decode("utf-8"), r["text"].decode("utf-8"))
-            more = int(r.get("split", -1)), int(r.get("group", -1)), r.get("attributes", ())
-            rows.append((int(r["index"]), position, int(r["label"]), text, near, more))
+            for name, values in numbers.items():
+                values[position] = int(r.get(name, -1))
+            own = np.array(r.get("attributes", ()), np.int32)
+            attributes = np.empty((n, len(own)), np.int32) if attributes is None else attributes
+            attributes[position] = own
+            counts[position] = len(r["neighbor_item"])
+            for part, key in zip(near, ("item", "relation", "split"), strict=True):
+                part.frombytes(np.asarray(r[f"neighbor_{key}"]).astype(np.int32).tobytes())
+            for name in _STRINGS:
+                data[name] += r[name.removesuffix("s")]
+                stops[name].append(len(data[name]))
     except Exception as error:  # the C++ reader raises several kinds
         raise _damaged(folder, error) from error
-    rows.sort(key=lambda row: row[0])
-    if [row[0] for row in rows] != list(range(len(rows))):
+    order = np.argsort(numbers["index"], kind="stable")
+    if not np.array_equal(numbers["index"][order], np.arange(n)):
         raise _damaged(folder, "its records are not one for each item")
-    near = np.concatenate([row[4] for row in rows], axis=1)
-    first = np.repeat(np.arange(len(rows), dtype=np.int32), [row[4].shape[1] for row in rows])
-    return {
-        "positions": np.array([row[1] for row in rows], np.int64),
-        "labels": np.array([row[2] for row in rows], np.int32),
-        "item_split": np.array([row[5][0] for row in rows], np.int8),
-        "item_group": np.array([row[5][1] for row in rows], np.int32),
-        "attributes": np.array([row[5][2] for row in rows], np.int32).reshape(len(rows), -1),
-        "ids": _as_bytes([row[3][0] for row in rows]),
-        "texts": _as_bytes([row[3][1] for row in rows]),
-        "pairs": np.stack([first, near[0], near[1]], axis=1),
-        "pair_split": near[2].astype(np.int8),
+    ends = np.cumsum(counts)
+    counts = counts[order]
+    first = np.repeat(np.arange(n, dtype=np.int32), counts)
+    # Of each item the neighbors of its record.
+    places = np.repeat(ends[order] - np.cumsum(counts), counts) + np.arange(len(first))
+    item, relation, split = (np.frombuffer(part, np.int32)[places] for part in near)
+    arrays = {
+        "positions": order,
+        "labels": numbers["label"][order].astype(np.int32),
+        "item_split": numbers["split"][order].astype(np.int8),
+        "item_group": numbers["group"][order].astype(np.int32),
+        "attributes": attributes[order],
+        "pairs": np.stack([first, item, relation], axis=1),
+        "pair_split": split.astype(np.int8),
     }
-
-
-def _as_bytes(strings: list[str]) -> np.ndarray:
-    return np.frombuffer(json.dumps(strings).encode(), np.uint8)
+    strings = {
+        name: StringColumn(
+            np.frombuffer(stops[name], np.int64), np.frombuffer(data[name], np.uint8)
+        ).take(order)
+        for name in _STRINGS
+    }
+    return arrays, strings

@@ -3,13 +3,14 @@
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 import scipy.sparse
 from PIL import Image
 
+from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -36,11 +37,12 @@ class ItemImages(Protocol):
 class RelationGraph:
     """Items (text and image) and undirected pairs of them under relation sentences.
 
-    N items, R relations, P pairs. `labels` (N,) int32 is the class for the label-supervised
-    baseline, -1 where it is unknown. `pairs` (P, 3) int32 holds item a < item b and the relation,
-    unique and sorted. `pair_split` (P,) int8 is the declared split (an index into SPLITS), or -1
-    where none is declared. `item_split` (N,) int8 is that of the items, where the source declares
-    one for items.
+    N items, R relations, P pairs. `ids` and `texts` (N,) are tuples or, of a prepared graph,
+    columns that are mapped from files and equal the tuples. `labels` (N,) int32 is the class for
+    the label-supervised baseline, -1 where it is unknown. `pairs` (P, 3) int32 holds item a < item
+    b and the relation, unique and sorted. `pair_split` (P,) int8 is the declared split (an index
+    into SPLITS), or -1 where none is declared. `item_split` (N,) int8 is that of the items, where
+    the source declares one for items.
 
     `class_links` (L, 3) int32 is for items whose relations follow from their labels, such as
     photographs of products: label a <= label b and a relation that links every item of the one
@@ -64,8 +66,8 @@ class RelationGraph:
     """
 
     name: str
-    ids: tuple[str, ...]
-    texts: tuple[str, ...]
+    ids: Sequence[str]
+    texts: Sequence[str]
     labels: np.ndarray
     label_names: tuple[str, ...]
     relations: tuple[str, ...]
@@ -340,8 +342,8 @@ class RelationGraph:
         new = np.any(np.diff(self.pairs[:, :2], axis=0) != 0, axis=1)
         return np.concatenate([[0], np.cumsum(new)])
 
-    def validate(self) -> "RelationGraph":
-        """The graph itself if it is whole.
+    def validate(self, *, strings: bool = True) -> "RelationGraph":
+        """The graph itself if it is whole; strings: whether each id and text is looked at.
 
         Raises:
           UserError: an array has a wrong shape, or an item, a relation, a label or a split is out
@@ -354,11 +356,13 @@ class RelationGraph:
                 raise UserError(f"Relation graph '{self.name}' is not valid: {problem}.")
 
         check(n > 0, "it has no items")
-        check(len(set(self.ids)) == n, "item ids are not unique")
+        if strings:
+            ids = self.ids if isinstance(self.ids, StringColumn) else StringColumn.of(self.ids)
+            check(ids.is_unique(), "item ids are not unique")
+            check(all(t.strip() for t in self.texts), "an item's text is empty")
         check(len(self.texts) == n, f"{n} ids but {len(self.texts)} texts")
         check(len(self.images) == n, f"{n} ids but {len(self.images)} images")
         check(self.labels.shape == (n,), f"labels have shape {self.labels.shape}, not ({n},)")
-        check(all(t.strip() for t in self.texts), "an item's text is empty")
         check(all(s.strip() for s in self.relations), "a relation sentence is empty")
         check(bool(self.intra_relation.strip()), "the intra-sample sentence is empty")
         check(self.pairs.shape == (p, 3), f"pairs have shape {self.pairs.shape}, not (P, 3)")

@@ -1,36 +1,80 @@
-"""Tables of people's own data: `.csv` with a header or `.jsonl`, UTF-8, read row by row."""
+"""Tables of people's own data, read row by row: CSV, JSON lines, Parquet, tar shards."""
 
-import collections
 import csv
-from collections.abc import Iterable, Iterator
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rcml_jax.data.containers import (
+    arrow_rows,
+    check_names,
+    parquet_rows,
+    saved_files,
+    tar_rows,
+)
+from rcml_jax.data.gates import CsvRows, TextGate, read_json
+from rcml_jax.data.stages import file_state
 from rcml_jax.errors import UserError
 from rcml_jax.parsing import CsvRows, TextGate, read_json
 
+#: The kinds of one file alone; a folder may hold many of the last two, or a saved data set.
+SUFFIXES = (".csv", ".jsonl", ".parquet", ".tar")
+_OTHER_TABLES = ("relations.parquet", "pairs.parquet")
 
-def rows_of(table: Path, gate: TextGate | None = None) -> Iterator[tuple[str, dict]]:
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table in one file or several of one kind.
+
+    path: what the user knows it by; root: the folder that names of images are relative to.
+    """
+
+    path: Path
+    root: Path
+    files: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def kind(self) -> str:
+        """The suffix of its files."""
+        return self.files[0].suffix.lower()
+
+    def digest(self) -> str:
+        """Changes when the table does: by content, or by size and time where it may be large."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            if self.kind in (".csv", ".jsonl"):
+                digest.update(path.name.encode() + path.read_bytes())
+            else:
+                name = path.relative_to(self.root).as_posix()
+                digest.update(f"{name} {file_state(path)}".encode())
+        return digest.hexdigest()
+
+
+def rows_of(table: Table, gate: TextGate | None = None) -> Iterator[tuple[str, dict]]:
     """(file and line, row) of a table; UserError, with file and line, for what is malformed.
 
-    gate: what its texts go through, by default one that is not strict.
+    Of images inside of the table, `image` is a name that `containers.ImageReader` knows. gate: what
+    its texts go through, by default one that is not strict.
     """
     gate = gate or TextGate()
-    readers = {".csv": _of_csv, ".jsonl": _of_jsonl}
-    if table.suffix.lower() not in readers:
-        raise UserError(f"{table} is neither .csv nor .jsonl; save it as one of them.")
-    try:
-        for where, row in readers[table.suffix.lower()](table):
-            yield (
-                where,
-                {
-                    key: gate(value, where) if isinstance(value, str) else value
-                    for key, value in row.items()
-                },
-            )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table} is not UTF-8 text ({error}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{table} cannot be read ({error}); check the file.") from error
+    for path in table.files:
+        try:
+            for where, row in _READERS[table.kind](path, table.root):
+                yield (
+                    where,
+                    {
+                        key: gate(value, where) if isinstance(value, str) else value
+                        for key, value in row.items()
+                    },
+                )
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}); check the file.") from error
 
 
 def required(row: dict, column: str, where: str) -> str:
@@ -49,25 +93,57 @@ def optional(row: dict, column: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def table_of(folder: Path, name: str) -> Path:
-    """The one file of a table."""
+def table_at(path: Path) -> Table:
+    """The table in a file. Raises UserError for another kind of file."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{path} is neither .csv nor .jsonl, .parquet or .tar; save it as one of them."
+        )
+    return Table(path, path.parent, (path,))
+
+
+def table_of(folder: Path, name: str) -> Table:
+    """The one table of a name: a file, or a folder of Parquet files, tar shards or saved data.
+
+    The items may also be tar shards, a saved data set or Parquet files in `folder` itself. Raises
+    UserError where there is none, or more than one.
+    """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; set data.path to the folder of your data.")
-    found = [p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()]
+    paths = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    found = [Table(path, folder, (path,)) for path in paths if path.is_file()]
+    places = [folder / name] if found or name != "items" else [folder / name, folder]
+    for place in places:
+        if not (found and place == folder) and (files := _files_in(place)):
+            found.append(Table(place, folder, files))
     if not found:
-        raise UserError(f"{folder} has neither {name}.csv nor {name}.jsonl; add one.")
+        raise UserError(
+            f"{folder} has neither {name}.csv nor {name}.jsonl, nor Parquet files, tar shards or a "
+            f"saved data set of {name}; add one."
+        )
     if len(found) > 1:
-        raise UserError(f"{folder} has both {name}.csv and {name}.jsonl; remove one.")
+        raise UserError(
+            f"{folder} has both {found[0].path.name} and {found[1].path.name}; remove one."
+        )
     return found[0]
 
 
-def _of_csv(path: Path) -> Iterator[tuple[str, dict]]:
+def _files_in(folder: Path) -> tuple[Path, ...]:
+    """The files of a table in a folder, in order."""
+    if saved := saved_files(folder):
+        return tuple(saved)
+    # img2dataset writes a Parquet file of the same rows beside each shard.
+    tables = (p for p in folder.glob("*.parquet") if p.name not in _OTHER_TABLES)
+    return tuple(sorted(folder.glob("*.tar")) or sorted(tables))
+
+
+def _of_csv(path: Path, root: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = CsvRows(file)
         try:
             _, header = next(rows, (1, []))
             columns = [column.strip().lower() for column in header]
-            _check_names(filter(None, columns), path.name)
+            check_names(filter(None, columns), path.name)
             for number, values in rows:
                 where = f"{path.name}, line {number}"
                 if len(values) > len(columns):
@@ -82,14 +158,7 @@ def _of_csv(path: Path) -> Iterator[tuple[str, dict]]:
             ) from error
 
 
-def _check_names(names: Iterable[str], where: str) -> None:
-    """Raise UserError for a name that comes twice: one value would hide the other."""
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"{where}: the column '{twice[0]}' comes twice; rename or remove one.")
-
-
-def _of_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+def _of_jsonl(path: Path, root: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -104,3 +173,13 @@ def _of_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             if any(isinstance(value, dict | list) for value in row.values()):
                 raise UserError(f"{where}: a value is a list or an object; use text or numbers.")
             yield where, row
+
+
+_Reader = Callable[[Path, Path], Iterator[tuple[str, dict]]]
+_READERS: dict[str, _Reader] = {
+    ".csv": _of_csv,
+    ".jsonl": _of_jsonl,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    ".tar": tar_rows,
+}

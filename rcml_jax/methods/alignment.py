@@ -168,7 +168,9 @@ def _captioned(config: Any) -> CaptionedImages:
     split = np.zeros(len(graph), np.int8)
     for place, name in enumerate(SPLITS):
         split[splits.items(name)] = place
-    return CaptionedImages(graph.name, graph.images, graph.texts, np.arange(len(graph)), split)
+    return CaptionedImages(
+        graph.name, graph.images, tuple(graph.texts), np.arange(len(graph)), split
+    )
 
 
 def _loaded_towers(

@@ -1,12 +1,15 @@
 """Items to embed: ids, texts and images of a table, or of a relation graph.
 
-A table is a `.csv` file with a header or a `.jsonl` file (UTF-8), or a folder with `items.csv` or
-`items.jsonl`; its columns are `id`, `text` and `image` (a path relative to the table), as in
+A table is a `.csv` file with a header, a `.jsonl` file (UTF-8), a Parquet file or a tar shard as
+img2dataset writes it; or a folder with `items.csv` or another of these, with several Parquet files
+or shards, or with a data set that Hugging Face's `save_to_disk` wrote. Its columns are `id`, `text`
+and `image` (a path relative to the table, or the image itself), as in
 `rcml_jax.data.sources.folder`. Here an item may lack its text or its image, and further columns are
 kept, for stores that can filter by them.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -20,10 +23,12 @@ import numpy as np
 from PIL import Image
 
 from rcml_jax.data import images
+from rcml_jax.data.containers import ImageReader
+from rcml_jax.data.gates import TextGate, user_path
 from rcml_jax.data.images import DECODE_ERRORS
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import file_state
-from rcml_jax.data.tables import optional, required, rows_of, table_of
+from rcml_jax.data.tables import optional, required, rows_of, table_at, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.log import log_line
 from rcml_jax.parsing import TextGate, read_file, user_path
@@ -87,8 +92,8 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     """
     path, gate = user_path(path), TextGate(strict)
     if not path.exists():
-        raise UserError(f"there is no {path}; give a folder, a .csv or a .jsonl file of items")
-    table = table_of(path, "items") if path.is_dir() else path
+        raise UserError(f"there is no {path}; give a folder or a table of items")
+    table = table_of(path, "items") if path.is_dir() else table_at(path)
     rows: dict[str, tuple[str, str]] = {}
     others: dict[str, dict[int, Any]] = {}
     places: dict[str, str] = {}
@@ -109,11 +114,12 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     texts, image_names = zip(*rows.values(), strict=True)
     if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
+    words = all(file.suffix.lower() == ".csv" for file in table.files)
     columns = {
-        name: column([values.get(i) for i in range(len(rows))], table.suffix.lower() == ".csv")
+        name: column([values.get(i) for i in range(len(rows))], words)
         for name, values in sorted(others.items())
     }
-    found = from_names(tuple(rows), texts, image_names, table.parent)
+    found = from_names(tuple(rows), texts, image_names, table.root)
     return dataclasses.replace(found, columns=columns)
 
 
@@ -141,37 +147,42 @@ def column(values: Sequence[Any], words: bool = False) -> tuple:
     elif all(type(value) in (int, float) and abs(value) < 2**1000 for value in given):
         make = float
     else:
-        make = lambda value: value if isinstance(value, str) else json.dumps(value)  # noqa: E731
+        make = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)  # noqa: E731
     return tuple(None if value is None else make(value) for value in values)
 
 
 def from_names(
     ids: tuple[str, ...], texts: tuple[str, ...], image_names: tuple[str, ...], root: Path
 ) -> Items:
-    """Items whose images are files relative to `root`."""
+    """Items whose images are files relative to `root`, or parts of such files."""
+    reader = ImageReader(root)
 
-    def state(name: str) -> list | None:
-        try:
-            return file_state(root / name)[1:] if name else None
-        except DECODE_ERRORS:  # it is missing, or its name is none
-            return None
+    def states() -> list:
+        @functools.cache  # many images may be in one file
+        def of_file(path: Path) -> list | None:
+            try:
+                return file_state(path)[1:]
+            except DECODE_ERRORS:  # it is missing, or its name is none
+                return None
+
+        return [of_file(reader.file_of(name)) if name else None for name in image_names]
 
     return Items(
         ids,
         texts,
         image_names,
-        lambda i: read_file(root / image_names[i]),
+        lambda i: reader(image_names[i]),
         root.resolve(),
-        lambda: [state(name) for name in image_names],
+        states,
     )
 
 
 def from_graph(graph: RelationGraph) -> Items:
     """The items of a relation graph, under their ids."""
     return Items(
-        graph.ids,
-        graph.texts,
-        graph.ids,
+        ids := tuple(graph.ids),
+        tuple(graph.texts),
+        ids,
         graph.images.encoded,
         states=lambda: images.image_states(graph.images),
     )

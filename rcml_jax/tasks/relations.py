@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from rcml_jax.registry import call, resolve
 
 #: Largest number of relations for which relation type is also measured among all of them.
 MOST_RELATIONS = 20
+#: Texts that are counted in one call of the tokenizer.
+_TEXTS_AT_ONCE = 10_000
 
 
 def make_splits(graph: RelationGraph, data: Any) -> Splits:
@@ -293,7 +295,9 @@ def tell_sentences_apart(
 
 def tell_cut_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> None:
     """Say on standard error how many texts are longer than the tower takes, and by how much."""
-    over = tokenizer.lengths(texts) - max_length
+    starts = range(0, len(texts), _TEXTS_AT_ONCE)
+    over = np.concatenate([tokenizer.lengths(texts[i : i + _TEXTS_AT_ONCE]) for i in starts])
+    over -= max_length
     over = over[over > 0]
     if len(over):
         log_line(
@@ -343,7 +347,7 @@ def _user_cache() -> str | None:
 
 def work_tokenizer(
     workdir: pathlib.Path,
-    texts: Callable[[], list[str]],
+    texts: Callable[[], Iterable[str]],
     pretrained: str,
     vocab_size: int,
     *,
@@ -366,8 +370,10 @@ def work_tokenizer(
     return tokenizer
 
 
-def _texts(graph: RelationGraph, splits: Splits) -> list[str]:
+def _texts(graph: RelationGraph, splits: Splits) -> Iterator[str]:
     """What a tokenizer is fitted on: the training items' texts and the relation sentences."""
-    texts = [graph.texts[i] for i in splits.items("train")]
-    sentences = [s for r in range(len(graph.relations)) for s in graph.training_sentences(r)]
-    return [*texts, *sentences, graph.intra_relation]
+    for item in splits.items("train"):
+        yield graph.texts[item]
+    for relation in range(len(graph.relations)):
+        yield from graph.training_sentences(relation)
+    yield graph.intra_relation

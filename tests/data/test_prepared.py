@@ -15,6 +15,7 @@ import pytest
 from rcml_jax.data import prepared
 from rcml_jax.data.images import EncodedImages
 from rcml_jax.data.relation_graph import split_graph
+from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
 from tests.data.conftest import make_graph, make_respects, png
 
@@ -51,6 +52,26 @@ def test_a_graph_comes_back_as_it_was(toy, tmp_path):
     (folder / "graph.npz").unlink()
     assert_same(toy, prepared.load(tmp_path, "toy"))
     (folder / "graph.npz").write_bytes(b"PK cut short")
+    assert_same(toy, prepared.load(tmp_path, "toy"))
+
+
+def test_ids_and_texts_are_mapped(toy, tmp_path):
+    folder = prepared.prepare(tmp_path, toy)
+    assert {path.name for path in folder.glob("*.strings")} == {"ids.strings", "texts.strings"}
+    loaded = prepared.load(tmp_path, "toy")
+    for column in (loaded.ids, loaded.texts):
+        assert isinstance(column, StringColumn)
+        assert isinstance(column._data.base, np.memmap)
+    assert len(pickle.dumps(loaded.texts)) < len(pickle.dumps(toy.texts))
+    assert_same(toy, pickle.loads(pickle.dumps(loaded)))
+    # Files of before, of other items or cut short are made anew from the records.
+    texts = folder / "texts.strings"
+    whole = texts.read_bytes()
+    for content in (None, b"", whole[:-1]):
+        texts.unlink() if content is None else texts.write_bytes(content)
+        assert_same(toy, prepared.load(tmp_path, "toy"))
+        assert texts.read_bytes() == whole
+    StringColumn.of(["one"]).save(folder / "ids.strings")
     assert_same(toy, prepared.load(tmp_path, "toy"))
 
 

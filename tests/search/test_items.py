@@ -80,8 +80,8 @@ def test_wrong_files(tmp_path):
         read_items(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"neither items.csv nor items.jsonl"):
         read_items(tmp_path)
-    with pytest.raises(UserError, match=r"neither \.csv nor \.jsonl"):
-        read_items(write(tmp_path / "items.parquet", "PAR1"))
+    with pytest.raises(UserError, match=r"neither \.csv nor \.jsonl, \.parquet or \.tar"):
+        read_items(write(tmp_path / "items.txt", "a"))
     (tmp_path / "t.csv").write_bytes(b"id,text\na,\xff\n")
     with pytest.raises(UserError, match="is not UTF-8"):
         read_items(tmp_path / "t.csv")

@@ -1,11 +1,15 @@
 """People's own data: a folder with tables of items, relations and pairs, and images.
 
-Each table is a `.csv` file with a header or a `.jsonl` file (UTF-8):
+Each table is a `.csv` file with a header, a `.jsonl` file (UTF-8) or a Parquet file:
 
 - `items`: `id`, `text`, `image` (a path relative to the folder) and, if there are classes, `label`;
 - `relations`: `id`, `sentence`;
 - `pairs`: `item_a`, `item_b` (or `item_1`, `item_2`, or `a`, `b`), `relation` and, optionally,
   `split` (train, validation or val, test; an empty one is none).
+
+The items may also be a folder `items` of Parquet files, a data set as Hugging Face's `save_to_disk`
+writes it, or tar shards as img2dataset writes them; in tables the images themselves may stand in
+the column `image`.
 
 Ids are compared as text. Order within a pair does not matter, and a pair that comes twice counts
 once.
@@ -14,6 +18,7 @@ once.
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
 import re
@@ -24,14 +29,20 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data import images, prepared
+from rcml_jax.data.containers import ImageReader
+from rcml_jax.data.gates import TextGate, user_path
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
-from rcml_jax.data.tables import optional, required, rows_of, table_of
+from rcml_jax.data.tables import Table, optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import TextGate, read_file, user_path
+from rcml_jax.files import write_whole
 
 CACHE = ".prepared"
-_RECIPE = 2
+_RECIPE = 3
+_TABLES = ("items", "relations", "pairs")
+_LEFT_OUT = "left_out.json"
 _SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "test": 2}
 _PAIR_COLUMNS = (("item_a", "item_b"), ("item_1", "item_2"), ("a", "b"))
 _log = logging.getLogger(__name__)
@@ -49,7 +60,7 @@ class Skipped:
 class _Item:
     id: str
     text: str
-    image: Path
+    image: str
     label: str
     where: str
 
@@ -81,32 +92,41 @@ def load(
       UserError: anything else that is wrong in a table, with file, line and reason.
     """
     folder = user_path(folder)
-    gate = TextGate(strict)
-    items = _read_items(folder, gate)
-    fingerprint = _fingerprint(folder, items, f"{strict} {max_image_size} {intra_relation}")
-    graph = prepared.load_or_prepare(
-        folder / CACHE if cache_dir is None else cache_dir,
-        _cache_name(folder),
-        lambda: read(
+    cache = folder / CACHE if cache_dir is None else user_path(cache_dir)
+    name = _cache_name(folder)
+    fingerprint = _fingerprint(folder, TextGate(strict), f"{max_image_size} {intra_relation}")
+    left_out = prepared.folder_of(cache, name, fingerprint).parents[1] / _LEFT_OUT
+
+    def build() -> RelationGraph:
+        graph, skipped = read(
             folder,
             strict=strict,
             max_image_size=max_image_size,
             intra_relation=intra_relation,
             log=log,
-        )[0],
+        )
+        lost = len(skipped.items)
+        if lost:  # told at every start, without reading the tables again
+            found = {"lost": lost, "of": len(graph) + lost, "first": skipped.items[:6]}
+            write_whole(left_out, json.dumps(found))
+        return graph
+
+    graph = prepared.load_or_prepare(
+        cache,
+        name,
+        build,
         fingerprint=fingerprint,
         log=log,
         description=f"The items, relations and pairs of the folder {folder.resolve().name}.",
     )
-    kept = set(graph.ids)
-    lost = [item.id for item in items if item.id not in kept]
-    if lost:
+    if left_out.is_file():
+        told = json.loads(left_out.read_text())
         _log.warning(
             "%d of %s left out with all pairs, as images cannot be decoded: %s%s",
-            len(lost),
-            counted(len(items), "items"),
-            ", ".join(lost[:5]),
-            ", ..." if len(lost) > 5 else "",
+            told["lost"],
+            counted(told["of"], "items"),
+            ", ".join(told["first"][:5]),
+            ", ..." if told["lost"] > 5 else "",
         )
     return graph
 
@@ -126,12 +146,13 @@ def read(
     """
     folder = user_path(folder)
     log, gate = log or log_line, TextGate(strict)
-    items = _read_items(folder, gate)
+    reader = ImageReader(folder)
+    items = _read_items(table_of(folder, "items"), gate)
     relations = _read_relations(folder, gate)
     _check_sentences(relations, strict, log)
     pairs, pair_split = _read_pairs(folder, items, relations, gate)
     gate.report(log)
-    good = _check_images(items, strict)
+    good = _check_images(items, reader, strict)
     if not good.any():
         raise UserError(f"No image of {folder} can be decoded; check the image files.")
     kept_items = [item for item, ok in zip(items, good, strict=True) if ok]
@@ -155,20 +176,21 @@ def read(
         pairs=pairs,
         pair_split=pair_split,
         images=images.EncodedImages(
-            len(kept_items), lambda index: _stored(kept_items[index], max_image_size)
+            len(kept_items), lambda index: _stored(kept_items[index], reader, max_image_size)
         ),
     )
     lost = tuple(item.id for item, ok in zip(items, good, strict=True) if not ok)
     return graph.validate(), Skipped(lost, int(np.sum(~keep)))
 
 
-def _read_items(folder: Path, gate: TextGate) -> list[_Item]:
+def _read_items(table: Table, gate: TextGate) -> list[_Item]:
     items: dict[str, _Item] = {}
-    for where, row in rows_of(table_of(folder, "items"), gate):
+    reader = ImageReader(table.root)
+    for where, row in rows_of(table, gate):
         item = _Item(
             id=required(row, "id", where),
             text=required(row, "text", where),
-            image=folder / required(row, "image", where),
+            image=required(row, "image", where),
             label=optional(row, "label"),
             where=where,
         )
@@ -177,13 +199,13 @@ def _read_items(folder: Path, gate: TextGate) -> list[_Item]:
                 f"{where}: the id '{item.id}' is used before ({items[item.id].where}); give "
                 "every item its own id."
             )
-        if not os.path.isfile(item.image):
+        if not os.path.isfile(file := reader.file_of(item.image)):
             raise UserError(
-                f"{where}: there is no image file {item.image}; write a path relative to {folder}."
+                f"{where}: there is no image file {file}; write a path relative to {table.root}."
             )
         items[item.id] = item
     if not items:
-        raise UserError(f"{table_of(folder, 'items')} has no items; add a row for each item.")
+        raise UserError(f"{table} has no items; add a row for each item.")
     return list(items.values())
 
 
@@ -275,24 +297,25 @@ def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: st
     return numbers[key]
 
 
-def _check_images(items: list[_Item], strict: bool) -> np.ndarray:
+def _check_images(items: list[_Item], reader: ImageReader, strict: bool) -> np.ndarray:
     """Whether each item's image can be decoded (N,) bool; with `strict` all can, or UserError."""
-    problems = images.decode_problems([functools.partial(read_file, item.image) for item in items])
+    problems = images.decode_problems([functools.partial(reader, item.image) for item in items])
     for item, text in zip(items, problems, strict=True):
         if text and strict:
             raise UserError(
-                f"{item.where}: the image {item.image} cannot be decoded ({text}); replace it or "
-                "leave `strict` off."
+                f"{item.where}: the image {reader.root / item.image} cannot be decoded ({text}); "
+                "replace it or leave `strict` off."
             )
     return np.array([not text for text in problems])
 
 
-def _stored(item: _Item, max_image_size: int | None) -> bytes:
+def _stored(item: _Item, reader: ImageReader, max_image_size: int | None) -> bytes:
     try:
-        return images.storable(read_file(item.image), max_image_size)
+        return images.storable(reader(item.image), max_image_size)
     except images.DECODE_ERRORS as error:
         raise UserError(
-            f"{item.where}: the image {item.image} cannot be read ({error}); replace it."
+            f"{item.where}: the image {reader.root / item.image} cannot be read ({error}); replace "
+            "it."
         ) from error
 
 
@@ -300,13 +323,19 @@ def _cache_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "_", folder.resolve().name).strip("_") or "folder"
 
 
-def _fingerprint(folder: Path, items: list[_Item], arguments: str) -> str:
+def _fingerprint(folder: Path, gate: TextGate, arguments: str) -> str:
     """Changes with the tables' contents and with the images' names, sizes and times."""
-    digest = hashlib.sha256(f"{_RECIPE} {arguments}".encode())
-    for name in ("items", "relations", "pairs"):
-        path = table_of(folder, name)
-        digest.update(path.name.encode() + path.read_bytes())
-    for item in items:
-        stat = item.image.stat()
-        digest.update(f"{item.image} {stat.st_size} {stat.st_mtime_ns}".encode())
+    digest = hashlib.sha256(f"{_RECIPE} {gate.strict} {arguments}".encode())
+    tables = {name: table_of(folder, name) for name in _TABLES}
+    for table in tables.values():
+        digest.update(table.digest().encode())
+    if tables["items"].kind != ".tar":  # of shards the state is that of their images
+        reader = ImageReader(folder)
+        states: dict[Path, str] = {}
+        for item in _read_items(tables["items"], gate):
+            file = reader.file_of(item.image)
+            if file not in states:
+                state = file.stat()
+                states[file] = f"{state.st_size} {state.st_mtime_ns}"
+            digest.update(f"{item.image} {states[file]}".encode())
     return digest.hexdigest()

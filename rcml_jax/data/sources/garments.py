@@ -63,7 +63,7 @@ def load(
             f"H&M: {len(graph) - len(keep):,} of {len(graph):,} articles are left out: of no "
             "garment group, or of one without an article in training."
         )
-    texts = [graph.texts[i] for i in keep]
+    texts = [graph.texts[i] for i in keep.tolist()]
     if mask_class_words:
         texts = without_class_words(texts, graph.label_names)
     names = trained[trained >= 0]

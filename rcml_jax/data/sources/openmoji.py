@@ -498,7 +498,7 @@ def load_groups(
         name="openmoji",
         modalities=(
             Modality("image", "image", graph.images),
-            Modality("text", "text", graph.texts),
+            Modality("text", "text", tuple(graph.texts)),
         ),
         labels=group_of_label[graph.labels],
         label_names=names,
