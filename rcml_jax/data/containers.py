@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.gates import read_file, read_json
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import read_file, read_json
 
 Rows = Iterator[tuple[str, dict]]
 _IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")

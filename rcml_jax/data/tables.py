@@ -13,7 +13,6 @@ from rcml_jax.data.containers import (
     saved_files,
     tar_rows,
 )
-from rcml_jax.data.gates import CsvRows, TextGate, read_json
 from rcml_jax.data.stages import file_state
 from rcml_jax.errors import UserError
 from rcml_jax.parsing import CsvRows, TextGate, read_json

@@ -24,14 +24,13 @@ from PIL import Image
 
 from rcml_jax.data import images
 from rcml_jax.data.containers import ImageReader
-from rcml_jax.data.gates import TextGate, user_path
 from rcml_jax.data.images import DECODE_ERRORS
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import file_state
 from rcml_jax.data.tables import optional, required, rows_of, table_at, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.log import log_line
-from rcml_jax.parsing import TextGate, read_file, user_path
+from rcml_jax.parsing import TextGate, user_path
 
 #: The longer side of an image before it is resized for a model, as the folder source keeps it.
 STORED_SIZE = 512
@@ -114,7 +113,7 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     texts, image_names = zip(*rows.values(), strict=True)
     if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
-    words = all(file.suffix.lower() == ".csv" for file in table.files)
+    words = table.suffix == ".csv"
     columns = {
         name: column([values.get(i) for i in range(len(rows))], words)
         for name, values in sorted(others.items())

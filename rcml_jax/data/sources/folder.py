@@ -30,14 +30,12 @@ import numpy as np
 
 from rcml_jax.data import images, prepared
 from rcml_jax.data.containers import ImageReader
-from rcml_jax.data.gates import TextGate, user_path
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
 from rcml_jax.data.tables import Table, optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
-from rcml_jax.log import counted, log_line
-from rcml_jax.parsing import TextGate, read_file, user_path
 from rcml_jax.files import write_whole
+from rcml_jax.log import counted, log_line
+from rcml_jax.parsing import TextGate, user_path
 
 CACHE = ".prepared"
 _RECIPE = 3
