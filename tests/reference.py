@@ -383,7 +383,7 @@ def mlp(x, layers):
 
 
 def column_range(x, where):
-    low, span = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    low, span = np.zeros(x.shape[1]), np.full(x.shape[1], np.finfo(np.float32).max)
     for column in range(x.shape[1]):
         values = [x[i, column] for i in range(len(x)) if where[i]]
         low[column] = min(values)

@@ -12,7 +12,11 @@ work directory <workdir>/<variant>/seed<k>; what is finished is not run again, w
 goes on. A variant whose label is no safe folder name, such as one with a path in it, has a short
 name there; `variants.json` says which folder is which variant. `table.md` and `table.json` hold
 means and deviations over the seeds of all that is finished; for classifiers also the error
-analysis, where each modality was trained alone.
+analysis, where each modality was trained alone. `--paired` compares the first variant with each
+other one over the same seeds: difference, 95 % interval, effect size, p-value and the number of
+seeds that would be needed. Several seeds are `--seeds`, or those of one compiled step:
+
+    rcml-sweep --config m3col:rosmap --workdir runs/paired --ablations --paired --config.seeds=20
 """
 
 import hashlib
@@ -51,6 +55,7 @@ def _sweep(argv: Sequence[str]) -> int:
     parser.add_argument("--variant", action="append", default=[], type=argument_text)
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--seeds", default="42")
+    parser.add_argument("--paired", action="store_true")
     if wants_help(argv):
         print(parser.format_help())
         print(help_text(take_option(argv, "config")[0] or "rcml"))
@@ -75,7 +80,7 @@ def _sweep(argv: Sequence[str]) -> int:
             print(f"{label}, seed {seed}", file=sys.stderr, flush=True)
             if train_and_evaluate(config, directory) is None:
                 return 0
-        table = collect(args.workdir, folders, seeds)
+        table = collect(args.workdir, folders, seeds, paired=args.paired)
         write_json(args.workdir / "table.json", table)
         known = {folders[label]: _described(label, given) for label, given in variants.items()}
         write_json(args.workdir / "variants.json", known)

@@ -62,7 +62,7 @@ def linear_probabilities(
 
     Logistic regression on columns standardised by the training mean and deviation; a column that
     is constant in training is left out. train, validation: (features (m, f), labels (m,)). The
-    weight is the one of `penalties`, strongest first, with the highest validation accuracy.
+    weight is one of `penalties`, strongest first: the best before accuracy on validation falls.
     """
     mean, deviation = train[0].mean(axis=0), train[0].std(axis=0)
     constant = deviation <= 1e-6 * (1 + np.abs(mean))
@@ -77,6 +77,8 @@ def linear_probabilities(
     for penalty in penalties:  # each fit starts from the one before
         params = _fit(params, x, y, penalty)
         right = np.sum(np.argmax(_logits(params, held_out), axis=1) == validation[1])
+        if right < best:
+            break  # the weaker ones take the longest, and fit the noise
         if right > best:
             best, chosen = float(right), (params, penalty)
     found = [np.asarray(jax.nn.softmax(_logits(chosen[0], standard(x)))) for x in features]

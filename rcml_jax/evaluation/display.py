@@ -17,12 +17,14 @@ from rcml_jax.evaluation.measures import (
     Measure,
     at,
     columns,
+    headlines,
     main_of,
     of_task,
     printed,
     values_at,
 )
 from rcml_jax.log import counted
+from rcml_jax.evaluation.paired import compare, holm
 
 #: Columns of what is no terminal: more than any table has.
 _WIDEST = 1000
@@ -35,6 +37,14 @@ GAP = {
     "matched_cosine": "matched",
     "random_cosine": "random",
 }
+_PAIRED = (
+    "less", "measure", "pairs", "difference (95 % interval)", "effect size", "p, Holm",
+    "pairs needed",
+)  # fmt: skip
+_PAIRED_NOTE = (
+    "Effect size: mean over deviation of the differences. Pairs needed: for a paired t-test at 5 % "
+    "with a power of 80 %, if that is the true effect size."
+)
 
 
 def make_console(stream: Any = None) -> Console:
@@ -295,13 +305,16 @@ def _controls(result: dict, measure: Measure) -> Iterator[tuple[str, dict, str]]
 # The table of a sweep: means and deviations over seeds, and the error analysis of classifiers.
 
 
-def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[int]) -> dict:
+def collect(
+    workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[int], *, paired: bool = False
+) -> dict:
     """Collect a row of finished runs for each variant, and the error analysis where possible.
 
     folders: label → folder of the variant. A row has the number of seeds and, for each column that
     the results have, mean and standard deviation (n − 1) over the seeds; a run that trains several
     seeds at once counts as so many. The controls of a variant follow it, with their name under
-    "control"; those that know no model come once.
+    "control"; those that know no model come once. paired: compare the first variant with each
+    other one, too.
     """
     rows, found = [], {}
     for label, folder in folders.items():
@@ -316,10 +329,40 @@ def collect(workdir: pathlib.Path, folders: Mapping[str, str], seeds: Sequence[i
             if method == label:
                 rows.append(_row(f"{label}: {control}", measured) | {"control": control})
     table: dict[str, Any] = {"rows": rows}
+    if paired and (compared := paired_rows(found)):
+        table["paired"] = compared
     analysis = _error_analysis(workdir, folders, seeds)
     if analysis:
         table["error_analysis"] = analysis
     return table
+
+
+def paired_rows(results: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
+    """The first variant less each other one, over the same seeds, in each headline measure.
+
+    results: variant → the `eval.json` of each seed; those of one seed, or of several in one run, in
+    the same order. Variants with another number of values are left out. A row has "variant",
+    "measure", the keys of `paired.compare`, and "p_holm", which is adjusted for the number of
+    variants that are compared in the measure.
+    """
+    (first, *others), rows = list(results), []
+    measures = headlines("relational") | headlines("classification")
+    for label, path in measures.items():
+        values = {
+            name: [value for run in runs for value in values_at(run, path)]
+            for name, runs in results.items()
+        }
+        size = len(values[first])
+        compared = [
+            {"variant": name, "measure": label} | compare(values[first], values[name])
+            for name in others
+            if len(values[name]) == size > 1
+        ]
+        tested = [row for row in compared if row["p"] is not None]
+        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+            row["p_holm"] = p
+        rows += compared
+    return rows
 
 
 def _row(label: str, results: Sequence[dict]) -> dict[str, Any]:
@@ -346,11 +389,29 @@ def markdown(table: Mapping[str, Any]) -> str:
             for row in rows
         ],
     )
+    if paired := table.get("paired"):
+        lines += ["", f"{rows[0]['variant']} less each variant, paired by seed, in points:", ""]
+        lines += _lines(_PAIRED, [_paired_cells(row) for row in paired])
+        lines += ["", _PAIRED_NOTE]
     if analysis := table.get("error_analysis"):
         lines += ["", "Shares of the test samples (%), each modality trained alone:", ""]
         cells = [[x if isinstance(x, str) else _percent(x) for x in r.values()] for r in analysis]
         lines += _lines(list(analysis[0]), cells)
     return "\n".join(lines) + "\n"
+
+
+def _paired_cells(row: dict) -> list[str]:
+    mean, low, high = (_percent(row[name], "+") for name in ("difference", "low", "high"))
+    needed = row["needed"]
+    return [
+        row["variant"],
+        row["measure"],
+        str(row["pairs"]),
+        f"{mean} ({low} to {high})",
+        "–" if row["effect"] is None else f"{row['effect']:+.2f}",
+        _number(row.get("p_holm")),
+        "–" if needed is None else f"{needed:,}",
+    ]
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -90,13 +90,14 @@ class TableEncoder(nn.Module):
 def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Minimum and span (f,) of the columns of x (n, f) over the rows `where` (n,).
 
-    A constant column has the span 1, so that it becomes 0.
+    A constant column has the largest span there is, so that it becomes 0, whatever other rows have
+    there: its weights are not trained.
     """
     rows = where[:, None]
-    largest = jnp.finfo(x.dtype).max / 2
-    low = jnp.min(jnp.where(rows, x, largest), axis=0)
-    span = jnp.max(jnp.where(rows, x, -largest), axis=0) - low
-    return low, jnp.where(span > 0, span, 1.0)
+    largest = jnp.finfo(x.dtype).max
+    low = jnp.min(jnp.where(rows, x, largest / 2), axis=0)
+    span = jnp.max(jnp.where(rows, x, -largest / 2), axis=0) - low
+    return low, jnp.where(span > 0, span, largest)
 
 
 class M3CoL(nn.Module):

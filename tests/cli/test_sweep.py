@@ -141,6 +141,11 @@ def test_a_sweep_runs_each_variant_once(catalogue, tmp_path, capsys):
     }
     assert "patience=3" in out
 
+    # Compared by seed, without another run.
+    assert sweep.main([*args, "--paired"]) == 0
+    out, err = capsys.readouterr()
+    assert (err, "patience=0 less each variant, paired by seed" in out) == ("", True)
+
     # What is finished is not run again; what is not, goes on.
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("eval.json")}
     gone = tmp_path / "patience=3" / "seed2" / "eval.json"

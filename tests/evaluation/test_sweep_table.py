@@ -7,6 +7,7 @@ import pytest
 
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.evaluation.measures import columns
+from rcml_jax.evaluation.paired import compare
 
 
 def write_run(folder, accuracies, heads, right, *, f1=True, held_out=True):
@@ -71,6 +72,27 @@ def test_the_error_analysis_needs_every_modality_alone(workdir):
         fewer = {name: folder for name, folder in FOLDERS.items() if name != missing}
         assert "error_analysis" not in collect(workdir, fewer, [42])
     assert "error_analysis" not in collect(workdir, FOLDERS, [43])
+
+
+def test_the_first_variant_is_compared_with_the_others_by_seed(tmp_path):
+    rates = {"full": [0.9, 0.7, 0.8], "close": [0.8, 0.65, 0.75], "same": [0.9, 0.7, 0.8]}
+    right = np.ones((3, 4), bool)
+    for name, values in (rates | {"fewer": [0.1, 0.2]}).items():
+        write_run(tmp_path / name / "seed42", values, [], right[: len(values)], held_out=False)
+    folders = {name: name for name in ("full", "close", "same", "fewer", "absent")}
+    assert "paired" not in collect(tmp_path, folders, [42])
+    table = collect(tmp_path, folders, [42], paired=True)
+    first, second = table["paired"]
+    assert (first["variant"], first["measure"]) == ("close", "accuracy, last")
+    expected = compare(rates["full"], rates["close"])
+    assert {name: first[name] for name in expected} == pytest.approx(expected)
+    assert first["p_holm"] == first["p"]  # the other one has no test
+    assert (second["variant"], second["difference"], second["p"]) == ("same", 0, None)
+    lines = markdown(table).splitlines()
+    place = lines.index("full less each variant, paired by seed, in points:")
+    close, same = lines[place + 4 : place + 6]
+    assert close.startswith("| close | accuracy, last | 3 | +6.7 (-0.5 to +13.8) | +2.31 | 0.057 |")
+    assert same == "| same | accuracy, last | 3 | +0.0 (+0.0 to +0.0) | – | – | – |"
 
 
 def test_the_table_as_markdown(workdir):

@@ -15,6 +15,7 @@ from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.writer import read_history
 from tests import reference
+from tests.data.sources.test_omics import awkward
 from tests.methods.m3col_data import CONFIG, TABLES, check_summary, omics_config, write_tables
 from tests.toy import read_metrics
 from tests.training.test_loop import train
@@ -126,6 +127,24 @@ def test_controls_stand_beside_the_figure(omics_run):
     accuracy = result["classification"]["last"]["accuracy"]["mean"]
     assert gain["gain"] == pytest.approx(accuracy - max(rates.values()))
     assert rates[gain["control"]] == max(rates.values())
+
+
+def test_awkward_tables_are_trained_on(tmp_path, capsys):
+    """From data to eval.json, with every number finite."""
+    config = omics_config(awkward(tmp_path / "data"), epochs=2, validate_epochs=1, seeds=3)
+    result = loop.train_and_evaluate(config, tmp_path / "run")
+    assert "rosmap: train has one sample of 2." in capsys.readouterr().err
+    assert len(result["protocol"]["classes"]) == 3
+    check_summary(result["classification"]["last"], 3)
+    check_summary(result["validation"]["last"], 3)
+    # A column that training does not know changes nothing.
+    method = build(config, tmp_path / "run")
+    params = read_params(tmp_path / "run", "latest")
+    rows = method.task.data.rows("test")
+    before = method.embeddings(params, rows)
+    method.task.data.modalities[0].values[rows, 0] = 1e4
+    for name, found in method.embeddings(params, rows).items():
+        np.testing.assert_array_equal(found, before[name])
 
 
 def test_evaluating_again_gives_the_same(omics_run, tables):

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
+from rcml_jax.data.gates import user_path
+from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
 from rcml_jax.files import atomic_file
@@ -98,7 +100,9 @@ def load(
     lies there is used as well. Each must be the published file to the byte, and is fetched anew if
     it is not. With `directory` they are read from there (from the folder itself, or from ROSMAP or
     BRCA in it) and may be own data: any number of views, rows, features and classes. Other than
-    three views are called view1, view2, ..., and other classes "0", "1", ...
+    three views are called view1, view2, ..., and other classes "0", "1", ... Columns that are
+    constant in training, samples that repeat another's values, and classes of one sample or none
+    in a split are kept, counted, and told to `log`.
 
     Raises:
       UserError: a file that cannot be had, or anything wrong in one, with file, line and column.
@@ -113,7 +117,10 @@ def load(
     else:
         folder, views = user_path(cache_dir) / "omics" / name.upper(), len(VIEWS)
         _fetch(folder, BLOBS[name], log or log_line)
-    return _read(name, folder, views, LABEL_NAMES[name])
+    data = _read(name, folder, views, LABEL_NAMES[name])
+    for line in remarks(data):
+        (log or log_line)(line)
+    return data
 
 
 def blob_id(content: bytes) -> str:
@@ -206,6 +213,38 @@ def _read(name: str, folder: Path, views: int, label_names: tuple[str, ...]) -> 
         label_names=tuple(map(str, range(classes))) if own else label_names,
         split=np.repeat(places, [len(part) for part in labels.values()]),
     ).validate()
+
+
+def remarks(data: ClassificationData) -> list[str]:
+    """A sentence for each thing about tables that does no harm and that a user should know."""
+    lines, train = [], data.rows("train")
+    for view in data.modalities:
+        constant = int(np.sum(np.ptp(view.values[train], axis=0) == 0))
+        if constant:
+            lines.append(
+                f"{data.name}: {counted(constant, 'columns')} of {view.values.shape[1]:,} of "
+                f"{view.name} with one value in all training samples, so without effect."
+            )
+    groups: dict[bytes, list[int]] = {}
+    for row, values in enumerate(zip(*(m.values for m in data.modalities), strict=True)):
+        groups.setdefault(b"".join(x.tobytes() for x in values), []).append(row)
+    repeated = [rows for rows in groups.values() if len(rows) > 1]
+    if repeated:
+        differing = sum(len(r) for r in repeated if len(set(data.labels[r].tolist())) > 1)
+        known = set(train.tolist())
+        seen = sum(row not in known for rows in repeated if known & set(rows) for row in rows)
+        lines.append(
+            f"{data.name}: {sum(map(len, repeated)):,} samples have the same values in every view "
+            f"as another one: {differing:,} of them beside another label, and {seen:,} test "
+            "samples that are among those of training."
+        )
+    for split in ("train", "test"):
+        count = np.bincount(data.labels[data.rows(split)], minlength=data.classes)
+        for number, words in ((1, "one sample"), (0, "no sample")):
+            names = [data.label_names[c] for c in np.flatnonzero(count == number)]
+            if names:
+                lines.append(f"{data.name}: {split} has {words} of {', '.join(names)}.")
+    return lines
 
 
 def _check_columns(folder: Path, view: int, train: np.ndarray, test: np.ndarray) -> None:

@@ -120,6 +120,44 @@ def test_class_names_are_the_published_ones_if_their_number_is(tmp_path):
 
 
 @pytest.mark.parametrize("child", ["", "ROSMAP", "rosmap"])
+def awkward(folder):
+    """Unequal widths, constant columns, repeated samples and classes of one sample or none."""
+    tables = made_up((7, 1, 3), classes=3)
+    tables["labels_tr.csv"][:, 0] = [0, 0, 1, 1, 0, 2]
+    tables["labels_te.csv"][:, 0] = [0, 0, 1, 0]
+    for view in (1, 2, 3):
+        train, test = tables[f"{view}_tr.csv"], tables[f"{view}_te.csv"]
+        train[3] = train[0]  # the same values, another label
+        test[1] = train[4]  # the same sample, in the test split, too
+        train[:, 0] = 2.5  # constant in training only
+        test[1, 0] = 2.5
+    return write(folder, tables, names=False)
+
+
+def test_what_is_odd_and_does_no_harm_is_told(tmp_path):
+    lines = []
+    data = omics.load("rosmap", "/dev/null", directory=awkward(tmp_path), log=lines.append)
+    assert [m.values.shape for m in data.modalities] == [(10, 7), (10, 1), (10, 3)]
+    assert lines[0] == (
+        "rosmap: 1 column of 7 of mrna with one value in all training samples, so without effect."
+    )
+    assert "1 column of 1 of methylation" in lines[1]
+    # Views alone may repeat (methylation is constant); samples repeat where all views do.
+    assert lines[3:] == [
+        "rosmap: 4 samples have the same values in every view as another one: 2 of them beside "
+        "another label, and 1 test samples that are among those of training.",
+        "rosmap: train has one sample of 2.",
+        "rosmap: test has one sample of 1.",
+        "rosmap: test has no sample of 2.",
+    ]
+
+
+def test_tables_without_oddities_are_read_in_silence(tmp_path):
+    lines = []
+    omics.load("rosmap", "/dev/null", directory=write(tmp_path, made_up()), log=lines.append)
+    assert lines == []
+
+
 def test_the_folder_itself_or_one_that_holds_it(tmp_path, child):
     write(tmp_path / child, made_up())
     assert len(read(tmp_path)) == 10
