@@ -23,8 +23,8 @@ from rcml_jax.evaluation.measures import (
     printed,
     values_at,
 )
-from rcml_jax.log import counted
 from rcml_jax.evaluation.paired import compare, holm
+from rcml_jax.log import counted
 
 #: Columns of what is no terminal: more than any table has.
 _WIDEST = 1000

@@ -22,12 +22,10 @@ from typing import Any
 import numpy as np
 
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.gates import user_path
-from rcml_jax.data.log import counted, log_line
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.errors import UserError
 from rcml_jax.files import atomic_file
-from rcml_jax.log import log_line
+from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import user_path
 
 SOURCE = "https://raw.githubusercontent.com/txWang/MOGONET/main"
