@@ -267,8 +267,8 @@ def load_or_prepare(
             start = time.perf_counter()
             graph = build()
             folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
-            counts = {"items": graph, "relations": graph.relations, "pairs": graph.pairs}
-            said = ", ".join(counted(len(of), what) for what, of in counts.items())
+            sizes = len(graph), len(graph.relations), len(graph.pairs)
+            said = ", ".join(map(counted, sizes, ("items", "relations", "pairs")))
             log(f"Prepared {name}: {said} in {time.perf_counter() - start:.1f} s ({folder}).")
     return load(data_dir, name, fingerprint=fingerprint)
 

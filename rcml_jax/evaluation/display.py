@@ -358,9 +358,9 @@ def paired_rows(results: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
             for name in others
             if len(values[name]) == size > 1
         ]
-        tested = [row for row in compared if row["p"] is not None]
-        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-            row["p_holm"] = p
+        tested = [(row, p) for row in compared if isinstance(p := row["p"], float)]
+        for (row, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+            row["p_holm"] = adjusted
         rows += compared
     return rows
 

@@ -18,7 +18,7 @@ from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.models.checkpoints import TOKENIZER_FILES, pretrained_directory
 from rcml_jax.models.two_towers import load_pretrained
 from rcml_jax.parsing import read_json, user_path
-from rcml_jax.tasks.relations import RelationTask
+from rcml_jax.tasks.relations import RelationTask, cache_directory
 from rcml_jax.tasks.towers import inputs
 
 #: The head of RCML, and the key of config.json that says what a directory is an export of.
@@ -98,6 +98,7 @@ def load_export(directory: pathlib.Path, config: Any) -> tuple[RelationalMethod,
         Tokenizer.from_pretrained_dir(directory),
         ImageBank(images, taken.framing),
         taken.max_length,
+        cache_directory(),
     )
     method: Any = method_class(config.method)
     return method(config, task), jax.tree.map(jax.numpy.asarray, params)

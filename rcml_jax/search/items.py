@@ -113,7 +113,7 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     texts, image_names = zip(*rows.values(), strict=True)
     if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
-    words = table.suffix == ".csv"
+    words = table.kind == ".csv"
     columns = {
         name: column([values.get(i) for i in range(len(rows))], words)
         for name, values in sorted(others.items())
