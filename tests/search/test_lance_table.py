@@ -201,7 +201,7 @@ def test_an_index_finds_nearly_what_is_nearest_and_scores_exactly(tmp_path, monk
     writer.finish(kind)
     table = open_table(writer.directory)
     columns = {"vector_text_0", "vector_text_1", "vector_image_0"}
-    assert {*table.indices()} == {"text", *columns}
+    assert {*table.indices} == {"text", "id", "item_number", *columns}
     query = table.handle.search(vectors["text"][0, 0], vector_column_name="vector_text_0")
     assert "ANN" in query.limit(10).explain_plan()
     searcher = TableSearcher(table)
@@ -224,7 +224,7 @@ def test_an_index_is_made_and_used_from_many_items_on(tmp_path, monkeypatch):
     writer = TableWriter(f"lance://{tmp_path}/t", plan)
     write(writer, vectors, has)
     writer.finish()
-    assert {*open_table(writer.directory).indices()} == {"text"}
+    assert {*open_table(writer.directory).indices} == {"text"}
     searcher = TableSearcher(open_table(writer.directory))
     ways = []
     for name in ("_batches", "_candidates"):
