@@ -477,7 +477,7 @@ class LanceTable:
         for batch in self.scan(["item_number", *columns], f"id = {_literal(key)}"):
             if len(batch):
                 return batch
-        like = f"starts_with(id, {_literal(key[:1])})"
+        like = f"starts_with(id, {_literal(key[:1])})" if self.count > _LIKE_IDS else ""
         ids = itertools.chain.from_iterable(
             batch["id"].to_pylist() for batch in self.scan(["id"], like)
         )
