@@ -113,7 +113,7 @@ def _report_table(table: LanceTable) -> None:
     shapes = ", ".join(
         f"{name} {(lead, len(table), d)}" for name, (lead, d) in table.shapes.items()
     )
-    kinds = {found.index_type for name, found in table.indices().items() if name != "text"}
+    kinds = {found.index_type for name, found in table.indices.items() if "vector" in name}
     index = f"; index {' and '.join(sorted(kinds))}" if kinds else ""
     print(f"{table.directory}: {shapes}, {table.dtype}{index}")
     _warn(table.problems())

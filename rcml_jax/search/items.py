@@ -130,7 +130,7 @@ def column(values: Sequence[Any], words: bool = False) -> tuple:
     """Values of one type: bool, int, float or str; None for what is empty.
 
     words: they are texts, of which numbers are to be made where all are numbers. Values of several
-    types, lists and objects become JSON texts.
+    types and integers that a float cannot hold become texts, as JSON has them.
     """
     values = [None if value == "" else value for value in values]
     given = [value for value in values if value is not None]
@@ -143,7 +143,9 @@ def column(values: Sequence[Any], words: bool = False) -> tuple:
         make = bool
     elif all(type(value) is int and abs(value) <= 2**53 for value in given):
         make = int
-    elif all(type(value) in (int, float) and abs(value) < 2**1000 for value in given):
+    elif all(
+        type(value) is float or (type(value) is int and abs(value) <= 2**53) for value in given
+    ):
         make = float
     else:
         make = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)  # noqa: E731

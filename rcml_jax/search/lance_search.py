@@ -119,12 +119,11 @@ class TableSearcher:
             assert matching is not None
             numbers, scores = np.array([*matching], np.int64), np.array([*matching.values()])
             return self._matches(*_best(numbers, scores, k), names, where, words)
-        own = None if item is None else self.table.number(item)
-        query = self._query(number, own, text, image, item)
+        own, query = self._query(number, item, text, image)
         total = np.sum(query, axis=0)
         columns = {name: self.table.column(name, number) for name in names}
         if exact is None:
-            exact = len(self.table) < MANY or not {*columns.values()} & {*self.table.indices()}
+            exact = len(self.table) < MANY or not {*columns.values()} & {*self.table.indices}
         wanted = None if matching is None else np.array([*matching], np.int64)
         if exact or wanted is not None:
             batches = self._batches(columns, where, wanted)
@@ -141,20 +140,19 @@ class TableSearcher:
         return self._matches(*found, names, where, words)
 
     def _query(
-        self, relation: int, own: int | None, text: str | None, image: Any, item: str | None
-    ) -> list[np.ndarray]:
-        """The query's vectors."""
-        if own is None:
+        self, relation: int, item: str | None, text: str | None, image: Any
+    ) -> tuple[int | None, list[np.ndarray]]:
+        """The number of the item that asks, if one does, and the query's vectors."""
+        if item is None:
             sentences = () if relation == 0 else (self.table.relations[relation],)
-            return list(embed_query(self.model, sentences, text, image).values())
+            return None, list(embed_query(self.model, sentences, text, image).values())
         columns = [self.table.column(name, relation) for name in MODALITIES]
-        found = []
-        for batch in self.table.scan(columns, f"item_number = {own}"):
-            found += [vectors_of(batch, name)[0] for name in columns]
+        row = self.table.item(item, columns)
+        found = [vectors_of(row, name)[0] for name in columns]
         query = [vectors[0] for vectors in found if len(vectors)]
         if not query:
             raise UserError(f"the item {item!r} has no embedding: no text and no readable image")
-        return query
+        return row["item_number"][0].as_py(), query
 
     def _batches(self, columns: dict[str, str], where: str, wanted: np.ndarray | None) -> Any:
         """All rows that a filter keeps, or those that are wanted and some others."""
@@ -168,7 +166,7 @@ class TableSearcher:
         self, columns: dict[str, str], total: np.ndarray, where: str, k: int
     ) -> list[Any]:
         """Rows that are near the query in one of the columns, each once."""
-        if not {*columns.values()} & {*self.table.indices()}:
+        if not {*columns.values()} & {*self.table.indices}:
             raise UserError(
                 f"the vectors of {self.table.directory} have no index; start the command that "
                 "embeds again with --index ivf-pq, or search exactly"

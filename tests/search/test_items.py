@@ -1,6 +1,7 @@
 """Tables of items to embed: what is read, and what is said of a wrong one."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -40,6 +41,40 @@ def test_a_folder_a_csv_and_a_jsonl_hold_the_same_items(tmp_path):
         with pytest.raises(FileNotFoundError):
             items.read(1)
     assert len({items.digest() for items in read}) == 1
+
+
+def test_further_columns_have_one_type_each(tmp_path):
+    table = write(
+        tmp_path / "items.csv",
+        "id,text,price,stock,zip,word,none,Big Number,",
+        "a,x,3.5,3,012,a,,99999999999999999999,left out",
+        "b,x,,-4,100,7,,1,",
+        "c,x,1e3,0,100,,,2,",
+    )
+    assert read_items(table).columns == {
+        "price": (3.5, None, 1000.0),
+        "stock": (3, -4, 0),
+        "zip": ("012", "100", "100"),
+        "word": ("a", "7", None),
+        "none": (None, None, None),
+        "big number": ("99999999999999999999", "1", "2"),
+    }
+    rows = [
+        {"id": "a", "text": "x", "price": 3, "sold": True, "zip": "012", "mixed": 1},
+        {"id": "b", "text": "x", "price": 2.5, "sold": None, "mixed": "1"},
+        {"id": "c", "text": "x", "sold": False, "zip": "7", "mixed": True, "Big": 2**60},
+    ]
+    write(tmp_path / "t.jsonl", *map(json.dumps, rows))
+    found = read_items(tmp_path / "t.jsonl").columns
+    assert found == {
+        "price": (3.0, 2.5, None),
+        "sold": (True, None, False),
+        "zip": ("012", None, "7"),
+        "mixed": ("1", "1", "true"),
+        "Big": (None, None, str(2**60)),
+    }
+    for values in found.values():
+        assert len({type(value) for value in values} - {type(None)}) == 1
 
 
 def test_the_digest_tells_items_apart(tmp_path):
