@@ -3,13 +3,15 @@
     python -m benchmarks.search                         # 100,000 items; 12 GB of disk
     python -m benchmarks.search --items 1914
     python -m benchmarks.search --types int8 --directory /fast/disk
+    python -m benchmarks.search --workdir runs/rcml     # a run's own items, or --embeddings DIR
 
 Made-up token states of ViT-B/32's shapes: 50 of an image and 24 of a text, 512 wide. *Exact*
 encodes the sentence with a text tower of ViT-B/32's size, folds it into the pooling head, pools
 every item anew and ranks all of them for one item. *Two-stage* pools only those 1,000 that are
 nearest under a known sentence. *Known sentence* is the scan of embeddings that are there already,
 which a new sentence cannot be cheaper than. Weights and states are random: times and sizes mean
-something, what is found does not.
+something, what is found does not. `--workdir` measures a trained run on real items instead, which
+are embedded into `WORKDIR/explorer` if they are not there yet, as `rcml-explore` does it.
 """
 
 import pathlib
@@ -22,6 +24,7 @@ from flax.core import FrozenDict
 from transformers import CLIPConfig
 
 from benchmarks import timing
+from rcml_jax.cli.explore import open_explorer
 from rcml_jax.methods.relational import TokenReader
 from rcml_jax.models.rcml import RCML
 from rcml_jax.search.catalogue import Model, Searcher
@@ -111,11 +114,16 @@ def make_store(directory: pathlib.Path, items: Items, dtype: str) -> Embeddings:
     return Embeddings(directory, items, relations, vectors, has, about, {}, layout.manifest())
 
 
-def measure(embeddings: Embeddings, reader: Reader, repeats: int) -> timing.Times:
-    """Seconds of one query under a known sentence, exactly and in two stages under a new one."""
+def made_up(embeddings: Embeddings, reader: Reader) -> Searcher:
+    """A searcher of a store of `make_store`."""
     about = {"workdir": "", "digest": ""}
-    model = Model(Method(reader), None, about, jax.devices()[0])  # type: ignore[arg-type]
-    searcher = Searcher(embeddings, model)
+    return Searcher(embeddings, Model(Method(reader), None, about, jax.devices()[0]))  # type: ignore[arg-type]
+
+
+def measure(searcher: Searcher, repeats: int) -> timing.Times:
+    """Seconds of one query under a known sentence, exactly and in two stages under a new one."""
+    embeddings, reader = searcher.embeddings, searcher._reader
+    item = embeddings.items.ids[0]
 
     def forget():
         searcher._pooled.clear()
@@ -123,17 +131,30 @@ def measure(embeddings: Embeddings, reader: Reader, repeats: int) -> timing.Time
 
     def exact():
         forget()
-        return searcher.search("a sentence that is new", item="0")
+        return searcher.search("a sentence that is new", item=item)
 
     def two_stage():
         forget()
-        return searcher.search("a sentence that is new", item="0", candidates=CANDIDATES)
+        return searcher.search("a sentence that is new", item=item, candidates=CANDIDATES)
 
-    known = lambda: searcher.search(embeddings.relations[1], item="0")  # noqa: E731
+    known = lambda: searcher.search(embeddings.relations[1], item=item)  # noqa: E731
     sentence = lambda: reader.relations(["a sentence that is new"])  # noqa: E731
     functions = {"known sentence": known, "two-stage": two_stage, "exact": exact}
     functions["the text tower"] = sentence
     return timing.alternate(functions, repeats=repeats)
+
+
+def report(searcher: Searcher, repeats: int) -> dict:
+    """Measure and print one catalogue; returns the figures."""
+    tokens, items = searcher.embeddings.tokens, len(searcher.embeddings.items)
+    assert tokens is not None
+    size = tokens["bytes"]
+    print(f"\n{tokens['dtype']}: {size / items:,.0f} bytes an item, {size / 2**20:,.1f} MiB")
+    times = measure(searcher, repeats)
+    timing.print_times(times)
+    processor = {name: float(np.median(t[:, 1])) for name, t in times.items()}
+    print("processor seconds: " + ", ".join(f"{n} {s:.3f}" for n, s in processor.items()))
+    return timing.summarise(times) | {"bytes": size}
 
 
 def main() -> None:
@@ -142,7 +163,18 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     parser.add_argument("--directory", help="where the states go for a while")
-    options = parser.parse_args()
+    parser.add_argument("--workdir", type=pathlib.Path, help="a run of rcml, with real items")
+    parser.add_argument("--embeddings", type=pathlib.Path, help="of rcml-embed --tokens")
+    options, overrides = parser.parse_known_args()
+    if options.workdir:
+        searcher = open_explorer(options.workdir, options.embeddings, overrides).searcher
+        count = len(searcher.embeddings.items)
+        machine = timing.start(f"{count:,} items of {options.workdir}")
+        figures = {"machine": machine, "items": count} | report(searcher, options.repeats)
+        timing.write_json(options.json, figures)
+        return
+    if overrides:
+        parser.error(f"unknown argument {overrides[0]}")
     figures = {"machine": timing.start(f"{options.items:,} items, ViT-B/32's shapes")}
     names = tuple(map(str, range(options.items)))
     items = Items(names, names, names, lambda _: b"")
@@ -150,14 +182,7 @@ def main() -> None:
     for dtype in options.types:
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             embeddings = make_store(pathlib.Path(directory), items, dtype)
-            assert embeddings.tokens is not None
-            size = embeddings.tokens["bytes"]
-            print(f"\n{dtype}: {size / options.items:,.0f} bytes an item, {size / 2**30:.2f} GiB")
-            times = measure(embeddings, reader, options.repeats)
-            timing.print_times(times)
-            processor = {name: float(np.median(t[:, 1])) for name, t in times.items()}
-            print("processor seconds: " + ", ".join(f"{n} {s:.3f}" for n, s in processor.items()))
-            figures[dtype] = timing.summarise(times) | {"bytes": size}
+            figures[dtype] = report(made_up(embeddings, reader), options.repeats)
             del embeddings
     timing.write_json(options.json, figures)
 
