@@ -4,8 +4,8 @@
     python -m benchmarks.explorer --workdir runs/rcml --screenshot docs/figures/explorer.png
 
 `rcml-explore` runs in a process of its own; Chromium asks it, driven by Selenium. *First page*:
-from the address to the images of the grid, in a browser that has never seen the page, and again in the
-same one. *Changed sentence*: from the Enter key to the results under a sentence that was never
+from the address to the images of the grid, in a browser that has never seen the page, and again in
+the same one. *Changed sentence*: from the Enter key to the results under a sentence that was never
 asked before, as the page shows them. `--screenshot` writes what `--link` shows, as a PNG of 128
 colours.
 """

@@ -15,7 +15,8 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL, method_class
 from rcml_jax.methods.relational import RelationalMethod
-from rcml_jax.models.checkpoints import TOKENIZER_FILES, pretrained_directory
+from rcml_jax.methods.relational_towers import inputs
+from rcml_jax.models.checkpoints import TOKENIZER_FILES, hub_reason, pretrained_directory
 from rcml_jax.models.two_towers import load_pretrained
 from rcml_jax.parsing import read_json, user_path
 from rcml_jax.tasks.relations import RelationTask, cache_directory
@@ -42,19 +43,33 @@ def find_export(name: pathlib.Path | str) -> pathlib.Path | None:
 
     None for a local directory of another kind, and what can be no repository's name.
 
-    Raises UserError where the hub has no such repository, cannot be reached, or the repository is
-    no export.
+    Raises UserError for a checkpoint that is no export, where the hub has no such repository or
+    cannot be reached, and where the repository is no export.
     """
     path, text = user_path(name), str(name)
     if path.exists() or not _REPOSITORY.fullmatch(text):
-        return path if export_mark(path) is not None else None
-    kind = "rcml-export"
-    # config.json alone first: what is no export may be large.
-    if export_mark(pretrained_directory(text, kind=kind, files=())) is None:
+        if export_mark(path) is not None:
+            return path
+        if (path / "model.safetensors").is_file():
+            raise UserError(
+                f"{path} is a checkpoint, but no export of a run by this version; write it again "
+                "with rcml-export"
+            )
+        return None
+    try:
+        # config.json alone first: what is no export may be large.
+        if export_mark(pretrained_directory(text, files=())) is not None:
+            return pretrained_directory(text, files=_FILES)
+    except UserError as error:
+        reason = error.__cause__
         raise UserError(
-            f"the repository {text} is no export of a run; give one that rcml-export pushed"
-        )
-    return pretrained_directory(text, kind=kind, files=_FILES)
+            f"there is no directory {text}, and no repository of that name can be had "
+            f"({hub_reason(reason if isinstance(reason, Exception) else error)}); give a work "
+            "directory, or what rcml-export wrote or pushed"
+        ) from error
+    raise UserError(
+        f"the repository {text} is no export of a run; give one that rcml-export pushed"
+    )
 
 
 def export_config(directory: pathlib.Path) -> Any:

@@ -17,7 +17,7 @@ from rcml_jax.cli import embed, explore, export
 from rcml_jax.cli.export import export_run
 from rcml_jax.errors import UserError
 from rcml_jax.search.catalogue import Searcher, embed_catalogue, open_model, related
-from rcml_jax.search.exported import HEAD, export_mark, find_export
+from rcml_jax.search.exported import HEAD, MARK, export_mark, find_export
 from rcml_jax.search.items import pixels, read_items
 from tests.cli.test_commands import fails
 from tests.search.conftest import SENTENCES
@@ -97,6 +97,14 @@ def test_directories_that_are_no_export(exported, tmp_path):
     assert export_mark(directory) == {"method": "rcml", "step": 7}
     assert find_export(exported["rcml"][0]) is None
     assert find_export(tmp_path / "nothing") is None
+    copy = shutil.copytree(directory, tmp_path / "older")
+    config = json.loads((copy / "config.json").read_text())
+    assert config.pop(MARK) == {"method": "rcml", "step": 7}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no export of a run by this version"):
+        open_model(copy)
+    with pytest.raises(UserError, match="there is no directory no/run, and no repository"):
+        open_model("no/run")
     for name, content in (("config.json", "{"), (HEAD, "{"), ("tokenizer_config.json", "[]")):
         copy = shutil.copytree(directory, tmp_path / name)
         (copy / name).write_text(content)
