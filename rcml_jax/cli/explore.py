@@ -54,8 +54,9 @@ _CSS = """
 .frame img { width: 100%; height: 100%; object-fit: contain; display: block; margin: 0; }
 .asked { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; margin: 0 0 .8rem; }
 .asked img { width: 7rem; height: 7rem; object-fit: contain; background: #fff; margin: 0; }
-.token { padding: .1rem .25rem; border-radius: .25rem; }
+.token { display: inline-block; margin: .1rem 0; padding: .1rem .25rem; border-radius: .25rem; }
 #grid .grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; }
+#grid .caption-label { font-size: .65rem; padding: 0 .25rem; max-width: 100%; }
 #left, #right { flex: 1 1 300px; min-width: min(300px, 100%) !important; align-self: flex-start; }
 #right:not(:has(.cards)) { display: none; }
 h1, h2 { overflow-wrap: anywhere; }
@@ -287,7 +288,7 @@ def page(explorer: "Explorer", *, candidates: int = 0) -> Any:
         found = answer(kind, view.item, view.text, None, *inputs)
         return (kind, view.item, view.text, *inputs, *found)
 
-    with gr.Blocks(title="Related items", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Related items", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(f"# {len(explorer.searcher.embeddings.items):,} items, related in plain words")
         indices = gr.State(first)
         with gr.Row():

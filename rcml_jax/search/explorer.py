@@ -446,8 +446,8 @@ def _heat(image: np.ndarray, weights: np.ndarray, pooled: int) -> tuple[bytes | 
     side = math.isqrt(len(patches))
     if side**2 != len(patches):  # the tower's states are no square of patches
         return None, float(weights[pooled])
-    # Half as red at an even share, and wholly at twice that.
-    share = (patches / max(patches.sum(), 1e-12) * len(patches) / 2).clip(0, 1)
+    # Not red at all up to an even share, and wholly at twice that.
+    share = (patches / max(patches.sum(), 1e-12) * len(patches) - 1).clip(0, 1)
     mask = Image.fromarray((share.reshape(side, side) * 200).astype(np.uint8))
     size = (_HEAT, _HEAT)
     base = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
