@@ -24,7 +24,7 @@ from benchmarks import timing
 from benchmarks.service import started
 from tests.browser import started_browser
 
-LINK = "?item=1F353&relation=both+of+them+are+red&other=they+grow+in+a+garden&k=8"
+LINK = "?item=1F4D8&relation=both+of+them+are+blue&other=both+are+books&k=8"
 SENTENCES = (
     "things that somebody would take to the seaside",
     "both of them are red",
