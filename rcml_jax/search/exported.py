@@ -15,7 +15,6 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL, method_class
 from rcml_jax.methods.relational import RelationalMethod
-from rcml_jax.methods.relational_towers import inputs
 from rcml_jax.models.checkpoints import TOKENIZER_FILES, hub_reason, pretrained_directory
 from rcml_jax.models.two_towers import load_pretrained
 from rcml_jax.parsing import read_json, user_path
