@@ -2,6 +2,7 @@
 
     python -m benchmarks.feeding                           # 10 thousand to 10 million items
     python -m benchmarks.feeding --items 10000 368000      # smaller ones
+    python -m benchmarks.feeding --loading --plot growth.svg   # and memory, and opening a graph
     python -m benchmarks.feeding --batches                 # whole batches with their images
 
 The plan of a batch of 1,024 items (8 relations of 64 pairs, 64 self pairs, as with a pretrained
@@ -9,6 +10,10 @@ CLIP) and its masks (which items are related, which pairs are linked), on random
 four pairs an item under ten relations. Plans are compared with those on the smallest graph. Beside
 them stands the earlier way, on the smallest graph and, with --earlier, on all: the filling items
 drawn from a list of all that the pairs leave out.
+
+With --loading: what a process holds of a prepared graph with ids and texts, and how long opening it
+takes (`benchmarks.loading`); with --tuples also with ids and texts as tuples of strings. --plot
+draws all this against the number of items, both axes logarithmic.
 
 With --batches: plan, token ids, packing, masks and 1,024 images of 224 pixels, on a prepared data
 set of JPEGs of 256 pixels. The images are copied from the file of stored pixels, in the page cache;
@@ -28,13 +33,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks import images, timing
+from benchmarks import images, loading, timing
+from benchmarks.loading import SIZES
 from rcml_jax.data.images import ImageBank, StoredPixels
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph
-from rcml_jax.data.sampling import BatchSizes, RelationSampler, batch_iterator, collator
+from rcml_jax.data.sampling import RelationSampler, batch_iterator, collator
 from rcml_jax.data.tokenizer import StoredTexts, train_tokenizer
 
-SIZES = BatchSizes(relations=8, pairs=64, intra_pairs=64, items=1024)
 RELATIONS, PAIRS_PER_ITEM = 10, 4
 MOST_MILLISECONDS, MOST_GROWTH = 3.0, 1.2
 MOST_BATCH_MILLISECONDS, LEAST_OF_TWO = 60.0, 1.8
@@ -92,6 +97,7 @@ class Feeder:
     def __init__(self, items: int):
         start = time.perf_counter()
         self.graph, splits = random_graph(items)
+        self.splits = splits
         made = time.perf_counter()
         self.sampler = RelationSampler(self.graph, splits, SIZES, seed=0)
         self.items = splits.items("train")
@@ -113,6 +119,11 @@ class Feeder:
         """Several plans."""
         for _ in range(count):
             self.plan()
+
+    def same_plan(self, count: int) -> None:
+        """One plan several times: all that it reads is in the processor's caches."""
+        for _ in range(count):
+            self.sampler[0]
 
     def masks(self) -> np.ndarray:
         """The plan of a step and the masks that its batch has."""
@@ -233,6 +244,63 @@ def whole_batches(options: argparse.Namespace, machine: dict) -> None:
     timing.write_json(options.json, {"machine": machine, **figures})
 
 
+Growth = dict[str, list[dict[str, float]]]
+_KINDS = {"columns": (), "tuples": ("--tuples",)}
+
+
+def measure_loading(feeders: dict[str, Feeder], repeats: int, tuples: bool) -> Growth:
+    """For columns and, with `tuples`, for these: the medians of each graph, small to large."""
+    kinds = {kind: _KINDS[kind] for kind in (_KINDS if tuples else ("columns",))}
+    found: Growth = {kind: [] for kind in kinds}
+    print(f"\n{'opening a prepared graph':<28}{'GiB':>9}{'ready':>9}{'open s':>9}{'ready s':>9}")
+    for name, feeder in feeders.items():
+        with tempfile.TemporaryDirectory() as root:
+            folder = pathlib.Path(root) / "graph"
+            loading.write_prepared(folder, feeder.graph, feeder.splits)
+            if tuples:
+                loading.write_earlier(folder)
+            runs = [
+                {kind: loading.run(folder, *options) for kind, options in kinds.items()}
+                for _ in range(max(1, min(repeats, 3_000_000 // len(feeder.graph))))
+            ]
+        for kind, rows in found.items():
+            row = {key: float(np.median([run[kind][key] for run in runs])) for key in runs[0][kind]}
+            rows.append(row)
+            gib = (row["open bytes"] / 2**30, row["ready bytes"] / 2**30)
+            seconds = (row["open seconds"], row["ready seconds"])
+            cells = "".join(f"{x:>9.3f}" for x in (*gib, *seconds))
+            print(f"{f'{name}, {kind}':<28}{cells}", flush=True)
+    return found
+
+
+def plot_growth(path: pathlib.Path, times: dict[str, list[float]], growth: Growth) -> None:
+    """Draw milliseconds of plans, bytes of memory and seconds of opening against the items."""
+    from matplotlib.figure import Figure
+
+    items = [row["items"] for row in growth["columns"]]
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    axes = figure.subplots(1, 3)
+    panels = {
+        "planning a batch, ms of a core": times,
+        "memory of a process, GiB": {
+            f"ids and texts as {kind}": [row["ready bytes"] / 2**30 for row in rows]
+            for kind, rows in growth.items()
+        },
+        "opening the graph, s of a core": {
+            f"ids and texts as {kind}": [row["open seconds"] for row in rows]
+            for kind, rows in growth.items()
+        },
+    }
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for label, values in lines.items():
+            axis.loglog(items, values, marker="o", label=label)
+        axis.set(title=title, xlabel="items of the catalogue")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    axes[0].set_ylim(0.1, 10)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = timing.parser(__doc__.splitlines()[0], repeats=40)
@@ -240,6 +308,9 @@ def main() -> None:
     parser.add_argument("--batch-count", type=int, default=6, help="batches read by workers")
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 368_000, 10_000_000])
     parser.add_argument("--plans", type=int, default=20, help="plans in one timed call")
+    parser.add_argument("--loading", action="store_true", help="memory, and opening a graph")
+    parser.add_argument("--tuples", action="store_true", help="with --loading: the earlier way")
+    parser.add_argument("--plot", type=pathlib.Path, help="draw the growth; implies --loading")
     parser.add_argument("--earlier", action="store_true", help="the earlier way on every graph")
     options = parser.parse_args()
     machine = timing.start(f"batches of {SIZES.items} items: {SIZES}")
@@ -249,13 +320,17 @@ def main() -> None:
     feeders = {f"{items:,} items": Feeder(items) for items in options.items}
     first = next(iter(feeders))
 
-    plans = timing.alternate(
-        {name: functools.partial(x.plans, options.plans) for name, x in feeders.items()},
-        repeats=options.repeats,
-    )
+    kinds = {name: functools.partial(x.plans, options.plans) for name, x in feeders.items()}
+    kinds |= {
+        f"same plan again, {name}": functools.partial(x.same_plan, options.plans)
+        for name, x in feeders.items()
+    }
+    plans = timing.alternate(kinds, repeats=options.repeats)
     plans = {name: seconds / options.plans for name, seconds in plans.items()}
     timing.print_times(plans, unit="plan")
     ratios = [timing.ratio(plans, name, first, MOST_GROWTH) for name in feeders if name != first]
+    again = {name: f"same plan again, {name}" for name in feeders}
+    ratios += [timing.ratio(plans, again[x], again[first]) for x in feeders if x != first]
     timing.print_ratios(ratios)
     print_processor_time({f"plan, {name}": x for name, x in plans.items()}, MOST_MILLISECONDS)
 
@@ -266,6 +341,14 @@ def main() -> None:
     timing.print_times(masks)
     print_processor_time(masks)
     figures = {"plans": timing.summarise(plans), "others": timing.summarise(masks)}
+    if options.loading or options.plot:
+        growth = measure_loading(feeders, 3, options.tuples)
+        figures["loading"] = growth
+        if options.plot:
+            median = lambda x: 1e3 * float(np.median(x[:, 1]))  # noqa: E731
+            times = {"plan": [median(plans[name]) for name in feeders]}
+            times["plan and masks"] = [median(masks[f"plan and masks, {x}"]) for x in feeders]
+            plot_growth(options.plot, times, growth)
     timing.write_json(options.json, {"machine": machine, **figures, "ratios": ratios})
 
 
