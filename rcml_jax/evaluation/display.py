@@ -402,14 +402,14 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 def _paired_cells(row: dict) -> list[str]:
     mean, low, high = (_percent(row[name], "+") for name in ("difference", "low", "high"))
-    needed = row["needed"]
+    needed, p = row["needed"], row.get("p_holm")
     return [
         row["variant"],
         row["measure"],
         str(row["pairs"]),
         f"{mean} ({low} to {high})",
         "–" if row["effect"] is None else f"{row['effect']:+.2f}",
-        _number(row.get("p_holm")),
+        "< 0.001" if p is not None and p < 0.001 else _number(p),
         "–" if needed is None else f"{needed:,}",
     ]
 

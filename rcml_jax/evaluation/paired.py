@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -12,7 +13,7 @@ _MANY = 2000
 
 def compare(
     a: Sequence[float], b: Sequence[float], *, level: float = 0.95, power: float = 0.8
-) -> dict[str, float | int | None]:
+) -> dict[str, Any]:
     """The mean of a − b over pairs and how sure it is; a, b (n,): n ≥ 2 values of the same seeds.
 
     difference, low, high: the mean and its interval by Student's t at `level`. effect: the mean
@@ -22,7 +23,7 @@ def compare(
     difference = np.asarray(a, float) - np.asarray(b, float)
     n, mean, deviation = len(difference), difference.mean(), difference.std(ddof=1)
     half = scipy.stats.t.ppf((1 + level) / 2, n - 1) * deviation / math.sqrt(n)
-    found: dict[str, float | int | None] = {
+    found: dict[str, Any] = {
         "pairs": n,
         "difference": float(mean),
         "low": float(mean - half),
