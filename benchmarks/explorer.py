@@ -6,7 +6,7 @@
 `rcml-explore` runs in a process of its own; Chromium asks it, driven by Selenium. *First page*:
 from the address to the images of the grid, in a browser that has never seen the page, and again in
 the same one. *Changed sentence*: from the Enter key to the results under a sentence that was never
-asked before, as the page shows them. `--screenshot` writes what `--link` shows, as a PNG of 128
+asked before, as the page shows them. `--screenshot` writes what `--link` shows, as a PNG of 96
 colours.
 """
 
@@ -72,7 +72,7 @@ def changed_sentence(browser: Any, sentence: str) -> float:
     return wait_until(lambda: browser.execute_script(_TITLE) == sentence)
 
 
-def screenshot(browser: Any, address: str, path: pathlib.Path, colours: int = 128) -> None:
+def screenshot(browser: Any, address: str, path: pathlib.Path, colours: int = 96) -> None:
     """Write what an address shows, 1,200 pixels wide and as high as the page is."""
     size = {"width": 1200, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
