@@ -41,7 +41,7 @@ _POLICY = (
     "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; frame-ancestors 'none'"
 )
 _CSS = """
-.gradio-container { max-width: 76rem !important; margin: 0 auto; }
+.gradio-container { width: 100%; max-width: 76rem !important; margin: 0 auto; }
 .cards { list-style: none; margin: 0; padding: 0; display: grid; gap: .6rem;
   grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); overflow-wrap: anywhere; }
 .cards li { border: 1px solid var(--border-color-primary); border-radius: .6rem;
