@@ -21,12 +21,12 @@ def test_each_kind_of_input_has_one_gate():
         (path.name, use)
         for path in [*ROOT.glob("rcml_jax/data/**/*.py"), *ROOT.glob("rcml_jax/search/*.py")]
         # A tokenizer's files are no text of a user's.
-        if path.stem not in ("gates", "images", "tokenizer")
+        if path.stem not in ("images", "tokenizer")
         for use in re.findall(around, path.read_text("utf-8"))
     ]
     assert not found
     # What the library wrote itself may be read by `json` alone.
-    ours = ("gates", "stages", "prepared", "download", "tokenizer")
+    ours = ("stages", "prepared", "download", "tokenizer")
     assert not [
         path.name
         for path in ROOT.glob("rcml_jax/data/**/*.py")

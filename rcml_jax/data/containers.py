@@ -10,7 +10,6 @@ An image inside of such a file has a name, too: `shard.tar::OFFSET+SIZE` or `tab
 """
 
 import collections
-import json
 import re
 import tarfile
 import threading
@@ -254,7 +253,7 @@ def _no_nulls(file: Any, column: str) -> bool:
 def _class_names(schema: Any) -> dict[str, list[str]]:
     """The names of the classes of columns of type ClassLabel, as Hugging Face notes them."""
     try:
-        noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        noted = read_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         labels = {k: x for k, x in noted.items() if x.get("_type") == "ClassLabel"}
         return {k: [str(name) for name in x["names"]] for k, x in labels.items()}
     except (KeyError, TypeError, AttributeError, ValueError):

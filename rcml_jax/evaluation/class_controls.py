@@ -99,7 +99,7 @@ def regression_loss(
 
 
 def _logits(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-    return x @ params["w"] + params["b"]
+    return x @ params["w"] + params["b"][None]
 
 
 @jax.jit

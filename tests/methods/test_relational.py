@@ -399,7 +399,7 @@ def pretrained(catalogue, tmp_path_factory):
     """A checkpoint directory of a CLIP, with its tokenizer beside it."""
     folder = tmp_path_factory.mktemp("pretrained")
     graph = load_folder(catalogue, cache_of(catalogue), log=lambda line: None)
-    tokenizer = train_tokenizer(graph.texts + graph.relations, 300)
+    tokenizer = train_tokenizer([*graph.texts, *graph.relations], 300)
     sizes = {"width": 16, "layers": 1, "heads": 2, "embed_dim": 12, "image_size": 24}
     config = small_clip_config(
         vocab_size=300, eos_token_id=tokenizer.end_id, patch_size=8, max_length=12, **sizes

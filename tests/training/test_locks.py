@@ -188,11 +188,11 @@ SLOW_EMBED = """
     from rcml_jax.cli.embed import main
     from rcml_jax.search import catalogue
     catalogue._CHUNK = 4
-    embed = catalogue._embed
+    embed = catalogue.embed_chunk
     def slow(*args):
         time.sleep(0.5)
         return embed(*args)
-    catalogue._embed = slow
+    catalogue.embed_chunk = slow
     sys.exit(main(sys.argv))
 """
 

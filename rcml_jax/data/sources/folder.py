@@ -35,7 +35,7 @@ from rcml_jax.data.tables import Table, optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.files import write_whole
 from rcml_jax.log import counted, log_line
-from rcml_jax.parsing import TextGate, user_path
+from rcml_jax.parsing import TextGate, read_json, user_path
 
 CACHE = ".prepared"
 _RECIPE = 3
@@ -118,7 +118,7 @@ def load(
         description=f"The items, relations and pairs of the folder {folder.resolve().name}.",
     )
     if left_out.is_file():
-        told = json.loads(left_out.read_text())
+        told = read_json(left_out.read_text("utf-8"))
         _log.warning(
             "%d of %s left out with all pairs, as images cannot be decoded: %s%s",
             told["lost"],

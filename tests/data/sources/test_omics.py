@@ -119,7 +119,6 @@ def test_class_names_are_the_published_ones_if_their_number_is(tmp_path):
     assert read(folder, "brca").label_names == names
 
 
-@pytest.mark.parametrize("child", ["", "ROSMAP", "rosmap"])
 def awkward(folder):
     """Unequal widths, constant columns, repeated samples and classes of one sample or none."""
     tables = made_up((7, 1, 3), classes=3)
@@ -158,6 +157,7 @@ def test_tables_without_oddities_are_read_in_silence(tmp_path):
     assert lines == []
 
 
+@pytest.mark.parametrize("child", ["", "ROSMAP", "rosmap"])
 def test_the_folder_itself_or_one_that_holds_it(tmp_path, child):
     write(tmp_path / child, made_up())
     assert len(read(tmp_path)) == 10
