@@ -76,11 +76,12 @@ def linear_probabilities(
     best, chosen = -1.0, (params, penalties[0])
     for penalty in penalties:  # each fit starts from the one before
         params = _fit(params, x, y, penalty)
-        right = np.sum(np.argmax(_logits(params, held_out), axis=1) == validation[1])
+        scores = np.asarray(_logits(params, held_out))
+        right = float(np.sum(scores.argmax(axis=1) == validation[1]))
         if right < best:
             break  # the weaker ones take the longest, and fit the noise
         if right > best:
-            best, chosen = float(right), (params, penalty)
+            best, chosen = right, (params, penalty)
     found = [np.asarray(jax.nn.softmax(_logits(chosen[0], standard(x)))) for x in features]
     return found, chosen[1]
 
