@@ -4,12 +4,15 @@ import shutil
 
 import pytest
 
-from rcml_jax.search.catalogue import embed_catalogue, open_model
+from rcml_jax.search.catalogue import Searcher, embed_catalogue, open_model
+from rcml_jax.search.explorer import Explorer
 from rcml_jax.search.items import read_items
 from tests.toy import write_rows
 from tests.toy_run import make_run
 
 SENTENCES = ["both place3", "both kind5"]
+#: A sentence that nothing was embedded under.
+NEW = "things that somebody would take to the seaside"
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,12 @@ def patchy(tmp_path, catalogue):
     ]
     write_rows(folder / "items.jsonl", rows)
     return folder
+
+
+@pytest.fixture(scope="module")
+def explorer(model, catalogue, tmp_path_factory):
+    """An explorer of the catalogue with its token states."""
+    items = read_items(catalogue)
+    to = tmp_path_factory.mktemp("explored") / "e"
+    found = embed_catalogue(model, items, SENTENCES, to, tokens="float16")
+    return Explorer(Searcher(found, model), found.items.read)

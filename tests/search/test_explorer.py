@@ -21,18 +21,8 @@ from rcml_jax.search.explorer import Explorer, View
 from rcml_jax.search.items import read_items
 from tests.browser import started_browser
 from tests.cli.test_commands import fails
-from tests.search.conftest import SENTENCES
+from tests.search.conftest import NEW, SENTENCES
 from tests.toy import ITEMS, ROOT
-
-NEW = "things that somebody would take to the seaside"
-
-
-@pytest.fixture(scope="module")
-def explorer(model, catalogue, tmp_path_factory):
-    items = read_items(catalogue)
-    to = tmp_path_factory.mktemp("explored") / "e"
-    found = embed_catalogue(model, items, SENTENCES, to, tokens="float16")
-    return Explorer(Searcher(found, model), found.items.read)
 
 
 @pytest.fixture(scope="module")

@@ -24,19 +24,9 @@ from rcml_jax.search.catalogue import Searcher, embed_catalogue, open_model
 from rcml_jax.search.explorer import Explorer, View
 from rcml_jax.search.items import read_items
 from tests.cli.test_commands import fails
-from tests.search.conftest import SENTENCES
+from tests.search.conftest import NEW, SENTENCES
 from tests.toy import ITEMS, ROOT
 from tests.training.test_compilations import compiled
-
-NEW = "things that somebody would take to the seaside"
-
-
-@pytest.fixture(scope="module")
-def explorer(model, catalogue, tmp_path_factory):
-    items = read_items(catalogue)
-    to = tmp_path_factory.mktemp("served") / "e"
-    found = embed_catalogue(model, items, SENTENCES, to, tokens="float16")
-    return Explorer(Searcher(found, model), found.items.read)
 
 
 @pytest.fixture(scope="module")
