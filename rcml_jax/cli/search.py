@@ -42,9 +42,9 @@ from rcml_jax.evaluation.display import make_console
 from rcml_jax.files import write_whole
 from rcml_jax.log import counted
 from rcml_jax.parsing import argument_text, read_file, user_path
-from rcml_jax.search.embedding_store import MODALITIES, Embeddings, ids_digest, open_embeddings
+from rcml_jax.search.embedding_store import MODALITIES, Store, ids_digest, open_embeddings
 from rcml_jax.search.items import thumbnail
-from rcml_jax.search.lance_table import LanceTable, is_table, open_table, table_or_path
+from rcml_jax.search.lance_table import is_table, open_table, table_or_path
 from rcml_jax.tasks.relations import load_graph
 
 if TYPE_CHECKING:
@@ -177,18 +177,14 @@ def _search(argv: Sequence[str]) -> int:
     args, overrides = parser.parse_known_args(argv[1:])
     if args.item is args.image is args.text is None and not args.words:
         parser.error("one of the arguments --item --image --text is required")
-    found: tuple
-    if is_table(args.embeddings):
-        found = _search_table(args, overrides)
-    else:
-        found = _search_files(args, overrides)
-    _write_page(args, overrides, *found)
+    search = _search_table if is_table(args.embeddings) else _search_files
+    _write_page(args, overrides, *search(args, overrides))
     return 0
 
 
 def _search_files(
     args: argparse.Namespace, overrides: Sequence[str]
-) -> tuple[Embeddings, str, pathlib.Path, "list[Match]"]:
+) -> tuple[Store, str, pathlib.Path, "list[Match]"]:
     """Search files of embeddings and print; the store, the sentence, the model's run, the items."""
     if args.where or args.words or args.exact is False:
         option = "--where" if args.where else "--words" if args.words else "--no-exact"
@@ -233,7 +229,7 @@ def _search_files(
 
 def _search_table(
     args: argparse.Namespace, overrides: Sequence[str]
-) -> tuple[LanceTable, str, pathlib.Path, "list[Match]"]:
+) -> tuple[Store, str, pathlib.Path, "list[Match]"]:
     """As `_search_files`, in a table."""
     if args.candidates or args.recall:
         raise UserError("--candidates and --recall need token states, which no table keeps")
@@ -264,7 +260,7 @@ def _search_table(
 def _write_page(
     args: argparse.Namespace,
     overrides: Sequence[str],
-    store: Embeddings | LanceTable,
+    store: Store,
     title: str,
     workdir: pathlib.Path,
     found: "Sequence[Match]",
@@ -276,8 +272,7 @@ def _write_page(
     query = _query_card(store, args, read)
     cards = [Card(m.id, m.text, _bytes(read, m.index), m.score) for m in found]
     step, method = store.model["step"], store.model["method"]
-    count = len(store) if isinstance(store, LanceTable) else len(store.items)
-    note = f"{counted(count, 'items')}, embedded by {method} after step {step}"
+    note = f"{counted(len(store), 'items')}, embedded by {method} after step {step}"
     write_whole(args.html, page(title, query, cards, note))
 
 
@@ -300,37 +295,24 @@ def _printable(text: str) -> str:
 
 
 def image_reader(
-    embeddings: Embeddings | LanceTable, workdir: pathlib.Path, overrides: Sequence[str]
+    store: Store, workdir: pathlib.Path, overrides: Sequence[str]
 ) -> Callable[[int], bytes]:
     """What gives the bytes of an item's image: its file, or the data set of the model's run."""
-    read: Callable[[int], bytes]
-    if isinstance(embeddings, LanceTable):
-        root, read, digest = embeddings.root, embeddings.image, embeddings.digest
-    else:
-        items = embeddings.items
-        root, read, digest = items.root, items.read, ids_digest(items.ids)
-    if root is not None:
-        return read
+    if store.root is not None:
+        return store.image
     graph = load_graph(model_config(workdir, overrides).data)
-    if ids_digest(graph.ids) != digest:
+    if ids_digest(graph.ids) != store.digest:
         raise UserError(
-            f"the data set of {workdir} has other items than {embeddings.directory}; embed anew, "
+            f"the data set of {workdir} has other items than {store.directory}; embed anew, "
             "or leave --html out"
         )
     return graph.images.encoded
 
 
-def _query_card(
-    embeddings: Embeddings | LanceTable, args: argparse.Namespace, read: Callable[[int], bytes]
-) -> Card:
+def _query_card(store: Store, args: argparse.Namespace, read: Callable[[int], bytes]) -> Card:
     if args.item is not None:
-        if isinstance(embeddings, LanceTable):
-            index = embeddings.number(args.item)
-            text = embeddings.rows([index], ["text"])[0]["text"]
-        else:
-            index = embeddings.items.ids.index(args.item)
-            text = embeddings.items.texts[index]
-        return Card(args.item, text, _bytes(read, index))
+        number = store.number(args.item)
+        return Card(args.item, store.text(number), _bytes(read, number))
     if args.image is not None:
         return Card(text=args.image.name, image=read_file(args.image))
     return Card(text=args.text or args.words)

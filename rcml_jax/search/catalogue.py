@@ -39,6 +39,7 @@ from rcml_jax.search.embedding_store import (
     Plan,
     Store,
     Writer,
+    either,
     hold_store,
     open_embeddings,
 )
@@ -56,7 +57,6 @@ from rcml_jax.training.checkpoint import best_step, read_params
 from rcml_jax.training.workdir import load_config
 
 _CHUNK = 256
-_SEARCHED_IDS = 20_000
 _MOST_CHARACTERS = 2_000
 #: Sentences whose vectors a `Searcher` keeps, the last ones that were asked for.
 _KEPT_SENTENCES = 8
@@ -312,7 +312,7 @@ class Searcher:
         names = check_question(k, against, item, text, image)
         if candidates and candidates < k:
             raise UserError(f"{candidates} candidates are too few for k={k}; give k at least")
-        own = None if item is None else item_number(self.embeddings, item)
+        own = None if item is None else self.embeddings.number(item)
         if own is not None and not any(self.embeddings.has[name][own] for name in MODALITIES):
             raise UserError(f"the item {item!r} has no embedding: no text and no readable image")
         query = functools.partial(self._query, own=own, text=text, image=image)
@@ -494,18 +494,6 @@ def check_model(embeddings: Store, model: Model) -> None:
         )
 
 
-def item_number(embeddings: Embeddings, key: str) -> int:
-    """The index of an item in the catalogue. Raises UserError, with ids that are like it."""
-    ids = embeddings.items.ids
-    try:
-        return ids.index(key)
-    except ValueError:
-        like = ids if len(ids) <= _SEARCHED_IDS else [x for x in ids if x[:1] == key[:1]]
-        close = difflib.get_close_matches(key, like[:_SEARCHED_IDS], 3, 0.5)
-        hint = f"; did you mean {_quoted(close)}?" if close else "; see its items.jsonl"
-        raise UserError(f"{embeddings.directory} has no item {key!r}{hint}") from None
-
-
 def relation_number(embeddings: Store, sentence: str | None) -> int:
     """The index of a sentence among the embedded ones; None: the first, the intra-sample one.
 
@@ -522,17 +510,13 @@ def relation_number(embeddings: Store, sentence: str | None) -> int:
     tokens = " or with --tokens" if isinstance(embeddings, Embeddings) else ""
     raise UserError(
         f"{embeddings.directory} was not embedded under {sentence!r}; embed it anew with that "
-        f"sentence{tokens}, or choose {_quoted(close)}"
+        f"sentence{tokens}, or choose {either(close)}"
         + (f" or one of {rest} others" if rest else "")
     )
 
 
 def _plain(sentence: str) -> str:
     return " ".join(sentence.split()).casefold()
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return " or ".join(repr(name) for name in names)
 
 
 def sentences_of(model: Model, relations: Sequence[str]) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ A directory holds
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import hashlib
 import json
 import os
@@ -39,9 +41,15 @@ _LOCK = ".lock"
 #: What a kill may leave before there is a manifest.
 _OF_THE_START = (f"{_MANIFEST}.part", _LOCK, f"{_LOCK}.json", f"{_LOCK}.json.part")
 _EXAMPLES = 5
+_SEARCHED_IDS = 20_000  # ids that a mistyped one is compared with
 _KEYS: tuple[str, ...]
 _KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype", "shard")
 _KEYS += ("done", "problems", "stale")
+
+
+def either(names: Sequence[str]) -> str:
+    """Names as the alternatives of a sentence: 'a' or 'b'."""
+    return " or ".join(map(repr, names))
 
 
 def ids_digest(ids: Sequence[str]) -> str:
@@ -255,7 +263,7 @@ def hold_store(directory: pathlib.Path | str) -> contextlib.AbstractContextManag
 
 
 class Store(Protocol):
-    """What any store of embeddings says of itself: where it is, its sentences and its model."""
+    """What any store of embeddings says of itself and of its items."""
 
     @property
     def directory(self) -> pathlib.Path | str:
@@ -268,6 +276,26 @@ class Store(Protocol):
     @property
     def model(self) -> dict[str, Any]:
         """What made it."""
+
+    @property
+    def root(self) -> pathlib.Path | None:
+        """The folder of the images; None where they are those of the model's own data."""
+
+    @property
+    def digest(self) -> str:
+        """That of the ids, as of `ids_digest`."""
+
+    def __len__(self) -> int:
+        """The number of items."""
+
+    def number(self, key: str) -> int:
+        """The index of an item. Raises UserError, with ids that are like it."""
+
+    def text(self, number: int) -> str:
+        """The text of an item."""
+
+    def image(self, number: int) -> bytes:
+        """The bytes of the file of an item's image. Raises OSError."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -288,6 +316,38 @@ class Embeddings:
     model: dict[str, Any]
     problems: dict[str, dict[str, Any]]
     tokens: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def root(self) -> pathlib.Path | None:
+        """As of `Store`."""
+        return self.items.root
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """As of `Store`."""
+        return ids_digest(self.items.ids)
+
+    def number(self, key: str) -> int:
+        """The index of an item. Raises UserError, with ids that are like it."""
+        ids = self.items.ids
+        try:
+            return ids.index(key)
+        except ValueError:
+            like = ids if len(ids) <= _SEARCHED_IDS else [x for x in ids if x[:1] == key[:1]]
+            close = difflib.get_close_matches(key, like[:_SEARCHED_IDS], 3, 0.5)
+            hint = f"; did you mean {either(close)}?" if close else f"; see its {_ITEMS}"
+            raise UserError(f"{self.directory} has no item {key!r}{hint}") from None
+
+    def text(self, number: int) -> str:
+        """The text of an item."""
+        return self.items.texts[number]
+
+    def image(self, number: int) -> bytes:
+        """The bytes of the file of an item's image. Raises OSError."""
+        return self.items.read(number)
 
     def under(self, modality: str, relation: int) -> np.ndarray:
         """The vectors (items, d) of a modality under a relation, mapped."""

@@ -29,7 +29,6 @@ from rcml_jax.search.catalogue import (
     Searcher,
     check_sentence,
     is_new,
-    item_number,
     relation_number,
 )
 from rcml_jax.search.embedding_store import MODALITIES
@@ -288,7 +287,7 @@ class Explorer:
         embeddings, under = self.searcher.embeddings, self.searcher.vectors(sentence)
         queries, own = [], []
         for place, view in views.items():
-            number = None if place in vectors else item_number(embeddings, view.item)
+            number = None if place in vectors else embeddings.number(view.item)
             own.append(number)
             if number is None:
                 queries.append([vectors[place]])
@@ -386,7 +385,7 @@ class Explorer:
         if not view.item:
             return _checked_text(view.text), None
         embeddings = self.searcher.embeddings
-        index = item_number(embeddings, view.item)
+        index = embeddings.number(view.item)
         image = None
         if embeddings.has["image"][index]:
             try:
@@ -398,7 +397,7 @@ class Explorer:
     def _under_all(self, view: View) -> list[np.ndarray]:
         """The query's vectors (1 + R, d) under all known sentences, one array a modality."""
         if view.item:
-            index = item_number(self.searcher.embeddings, view.item)
+            index = self.searcher.embeddings.number(view.item)
             has = self.searcher.embeddings.has
             return [self._stored(name, index) for name in MODALITIES if has[name][index]]
         model, given = self._needed_model(), self._query(view)

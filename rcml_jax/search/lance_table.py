@@ -31,7 +31,7 @@ import numpy as np
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
 from rcml_jax.parsing import NO_TEXT, read_file, user_path
-from rcml_jax.search.embedding_store import MODALITIES, Plan, check_room, check_same
+from rcml_jax.search.embedding_store import MODALITIES, Plan, check_room, check_same, either
 
 #: From so many items on a table gets an index by itself, and is searched by it.
 MANY = 1_000_000
@@ -472,6 +472,10 @@ class LanceTable:
         """The index of an item in the catalogue. Raises UserError, with ids that are like it."""
         return self.item(key, ())["item_number"][0].as_py()
 
+    def text(self, number: int) -> str:
+        """The text of an item."""
+        return self.rows([number], ["text"])[0]["text"]
+
     def item(self, key: str, columns: Sequence[str]) -> Any:
         """A batch of one row: an item's index and other columns. Raises UserError as `number`."""
         for batch in self.scan(["item_number", *columns], f"id = {_literal(key)}"):
@@ -482,7 +486,7 @@ class LanceTable:
             batch["id"].to_pylist() for batch in self.scan(["id"], like)
         )
         close = difflib.get_close_matches(key, itertools.islice(ids, _LIKE_IDS), 3, 0.5)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = f"; did you mean {either(close)}?" if close else ""
         raise UserError(f"{self.directory} has no item {key!r}{hint}")
 
     def rows(self, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:

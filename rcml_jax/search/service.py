@@ -23,7 +23,6 @@ import numpy as np
 from rcml_jax.errors import UserError
 from rcml_jax.log import log_line
 from rcml_jax.parsing import NO_TEXT, read_json
-from rcml_jax.search.catalogue import item_number
 from rcml_jax.search.explorer import MOST_BYTES, SIZES, Explorer, View
 
 #: Bytes of a request: an image of the largest size in base64, and what stands around it.
@@ -198,7 +197,7 @@ def _check_known(explorer: Explorer, view: View) -> None:
     """Raise RefusedError for an item or a sentence that the catalogue does not know."""
     try:
         if view.item:
-            item_number(explorer.searcher.embeddings, view.item)
+            explorer.searcher.embeddings.number(view.item)
         explorer.searcher.known(view.relation or None)
     except UserError as error:
         raise RefusedError(404, str(error)) from error
