@@ -67,7 +67,7 @@ def _fingerprints(name: str) -> list:
 
 
 #: Texts are cut to the longest of their chunk, in steps of so many tokens.
-_LENGTH_STEP = 16
+_LENGTH_STEP = 4
 
 
 class ImageBlocks:
@@ -104,12 +104,18 @@ class TextBlocks:
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """The rows from start to before stop, (stop - start, width)."""
-        return in_chunks(self._rows, start, stop)
+        ids, mask = self._tokenizer.encode(self._texts[start:stop], self._max_length)
+        lengths = mask.sum(axis=1)
+        # Padding changes nothing but the time it takes: texts of a length share a chunk.
+        order = np.argsort(lengths, kind="stable") if self._trim else np.arange(len(ids))
 
-    def _rows(self, rows: np.ndarray) -> jax.Array:
-        ids, mask = self._tokenizer.encode([self._texts[i] for i in rows], self._max_length)
-        if self._trim:
-            # Padding changes nothing but the time it takes; few lengths, few compilations.
-            longest = -(-int(mask.sum(axis=1).max()) // _LENGTH_STEP) * _LENGTH_STEP
-            ids, mask = ids[:, :longest], mask[:, :longest]
-        return self._embed(ids, mask)
+        def embed(places: np.ndarray) -> jax.Array:
+            rows = order[places]
+            longest = ids.shape[1]
+            if self._trim:  # few lengths, few compilations
+                longest = -(-int(lengths[rows].max()) // _LENGTH_STEP) * _LENGTH_STEP
+            return self._embed(ids[rows, :longest], mask[rows, :longest])
+
+        found = np.empty((len(ids), *self.shape), self.dtype)
+        found[order] = in_chunks(embed, 0, len(ids))
+        return found
