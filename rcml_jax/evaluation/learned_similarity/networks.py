@@ -23,8 +23,8 @@ from rcml_jax.ops.similarity import l2_normalize
 
 #: Those whose score is the dot product of an embedding of each side.
 EMBEDDING = ("bilinear", *TWO_TOWERS, *CLOSED)
-#: Numbers that pair scores may hold at once, beyond the scores themselves.
-PAIR_NUMBERS = 2**24
+#: Numbers that pair scores may hold at once, beyond the scores themselves: what a cache holds.
+PAIR_NUMBERS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
