@@ -41,7 +41,7 @@ TYPES = ("float16", "int8")
 _STEP = 8
 _TEXTS_AT_ONCE = 256
 #: Items of one call of the jitted pooling, and of one step of it on CPUs, which stays in the cache.
-_ROWS, _ROWS_IN_CACHE = 256, 8
+_ROWS, _ROWS_IN_CACHE = 512, 8
 _LENGTH, _ROW, _COUNT, _POOLED = range(4)
 
 
@@ -236,7 +236,8 @@ def pool_tokens(
     query, logit, matrix = jax.device_put(jax.tree.map(lambda x: x[0], folded), device)
     chunk = _ROWS_IN_CACHE if device.platform == "cpu" else _ROWS
     found = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # Two more than there are cores: blocks are read while others are computed.
+    with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2)) as pool:
         for name in MODALITIES:
             places = tokens.places[name] if items is None else tokens.places[name][items]
             found[name] = np.zeros((len(places), tokens.width), np.float32)
