@@ -59,6 +59,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         "procrustes,cca,bilinear,two_tower,mlp_mse,mlp_contrastive,attention"
     )
     config.evaluation.learner_steps = 500
+    config.evaluation.learner_patience = 10
     config.evaluation.learner_batch = 64
     config.evaluation.search_trials = 0
     config.evaluation.learner_seeds = 1
@@ -73,6 +74,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         )
         config.evaluation.pair_counts = "50,200,1000,6000"
         config.evaluation.learner_steps = 1000
+        config.evaluation.learner_patience = 3
         config.evaluation.learner_batch = 128
 
     config.runs = ml_collections.ConfigDict()

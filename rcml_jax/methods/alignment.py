@@ -423,7 +423,8 @@ def _learned(
     seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
     if not pairs and name in CLOSED and name != "optimal_transport":
         seeds = seeds[:1]  # which does not depend on it
-    options = {"steps": asked.learner_steps} | (chosen or {})
+    patience = asked.get("learner_patience", 10)
+    options = {"steps": asked.learner_steps, "patience": patience} | (chosen or {})
     runs, learners = [], []
     for seed in seeds:
         image, text, rows = train
