@@ -132,9 +132,12 @@ def _explained(address: str, error: Exception) -> UserError:
         )
     network = {"ConnectionError", "HTTPClientError", "ClientConnectionError", "TimeoutError"}
     if kinds & network or isinstance(error, ConnectionError | TimeoutError):
+        server = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}.get(
+            scheme, "its address"
+        )
         return UserError(
             f"{address} cannot be reached ({reason}); look at the network and, for storage of "
-            "your own, at AWS_ENDPOINT_URL, and start the same command again to go on"
+            f"your own, at {server}, and start the same command again to go on"
         )
     return UserError(
         f"{address} cannot be used ({type(error).__name__}: {reason}); mend that and start the "

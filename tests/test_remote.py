@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rcml_jax import mirror as mirrors
-from rcml_jax import remote
+from rcml_jax import remote, storage
 from rcml_jax.errors import UserError
 from rcml_jax.mirror import Conflict, Mirror
 
@@ -415,3 +415,51 @@ def test_what_failed_is_sent_and_a_push_that_fails_hides_no_error(store, tmp_pat
     with pytest.raises(UserError, match="not finite"):
         work("two")
     assert "not all of it was sent: memory://bucket/run is refused" in capsys.readouterr().err
+
+
+class HttpError(Exception):
+    """As of gcsfs."""
+
+    def __init__(self, code):
+        super().__init__(f"{code}: Anonymous caller")
+        self.code = code
+
+
+class DefaultCredentialsError(Exception):
+    """As of google.auth."""
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (DefaultCredentialsError("none"), "there are no credentials for gs://b/x (none); run `gcl"),
+        (HttpError(401), "gs://b/x is refused to these credentials (401: Anonymous caller); ask"),
+        (HttpError(403), "GOOGLE_APPLICATION_CREDENTIALS"),
+        (HttpError(404), "there is no bucket b for gs://b/x (404: Anonymous caller); make it"),
+        (FileNotFoundError("b"), "there is no bucket b for gs://b/x (b); make it, or correct the"),
+        (TimeoutError(), "gs://b/x cannot be reached (TimeoutError); look at the network"),
+        (ValueError("a\nb"), "gs://b/x cannot be used (ValueError: a b); mend that and start"),
+    ],
+)
+def test_what_google_says_is_a_sentence(error, sentence):
+    def fail(*args, **options):
+        raise error
+
+    class Failing:
+        find = fail
+
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        storage.Storage("gs://b/x", Failing()).names("a")
+
+
+def test_names_of_mirrors(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    places = [
+        remote.local_directory(x)
+        for x in ("s3://a/run", "gs://a/run", "s3://b/run", "s3://a/run/..x", "s3://a", "s3://a/é.")
+    ]
+    assert len(set(places)) == 6
+    assert [x.name for x in places] == ["run", "run", "run", "x", "a", "_"]
+    assert remote.local_directory("s3://a/run/") == places[0]
+    assert remote.path_or_address("s3://a/run/") == "s3://a/run"
+    assert remote.named(f"{places[0]}, {places[1]}") == f"{places[0]}, {places[1]}"  # no mirrors

@@ -118,7 +118,7 @@ def train_and_evaluate(
     """Train as the configuration says, resuming what is there, and evaluate the best checkpoint.
 
     after_step: called after every step with the newest step of which a checkpoint is whole, or None
-    while one is being written; of several processes only in the first.
+    while one is being written.
 
     Returns what is written to `eval.json`; None where a signal ended the run, whose next start goes
     on from there. Raises UserError for whatever a user can mend.
@@ -250,7 +250,7 @@ class Run:
         after_step: Callable[[int | None], None] | None = None,
     ):
         self.config, self.method, self.devices = config, method, devices
-        self.after_step = after_step if sharding.is_primary() else None
+        self.after_step = after_step
         self.steps, self.validate_every = method.steps, method.validate_every
         method.devices = sharding.of_process(devices.devices)
         several = jax.process_count() > 1
