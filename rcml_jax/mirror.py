@@ -295,15 +295,15 @@ class Mirror:
                     return
                 if time.time_ns() - state.st_mtime_ns < _RACY:
                     racy.add(name)
-                chunks = []
+                chunks, size = [], 0
                 for content in _chunks(path, state.st_size):
-                    chunk = _digest(content)
+                    chunk, size = _digest(content), size + len(content)
                     if chunk not in there:
                         self.store.write(f"{_CHUNKS}/{chunk}", content)
                         there.add(chunk)
                         self._sent.add(chunk)
                     chunks.append(chunk)
-                found[name] = _File(state.st_size, state.st_mtime_ns, tuple(chunks))
+                found[name] = _File(size, state.st_mtime_ns, tuple(chunks))
             except FileNotFoundError:
                 pass  # removed since
             except OSError as error:

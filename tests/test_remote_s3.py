@@ -94,16 +94,15 @@ def test_a_run_that_was_killed_goes_on_on_another_machine(
     s3, catalogue, machine, capsys, monkeypatch
 ):
     address = "s3://bucket/runs/rcml"
-    args = arguments(catalogue, address, **{"data.dir": "s3://bucket/data"})
+    args = arguments(catalogue, address, validate_every=6, **{"data.dir": "s3://bucket/data"})
     seen = []
 
     def killed(config, workdir, *, after_step):
         def until(step):
             after_step(step)
-            if step is None:  # being written; such tiny steps would be over before it is whole
-                wait_for(lambda: any(x.name.isdigit() for x in workdir.glob("checkpoints/*")))
-                time.sleep(0.2)
-            else:
+            if step is None and any(workdir.glob("checkpoints/*")):
+                time.sleep(0.5)  # such tiny steps would be over before the checkpoint is whole
+            elif step is not None:
                 wait_for(lambda: (after_step(step), checkpoints(s3, address))[1])
                 # It is held, and who only reads takes what there is.
                 fails(
