@@ -8,7 +8,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import filelock
@@ -113,7 +113,7 @@ def abandoned(lock: pathlib.Path) -> bool:
     Locks without a note, and those of other machines, count as held.
     """
     found = _read_note(lock)
-    return found is not None and not _may_live(found)
+    return found is not None and not may_live(found)
 
 
 def _lock(path: pathlib.Path) -> filelock.BaseFileLock:
@@ -151,7 +151,7 @@ def _describe(lock: pathlib.Path) -> str:
     # It may have taken the lock a moment ago, and the note still be that of a dead one.
     end = time.monotonic() + _HOLDER_SECONDS
     found = _read_note(lock)
-    while (found is None or not _may_live(found)) and time.monotonic() < end:
+    while (found is None or not may_live(found)) and time.monotonic() < end:
         time.sleep(_POLL_SECONDS)
         found = _read_note(lock)
     if found is None:
@@ -167,11 +167,12 @@ def _read_note(lock: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_here(found: dict[str, Any]) -> bool:
+def _is_here(found: Mapping[str, Any]) -> bool:
     return found["host"] == socket.gethostname()
 
 
-def _may_live(found: dict[str, Any]) -> bool:
+def may_live(found: Mapping[str, Any]) -> bool:
+    """Whether a process, {"host", "pid"}, may be alive: unknown of those of other hosts."""
     if not _is_here(found) or os.name != "posix":
         return True
     try:

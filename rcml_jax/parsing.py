@@ -180,7 +180,8 @@ _LONGEST_NAME = 255  # bytes; the limit of nearly all file systems
 def user_path(given: str | os.PathLike) -> Path:
     """The path that a user gives, with a leading ~ expanded.
 
-    The one place where text becomes a path, and where remote paths would be understood.
+    The one place where text becomes a path. Addresses on object storage are for
+    `rcml_jax.remote`, which gives their local mirrors.
 
     Raises UserError for an empty one, which is no current directory, for a URL such as
     gs://bucket/run, for a name that this system cannot encode, and where the home directory of ~
@@ -191,8 +192,9 @@ def user_path(given: str | os.PathLike) -> Path:
         raise UserError("a path is empty; give one, or a dot for the current directory")
     if scheme := _SCHEME.match(text):
         raise UserError(
-            f"the path {_shown(text)} is a URL, and {scheme[1]}:// is not supported; give a local "
-            "path, or mount the storage"
+            f"the path {_shown(text)} is a URL, and {scheme[1]}:// is not supported here; give a "
+            "local path, or mount the storage (--workdir, --to and --embeddings of the commands "
+            "and config.data.dir take gs:// and s3://)"
         )
     if text.startswith("~"):
         expanded = os.path.expanduser(text)
@@ -222,6 +224,13 @@ def user_path(given: str | os.PathLike) -> Path:
             "correct it"
         )
     return Path(text)
+
+
+def user_cache() -> str | None:
+    """The user's own folder for caches; None for a user id that the system does not know."""
+    home = os.path.expanduser("~")
+    known = None if home == "~" else os.path.join(home, ".cache")
+    return os.environ.get("XDG_CACHE_HOME", "") or known
 
 
 def checkpoint_name(name: str) -> str:

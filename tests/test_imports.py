@@ -16,7 +16,7 @@ PACKAGE = ROOT / "rcml_jax"
 # Layers from the ground up; a module may import those of its own layer and of the ones before.
 LAYERS = (
     ("errors",),
-    ("registry", "files", "log", "parsing"),
+    ("registry", "files", "log", "parsing", "storage", "mirror", "remote"),
     ("ops",),
     ("losses",),
     ("models", "data", "config"),

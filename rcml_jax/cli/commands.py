@@ -18,9 +18,10 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
+from rcml_jax import remote
 from rcml_jax.config import load_config_file
 from rcml_jax.errors import UserError
-from rcml_jax.log import counted
+from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import argument_text, user_path
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
@@ -43,7 +44,8 @@ def train(argv: Sequence[str] | None = None) -> int:
         rcml-train --config my_recipe.py --workdir runs/other
 
     --config names a packaged recipe, such as rcml or m3col, or a Python file with a function
-    get_config. The argument after the colon is the recipe's: the data source and its options.
+    get_config. The argument after the colon is the recipe's: the data source and its options. The
+    work directory may be on object storage: gs://BUCKET/DIRECTORY or s3://BUCKET/DIRECTORY.
     --config.NAME=VALUE overrides any value of the configuration. --help prints every option with
     its default; --help --config rcml:hm the defaults of that recipe.
     """
@@ -80,7 +82,8 @@ def guard(
     logging.set_verbosity(logging.FATAL)
     # transformers 5 says at its import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    for quiet in ("asyncio", "gcsfs"):
+        python_logging.getLogger(quiet).setLevel(python_logging.CRITICAL)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an ASCII locale cannot print every title
             stream.reconfigure(errors="backslashreplace")
@@ -98,7 +101,7 @@ def guard(
             raise
         return 141  # as a program that SIGPIPE ends
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {remote.named(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; start the same command again to go on", file=sys.stderr)
@@ -152,10 +155,30 @@ def _train(argv: Sequence[str]) -> int:
     from rcml_jax.training.sharding import initialize_distributed, is_primary
 
     initialize_distributed()
-    result = train_and_evaluate(values.config, values.workdir)
+    _check_one_process(values.workdir, values.config.data.dir)
+    with remote.written(values.workdir) as place:
+        result = train_and_evaluate(values.config, place.path, after_step=place.after_step)
     if result is not None and is_primary():
         print_evaluation(result)
+    try:
+        with remote.shared(values.config.data.dir):
+            pass  # token ids, pixels and what else was stored beside the prepared data
+    except UserError as error:  # only the next machine misses them
+        log_line(f"token ids and pixels were not sent: {error}")
     return 0
+
+
+def _check_one_process(*directories: str) -> None:
+    """Raises UserError for a directory on object storage that several processes would need."""
+    import jax
+
+    for directory in directories:
+        if remote.is_remote(directory) and jax.process_count() > 1:
+            raise UserError(
+                f"several processes need a directory that all of them see, and each would have a "
+                f"mirror of its own of {directory}; mount the bucket (gcsfuse, mount-s3), or give "
+                "a disk that they share"
+            )
 
 
 def _help(
@@ -192,6 +215,13 @@ def _evaluate(argv: Sequence[str]) -> int:
             "the evaluation needs --workdir, the work directory of a run, or a new one with "
             "--embeddings"
         )
+    with remote.written(workdir) as place:
+        return _evaluate_in(str(place.path), path, embeddings, rest)
+
+
+def _evaluate_in(
+    workdir: str, path: str | None, embeddings: str | None, rest: Sequence[str]
+) -> int:
     from rcml_jax.training.workdir import load_config
 
     if embeddings and path:
@@ -274,7 +304,7 @@ def _study(config: ml_collections.ConfigDict, workdir: str, rest: Sequence[str])
     try:
         with np.load(directory / ARRAYS) as arrays:
             paths = draw(result, arrays, directory / "figures")
-        print("figures:", *paths)
+        print("figures:", *(remote.named(str(path)) for path in paths))
     except UserError as error:  # what was asked for is there
         print(f"no figures: {error}", file=sys.stderr)
     return 0

@@ -12,9 +12,11 @@ float16` halves the files; `--shard N` sets how many items are between two point
 RCML's towers, in float16 or, with `--tokens int8`, in about half of that, so that `rcml-search` can
 ask under any sentence. Then `rcml-search` finds related items.
 
-`--to lance://DIRECTORY` or `lance+s3://BUCKET/PATH` (also `lance+gs://`, `lance+az://`) writes a
-table of LanceDB instead (extra `lance`), with the further columns of the items. `--index ivf-pq` or
-`hnsw` also indexes its vectors, which happens by itself from a million items on.
+`--to s3://BUCKET/DIRECTORY` or `gs://` sends the embeddings there at least every half minute or so
+(extra `s3` or `gs`); `--workdir` may be there, too. `--to lance://DIRECTORY` or
+`lance+s3://BUCKET/PATH` (also `lance+gs://`, `lance+az://`) writes a table of LanceDB instead
+(extra `lance`), with the further columns of the items. `--index ivf-pq` or `hnsw` also indexes its
+vectors, which happens by itself from a million items on.
 """
 
 import argparse
@@ -27,12 +29,15 @@ from rcml_jax.cli.commands import guard, parse_flags
 from rcml_jax.errors import UserError
 from rcml_jax.log import Progress
 from rcml_jax.parsing import argument_text, user_path
+from rcml_jax.remote import named, path_or_address, pulled, written
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
 from rcml_jax.search.items import from_graph, read_items
 from rcml_jax.search.lance_table import INDICES, LanceTable, is_table, table_or_path
 
 #: Types of token states, as of `token_store`, which is not imported before the options are read.
 TYPES = ("float16", "int8")
+#: Least seconds between two snapshots of embeddings on object storage.
+_BETWEEN = 30.0
 _FREE = ("config.data.dir", "config.data.path", "config.platform")
 
 
@@ -72,7 +77,7 @@ def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
 
 def _embed(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-embed", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, type=user_path)
+    parser.add_argument("--workdir", required=True, type=path_or_address)
     parser.add_argument("--items", type=user_path)
     parser.add_argument("--relation", action="append", default=[], type=argument_text)
     parser.add_argument("--to", required=True, type=table_or_path)
@@ -89,6 +94,7 @@ def _embed(argv: Sequence[str]) -> int:
     from rcml_jax.search.catalogue import embed_catalogue, open_model
     from rcml_jax.search.lance_search import embed_table
 
+    address, args.workdir = args.workdir, pulled(args.workdir)
     config = model_config(args.workdir, overrides)
     # Read before the model, so that a mistake in it is said at once.
     items = None if args.items is None else read_items(args.items, strict=args.strict)
@@ -96,16 +102,23 @@ def _embed(argv: Sequence[str]) -> int:
     if items is None:
         items = from_graph(model.method.task.graph)
     if not len(items):
-        raise UserError(f"{args.workdir} is an export, which has no items; give --items")
-    with Progress(len(items)) as progress:
-        options: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "shard")}
-        options |= {"strict": args.strict, "note": lambda done, _: progress.update(done)}
-        given = model, items, args.relation, args.to
-        if is_table(args.to):
-            table = embed_table(*given, index=args.index or "auto", **options)
-            _report_table(table)
-        else:
-            _report(embed_catalogue(*given, tokens=args.tokens, **options))
+        raise UserError(f"{address} is an export, which has no items; give --items")
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "shard", "strict")}
+    if is_table(args.to):
+        with Progress(len(items)) as progress:
+            options["note"] = lambda done, _: progress.update(done)
+            index = args.index or "auto"
+            _report_table(embed_table(model, items, args.relation, args.to, index=index, **options))
+        return 0
+    with written(args.to, every=_BETWEEN) as place, Progress(len(items)) as progress:
+
+        def note(done: int, total: int) -> None:
+            progress.update(done)
+            if place.after_step is not None:
+                place.after_step(done)
+
+        options |= {"tokens": args.tokens, "note": note}
+        _report(embed_catalogue(model, items, args.relation, place.path, **options))
     return 0
 
 
@@ -124,7 +137,7 @@ def _report(embeddings: Embeddings) -> None:
     dtype = next(iter(embeddings.vectors.values())).dtype
     tokens = embeddings.tokens
     kept = "" if tokens is None else f"; token states, {tokens['dtype']}"
-    print(f"{embeddings.directory}: {shapes}, {dtype}{kept}")
+    print(f"{named(str(embeddings.directory))}: {shapes}, {dtype}{kept}")
     _warn(embeddings.problems)
 
 

@@ -26,7 +26,8 @@ from rcml_jax.cli.embed import Parser, model_config
 from rcml_jax.cli.search import Card, escape, image_reader, listing, words
 from rcml_jax.errors import UserError
 from rcml_jax.log import Progress, log_line
-from rcml_jax.parsing import read_file, user_path
+from rcml_jax.parsing import read_file
+from rcml_jax.remote import named, path_or_address, pulled
 from rcml_jax.search.embedding_store import open_embeddings
 
 if TYPE_CHECKING:
@@ -75,15 +76,15 @@ def _explore(argv: Sequence[str]) -> int:
     args, overrides = parser.parse_known_args(argv[1:])
     check_options(args)
     require_gradio()
-    explorer = open_explorer(args.workdir, args.embeddings, overrides)
+    explorer = open_explorer(*pulled_options(args), overrides)
     serve(explorer, host=args.host, port=args.port, candidates=args.candidates)
     return 0
 
 
 def add_options(parser: Parser, *, port: int) -> None:
     """Add the options of a command that serves an explorer; port: the default."""
-    parser.add_argument("--workdir", required=True, type=user_path)
-    parser.add_argument("--embeddings", type=user_path)
+    parser.add_argument("--workdir", required=True, type=path_or_address)
+    parser.add_argument("--embeddings", type=path_or_address)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=port, type=int)
     parser.add_argument("--candidates", default=0, type=int)
@@ -95,6 +96,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--port {args.port} is no port; give one from 1 to {2**16 - 1}")
     if args.candidates < 0:
         raise UserError(f"--candidates {args.candidates} must not be negative")
+
+
+def pulled_options(args: argparse.Namespace) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The work directory and the embeddings of the options, those on object storage fetched."""
+    embeddings = None if args.embeddings is None else pulled(args.embeddings)
+    return pulled(args.workdir), embeddings
 
 
 def require_gradio() -> None:
@@ -179,7 +186,8 @@ def serve(
     except OSError as error:
         raise UserError(f"cannot serve on {host}:{port}: {error}; give another --port") from error
     del app
-    log_line(f"The explorer of {explorer.searcher.embeddings.directory}: {address}")
+    directory = named(str(explorer.searcher.embeddings.directory))
+    log_line(f"The explorer of {directory}: {address}")
     if wait:
         threading.Event().wait()
     return blocks, address

@@ -35,6 +35,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.export.card import model_card
 from rcml_jax.methods import RELATIONAL
 from rcml_jax.parsing import user_path
+from rcml_jax.remote import pulled
 from rcml_jax.training.checkpoint import best_step, read_params
 from rcml_jax.training.workdir import load_config
 
@@ -66,7 +67,7 @@ def _export(argv: Sequence[str]) -> int:
     if repository is not None:
         check_push(repository)  # before the work
     if workdir is not None:
-        export_run(workdir, target)
+        export_run(pulled(workdir), target)
         files = ", ".join(sorted(path.name for path in user_path(target).iterdir()))
         print(f"{target}: {files}")
     if repository is not None:

@@ -28,6 +28,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.files import abandoned, exclusive
 from rcml_jax.log import log_line
 from rcml_jax.parsing import argument_text, user_path
+from rcml_jax.remote import named, path_or_address, pulled
 from rcml_jax.report import common, page
 from rcml_jax.report.page import Folder, Paragraph, Section, write_page, written_files
 from rcml_jax.report.runs import Sources, groups, read_sources
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-report", description=__doc__)
-    parser.add_argument("--workdir", action="append", default=[], type=user_path)
+    parser.add_argument("--workdir", action="append", default=[], type=path_or_address)
     parser.add_argument("--out", default="report", type=user_path, help="folder of the page")
     parser.add_argument("--seed", default=0, type=int, help="what is drawn is drawn by it")
     parser.add_argument(
@@ -55,7 +56,7 @@ def _report(argv: Sequence[str]) -> int:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must not be negative")
     page.require()
-    sources = read_sources(args.workdir)
+    sources = read_sources([pulled(given) for given in args.workdir])
     start = time.perf_counter()
     made = write_report(
         sources,
@@ -193,8 +194,8 @@ def _title(sources: Sources) -> str:
 def _intro(sources: Sources, command: str) -> list[Paragraph]:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     shown: tuple[Any, ...] = (*sources.runs, *sources.sweeps, *sources.studies)
-    where = [x.path for x in shown]
-    intro = [Paragraph(f"Made {made} from", tuple(map(str, where)))]
+    where = [named(str(x.path)) for x in shown]
+    intro = [Paragraph(f"Made {made} from", tuple(where))]
     return intro + [Paragraph("", (command,))] * bool(command)
 
 

@@ -42,6 +42,7 @@ from rcml_jax.evaluation.display import make_console
 from rcml_jax.files import write_whole
 from rcml_jax.log import counted
 from rcml_jax.parsing import argument_text, read_file, user_path
+from rcml_jax.remote import is_remote, local_directory, path_or_address, pulled
 from rcml_jax.search.embedding_store import MODALITIES, Store, ids_digest, open_embeddings
 from rcml_jax.search.items import thumbnail
 from rcml_jax.search.lance_table import is_table, open_table, table_or_path
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _search(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-search", description=__doc__, allow_abbrev=False)
     parser.add_argument("--embeddings", required=True, type=table_or_path)
-    parser.add_argument("--workdir", type=user_path)
+    parser.add_argument("--workdir", type=path_or_address)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--item", type=argument_text)
     asked.add_argument("--image", type=user_path)
@@ -194,7 +195,7 @@ def _search_files(
     # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.catalogue import Searcher, is_new, open_model, relation_number
 
-    embeddings = open_embeddings(args.embeddings)
+    embeddings = open_embeddings(pulled(args.embeddings))
     new = embeddings.tokens is not None and is_new(embeddings, args.relation)
     if args.recall and not (new and args.candidates):
         raise UserError(
@@ -203,8 +204,8 @@ def _search_files(
     relation = args.relation
     if not new:
         relation = embeddings.relations[relation_number(embeddings, args.relation)]
-    workdir = args.workdir or user_path(embeddings.model["workdir"])
     needs_model = args.item is None or new
+    workdir = _workdir(args, embeddings, bool(overrides or needs_model))
     # An item needs no model, but a mistyped option must not pass.
     config = model_config(workdir, overrides) if overrides or needs_model else None
     searcher = Searcher(embeddings, open_model(workdir, config) if needs_model else None)
@@ -238,8 +239,8 @@ def _search_table(
 
     table = open_table(args.embeddings)
     relation = table.relations[relation_number(table, args.relation)]
-    workdir = args.workdir or user_path(table.model["workdir"])
     needs_model = args.image is not None or args.text is not None
+    workdir = _workdir(args, table, bool(overrides or needs_model))
     config = model_config(workdir, overrides) if overrides or needs_model else None
     found = TableSearcher(table, open_model(workdir, config) if needs_model else None).search(
         relation,
@@ -255,6 +256,16 @@ def _search_table(
     title = relation if needs_model or args.item is not None else args.words
     _print(title, found)
     return table, title, workdir, found
+
+
+def _workdir(
+    args: argparse.Namespace, store: Embeddings | LanceTable, needed: bool
+) -> pathlib.Path:
+    """The model's work directory; one on object storage is fetched where it is needed."""
+    given = args.workdir or store.model["workdir"]
+    if is_remote(given) and not (needed or args.html):
+        return local_directory(given)
+    return pulled(given)
 
 
 def _write_page(

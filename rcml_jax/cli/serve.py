@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 from rcml_jax.cli.commands import guard
 from rcml_jax.cli.embed import Parser
-from rcml_jax.cli.explore import add_options, check_options, open_explorer
+from rcml_jax.cli.explore import add_options, check_options, open_explorer, pulled_options
 from rcml_jax.errors import UserError
 from rcml_jax.log import log_line
+from rcml_jax.remote import named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def _serve(argv: Sequence[str]) -> int:
         raise UserError(
             "the service needs a package that is missing; pip install 'rcml_jax[explore]'"
         )
-    explorer = open_explorer(args.workdir, args.embeddings, overrides)
+    explorer = open_explorer(*pulled_options(args), overrides)
     from rcml_jax.search.service import create_app, make_server, warm_up
 
     # The port first: a taken one is told before the minute that compiling may take.
@@ -47,7 +48,8 @@ def _serve(argv: Sequence[str]) -> int:
     )
     log_line("Compiling what queries need")
     warm_up(explorer)
-    log_line(f"The service of {explorer.searcher.embeddings.directory}: {served.address}")
+    directory = named(str(explorer.searcher.embeddings.directory))
+    log_line(f"The service of {directory}: {served.address}")
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has answered what was asked
         served.run()
     return 0

@@ -24,7 +24,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import ml_collections
 
@@ -34,7 +34,8 @@ from rcml_jax.config import call_config_file, load_config_file
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.files import write_whole
-from rcml_jax.parsing import argument_text, user_path
+from rcml_jax.parsing import argument_text
+from rcml_jax.remote import Place, path_or_address, written
 from rcml_jax.schema import help_text, validate
 from rcml_jax.training.loop import train_and_evaluate
 from rcml_jax.training.workdir import load_config, write_json
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sweep(argv: Sequence[str]) -> int:
     parser = Parser(prog="rcml-sweep", description=__doc__)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", required=True, type=user_path)
+    parser.add_argument("--workdir", required=True, type=path_or_address)
     parser.add_argument("--vary", default="", type=argument_text)
     parser.add_argument("--variant", action="append", default=[], type=argument_text)
     parser.add_argument("--ablations", action="store_true")
@@ -74,18 +75,31 @@ def _sweep(argv: Sequence[str]) -> int:
     ]
     for _, _, config in runs:
         validate(config)
+    with written(args.workdir) as place:
+        return _run(place, args.paired, variants, folders, seeds, runs)
+
+
+def _run(
+    place: Place,
+    paired: bool,
+    variants: Mapping[str, Sequence[str]],
+    folders: Mapping[str, str],
+    seeds: Sequence[int],
+    runs: Sequence[tuple[str, int, ml_collections.ConfigDict]],
+) -> int:
+    workdir = place.path
     for label, seed, config in runs:
-        directory = args.workdir / folders[label] / f"seed{seed}"
+        directory = workdir / folders[label] / f"seed{seed}"
         if not _finished(directory, config):
             print(f"{label}, seed {seed}", file=sys.stderr, flush=True)
-            if train_and_evaluate(config, directory) is None:
+            if train_and_evaluate(config, directory, after_step=place.after_step) is None:
                 return 0
-        table = collect(args.workdir, folders, seeds, paired=args.paired)
-        write_json(args.workdir / "table.json", table)
+        table = collect(workdir, folders, seeds, paired=paired)
+        write_json(workdir / "table.json", table)
         known = {folders[label]: _described(label, given) for label, given in variants.items()}
-        write_json(args.workdir / "variants.json", known)
-        write_whole(args.workdir / "table.md", markdown(table))
-    print((args.workdir / "table.md").read_text(), end="")
+        write_json(workdir / "variants.json", known)
+        write_whole(workdir / "table.md", markdown(table))
+    print((workdir / "table.md").read_text(), end="")
     return 0
 
 

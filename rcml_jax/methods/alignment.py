@@ -49,6 +49,7 @@ from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.models.frozen import tower_types
 from rcml_jax.ops.similarity import SIMILARITIES
 from rcml_jax.parsing import user_path
+from rcml_jax.remote import shared
 from rcml_jax.schema import validate
 from rcml_jax.tasks.frozen_embeddings import tower_embeddings
 from rcml_jax.tasks.relations import cache_directory
@@ -161,8 +162,11 @@ def _captioned(config: Any) -> CaptionedImages:
     data = config.data
     if data.name in _CAPTIONED:
         load, cache = getattr(captions, data.name), cache_directory(data.dir)
-        return load(data.path, seed=data.split_seed, strict=data.get("strict", False), cache=cache)
-    graph = openmoji.load(cache_directory(data.dir))
+        strict = data.get("strict", False)
+        with shared(data.dir):
+            return load(data.path, seed=data.split_seed, strict=strict, cache=cache)
+    with shared(data.dir):
+        graph = openmoji.load(cache_directory(data.dir))
     run = config.runs.rcml.data  # its items, so that all sources are asked the same
     splits = split_graph(graph, seed=run.split_seed, disjoint=run.disjoint)
     split = np.zeros(len(graph), np.int8)

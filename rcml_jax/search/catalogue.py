@@ -33,6 +33,7 @@ from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
 from rcml_jax.methods.relational import Embedder, RelationalMethod, TokenReader
 from rcml_jax.models.relation_pooling import FoldedRelation
 from rcml_jax.parsing import argument_text, read_file, user_path
+from rcml_jax.remote import address_of
 from rcml_jax.search.embedding_store import (
     MODALITIES,
     Embeddings,
@@ -116,7 +117,7 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
     with sharding.working_on(device):
         method: Any = build(config, workdir)
         about = {
-            "workdir": str(workdir.resolve()),
+            "workdir": address_of(workdir) or str(workdir.resolve()),
             "method": config.method,
             "step": best_step(workdir),
             "digest": _digest(config, workdir, params, method.task.sentence(-1)),

@@ -31,6 +31,7 @@ import numpy as np
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
 from rcml_jax.parsing import NO_TEXT, read_file, user_path
+from rcml_jax.remote import path_or_address
 from rcml_jax.search.embedding_store import MODALITIES, Plan, check_room, check_same, either
 
 #: From so many items on a table gets an index by itself, and is searched by it.
@@ -51,11 +52,14 @@ def is_table(address: object) -> bool:
 
 
 def table_or_path(address: str) -> str | pathlib.Path:
-    """The address of a table as it is, anything else as a path. Raises UserError for neither."""
+    """The address of a table or on object storage as it is, anything else as a path.
+
+    Raises UserError for neither.
+    """
     if is_table(address):
         _uri(address)
         return address
-    return user_path(address)
+    return path_or_address(address)
 
 
 def _uri(address: str) -> str:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rcml_jax import remote
 from rcml_jax.data import queries
 from rcml_jax.data.images import (
     CACHE_BYTES,
@@ -25,7 +25,7 @@ from rcml_jax.data.tokenizer import StoredTexts, Tokenizer, train_tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.methods.base import Rows
-from rcml_jax.parsing import user_path
+from rcml_jax.parsing import user_cache, user_path
 from rcml_jax.registry import call, resolve
 
 #: Largest number of relations for which relation type is also measured among all of them.
@@ -54,18 +54,19 @@ def load_source(
     """
     option = "config.data.name"
     cache = cache_directory(data.dir, workdir)
-    if not data.dir and _user_cache() is None:
+    if not data.dir and user_cache() is None:
         log_line(f"No home directory is known, so data sets are cached in {cache}.")
-    return call(
-        data.name,
-        resolve(data.name, known, option),
-        option,
-        "a data source takes (config.data, directory of the cache) and returns an "
-        f"{kind.__module__}.{kind.__qualname__}",
-        data,
-        cache,
-        accepts=lambda found: isinstance(found, kind),
-    )
+    with remote.shared(data.dir):
+        return call(
+            data.name,
+            resolve(data.name, known, option),
+            option,
+            "a data source takes (config.data, directory of the cache) and returns an "
+            f"{kind.__module__}.{kind.__qualname__}",
+            data,
+            cache,
+            accepts=lambda found: isinstance(found, kind),
+        )
 
 
 def load_graph(data: Any, workdir: pathlib.Path | None = None) -> RelationGraph:
@@ -327,22 +328,18 @@ def cache_directory(given: str = "", beside: pathlib.Path | None = None) -> path
     """Where data sets are cached: the directory given, or the user's own.
 
     That is `$XDG_CACHE_HOME/rcml_jax`, or `~/.cache/rcml_jax`. Where no home directory is known, it
-    is `rcml_jax_cache` next to the work directory `beside`, or in the current directory.
+    is `rcml_jax_cache` next to the work directory `beside`, or in the current directory. An address
+    on object storage stands for its mirror.
     """
+    if remote.is_remote(given):
+        return remote.local_directory(given)
     if given:
         return user_path(given)
-    cache = _user_cache()
+    cache = user_cache()
     if cache is not None:
         return user_path(cache) / "rcml_jax"
     place = pathlib.Path.cwd() if beside is None else pathlib.Path(beside).absolute().parent
     return place / "rcml_jax_cache"
-
-
-def _user_cache() -> str | None:
-    """The user's own folder for caches; None for a user id that the system does not know."""
-    home = os.path.expanduser("~")
-    known = None if home == "~" else os.path.join(home, ".cache")
-    return os.environ.get("XDG_CACHE_HOME", "") or known
 
 
 def work_tokenizer(

@@ -54,6 +54,10 @@ class Checkpoints:
         best = self._manager.best_step()
         return self.latest() if best is None else best
 
+    def whole(self) -> int | None:
+        """The newest step of which a checkpoint is whole; None while one is being written."""
+        return None if self._manager.is_saving_in_progress() else self.latest()
+
     def put_off(
         self, step: int, state: Any, data: Any, loop: dict, selection: float | None = None
     ) -> None:

@@ -109,8 +109,16 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
+def train_and_evaluate(
+    config: Any,
+    workdir: pathlib.Path | str,
+    *,
+    after_step: Callable[[int | None], None] | None = None,
+) -> dict | None:
     """Train as the configuration says, resuming what is there, and evaluate the best checkpoint.
+
+    after_step: called after every step with the newest step of which a checkpoint is whole, or None
+    while one is being written.
 
     Returns what is written to `eval.json`; None where a signal ended the run, whose next start goes
     on from there. Raises UserError for whatever a user can mend.
@@ -127,7 +135,7 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
                 place = sharding.build(
                     config.parallel, devices, method.in_place, method.split_shared
                 )
-                run = Run(config, workdir, method, place)
+                run = Run(config, workdir, method, place, after_step)
                 finished = run.train(interrupt)
             return _evaluate(config, workdir, "test", method) if finished else None
 
@@ -233,8 +241,16 @@ class Run:
     """One run in a work directory; `train` may be called once."""
 
     @_HOST
-    def __init__(self, config: Any, workdir: pathlib.Path, method: Method, devices: Any):
+    def __init__(
+        self,
+        config: Any,
+        workdir: pathlib.Path,
+        method: Method,
+        devices: Any,
+        after_step: Callable[[int | None], None] | None = None,
+    ):
         self.config, self.method, self.devices = config, method, devices
+        self.after_step = after_step
         self.steps, self.validate_every = method.steps, method.validate_every
         method.devices = sharding.of_process(devices.devices)
         several = jax.process_count() > 1
@@ -355,6 +371,8 @@ class Run:
                 self.progress.update(step)
             if validate:
                 self._validate(step)
+            if self.after_step is not None:
+                self.after_step(self.checkpoints.whole())
             asked = self._asked(step, interrupt)
         if asked and not self._over(step):
             self._log(step)
