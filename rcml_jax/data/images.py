@@ -269,20 +269,29 @@ def to_array(image: Image.Image, framing: int | Framing) -> np.ndarray:
 
 
 class EncodedImages:
-    """Images of items that one function gives as encoded bytes, by the item's index."""
+    """Images of items that one function gives as encoded bytes.
 
-    def __init__(self, count: int, encode: Callable[[int], bytes]):
-        self._count, self._encode = count, encode
+    places: what the function takes for each item, such as a path; a number N stands for the
+    indices 0 to N - 1. Where both can be pickled, other processes can prepare the images.
+    """
+
+    def __init__(self, places: int | Sequence[Any], encode: Callable[[Any], bytes]):
+        self._places = range(places) if isinstance(places, int) else places
+        self._encode = encode
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Image.Image:
         return open_rgb(self.encoded(index))
 
     def encoded(self, index: int) -> bytes:
         """The bytes of one item's image."""
-        return self._encode(int(index))
+        return self._encode(self._places[int(index)])
+
+    def part(self, start: int, stop: int) -> "EncodedImages":
+        """The images of some items in a row, without what belongs to the others."""
+        return EncodedImages(self._places[start:stop], self._encode)
 
 
 class ChosenImages:

@@ -394,7 +394,7 @@ def build() -> RelationGraph:
         relations=tuple(sentences[0] for sentences in SENTENCES.values()),
         pairs=pairs,
         pair_split=np.full(len(pairs), -1, np.int8),
-        images=EncodedImages(len(emoji), drawn.__getitem__),
+        images=EncodedImages(drawn, bytes),
         paraphrases=tuple(SENTENCES.values()),
         held_out=HELD_OUT,
     )

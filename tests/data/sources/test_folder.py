@@ -276,7 +276,7 @@ def test_an_interrupted_preparation_is_made_anew(data, monkeypatch):
             folder.load(data, log=quiet)
     assert not list(data.rglob("dataset_info.json"))
     assert len(folder.load(data, log=quiet)) == 6
-    assert prepared.RelationGraphBuilder.name in os.listdir(next((data / folder.CACHE).iterdir()))
+    assert prepared.DATASET in os.listdir(next((data / folder.CACHE).iterdir()))
 
 
 def test_texts_that_are_no_unicode_text(tmp_path):
