@@ -19,8 +19,10 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from rcml_jax.data.relation_graph import ItemImages
-from rcml_jax.data.stages import mapped_rows
+from rcml_jax.data.runner import HERE, Runner, ranges
+from rcml_jax.data.stages import disk_errors, mapped_rows
 from rcml_jax.errors import UserError
+from rcml_jax.files import atomic_file
 from rcml_jax.log import log_line
 
 # Of strips longer than this many times their width only the centre is resized.
@@ -188,9 +190,42 @@ def check_decodes(encoded: bytes) -> None:
         _upright_rgb(image)
 
 
-def decode_problems(read: Sequence[Callable[[], bytes]]) -> list[str]:
-    """What is wrong with each image, "" where nothing is; read: functions that give its bytes."""
+def decode_problems(
+    read: Sequence[Callable[[], bytes]], *, kept: Path | None = None, runner: Runner = HERE
+) -> list[str]:
+    """What is wrong with each image, "" where nothing is; read: functions that give its bytes.
 
+    kept: a folder for what is known of each range of images, which is not looked at again; it is of
+    the state of the images and of this decoder. runner: where the ranges are decoded, if `kept`.
+
+    Raises:
+      UserError: as `Runner.run`, or `kept` cannot be written.
+    """
+    if kept is None:
+        return _problems(read)
+    state = hashlib.sha256(json.dumps([PIL.__version__, FORMATS]).encode()).hexdigest()[:8]
+    with disk_errors(kept):
+        kept.mkdir(parents=True, exist_ok=True)
+    parts = {
+        kept / f"decoded-{state}-{start:09d}-{stop:09d}.json": read[start:stop]
+        for start, stop in ranges(len(read))
+    }
+    # Pillow's decoders run side by side in threads; what is around them does not.
+    threads = 1 if runner.copies else None
+    runner.run(
+        _check_range,
+        [(path, functools.partial(tuple, (own, threads))) for path, own in parts.items()],
+    )
+    return [text for path in parts for text in json.loads(path.read_text("utf-8"))]
+
+
+def _check_range(path: Path, read: Sequence[Callable[[], bytes]], threads: int | None) -> None:
+    problems = json.dumps(_problems(read, threads)).encode()
+    with disk_errors(path.parent), atomic_file(path, shared=True) as file:
+        file.write(problems)
+
+
+def _problems(read: Sequence[Callable[[], bytes]], threads: int | None = None) -> list[str]:
     def problem(one: Callable[[], bytes]) -> str:
         try:
             check_decodes(one())
@@ -198,7 +233,7 @@ def decode_problems(read: Sequence[Callable[[], bytes]]) -> list[str]:
             return str(error) or type(error).__name__
         return ""
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(problem, read))
 
 

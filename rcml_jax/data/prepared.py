@@ -35,11 +35,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
-from tensorflow_datasets.core import dataset_info, file_adapters
+from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters
 
 from rcml_jax.data.images import ChosenImages, ImageError, open_rgb
 from rcml_jax.data.relation_graph import ItemImages, RelationGraph
-from rcml_jax.data.runner import Runner, ranges
+from rcml_jax.data.runner import HERE, Runner, ranges
 from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
 from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
@@ -114,6 +114,7 @@ class _Range:
     def records(self) -> Iterator[tuple[int, bytes]]:
         """(index, serialized record) of each item."""
         features = _features()
+        serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         count = len(self.ids)
         first = np.searchsorted(self.pairs[:, 0], self.start + np.arange(count + 1))
         for i in range(count):
@@ -127,7 +128,9 @@ class _Range:
                 "neighbor_relation": self.pairs[mine, 2].astype(np.int64),
                 "neighbor_split": self.pair_split[mine].astype(np.int64),
             }
-            yield self.start + i, features.serialize_example(record)
+            example = serializer.get_tf_example(features.encode_example(record))
+            # Else the order of the features would be another one in each process.
+            yield self.start + i, example.SerializeToString(deterministic=True)
 
 
 def _write_shard(path: Path, items: _Range) -> None:
@@ -198,6 +201,11 @@ def folder_of(data_dir: str | Path, name: str, fingerprint: str = "") -> Path:
     return root / DATASET / VERSION
 
 
+def unfinished_folder(data_dir: str | Path, name: str, fingerprint: str) -> Path:
+    """Where a source may keep what it has finished; gone when `load_or_prepare` is through."""
+    return folder_of(data_dir, name, fingerprint).parents[1] / "unfinished"
+
+
 def is_prepared(data_dir: str | Path, name: str, fingerprint: str = "") -> bool:
     """Whether the graph has been prepared as a whole."""
     return folder_of(data_dir, name, fingerprint).exists()
@@ -209,7 +217,7 @@ def prepare(
     *,
     name: str | None = None,
     fingerprint: str = "",
-    runner: Runner = Runner(),  # noqa: B008
+    runner: Runner = HERE,
     **about: str,
 ) -> Path:
     """Writes a graph with its images (`graph.images.encoded`) and returns its folder.
@@ -274,7 +282,7 @@ def load_or_prepare(
     build: Callable[[], RelationGraph],
     *,
     fingerprint: str = "",
-    runner: Runner = Runner(),  # noqa: B008
+    runner: Runner = HERE,
     log: Callable[[str], None] | None = None,
     **about: str,
 ) -> RelationGraph:
@@ -291,6 +299,7 @@ def load_or_prepare(
             start = time.perf_counter()
             graph = build().validate()
             folder = _prepare(data_dir, graph, name, fingerprint, runner, about)
+            shutil.rmtree(unfinished_folder(data_dir, name, fingerprint), ignore_errors=True)
             sizes = len(graph), len(graph.relations), len(graph.pairs)
             said = ", ".join(map(counted, sizes, ("items", "relations", "pairs")))
             log(f"Prepared {name}: {said} in {time.perf_counter() - start:.1f} s ({folder}).")

@@ -78,6 +78,10 @@ class Runner:
                 function(path, *arguments())
 
 
+#: Everything in this process.
+HERE = Runner()
+
+
 def _run_processes(function: Callable[..., None], parts: Sequence[Part], workers: int) -> None:
     workers = min(workers, len(parts))
     others = set(multiprocessing.active_children())
