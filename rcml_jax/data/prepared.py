@@ -1,7 +1,7 @@
 """The cache of prepared relation graphs: a data set of TensorFlow Datasets in ArrayRecord files.
 
 No TensorFlow is imported. Layout: `<data_dir>/<name>-<fingerprint>/relation_graph/<version>/`.
-Records lie in the order of the items, in shards of equal ranges (`rcml_jax.data.runner`), one
+Records lie in the order of the items, in shards of equal ranges (`rcml_jax.data.stages`), one
 record an item with its neighbors of a larger index. A preparation writes into a folder
 `incomplete.<digest>` and renames it when it is whole, so a folder of that layout is a whole data
 set. After a kill the next one takes over the shards that are there, if the source has a
@@ -15,7 +15,6 @@ is missing or damaged.
 
 import array
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -23,24 +22,32 @@ import io
 import itertools
 import json
 import os
-import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
 from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters
 
-from rcml_jax.data.images import ChosenImages, ImageError, open_rgb
-from rcml_jax.data.relation_graph import ItemImages, RelationGraph
-from rcml_jax.data.runner import HERE, Runner, ranges
-from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
+from rcml_jax.data.images import EncodedImages, ImageError, open_rgb
+from rcml_jax.data.relation_graph import RelationGraph
+from rcml_jax.data.stages import (
+    HERE,
+    Arrays,
+    Runner,
+    disk_errors,
+    file_state,
+    load_arrays,
+    pack,
+    ranges,
+    save_arrays,
+    unpack,
+)
 from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
@@ -74,70 +81,62 @@ def _features() -> tfds.features.FeaturesDict:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    """The items from `start` on that a shard has; everything that their records hold."""
+def _shard_arrays(graph: RelationGraph, start: int, stop: int) -> Arrays:
+    """All that the records of some items hold, and where their images are."""
+    chosen = slice(start, stop)
+    optional = {
+        "label": (graph.labels, ()),
+        "split": (graph.item_split, ()),
+        "group": (graph.item_group, ()),
+        "attributes": (graph.attributes, (0,)),
+    }
+    columns = {
+        name: np.full((stop - start, *shape), -1) if values is None else values[chosen]
+        for name, (values, shape) in optional.items()
+    }
+    first = np.searchsorted(graph.pairs[:, 0], np.arange(start, stop + 1))
+    images = graph.images
+    places = images.places if isinstance(images, EncodedImages) else range(len(images))
+    return columns | {
+        "index": np.arange(start, stop),
+        "id": pack(list(graph.ids[chosen])),
+        "text": pack(list(graph.texts[chosen])),
+        "place": pack(list(places[chosen])),
+        "first": first - first[0],
+        "pairs": graph.pairs[first[0] : first[-1]],
+        "pair_split": graph.pair_split[first[0] : first[-1]],
+    }
 
-    start: int
-    ids: Sequence[str]
-    texts: Sequence[str]
-    columns: dict[str, np.ndarray]
-    pairs: np.ndarray
-    pair_split: np.ndarray
-    images: ItemImages
 
-    @classmethod
-    def of(cls, graph: RelationGraph, start: int, stop: int) -> "_Range":
-        optional = {
-            "label": (graph.labels, ()),
-            "split": (graph.item_split, ()),
-            "group": (graph.item_group, ()),
-            "attributes": (graph.attributes, (0,)),
+def _records(encode: Callable[[Any], bytes], arrays: Arrays) -> Iterator[tuple[int, bytes]]:
+    """(index, serialized record) of each item of a shard."""
+    features = _features()
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    ids, texts, places = (unpack(arrays[name]) for name in ("id", "text", "place"))
+    first, pairs = arrays["first"], arrays["pairs"].astype(np.int64)
+    for i, index in enumerate(arrays["index"].tolist()):
+        mine = slice(first[i], first[i + 1])
+        record = {
+            "index": index,
+            "id": ids[i],
+            "text": texts[i],
+            "image": io.BytesIO(encode(places[i])),
+            "neighbor_item": pairs[mine, 1],
+            "neighbor_relation": pairs[mine, 2],
+            "neighbor_split": arrays["pair_split"][mine].astype(np.int64),
         }
-        first, last = np.searchsorted(graph.pairs[:, 0], [start, stop])
-        part = getattr(graph.images, "part", None)
-        return cls(
-            start=start,
-            ids=list(graph.ids[start:stop]),
-            texts=list(graph.texts[start:stop]),
-            columns={
-                name: np.full((stop - start, *shape), -1) if values is None else values[start:stop]
-                for name, (values, shape) in optional.items()
-            },
-            pairs=graph.pairs[first:last],
-            pair_split=graph.pair_split[first:last],
-            images=ChosenImages(graph.images, np.arange(start, stop))
-            if part is None
-            else part(start, stop),
-        )
-
-    def records(self) -> Iterator[tuple[int, bytes]]:
-        """(index, serialized record) of each item."""
-        features = _features()
-        serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        count = len(self.ids)
-        first = np.searchsorted(self.pairs[:, 0], self.start + np.arange(count + 1))
-        for i in range(count):
-            mine = slice(first[i], first[i + 1])
-            record = {name: values[i].astype(np.int64) for name, values in self.columns.items()} | {
-                "index": self.start + i,
-                "id": self.ids[i],
-                "text": self.texts[i],
-                "image": io.BytesIO(self.images.encoded(i)),
-                "neighbor_item": self.pairs[mine, 1].astype(np.int64),
-                "neighbor_relation": self.pairs[mine, 2].astype(np.int64),
-                "neighbor_split": self.pair_split[mine].astype(np.int64),
-            }
-            example = serializer.get_tf_example(features.encode_example(record))
-            # Else the order of the features would be another one in each process.
-            yield self.start + i, example.SerializeToString(deterministic=True)
+        for name in ("label", "split", "group", "attributes"):
+            record[name] = arrays[name][i].astype(np.int64)
+        example = serializer.get_tf_example(features.encode_example(record))
+        # Else the order of the features would be another one in each process.
+        yield index, example.SerializeToString(deterministic=True)
 
 
-def _write_shard(path: Path, items: _Range) -> None:
-    """Write the shard of some items, whole or not at all."""
+def _write_shard(encode: Callable[[Any], bytes], path: Path, arrays: Arrays) -> None:
+    """Write the shard of some items, whole or not at all; encode: a place to an image's bytes."""
     adapter = file_adapters.ADAPTER_FOR_FORMAT[_FORMAT]
-    with tfds.core.utils.incomplete_file(epath.Path(path)) as part:
-        adapter.write_examples(part, items.records())
+    with tfds.core.utils.incomplete_file(tfds.core.Path(path)) as part:
+        adapter.write_examples(part, _records(encode, arrays))
 
 
 class StoredImages:
@@ -179,7 +178,7 @@ class StoredImages:
         records = self._records
         if records is None:
             with self._lock:
-                records = self._records = self._records or _records(self._folder)
+                records = self._records = self._records or _read_records(self._folder)
         try:
             return records[int(self._positions[index])]["image"]
         except IndexError:
@@ -318,16 +317,16 @@ def _locked(folder: Path, name: str, log: Callable[[str], None] | None = None) -
 
 def _write(work: Path, graph: RelationGraph, runner: Runner, about: dict[str, str]) -> None:
     """Write the whole data set into `work`; shards that are there stay."""
-    if runner.copies:
-        _check_copies(graph.images)
     parts = ranges(len(graph))
     counts = [stop - start for start, stop in parts]
     shards = _shards(work, counts)
+    images = graph.images
+    encode = images.encode if isinstance(images, EncodedImages) else images.encoded
     runner.run(
-        _write_shard,
+        functools.partial(_write_shard, encode),
         [
-            (path, functools.partial(lambda a, b: (_Range.of(graph, a, b),), *part))
-            for path, part in zip(shards, parts, strict=True)
+            (path, functools.partial(_shard_arrays, graph, start, stop))
+            for path, (start, stop) in zip(shards, parts, strict=True)
         ],
     )
     save_arrays(work / _GRAPH_FILE, _arrays(graph))
@@ -370,7 +369,7 @@ def _write_info(
     )
     info.set_file_format(_FORMAT)
     template = tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(work),
+        data_dir=tfds.core.Path(work),
         dataset_name=DATASET,
         split=_SPLIT,
         filetype_suffix=_FORMAT.file_suffix,
@@ -380,18 +379,6 @@ def _write_info(
     )
     info.set_splits(tfds.core.splits.SplitDict([split]))
     info.write_to_directory(work)
-
-
-def _check_copies(images: ItemImages) -> None:
-    """Raise UserError for images that cannot be sent to another process."""
-    part = getattr(images, "part", None)
-    try:
-        pickle.dumps(images if part is None else part(0, 1))
-    except Exception as error:  # of many kinds
-        raise UserError(
-            f"The images of this source cannot be copied to other processes ({error}); set "
-            "config.data.prepare_workers=1 and config.data.beam=''."
-        ) from error
 
 
 def _digest(graph: RelationGraph) -> str:
@@ -455,7 +442,7 @@ def _damaged(folder: Path, error: Exception | str) -> UserError:
     )
 
 
-def _records(folder: Path):
+def _read_records(folder: Path):
     """The records as TFDS's data source, images left encoded."""
     try:
         builder = tfds.builder_from_directory(str(folder))
@@ -529,7 +516,7 @@ def _load_strings(folder: Path) -> dict[str, StringColumn]:
 
 def _scan(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, StringColumn]]:
     """The graph's arrays, ids and texts out of the records, which TFDS has shuffled."""
-    records = _records(folder)
+    records = _read_records(folder)
     n = len(records)
     # In the order of the records, as numbers and bytes: objects of each item would take gigabytes.
     numbers = {name: np.full(n, -1, np.int64) for name in ("index", "label", "split", "group")}

@@ -31,7 +31,7 @@ import numpy as np
 from rcml_jax.data import images, prepared
 from rcml_jax.data.containers import ImageReader
 from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
-from rcml_jax.data.runner import HERE, Runner
+from rcml_jax.data.stages import HERE, Runner
 from rcml_jax.data.tables import Table, optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.files import write_whole
@@ -312,8 +312,8 @@ def _check_images(
     items: list[_Item], reader: ImageReader, strict: bool, kept: Path | None, runner: Runner
 ) -> np.ndarray:
     """Whether each item's image can be decoded (N,) bool; with `strict` all can, or UserError."""
-    read = [functools.partial(reader, item.image) for item in items]
-    problems = images.decode_problems(read, kept=kept, runner=runner)
+    names = [item.image for item in items]
+    problems = images.decode_problems(names, reader, kept=kept, runner=runner)
     for item, text in zip(items, problems, strict=True):
         if text and strict:
             raise UserError(

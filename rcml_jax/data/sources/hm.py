@@ -32,7 +32,6 @@ import numpy as np
 
 from rcml_jax.data import images, prepared
 from rcml_jax.data.relation_graph import RelationGraph, normalize_pairs, pairs_within
-from rcml_jax.data.runner import HERE, Runner
 from rcml_jax.data.sources.copurchases import (
     copurchase_pairs,
     distinct_purchases,
@@ -40,7 +39,7 @@ from rcml_jax.data.sources.copurchases import (
     merge_kinds,
     within_item_cap,
 )
-from rcml_jax.data.stages import digest, file_state
+from rcml_jax.data.stages import HERE, Runner, digest, file_state
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import NO_TEXT, CsvRows, read_file, user_path
@@ -448,10 +447,12 @@ def load(
     state = [[file_state(articles), file_state(bought)], versions]
     fingerprint = digest([RECIPE, _LARGEST_SIDE, options, state])
 
-    def whole(read: Sequence[Callable[[], bytes]]) -> list[str]:
-        kept = prepared.unfinished_folder(user_path(cache), NAME, fingerprint)
-        return images.decode_problems(read, kept=kept, runner=runner)
-
+    whole = functools.partial(
+        images.decode_problems,
+        read=read_file,
+        kept=prepared.unfinished_folder(user_path(cache), NAME, fingerprint),
+        runner=runner,
+    )
     return prepared.load_or_prepare(
         user_path(cache),
         NAME,
@@ -484,13 +485,13 @@ def _build(
     transactions_file: Path,
     photographs: dict[str, Photograph],
     options: _Options,
-    decode_problems: Callable[[Sequence[Callable[[], bytes]]], list[str]],
+    decode_problems: Callable[[list[str]], list[str]],
     log: Log,
 ) -> RelationGraph:
     counts: Counter[str] = Counter()
     articles = read_articles(articles_file, tuple(RESPECTS), counts, strict=options.strict)
     found = [photographs.get(article.id) for article in articles]
-    whole = decode_problems([functools.partial(read_file, p.path) for p in found if p])
+    whole = decode_problems([str(p.path) for p in found if p])
     paths = _photograph_paths(articles, found, whole, counts, options.strict)
     log(f"Reading {transactions_file} ({transactions_file.stat().st_size / 1e6:,.1f} MB)")
     bought = read_transactions(transactions_file, articles, counts, strict=options.strict)
@@ -584,7 +585,7 @@ def _graph(
         relations=tuple(sentences[r] for r in used),
         pairs=pairs,
         pair_split=pair_split,
-        images=images.EncodedImages(paths, _encoded),
+        images=images.EncodedImages([str(path) for path in paths], _encoded),
         item_group=product.astype(np.int32),
         attributes=attributes[:, used],
     )
@@ -677,7 +678,7 @@ def agreeing_pairs(values: np.ndarray, most: int, rng: np.random.Generator) -> n
     return np.stack(np.divmod(found[:most], len(values)), axis=1).astype(np.int32)
 
 
-def _encoded(path: Path) -> bytes:
+def _encoded(path: str) -> bytes:
     try:
         return images.storable(read_file(path), _LARGEST_SIDE)
     except images.DECODE_ERRORS as error:
