@@ -187,6 +187,7 @@ LOOP = (
         low=0, high=1e6),
 )
 
+_PREPARED_IN_PARTS = ("folder", "hm")
 _TRAINED = (
     *LOOP,
     Option("micro_batch", int,
@@ -248,6 +249,14 @@ _RCML = (
         low=1, sources=("hm",)),
     Option("data.pairs_per_respect", int, "Most pairs that agree in one respect.",
         low=1, sources=("hm",)),
+    Option("data.prepare_workers", int,
+        "Processes that decode and store the images when a data set is prepared; 1: the command's "
+        "own.",
+        low=1, high=1024, sources=_PREPARED_IN_PARTS, before=1),
+    Option("data.beam", str,
+        "Options of an Apache Beam pipeline that prepares the images instead, such as "
+        '"--runner=DirectRunner"; empty: none.',
+        sources=_PREPARED_IN_PARTS, before=""),
     Option("data.disjoint", str,
         "What the splits keep apart: items, pairs, or items and relation sentences.",
         choices=("item", "pair", "relation")),

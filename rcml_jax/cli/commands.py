@@ -32,6 +32,8 @@ _OF_EVALUATION = (
     "data.threads",
     "data.workers",
     "data.pixels",
+    "data.prepare_workers",
+    "data.beam",
     "platform",
 )
 

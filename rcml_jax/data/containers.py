@@ -52,6 +52,9 @@ class ImageReader:
         self._lock = threading.Lock()
         self._tables: dict[Path, _StoredColumn] = {}
 
+    def __reduce__(self) -> tuple:  # a copy opens the tables again
+        return ImageReader, (self.root,)
+
     def __call__(self, name: str) -> bytes:
         """The bytes of an image. Raises OSError or ValueError, as `gates.read_file`."""
         inside = _INSIDE.fullmatch(name)

@@ -19,8 +19,9 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from rcml_jax.data.relation_graph import ItemImages
-from rcml_jax.data.stages import mapped_rows
+from rcml_jax.data.stages import HERE, Runner, disk_errors, mapped_rows, pack, ranges, unpack
 from rcml_jax.errors import UserError
+from rcml_jax.files import atomic_file
 from rcml_jax.log import log_line
 
 # Of strips longer than this many times their width only the centre is resized.
@@ -188,18 +189,58 @@ def check_decodes(encoded: bytes) -> None:
         _upright_rgb(image)
 
 
-def decode_problems(read: Sequence[Callable[[], bytes]]) -> list[str]:
-    """What is wrong with each image, "" where nothing is; read: functions that give its bytes."""
+def decode_problems(
+    places: Sequence[Any],
+    read: Callable[[Any], bytes],
+    *,
+    kept: Path | None = None,
+    runner: Runner = HERE,
+) -> list[str]:
+    """What is wrong with each image, "" where nothing is.
 
-    def problem(one: Callable[[], bytes]) -> str:
+    places: what `read` takes for each image, a string or another value that JSON can hold. kept: a
+    folder for what is known of each range of images, which is not looked at again; it is of the
+    state of the images and of this decoder. runner: where the ranges are decoded, if `kept`.
+
+    Raises:
+      UserError: as `Runner.run`, or `kept` cannot be written.
+    """
+    if kept is None:
+        return _problems(places, read)
+    state = hashlib.sha256(json.dumps([PIL.__version__, FORMATS]).encode()).hexdigest()[:8]
+    with disk_errors(kept):
+        kept.mkdir(parents=True, exist_ok=True)
+    parts = {
+        kept / f"decoded-{state}-{start:09d}-{stop:09d}.json": places[start:stop]
+        for start, stop in ranges(len(places))
+    }
+    # Pillow's decoders run side by side in threads; what is around them does not.
+    check = functools.partial(_check_range, read, 1 if runner.elsewhere else None)
+    arrays = lambda own: {"places": pack(own)}  # noqa: E731
+    runner.run(check, [(path, functools.partial(arrays, own)) for path, own in parts.items()])
+    return [text for path in parts for text in json.loads(path.read_text("utf-8"))]
+
+
+def _check_range(
+    read: Callable[[Any], bytes], threads: int | None, path: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    problems = json.dumps(_problems(unpack(arrays["places"]), read, threads)).encode()
+    with disk_errors(path.parent), atomic_file(path, shared=True) as file:
+        file.write(problems)
+
+
+def _problems(
+    places: Sequence[Any], read: Callable[[Any], bytes], threads: int | None = None
+) -> list[str]:
+    def problem(place: Any) -> str:
         try:
-            check_decodes(one())
+            check_decodes(read(place))
         except DECODE_ERRORS as error:
             return str(error) or type(error).__name__
         return ""
 
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(problem, read))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(problem, places))
 
 
 def image_states(images: ItemImages) -> list:
@@ -269,20 +310,26 @@ def to_array(image: Image.Image, framing: int | Framing) -> np.ndarray:
 
 
 class EncodedImages:
-    """Images of items that one function gives as encoded bytes, by the item's index."""
+    """Images of items that one function gives as encoded bytes.
 
-    def __init__(self, count: int, encode: Callable[[int], bytes]):
-        self._count, self._encode = count, encode
+    places: what `encode` takes for each item, a string or another value that JSON can hold, such as
+    a path; a number N stands for the indices 0 to N - 1. Other processes can prepare the images
+    where `encode` can be pickled.
+    """
+
+    def __init__(self, places: int | Sequence[Any], encode: Callable[[Any], bytes]):
+        self.places = range(places) if isinstance(places, int) else places
+        self.encode = encode
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Image.Image:
         return open_rgb(self.encoded(index))
 
     def encoded(self, index: int) -> bytes:
         """The bytes of one item's image."""
-        return self._encode(int(index))
+        return self.encode(self.places[int(index)])
 
 
 class ChosenImages:

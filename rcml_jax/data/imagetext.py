@@ -1,7 +1,6 @@
 """What the image-text sources share: records with an image file, a text and a class."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -77,14 +76,13 @@ def image_problems(paths: Sequence[str], cache: str | Path | None) -> list[str]:
 
     All of them are decoded, once as long as they stay as they are: the result is kept in `cache`.
     """
-    read = [functools.partial(read_file, path) for path in paths]
     if cache is None:
-        return decode_problems(read)
+        return decode_problems(paths, read_file)
     # Another Pillow may read more files, or fewer.
     key = [PIL.__version__, FORMATS, ImageFiles(paths).states()]
     stages = Stages(user_path(cache) / "image_checks")
-    checked = stages.get("images", key, lambda: {"problems": pack(decode_problems(read))})
-    return unpack(checked["problems"])
+    problems = lambda: pack(decode_problems(paths, read_file))  # noqa: E731
+    return unpack(stages.get("images", key, lambda: {"problems": problems()})["problems"])
 
 
 def require_files(directory: str | Path, files: Sequence[str], *, title: str, remedy: str) -> Path:

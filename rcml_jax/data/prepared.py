@@ -1,20 +1,28 @@
-"""The cache of prepared relation graphs: a TensorFlow Datasets builder in ArrayRecord files.
+"""The cache of prepared relation graphs: a data set of TensorFlow Datasets in ArrayRecord files.
 
 No TensorFlow is imported. Layout: `<data_dir>/<name>-<fingerprint>/relation_graph/<version>/`.
-A preparation writes into a folder `incomplete.*` and renames it when it is whole, so a folder of
-that layout is a whole data set. The graph (all but the images) is kept beside the records: arrays
-in `graph.npz`, ids and texts, which are mapped, in `ids.strings` and `texts.strings`. They are made
-from the records wherever one is missing or damaged.
+Records lie in the order of the items, in shards of equal ranges (`rcml_jax.data.stages`), one
+record an item with its neighbors of a larger index. A preparation writes into a folder
+`incomplete.<digest>` and renames it when it is whole, so a folder of that layout is a whole data
+set. After a kill the next one takes over the shards that are there, if the source has a
+fingerprint. The builders of TFDS are not used to write: they start from nothing every time and
+shuffle through a copy of all records.
+
+The graph (all but the images) is kept beside the records: arrays in `graph.npz`, ids and texts,
+which are mapped, in `ids.strings` and `texts.strings`. They are made from the records wherever one
+is missing or damaged.
 """
 
 import array
 import contextlib
 import errno
+import functools
 import hashlib
 import io
+import itertools
 import json
+import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,110 +32,111 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters
 
-from rcml_jax.data.images import ImageError, open_rgb
+from rcml_jax.data.images import EncodedImages, ImageError, open_rgb
 from rcml_jax.data.relation_graph import RelationGraph
-from rcml_jax.data.stages import disk_errors, file_state, load_arrays, save_arrays
+from rcml_jax.data.stages import (
+    HERE,
+    Arrays,
+    Runner,
+    disk_errors,
+    file_state,
+    load_arrays,
+    pack,
+    ranges,
+    save_arrays,
+    unpack,
+)
 from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import user_path
 
+DATASET, VERSION = "relation_graph", "1.0.0"
 _SPLIT = "items"
+_FORMAT = file_adapters.FileFormat.ARRAY_RECORD
 _GRAPH_FILE = "graph.npz"
 _STRINGS = ("ids", "texts")
 _ABANDONED_SECONDS = 24 * 3600
 
 
-class RelationGraphBuilder(tfds.core.GeneratorBasedBuilder):
-    """Any relation graph: one record an item, with its neighbours of a larger index."""
-
-    name = "relation_graph"
-    VERSION = tfds.core.Version("1.0.0")
-    # TFDS looks for checksums beside the code, by a package that only Python 3.8 gets. We have
-    # no downloads.
-    code_path = None
-
-    def __init__(self, *, graph: RelationGraph | None = None, about: dict | None = None, **kwargs):
-        # TFDS makes a builder without a graph to read what another one has prepared.
-        self._graph: Any = graph
-        self._about = about or {}
-        self.failure: UserError | None = None
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        graph = self._graph
-        features = tfds.features.FeaturesDict(
-            {
-                "index": np.int64,
-                "id": tfds.features.Text(),
-                "text": tfds.features.Text(),
-                "label": np.int64,
-                "split": np.int64,
-                "group": np.int64,
-                "attributes": tfds.features.Sequence(np.int64),
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "neighbor_item": tfds.features.Sequence(np.int64),
-                "neighbor_relation": tfds.features.Sequence(np.int64),
-                "neighbor_split": tfds.features.Sequence(np.int64),
-            }
-        )
-        metadata = {
-            "graph_name": graph.name,
-            "relations": list(graph.relations),
-            "relation_ids": list(graph.relation_ids),
-            "intra_relation": graph.intra_relation,
-            "label_names": list(graph.label_names),
-            "paraphrases": [list(sentences) for sentences in graph.paraphrases],
-            "held_out": graph.held_out,
-            "class_links": None if graph.class_links is None else graph.class_links.tolist(),
+@functools.cache
+def _features() -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict(
+        {
+            "index": np.int64,
+            "id": tfds.features.Text(),
+            "text": tfds.features.Text(),
+            "label": np.int64,
+            "split": np.int64,
+            "group": np.int64,
+            "attributes": tfds.features.Sequence(np.int64),
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "neighbor_item": tfds.features.Sequence(np.int64),
+            "neighbor_relation": tfds.features.Sequence(np.int64),
+            "neighbor_split": tfds.features.Sequence(np.int64),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._about.get("description", "A relation graph."),
-            license=self._about.get("license"),
-            citation=self._about.get("citation"),
-            homepage=self._about.get("homepage"),
-            features=features,
-            metadata=tfds.core.MetadataDict(metadata),
-        )
+    )
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {_SPLIT: self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        graph = self._graph
-        first = np.searchsorted(graph.pairs[:, 0], np.arange(len(graph) + 1))
-        optional = (graph.item_split, graph.item_group, graph.attributes)
-        split, group, attributes = (
-            np.full((len(graph), *shape), -1) if values is None else values
-            for values, shape in zip(optional, ((), (), (0,)), strict=True)
-        )
-        for index in range(len(graph)):
-            mine = slice(first[index], first[index + 1])
-            try:
-                encoded = graph.images.encoded(index)
-            except UserError as error:
-                self.failure = error  # TFDS would wrap it
-                raise
-            yield (
-                index,
-                {
-                    "index": index,
-                    "id": graph.ids[index],
-                    "text": graph.texts[index],
-                    "label": int(graph.labels[index]),
-                    "split": int(split[index]),
-                    "group": int(group[index]),
-                    "attributes": attributes[index].astype(np.int64),
-                    "image": io.BytesIO(encoded),
-                    "neighbor_item": graph.pairs[mine, 1].astype(np.int64),
-                    "neighbor_relation": graph.pairs[mine, 2].astype(np.int64),
-                    "neighbor_split": graph.pair_split[mine].astype(np.int64),
-                },
-            )
+def _shard_arrays(graph: RelationGraph, start: int, stop: int) -> Arrays:
+    """All that the records of some items hold, and where their images are."""
+    chosen = slice(start, stop)
+    optional = {
+        "label": (graph.labels, ()),
+        "split": (graph.item_split, ()),
+        "group": (graph.item_group, ()),
+        "attributes": (graph.attributes, (0,)),
+    }
+    columns = {
+        name: np.full((stop - start, *shape), -1) if values is None else values[chosen]
+        for name, (values, shape) in optional.items()
+    }
+    first = np.searchsorted(graph.pairs[:, 0], np.arange(start, stop + 1))
+    images = graph.images
+    places = images.places if isinstance(images, EncodedImages) else range(len(images))
+    return columns | {
+        "index": np.arange(start, stop),
+        "id": pack(list(graph.ids[chosen])),
+        "text": pack(list(graph.texts[chosen])),
+        "place": pack(list(places[chosen])),
+        "first": first - first[0],
+        "pairs": graph.pairs[first[0] : first[-1]],
+        "pair_split": graph.pair_split[first[0] : first[-1]],
+    }
+
+
+def _records(encode: Callable[[Any], bytes], arrays: Arrays) -> Iterator[tuple[int, bytes]]:
+    """(index, serialized record) of each item of a shard."""
+    features = _features()
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    ids, texts, places = (unpack(arrays[name]) for name in ("id", "text", "place"))
+    first, pairs = arrays["first"], arrays["pairs"].astype(np.int64)
+    for i, index in enumerate(arrays["index"].tolist()):
+        mine = slice(first[i], first[i + 1])
+        record = {
+            "index": index,
+            "id": ids[i],
+            "text": texts[i],
+            "image": io.BytesIO(encode(places[i])),
+            "neighbor_item": pairs[mine, 1],
+            "neighbor_relation": pairs[mine, 2],
+            "neighbor_split": arrays["pair_split"][mine].astype(np.int64),
+        }
+        for name in ("label", "split", "group", "attributes"):
+            record[name] = arrays[name][i].astype(np.int64)
+        example = serializer.get_tf_example(features.encode_example(record))
+        # Else the order of the features would be another one in each process.
+        yield index, example.SerializeToString(deterministic=True)
+
+
+def _write_shard(encode: Callable[[Any], bytes], path: Path, arrays: Arrays) -> None:
+    """Write the shard of some items, whole or not at all; encode: a place to an image's bytes."""
+    adapter = file_adapters.ADAPTER_FOR_FORMAT[_FORMAT]
+    with tfds.core.utils.incomplete_file(tfds.core.Path(path)) as part:
+        adapter.write_examples(part, _records(encode, arrays))
 
 
 class StoredImages:
@@ -169,7 +178,7 @@ class StoredImages:
         records = self._records
         if records is None:
             with self._lock:
-                records = self._records = self._records or _records(self._folder)
+                records = self._records = self._records or _read_records(self._folder)
         try:
             return records[int(self._positions[index])]["image"]
         except IndexError:
@@ -188,7 +197,12 @@ def folder_of(data_dir: str | Path, name: str, fingerprint: str = "") -> Path:
     """Where a prepared graph lies; the fingerprint tells one state of its source from another."""
     config = f"{name}-{fingerprint[:12]}" if fingerprint else name
     root = user_path(data_dir).absolute() / config
-    return root / RelationGraphBuilder.name / str(RelationGraphBuilder.VERSION)
+    return root / DATASET / VERSION
+
+
+def unfinished_folder(data_dir: str | Path, name: str, fingerprint: str) -> Path:
+    """Where a source may keep what it has finished; gone when `load_or_prepare` is through."""
+    return folder_of(data_dir, name, fingerprint).parents[1] / "unfinished"
 
 
 def is_prepared(data_dir: str | Path, name: str, fingerprint: str = "") -> bool:
@@ -202,32 +216,50 @@ def prepare(
     *,
     name: str | None = None,
     fingerprint: str = "",
+    runner: Runner = HERE,
     **about: str,
 ) -> Path:
     """Writes a graph with its images (`graph.images.encoded`) and returns its folder.
 
-    Nothing is done where it is there already. `about`: description, license, citation, homepage.
+    Nothing is done where it is there already; another process that prepares the same is waited for.
+    `runner` says where the shards are made. `about`: description, license, citation, homepage.
 
     Raises:
       UserError: the graph is not valid, an image cannot be had, or the disk is full or read-only.
     """
     graph.validate()
-    folder = folder_of(data_dir, name or graph.name, fingerprint)
+    name = name or graph.name
+    with _locked(folder_of(data_dir, name, fingerprint), name):
+        return _prepare(data_dir, graph, name, fingerprint, runner, about)
+
+
+def _prepare(
+    data_dir: str | Path,
+    graph: RelationGraph,
+    name: str,
+    fingerprint: str,
+    runner: Runner,
+    about: dict[str, str],
+) -> Path:
+    folder = folder_of(data_dir, name, fingerprint)
     if folder.exists():
         return folder
+    work = folder.parent / f"incomplete.{_digest(graph)}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        _write(folder, graph, about)
+        if not fingerprint:  # the images may have changed, and nobody would know
+            shutil.rmtree(work, ignore_errors=True)
+        _remove_abandoned(folder.parent, work)
+        work.mkdir(parents=True, exist_ok=True)
+        _write(work, graph, runner, about)
+        os.replace(work, folder)
     except UserError:
         raise
-    except Exception as error:  # TFDS and the C++ writer wrap what went wrong
-        if folder.exists():  # another process was faster
-            return folder
+    except Exception as error:  # TFDS and the C++ writer raise many kinds
         _raise_disk_error(error, Path(data_dir))
         raise
-    with contextlib.suppress(UserError):
-        _read_graph(folder)  # leaves graph.npz beside the records
+    finally:
+        if not fingerprint:
+            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -249,57 +281,140 @@ def load_or_prepare(
     build: Callable[[], RelationGraph],
     *,
     fingerprint: str = "",
+    runner: Runner = HERE,
     log: Callable[[str], None] | None = None,
     **about: str,
 ) -> RelationGraph:
     """The prepared graph, made by `build` and stored the first time; one line says so to `log`.
 
-    While another process prepares the same, it waits and then loads that; `log` is told.
+    While another process prepares the same, it waits and then loads that; `log` is told. `runner`
+    says where the shards are made.
     """
     if is_prepared(data_dir, name, fingerprint):
         return load(data_dir, name, fingerprint=fingerprint)
     log = log or log_line
-    folder = folder_of(data_dir, name, fingerprint).parents[1]
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / ".lock", f"is preparing {name}", wait=True, log=log):
+    with _locked(folder_of(data_dir, name, fingerprint), name, log):
         if not is_prepared(data_dir, name, fingerprint):
             start = time.perf_counter()
-            graph = build()
-            folder = prepare(data_dir, graph, name=name, fingerprint=fingerprint, **about)
+            graph = build().validate()
+            folder = _prepare(data_dir, graph, name, fingerprint, runner, about)
+            shutil.rmtree(unfinished_folder(data_dir, name, fingerprint), ignore_errors=True)
             sizes = len(graph), len(graph.relations), len(graph.pairs)
             said = ", ".join(map(counted, sizes, ("items", "relations", "pairs")))
             log(f"Prepared {name}: {said} in {time.perf_counter() - start:.1f} s ({folder}).")
     return load(data_dir, name, fingerprint=fingerprint)
 
 
-def _write(folder: Path, graph: RelationGraph, about: dict) -> None:
-    builder = RelationGraphBuilder(
-        graph=graph,
-        about=about,
-        data_dir=str(folder.parents[1]),
-        file_format="array_record",
+@contextlib.contextmanager
+def _locked(folder: Path, name: str, log: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Keep other processes out of the preparation of a folder."""
+    root = folder.parents[1]
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with exclusive(root / ".lock", f"is preparing {name}", wait=True, log=log):
+        yield
+
+
+def _write(work: Path, graph: RelationGraph, runner: Runner, about: dict[str, str]) -> None:
+    """Write the whole data set into `work`; shards that are there stay."""
+    parts = ranges(len(graph))
+    counts = [stop - start for start, stop in parts]
+    shards = _shards(work, counts)
+    images = graph.images
+    encode = images.encode if isinstance(images, EncodedImages) else images.encoded
+    runner.run(
+        functools.partial(_write_shard, encode),
+        [
+            (path, functools.partial(_shard_arrays, graph, start, stop))
+            for path, (start, stop) in zip(shards, parts, strict=True)
+        ],
     )
-    bars = tfds.core.utils.tqdm_utils
-    shown = bars._active
-    try:
-        bars.display_progress_bar(False)
-        # TFDS prints; its download folder is not used, but it makes one.
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-            builder.download_and_prepare(download_dir=downloads)
-    except Exception:
-        if builder.failure is not None:
-            raise builder.failure from None
-        raise
-    finally:
-        bars.display_progress_bar(shown)
+    save_arrays(work / _GRAPH_FILE, _arrays(graph))
+    for name in _STRINGS:
+        StringColumn.of(getattr(graph, name)).save(work / f"{name}.strings")
+    _write_info(work, graph, counts, sum(path.stat().st_size for path in shards), about)
+    known = {path.name for path in shards}
+    for path in work.iterdir():  # what killed processes were writing
+        if _SPLIT in path.name and path.name not in known:
+            path.unlink()
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Deletes what preparations that were killed long ago have left."""
+def _write_info(
+    work: Path, graph: RelationGraph, counts: list[int], size: int, about: dict[str, str]
+) -> None:
+    """Write the JSON files by which TFDS reads the shards."""
+    metadata = {
+        "graph_name": graph.name,
+        "relations": list(graph.relations),
+        "relation_ids": list(graph.relation_ids),
+        "intra_relation": graph.intra_relation,
+        "label_names": list(graph.label_names),
+        "paraphrases": [list(sentences) for sentences in graph.paraphrases],
+        "held_out": graph.held_out,
+        "class_links": None if graph.class_links is None else graph.class_links.tolist(),
+    }
+    info = tfds.core.DatasetInfo(
+        builder=dataset_info.DatasetIdentity(
+            name=DATASET,
+            version=tfds.core.Version(VERSION),
+            data_dir=str(work),
+            module_name=__name__,
+        ),
+        description=about.get("description", "A relation graph."),
+        license=about.get("license"),
+        citation=about.get("citation"),
+        homepage=about.get("homepage"),
+        features=_features(),
+        metadata=tfds.core.MetadataDict(metadata),
+    )
+    info.set_file_format(_FORMAT)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=tfds.core.Path(work),
+        dataset_name=DATASET,
+        split=_SPLIT,
+        filetype_suffix=_FORMAT.file_suffix,
+    )
+    split = tfds.core.SplitInfo(
+        name=_SPLIT, shard_lengths=counts, num_bytes=size, filename_template=template
+    )
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(work)
+
+
+def _digest(graph: RelationGraph) -> str:
+    """A short digest of all that the records hold but the images."""
+    found = hashlib.sha256(f"{VERSION} {len(graph)}".encode())
+    for name, values in _arrays(graph).items():
+        found.update(f"{name} {values.dtype} {values.shape}".encode())
+        found.update(np.ascontiguousarray(values).data)
+    for text in itertools.chain(graph.ids, graph.texts):
+        found.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()[:16]
+
+
+def _arrays(graph: RelationGraph) -> dict[str, np.ndarray]:
+    """What `graph.npz` holds; the same as `_scan` reads from the records."""
+    n = len(graph)
+
+    def column(values: np.ndarray | None, dtype: type, shape: tuple[int, ...] = ()) -> np.ndarray:
+        return np.full((n, *shape), -1, dtype) if values is None else values.astype(dtype)
+
+    return {
+        "positions": np.arange(n),
+        "labels": column(graph.labels, np.int32),
+        "item_split": column(graph.item_split, np.int8),
+        "item_group": column(graph.item_group, np.int32),
+        "attributes": column(graph.attributes, np.int32, (0,)),
+        "pairs": graph.pairs.astype(np.int32),
+        "pair_split": graph.pair_split.astype(np.int8),
+    }
+
+
+def _remove_abandoned(parent: Path, work: Path) -> None:
+    """Deletes what other preparations that were killed long ago have left."""
     for left in parent.glob("incomplete.*"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+            if left != work and time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(left)
 
 
@@ -327,7 +442,7 @@ def _damaged(folder: Path, error: Exception | str) -> UserError:
     )
 
 
-def _records(folder: Path):
+def _read_records(folder: Path):
     """The records as TFDS's data source, images left encoded."""
     try:
         builder = tfds.builder_from_directory(str(folder))
@@ -387,7 +502,7 @@ def _read_graph(folder: Path) -> RelationGraph:
 
 
 def _shards(folder: Path, counts: list[int]) -> list[Path]:
-    stem = f"{RelationGraphBuilder.name}-{_SPLIT}.array_record"
+    stem = f"{DATASET}-{_SPLIT}.{_FORMAT.file_suffix}"
     return [folder / f"{stem}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
 
 
@@ -401,7 +516,7 @@ def _load_strings(folder: Path) -> dict[str, StringColumn]:
 
 def _scan(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, StringColumn]]:
     """The graph's arrays, ids and texts out of the records, which TFDS has shuffled."""
-    records = _records(folder)
+    records = _read_records(folder)
     n = len(records)
     # In the order of the records, as numbers and bytes: objects of each item would take gigabytes.
     numbers = {name: np.full(n, -1, np.int64) for name in ("index", "label", "split", "group")}

@@ -1,14 +1,28 @@
-"""Finished intermediate results of a long preparation, kept as `.npz` files and reused."""
+"""The stages of a long preparation: finished results that are kept, and where they are made.
 
+Results are files that are whole or not there; one that is there is not made again, so a preparation
+that was killed goes on where it was.
+"""
+
+import collections
 import contextlib
+import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
+import shlex
+import signal
+import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -203,3 +217,181 @@ def _write_rows(path: Path, blocks: _Blocks, log: Callable[[str], None] | None) 
                 progress.update(last)
     os.replace(part, path)
     done.unlink(missing_ok=True)
+
+
+# Parts of a preparation: ranges of items whose result is one file each. They run in this process,
+# in several, or as an Apache Beam pipeline; the result does not depend on where.
+
+
+#: The file of a part, and what gives the arrays that it is made from.
+Part = tuple[Path, Callable[[], Arrays]]
+_FEWEST, _MOST, _PARTS = 256, 16_384, 64
+
+
+def ranges(count: int) -> list[tuple[int, int]]:
+    """Start and stop of the ranges of `count` items, a function of that number alone.
+
+    About 64 of them, but each of 256 to 16,384 items (the last may have fewer).
+    """
+    size = min(max(-(-count // _PARTS), _FEWEST), _MOST)
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Where the parts of a preparation run.
+
+    workers: number of processes; 1: this one. beam: options of a Beam pipeline in one string, such
+    as `--runner=DirectRunner`; empty: no Beam.
+    """
+
+    workers: int = 1
+    beam: str = ""
+
+    @classmethod
+    def from_config(cls, data: Any) -> "Runner":
+        """The runner of `config.data`: `prepare_workers` and `beam`."""
+        return cls(data.get("prepare_workers", 1), data.get("beam", ""))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether parts run in other processes than this one."""
+        return self.workers > 1 or bool(self.beam)
+
+    def run(self, function: Callable[[Path, Arrays], None], parts: Iterable[Part]) -> None:
+        """Call `function(path, arrays())` for every part whose file is missing.
+
+        The function writes the file whole or not at all. What it raises is raised here, of several
+        failures the first in the order of the parts.
+
+        Raises:
+          UserError: the function cannot be sent to other processes, Beam is missing or its options
+            are wrong, a process was killed, or a file of a pipeline is not to be seen from here.
+        """
+        if self.elsewhere:
+            _check_sendable(function)
+        missing = [part for part in parts if not part[0].exists()]
+        if self.beam:
+            _run_pipeline(function, missing, self.beam)
+        elif self.workers > 1 and len(missing) > 1:
+            _run_processes(function, missing, self.workers)
+        else:
+            for path, arrays in missing:
+                function(path, arrays())
+
+
+#: Everything in this process.
+HERE = Runner()
+
+
+def _check_sendable(function: Callable) -> None:
+    try:
+        ForkingPickler.dumps(function)
+    except Exception as error:  # of many kinds
+        raise UserError(
+            f"The images of this source cannot be prepared by other processes ({error}); set "
+            "config.data.prepare_workers=1 and config.data.beam=''."
+        ) from error
+
+
+def _run_processes(
+    function: Callable[[Path, Arrays], None], parts: Sequence[Part], workers: int
+) -> None:
+    workers = min(workers, len(parts))
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    waiting: collections.deque[Future] = collections.deque()
+    try:
+        for path, arrays in parts:
+            waiting.append(pool.submit(function, path, arrays()))
+            if len(waiting) > 2 * workers:  # the arrays of all would take much memory
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process of the preparation was killed, perhaps for lack of memory; start the same "
+            "command again, which goes on from what is there, with a lower "
+            "config.data.prepare_workers."
+        ) from error
+    except BaseException:  # a part may take minutes: do not wait for those that run
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole group; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent was killed; it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# Beam: arrays go through files, as the graph of a job has to be small.
+
+
+def _run_pipeline(
+    function: Callable[[Path, Arrays], None], parts: Sequence[Part], options: str
+) -> None:
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError(
+            'config.data.beam needs Apache Beam: pip install "rcml_jax[beam]"'
+        ) from error
+    try:
+        pipeline = beam.Pipeline(options=PipelineOptions(shlex.split(options)))
+    except (ValueError, ImportError, SystemExit) as error:  # argparse exits
+        raise UserError(f"config.data.beam={options!r} is refused by Beam ({error})") from error
+    for path, arrays in parts:
+        _beside(path, "error").unlink(missing_ok=True)
+        save_arrays(_beside(path, "npz"), arrays())
+    if parts:
+        with pipeline:
+            _ = (
+                pipeline
+                | "Ranges" >> beam.Create([str(path) for path, _ in parts])
+                | "Spread" >> beam.Reshuffle()
+                | "Write" >> beam.Map(functools.partial(_run_task, function))
+            )
+    for path, _ in parts:
+        if (told := _beside(path, "error")).is_file():
+            raise UserError(told.read_text("utf-8"))
+        if not path.exists():
+            raise UserError(
+                f"The Beam pipeline has ended, but {path} is not there; data.dir must be storage "
+                "that this machine and every worker see under one path."
+            )
+        _beside(path, "npz").unlink(missing_ok=True)
+
+
+def _run_task(function: Callable[[Path, Arrays], None], file: str) -> None:
+    """Run one part with the arrays beside its file; the sentence of a UserError is written there.
+
+    Raises OSError where the arrays are not to be seen.
+    """
+    path = Path(file)
+    if path.exists():  # Beam starts a bundle of tasks anew when one of them fails
+        return
+    arrays = load_arrays(_beside(path, "npz"))
+    if arrays is None:
+        raise OSError(f"{_beside(path, 'npz')} is not there, or is damaged")
+    try:
+        function(path, arrays)
+    except UserError as error:
+        with files.atomic_file(_beside(path, "error"), shared=True) as out:
+            out.write(str(error).encode())
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}")

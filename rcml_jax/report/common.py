@@ -149,7 +149,14 @@ def what(name: str, family: str) -> str:
 
 _FREE = (
     *("seed", "seeds", "platform", "devices", "tensorboard"),
-    *("data.dir", "data.threads", "data.workers", "data.pixels"),
+    *(
+        "data.dir",
+        "data.threads",
+        "data.workers",
+        "data.pixels",
+        "data.prepare_workers",
+        "data.beam",
+    ),
 )
 
 

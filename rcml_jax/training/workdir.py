@@ -24,6 +24,8 @@ _FREE = {
     "data.threads",
     "data.workers",
     "data.pixels",
+    "data.prepare_workers",
+    "data.beam",
     "log_every",
     "checkpoint_every",
     "tensorboard",

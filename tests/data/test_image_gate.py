@@ -170,7 +170,7 @@ def test_whatever_a_decoder_raises_is_a_decode_error(monkeypatch, error):
         raise error("inside the decoder")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    (problem,) = images.decode_problems([lambda: encoded_before])
+    (problem,) = images.decode_problems([encoded_before], bytes)
     assert "inside the decoder" in problem
     with pytest.raises(images.ImageError):
         images.open_rgb(encoded_before)

@@ -31,6 +31,7 @@ import numpy as np
 from rcml_jax.data import images, prepared
 from rcml_jax.data.containers import ImageReader
 from rcml_jax.data.relation_graph import INTRA_RELATION, SPLITS, RelationGraph, normalize_pairs
+from rcml_jax.data.stages import HERE, Runner
 from rcml_jax.data.tables import Table, optional, required, rows_of, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.files import write_whole
@@ -64,10 +65,13 @@ class _Item:
 
 
 def from_config(data: Any, cache: Path) -> RelationGraph:
-    """The graph of `config.data`: `path` and `strict`. Raises UserError without a path."""
+    """The graph of `config.data`: `path`, `strict` and the runner of the preparation.
+
+    Raises UserError without a path.
+    """
     if not data.path:
         raise UserError("the folder source needs a path: --config rcml:folder,path=DIRECTORY")
-    return load(data.path, cache, strict=data.strict)
+    return load(data.path, cache, strict=data.strict, runner=Runner.from_config(data))
 
 
 def load(
@@ -77,6 +81,7 @@ def load(
     strict: bool = False,
     max_image_size: int | None = 512,
     intra_relation: str = INTRA_RELATION,
+    runner: Runner = HERE,
     log: Callable[[str], None] | None = None,
 ) -> RelationGraph:
     """The folder's graph; prepared into `cache_dir` (default `<folder>/.prepared`) if it is new.
@@ -84,7 +89,7 @@ def load(
     A change of a table, of an image's size or time, or of an argument here makes it anew, in a
     folder beside the older ones (which may be deleted). Images are stored with a longer side of
     `max_image_size` at most. An image that cannot be decoded is left out with its pairs, and a
-    warning is logged; with `strict` it is an error.
+    warning is logged; with `strict` it is an error. `runner` says where images are decoded.
 
     Raises:
       UserError: anything else that is wrong in a table, with file, line and reason.
@@ -101,6 +106,8 @@ def load(
             strict=strict,
             max_image_size=max_image_size,
             intra_relation=intra_relation,
+            kept=prepared.unfinished_folder(cache, name, fingerprint),
+            runner=runner,
             log=log,
         )
         lost = len(skipped.items)
@@ -114,6 +121,7 @@ def load(
         name,
         build,
         fingerprint=fingerprint,
+        runner=runner,
         log=log,
         description=f"The items, relations and pairs of the folder {folder.resolve().name}.",
     )
@@ -135,9 +143,13 @@ def read(
     strict: bool = False,
     max_image_size: int | None = 512,
     intra_relation: str = INTRA_RELATION,
+    kept: Path | None = None,
+    runner: Runner = HERE,
     log: Callable[[str], None] | None = None,
 ) -> tuple[RelationGraph, Skipped]:
-    """The folder's graph straight from its files, every row and image checked, nothing cached.
+    """The folder's graph straight from its files, every row and image checked.
+
+    kept, runner: as of `images.decode_problems`; without the folder nothing is cached.
 
     Raises:
       UserError: as `load`.
@@ -150,7 +162,7 @@ def read(
     _check_sentences(relations, strict, log)
     pairs, pair_split = _read_pairs(folder, items, relations, gate)
     gate.report(log)
-    good = _check_images(items, reader, strict)
+    good = _check_images(items, reader, strict, kept, runner)
     if not good.any():
         raise UserError(f"No image of {folder} can be decoded; check the image files.")
     kept_items = [item for item, ok in zip(items, good, strict=True) if ok]
@@ -174,7 +186,8 @@ def read(
         pairs=pairs,
         pair_split=pair_split,
         images=images.EncodedImages(
-            len(kept_items), lambda index: _stored(kept_items[index], reader, max_image_size)
+            [(item.image, item.where) for item in kept_items],
+            functools.partial(_stored, reader, max_image_size),
         ),
     )
     lost = tuple(item.id for item, ok in zip(items, good, strict=True) if not ok)
@@ -295,9 +308,12 @@ def _known(row: dict, column: str, where: str, numbers: dict[str, int], kind: st
     return numbers[key]
 
 
-def _check_images(items: list[_Item], reader: ImageReader, strict: bool) -> np.ndarray:
+def _check_images(
+    items: list[_Item], reader: ImageReader, strict: bool, kept: Path | None, runner: Runner
+) -> np.ndarray:
     """Whether each item's image can be decoded (N,) bool; with `strict` all can, or UserError."""
-    problems = images.decode_problems([functools.partial(reader, item.image) for item in items])
+    names = [item.image for item in items]
+    problems = images.decode_problems(names, reader, kept=kept, runner=runner)
     for item, text in zip(items, problems, strict=True):
         if text and strict:
             raise UserError(
@@ -307,13 +323,14 @@ def _check_images(items: list[_Item], reader: ImageReader, strict: bool) -> np.n
     return np.array([not text for text in problems])
 
 
-def _stored(item: _Item, reader: ImageReader, max_image_size: int | None) -> bytes:
+def _stored(reader: ImageReader, max_image_size: int | None, place: tuple[str, str]) -> bytes:
+    """The image to store; place: its name, and the file and line of its item."""
+    name, where = place
     try:
-        return images.storable(reader(item.image), max_image_size)
+        return images.storable(reader(name), max_image_size)
     except images.DECODE_ERRORS as error:
         raise UserError(
-            f"{item.where}: the image {reader.root / item.image} cannot be read ({error}); replace "
-            "it."
+            f"{where}: the image {reader.root / name} cannot be read ({error}); replace it."
         ) from error
 
 

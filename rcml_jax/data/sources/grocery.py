@@ -15,7 +15,6 @@ product have the same text. The official lists are the splits of the items. The 
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -31,6 +30,7 @@ import numpy as np
 
 from rcml_jax.data import images, prepared
 from rcml_jax.data.relation_graph import SPLITS, RelationGraph, normalize_pairs
+from rcml_jax.data.stages import HERE
 from rcml_jax.errors import UserError
 from rcml_jax.parsing import CsvRows, TextGate, text_lines, user_path
 
@@ -307,6 +307,7 @@ def load(
             NAME,
             lambda: read(root, strict=strict),
             fingerprint=fingerprint,
+            runner=HERE,  # a .zip file stays open
             log=log,
             **_ABOUT,
         )
@@ -471,7 +472,7 @@ def _read_lists(root: Root, classes: dict[int, _Class]) -> list[_Photograph]:
 def _decodable(root: Root, listed: list[_Photograph], strict: bool) -> list[_Photograph]:
     """The photographs that can be decoded; with `strict` all can, or UserError."""
     problems = images.decode_problems(
-        [functools.partial(_bytes, root, p.path, p.where) for p in listed]
+        [(p.path, p.where) for p in listed], lambda place: _bytes(root, *place)
     )
     for photograph, text in zip(listed, problems, strict=True):
         if text and strict:

@@ -39,7 +39,7 @@ from rcml_jax.data.sources.copurchases import (
     merge_kinds,
     within_item_cap,
 )
-from rcml_jax.data.stages import digest, file_state
+from rcml_jax.data.stages import HERE, Runner, digest, file_state
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import NO_TEXT, CsvRows, read_file, user_path
@@ -400,7 +400,7 @@ def from_config(data: Any, cache: Path) -> RelationGraph:
         )
     names = ("strict", "clusters", "min_purchases", "pairs_per_user", "pairs_per_item")
     options = {name: data[name] for name in (*names, "pairs_per_respect")}
-    return load(cache, data.path, **options)
+    return load(cache, data.path, runner=Runner.from_config(data), **options)
 
 
 def load(
@@ -414,6 +414,7 @@ def load(
     pairs_per_item: int = PAIRS_PER_ITEM,
     pairs_per_respect: int = PAIRS_PER_RESPECT,
     seed: int = 0,
+    runner: Runner = HERE,
     log: Log | None = None,
 ) -> RelationGraph:
     """The graph of a folder in the published layout; prepared in `cache` the first time, then read.
@@ -423,7 +424,7 @@ def load(
     pairs, drawn at random, to their kind and as many to the same day. An article keeps at most
     `pairs_per_item` pairs of each of these two (those of the most customers first) and of other
     colours. At most `pairs_per_respect` pairs of a respect are drawn. `seed` draws and starts
-    k-means.
+    k-means. `runner` says where photographs are decoded.
 
     Left out, counted, and reported to `log`: malformed rows, repeated articles, articles without a
     photograph or with a damaged one, and transactions of unknown articles. With `strict` the first
@@ -444,11 +445,20 @@ def load(
     photographs = find_photographs(root)
     versions = sorted((key, photo.size, photo.time) for key, photo in photographs.items())
     state = [[file_state(articles), file_state(bought)], versions]
+    fingerprint = digest([RECIPE, _LARGEST_SIDE, options, state])
+
+    whole = functools.partial(
+        images.decode_problems,
+        read=read_file,
+        kept=prepared.unfinished_folder(user_path(cache), NAME, fingerprint),
+        runner=runner,
+    )
     return prepared.load_or_prepare(
         user_path(cache),
         NAME,
-        lambda: _build(articles, bought, photographs, options, log or log_line),
-        fingerprint=digest([RECIPE, _LARGEST_SIDE, options, state]),
+        lambda: _build(articles, bought, photographs, options, whole, log or log_line),
+        fingerprint=fingerprint,
+        runner=runner,
         log=log,
         description=(
             "Articles of H&M's competition with their photographs. Relations: "
@@ -475,11 +485,14 @@ def _build(
     transactions_file: Path,
     photographs: dict[str, Photograph],
     options: _Options,
+    decode_problems: Callable[[list[str]], list[str]],
     log: Log,
 ) -> RelationGraph:
     counts: Counter[str] = Counter()
     articles = read_articles(articles_file, tuple(RESPECTS), counts, strict=options.strict)
-    paths = _photograph_paths(articles, photographs, counts, options.strict)
+    found = [photographs.get(article.id) for article in articles]
+    whole = decode_problems([str(p.path) for p in found if p])
+    paths = _photograph_paths(articles, found, whole, counts, options.strict)
     log(f"Reading {transactions_file} ({transactions_file.stat().st_size / 1e6:,.1f} MB)")
     bought = read_transactions(transactions_file, articles, counts, strict=options.strict)
     chosen = np.flatnonzero([path is not None for path in paths])
@@ -506,14 +519,20 @@ def _build(
 
 
 def _photograph_paths(
-    articles: list[Article], photographs: dict[str, Photograph], counts: Counter, strict: bool
+    articles: list[Article],
+    found: list[Photograph | None],
+    problems: list[str],
+    counts: Counter,
+    strict: bool,
 ) -> list[Path | None]:
-    """Each article's photograph, None where there is none or it cannot be decoded."""
-    found = [photographs.get(article.id) for article in articles]
-    whole = iter(images.decode_problems([functools.partial(read_file, p.path) for p in found if p]))
+    """Each article's photograph, None where there is none or it cannot be decoded.
+
+    problems: what is wrong with each photograph that was found.
+    """
+    known = iter(problems)
     paths: list[Path | None] = []
     for article, photograph in zip(articles, found, strict=True):
-        problem = next(whole) if photograph else "there is no such file"
+        problem = next(known) if photograph else "there is no such file"
         name = photograph.path if photograph else f"images/{article.id[:3]}/{article.id}.jpg"
         if problem and strict:
             raise UserError(
@@ -566,7 +585,7 @@ def _graph(
         relations=tuple(sentences[r] for r in used),
         pairs=pairs,
         pair_split=pair_split,
-        images=images.EncodedImages(len(items), lambda index: _encoded(paths[index])),
+        images=images.EncodedImages([str(path) for path in paths], _encoded),
         item_group=product.astype(np.int32),
         attributes=attributes[:, used],
     )
@@ -659,7 +678,7 @@ def agreeing_pairs(values: np.ndarray, most: int, rng: np.random.Generator) -> n
     return np.stack(np.divmod(found[:most], len(values)), axis=1).astype(np.int32)
 
 
-def _encoded(path: Path) -> bytes:
+def _encoded(path: str) -> bytes:
     try:
         return images.storable(read_file(path), _LARGEST_SIDE)
     except images.DECODE_ERRORS as error:

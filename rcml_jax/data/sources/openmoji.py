@@ -25,6 +25,7 @@ from rcml_jax.data import prepared
 from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.images import EncodedImages, open_rgb
 from rcml_jax.data.relation_graph import RelationGraph, split_graph
+from rcml_jax.data.stages import HERE
 from rcml_jax.errors import UserError
 from rcml_jax.parsing import text_lines
 
@@ -369,7 +370,7 @@ def load(data_dir: str | Path, *, log: Callable[[str], None] | None = None) -> R
       UserError: a package or Pillow's Raqm is missing, or the folder cannot be written.
     """
     return prepared.load_or_prepare(
-        data_dir, NAME, build, fingerprint=_fingerprint(), log=log, **_ABOUT
+        data_dir, NAME, build, fingerprint=_fingerprint(), runner=HERE, log=log, **_ABOUT
     )
 
 
