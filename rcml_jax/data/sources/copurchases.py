@@ -49,7 +49,7 @@ def distinct_purchases(
     """
     user_ids, user = _sorted_ids(users)
     item_ids, item = _sorted_ids(items)
-    # One number for both: sorting these in place takes a tenth of the time of a lexsort.
+    # One number for both, sorted in place: half the time and memory of a lexsort of the ids.
     key = user.astype(np.int64)
     del user
     key *= len(item_ids)
