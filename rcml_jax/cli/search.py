@@ -259,7 +259,7 @@ def _search_table(
 
 
 def _workdir(
-    args: argparse.Namespace, store: Embeddings | LanceTable, needed: bool
+    args: argparse.Namespace, store: Store, needed: bool
 ) -> pathlib.Path:
     """The model's work directory; one on object storage is fetched where it is needed."""
     given = args.workdir or store.model["workdir"]

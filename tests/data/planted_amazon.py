@@ -23,6 +23,10 @@ What is planted:
   is what clustering can recover: it sees categories only.
 - NOISE of the purchases are of any item whatever. There are a fifth as many casual buyers, of one
   to three items, who belong to no group and drop out of the 5-core.
+
+With `--reviews` it is a corpus of any size instead, without images, written as a stream: the same
+items and groups, but reviews per user and per item follow power laws, and lines are as long as real
+ones (`write_large`). The size of Electronics: `--reviews 44000000 --users 18300000 --items 1600000`
 """
 
 import argparse
@@ -174,6 +178,121 @@ def _traits(items: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return traits | {"size": rng.integers(len(SIZES), size=items)}
 
 
+# ---------------------------------------------------------------- the files of any size
+
+# The number of reviews of the user (item) of rank x is proportional to x ** -exponent.
+USER_EXPONENT, ITEM_EXPONENT = 0.6, 0.7
+_DRAWN = 500_000  # reviews at a time
+_POOL = 20_000  # distinct texts of reviews: more than a compressor remembers
+
+
+def write_large(directory: Path, *, reviews: int, users: int, items: int, seed: int = 0) -> Path:
+    """Write both files, gzipped, of a corpus of any size; returns the directory.
+
+    A review takes 640 bytes on average, 380 of them the text, and 204 when compressed; an item's
+    record 2,000. One review in 16 has the address of an image. The memory is that of `items` and of
+    one part of the reviews.
+
+    Raises:
+      ValueError: fewer than 100 items.
+    """
+    if items < 100:
+        raise ValueError(f"items={items} must be at least 100")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "README.txt").write_text(f"{NOTICE}\n\n{__doc__}")
+    rng = np.random.default_rng(seed)
+    nobody = np.zeros(0, np.int64)
+    planted = Planted(_traits(items, rng), nobody, nobody, nobody)
+    bodies = [_review_body(rng) for _ in range(_POOL)]
+    with gzip.open(directory / f"{DOMAIN}.jsonl.gz", "wb", 1) as file:
+        for first in range(0, reviews, _DRAWN):
+            count = min(_DRAWN, reviews - first)
+            user, item = draw_large(count, users, items, rng)
+            file.write(_review_block(bodies, user, item, first, rng))
+    texts = [_words(rng, 1000) for _ in range(2000)]
+    chosen = rng.integers(len(texts), size=items)
+    with gzip.open(directory / f"meta_{DOMAIN}.jsonl.gz", "wb", 1) as file:
+        lines = item_records(planted, "https://images.invalid/{}.png".format)
+        for record, text in zip(lines, chosen.tolist(), strict=True):
+            record["features"] = [texts[text]]
+            file.write(f"{json.dumps(record)}\n".encode())
+    return directory
+
+
+def draw_large(
+    count: int, users: int, items: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Users and items (count,) of so many reviews; user u is of group u % GROUPS."""
+    user = _ranks(count, users, USER_EXPONENT, rng)
+    group = user % GROUPS
+    cumulated = np.cumsum([group_shares(g) for g in range(GROUPS)], axis=1)
+    category = (rng.random(count)[:, None] > cumulated[group, :-1]).sum(axis=1)
+    row = _ranks(count, items // (len(CATEGORIES) * LIKED), ITEM_EXPONENT, rng)
+    # The one of five items in a row that has the group's colour or pattern; see `_traits`.
+    place = np.where(group < LIKED, group, (group - LIKED - row) % LIKED)
+    item = category + len(CATEGORIES) * (LIKED * row + place)
+    noise = rng.random(count) < NOISE
+    item[noise] = rng.integers(items, size=int(noise.sum()))
+    return user, item
+
+
+def _ranks(count: int, n: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
+    """Ranks (count,) below n, drawn with density proportional to rank ** -exponent."""
+    return (n * rng.random(count) ** (1 / (1 - exponent))).astype(np.int64)
+
+
+def _review_body(rng: np.random.Generator) -> bytes:
+    """The fields of a review that come before the ids."""
+    image = {"small_image_url": f"https://images.invalid/{rng.integers(10**9)}.jpg"}
+    record = {
+        "rating": float(rng.integers(1, 6)),
+        "title": _words(rng, 25),
+        "text": _words(rng, int(rng.lognormal(5.3, 0.9))),
+        "images": [image] if rng.random() < 1 / 16 else [],
+    }
+    return json.dumps(record)[:-1].encode()
+
+
+def _words(rng: np.random.Generator, length: int) -> str:
+    """Made-up words, the common ones most often, of about `length` characters together."""
+    ranks = _ranks(length // 5 + 1, 4000, 0.75, rng)
+    return " ".join(_WORDS[rank] for rank in ranks.tolist())
+
+
+_SYLLABLES = "bacodifegulameniporasetuvewixozake"
+
+
+def _word(number: int) -> str:
+    count = 1 + (number > 15) + number % 3
+    places = (number // 16**k + 5 * k for k in range(count))
+    return "".join(_SYLLABLES[2 * (place % 16) :][:2] for place in places)
+
+
+_WORDS = [_word(number) for number in range(4000)]
+
+
+def _review_block(
+    bodies: list[bytes], user: np.ndarray, item: np.ndarray, first: int, rng: np.random.Generator
+) -> bytes:
+    """Reviews as lines; ids look random, as real ones do, so that they compress as badly."""
+    columns = [
+        rng.integers(len(bodies), size=len(user)),
+        item,
+        item,
+        user,
+        (user.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(4),
+        1_600_000_000_000 + first + np.arange(len(user)),
+        _ranks(len(user), 10, 0.9, rng),
+    ]
+    line = (
+        b'%b, "asin": "V%09d", "parent_asin": "P%09d", "user_id": "M%012X%015X", '
+        b'"timestamp": %d, "helpful_vote": %d, "verified_purchase": true}\n'
+    )
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return b"".join([line % (bodies[body], *rest) for body, *rest in rows])
+
+
 # ---------------------------------------------------------------- the files
 
 
@@ -233,8 +352,14 @@ def review_lines(planted: Planted, view: str = "raw") -> Iterator[str]:
 
 def item_lines(planted: Planted, view: str, url: Url) -> Iterator[str]:
     """Item records as in the raw files or as Hugging Face shows them."""
+    for record in item_records(planted, url):
+        yield json.dumps(record if view == "raw" else _hugging_face(record))
+
+
+def item_records(planted: Planted, url: Url) -> Iterator[dict]:
+    """Item records as in the raw files."""
     for i, key in enumerate(planted.item_ids):
-        record = {
+        yield {
             "main_category": "Made up",
             "title": planted.title(i),
             "average_rating": 5.0,
@@ -250,7 +375,6 @@ def item_lines(planted: Planted, view: str, url: Url) -> Iterator[str]:
             "parent_asin": key,
             "bought_together": None,
         }
-        yield json.dumps(record if view == "raw" else _hugging_face(record))
 
 
 def _image(address: str, variant: str) -> dict:
@@ -341,9 +465,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--items", type=int, default=5_000)
+    parser.add_argument("--reviews", type=int, help="any number, without images; see above")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    planted = plant(options.users, options.items, seed=options.seed)
+    sizes = {name: getattr(options, name) for name in ("users", "items", "seed")}
+    if options.reviews is not None:
+        write_large(options.directory, reviews=options.reviews, **sizes)
+        print(f"{options.directory}: {options.reviews:,} made-up reviews. {NOTICE}")
+        return
+    planted = plant(**sizes)
     write(planted, options.directory)
     print(
         f"{options.directory}: {options.users:,} made-up users in {GROUPS} groups, "

@@ -1,5 +1,8 @@
 """Records of Amazon Reviews 2023: JSON lines, plain or gzipped, read one by one.
 
+Lines are parsed by orjson where it is installed (extra `amazon`). What it refuses, the parser of
+the standard library judges, so that the same lines are malformed with and without it.
+
 Two views of the same records are in circulation, the raw files and the Hugging Face data set; both
 are read. Reviews name an item by `asin` (one variant, say a size) and by `parent_asin`; the latter
 is the item's id here.
@@ -7,14 +10,15 @@ is the item's id here.
 
 import functools
 import gzip
-import hashlib
 import html
 import io
+import itertools
 import re
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,22 +29,16 @@ from rcml_jax.data.stages import Arrays, pack
 from rcml_jax.errors import UserError
 from rcml_jax.parsing import NO_TEXT, TextGate, read_json, replaced
 
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
 # A longer line is no record: without a limit, a foreign file could fill the memory.
 LONGEST_LINE = 16 * 2**20
 _BUFFER = 2**20
 _WIDTH = re.compile("[1-9][0-9]{1,4}w")
-_TIME_NAMES = ("timestamp", "sort_timestamp", "sortTimestamp")
-_VOTE_NAMES = ("helpful_vote", "helpful_votes")
-
-
-class Review(NamedTuple):
-    """Who bought what; `timestamp` in milliseconds; a number that is not there is None."""
-
-    user: str
-    item: str
-    rating: float | None
-    timestamp: int | None
-    helpful_votes: int | None
+_BATCH = 2**12  # reviews whose ids are hashed together
 
 
 class Item(NamedTuple):
@@ -75,7 +73,7 @@ def records(path: Path, counts: Counter, *, strict: bool = False) -> Iterator[tu
             while line := file.readline(LONGEST_LINE):
                 number += 1
                 try:
-                    record = read_json(line)
+                    record = parse_line(line)
                     if not isinstance(record, dict):
                         raise ValueError("no JSON object")
                 except ValueError as error:
@@ -107,19 +105,25 @@ def malformed(path: Path, number: int, problem: str, counts: Counter, strict: bo
     counts["malformed"] += 1
 
 
-def parse_review(record: dict[str, Any]) -> Review | None:
-    """A review from either view and spelling; None if it does not tell the user or the item."""
+def parse_line(line: bytes) -> Any:
+    """The value of a line of JSON, as `read_json`; numbers of 20 digits or more may be floats.
+
+    Raises ValueError where it is malformed.
+    """
+    if orjson is not None:
+        try:
+            return orjson.loads(line)
+        except ValueError:
+            # Half of a surrogate pair, a byte order mark, UTF-16 and the like may still be read.
+            pass
+    return read_json(line)
+
+
+def review_ids(record: dict[str, Any]) -> tuple[str, str] | None:
+    """User and item of a review of either view; None if it does not tell one of them."""
     user: Any = record.get("user_id")
     item: Any = record.get("parent_asin")
-    if not (_is_id(user) and _is_id(item)):
-        return None
-    return Review(
-        user,
-        item,
-        _number(record.get("rating"), float),
-        _number(_first(record, _TIME_NAMES), int),
-        _number(_first(record, _VOTE_NAMES), int),
-    )
+    return (user, item) if _is_id(user) and _is_id(item) else None
 
 
 def parse_item(record: dict, check: Callable[[str], str] = replaced) -> Item | None:
@@ -186,8 +190,13 @@ def identity(key: str) -> int:
 
     Among 20 million ids, any two agree with a probability of about 1e-5.
     """
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def identities(keys: Sequence[str]) -> np.ndarray:
+    """The `identity` of each of n ids, (n,) uint64."""
+    digests = [blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64, copy=False)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -197,7 +206,10 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and value == _clean(value)
+    if not isinstance(value, str):
+        return False
+    # The first is what nearly all are, and quickly seen.
+    return (value.isascii() and value.isalnum()) or (value != "" and value == _clean(value))
 
 
 def _clean(value: Any) -> str:
@@ -212,10 +224,6 @@ def _text(value: Any, check: Callable[[str], str]) -> str:
     while (plain := html.unescape(value)) != value:  # "&amp;quot;" was escaped twice
         value = plain
     return " ".join(check(value).split())
-
-
-def _first(record: dict, names: tuple[str, ...]) -> Any:
-    return next((record[name] for name in names if record.get(name) is not None), None)
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -255,15 +263,13 @@ def read_purchases(path: Path, *, strict: bool = False) -> Arrays:
     """
     problems: Counter[str] = Counter()
     users, items = array("Q"), array("Q")
-    for number, record in records(path, problems, strict=strict):
-        review = parse_review(record)
-        if review is None:
-            malformed(path, number, "no user_id or parent_asin", problems, strict)
-            continue
-        users.append(identity(review.user))
-        items.append(identity(review.item))
-    hashes = np.frombuffer(users, np.uint64), np.frombuffer(items, np.uint64)
-    purchases, left_out = distinct_purchases(*hashes)
+    rows = _review_ids(path, problems, strict)
+    while batch := list(itertools.islice(rows, _BATCH)):
+        for hashes, keys in zip((users, items), zip(*batch, strict=True), strict=True):
+            hashes.frombytes(identities(keys).tobytes())
+    purchases, left_out = distinct_purchases(
+        np.frombuffer(users, np.uint64), np.frombuffer(items, np.uint64)
+    )
     core = k_core(purchases)
     if not len(core.user):
         raise UserError(
@@ -283,6 +289,16 @@ def read_purchases(path: Path, *, strict: bool = False) -> Arrays:
         "item": core.item,
         "counts": pack(counts),
     }
+
+
+def _review_ids(path: Path, problems: Counter, strict: bool) -> Iterator[tuple[str, str]]:
+    """User and item of each review that tells both."""
+    for number, record in records(path, problems, strict=strict):
+        ids = review_ids(record)
+        if ids is None:
+            malformed(path, number, "no user_id or parent_asin", problems, strict)
+        else:
+            yield ids
 
 
 def read_items(

@@ -47,21 +47,29 @@ def distinct_purchases(
     Users with fewer than `core` purchases, which no `core`-core can hold, are gone already. The
     counts: "repeated" (purchases of an item that the user had), "single" (users with one purchase).
     """
-    order = np.lexsort((items, users))
-    users, items = users[order], items[order]
-    del order
-    new_user = _changes(users)
-    new = new_user | _changes(items)
-    repeated = len(new) - int(new.sum())
-    users, items, new_user = users[new], items[new], new_user[new]
-    del new
-    bought = np.diff(np.append(np.flatnonzero(new_user), len(users)))
-    counts = {"repeated": repeated, "single": int(np.sum(bought == 1))}
-    keep = np.repeat(bought >= core, bought)
-    users, items, new_user = users[keep], items[keep], new_user[keep]
-    item_ids, item = np.unique(items, return_inverse=True)
-    user = (np.cumsum(new_user, dtype=np.int32) - 1).astype(np.int32)
-    return Purchases(users[new_user], item_ids, user, item.astype(np.int32)), counts
+    user_ids, user = _sorted_ids(users)
+    item_ids, item = _sorted_ids(items)
+    # One number for both, sorted in place: half the time and memory of a lexsort of the ids.
+    key = user.astype(np.int64)
+    del user
+    key *= len(item_ids)
+    key += item
+    del item
+    key.sort()
+    key = key[_changes(key)]
+    user = (key // max(len(item_ids), 1)).astype(np.int32)
+    bought = np.bincount(user, minlength=len(user_ids))
+    counts = {"repeated": len(users) - len(key), "single": int(np.sum(bought == 1))}
+    keep_user = bought >= core
+    keep = keep_user[user]
+    user = _renumber(keep_user)[user[keep]]
+    item = (key[keep] % max(len(item_ids), 1)).astype(np.int32)
+    del key
+    keep_item = np.bincount(item, minlength=len(item_ids)) > 0
+    return (
+        Purchases(user_ids[keep_user], item_ids[keep_item], user, _renumber(keep_item)[item]),
+        counts,
+    )
 
 
 def k_core(purchases: Purchases, core: int = CORE) -> Purchases:
@@ -303,13 +311,26 @@ def within_item_cap(ends: np.ndarray, items: int, cap: int) -> np.ndarray:
     return keep
 
 
+def _sorted_ids(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values, sorted, and the index (M,) int32 of each value in these."""
+    order = np.argsort(values)
+    ordered = values[order]
+    new = _changes(ordered)
+    index = np.empty(len(values), np.int32)
+    index[order] = _renumber(new)
+    return ordered[new], index
+
+
 def _changes(values: np.ndarray) -> np.ndarray:
     """Where a value differs from the one before it; true at the first."""
     return np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
 
 
 def _renumber(keep: np.ndarray) -> np.ndarray:
-    return (np.cumsum(keep, dtype=np.int32) - 1).astype(np.int32)
+    """The number of each kept one among the kept, int32."""
+    number = np.cumsum(keep, dtype=np.int32)
+    number -= 1
+    return number
 
 
 def _distinct_rows(table: scipy.sparse.csr_array, enough: int) -> int:

@@ -289,3 +289,27 @@ def test_the_command_writes_what_load_reads(tmp_path, capsys):
     assert "made-up users in 10 groups" in capsys.readouterr().out
     assert "MADE-UP" in (tmp_path / "made" / "README.txt").read_text()
     assert len(load(tmp_path / "cache", tmp_path / "made")) == 100
+
+
+def test_the_command_writes_a_corpus_of_any_size(tmp_path, capsys):
+    planted_amazon.main([str(tmp_path), "--reviews", "3000", "--users", "300", "--items", "400"])
+    assert "3,000 made-up reviews" in capsys.readouterr().out
+    core = amazon_records.read_purchases(tmp_path / f"{DOMAIN}.jsonl.gz", strict=True)
+    items = amazon_records.read_items(
+        tmp_path / f"meta_{DOMAIN}.jsonl.gz", core["items"], strict=True
+    )
+    assert stages.unpack(core["counts"])["reviews"] == 3000
+    assert list(map(identity, stages.unpack(items["ids"]))) == core["items"].tolist()
+    assert stages.unpack(items["categories"]) == sorted(CATEGORIES)
+
+
+def test_drawn_reviews_follow_groups_and_power_laws():
+    planted = planted_amazon.plant(10, 400)
+    user, item = planted_amazon.draw_large(20_000, 300, 400, np.random.default_rng(0))
+    for group in range(planted_amazon.GROUPS):
+        mine = item[user % planted_amazon.GROUPS == group]
+        assert np.mean(planted.likes(group)[mine]) > 0.95
+        share = np.bincount(planted.traits["category"][mine], minlength=len(CATEGORIES)) / len(mine)
+        np.testing.assert_allclose(share, planted_amazon.group_shares(group), atol=0.06)
+    # Of a density of x ** -0.6 a hundredth of the ranks has 0.01 ** 0.4 of the mass.
+    assert np.mean(user < 3) == pytest.approx(0.01**0.4, abs=0.02)

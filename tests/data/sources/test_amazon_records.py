@@ -1,6 +1,7 @@
 """Amazon's records: both views and spellings, malformed lines, cut and damaged files, memory."""
 
 import gzip
+import hashlib
 import json
 import tracemalloc
 from collections import Counter
@@ -13,11 +14,13 @@ from rcml_jax.data.sources.amazon_records import (
     identity,
     main_image,
     parse_item,
-    parse_review,
     records,
+    review_ids,
 )
+from rcml_jax.data.stages import unpack
 from rcml_jax.errors import UserError
-from rcml_jax.parsing import TextGate
+from rcml_jax.parsing import TextGate, read_json
+from tests.data import planted_amazon
 
 REVIEW = {"user_id": "U1", "parent_asin": "B1", "asin": "B1-red", "rating": 4.0}
 HIGH, LARGE = "https://host/high.jpg", "https://host/large.jpg"
@@ -45,25 +48,11 @@ def write(path, lines):
     return path
 
 
-@pytest.mark.parametrize("time", ["timestamp", "sort_timestamp", "sortTimestamp"])
-@pytest.mark.parametrize("votes", ["helpful_vote", "helpful_votes"])
-def test_both_spellings_give_one_review(time, votes):
-    review = parse_review(REVIEW | {time: 1588687728923, votes: 3})
-    assert review == ("U1", "B1", 4.0, 1588687728923, 3)
-
-
-def test_numbers_of_a_review_may_be_text_or_missing():
-    review = parse_review(REVIEW | {"rating": "2.0", "timestamp": "17", "helpful_vote": "many"})
-    assert review[2:] == (2.0, 17, None)
-    del REVIEW["rating"]
-    assert parse_review(REVIEW)[2:] == (None, None, None)
-    REVIEW["rating"] = 4.0
-
-
 @pytest.mark.parametrize("field", ["user_id", "parent_asin"])
-@pytest.mark.parametrize("value", [None, "", 7, " B1", "\ud800"])
+@pytest.mark.parametrize("value", [None, "", 7, ["B1"], " B1", "B 1 ", "\0B", "\ud800"])
 def test_a_review_without_user_or_item_is_none(field, value):
-    assert parse_review(REVIEW | {field: value}) is None
+    assert review_ids(REVIEW) == ("U1", "B1")
+    assert review_ids(REVIEW | {field: value}) is None
     assert parse_item({field: value}) is None
 
 
@@ -107,6 +96,104 @@ def test_what_an_item_lacks_is_empty():
 )
 def test_main_image(images, expected):
     assert main_image(images) == expected
+
+
+def test_ids_may_be_of_any_characters():
+    for key in ("B 1", "b-1_é", "日本", "B\N{VARIATION SELECTOR-16}"):
+        assert review_ids(REVIEW | {"user_id": key}) == (key, "B1")
+
+
+@pytest.fixture(params=["orjson", "json"])
+def parser(request, monkeypatch):
+    """Both parsers of lines, one after the other."""
+    if request.param == "json":
+        monkeypatch.setattr(amazon_records, "orjson", None)
+    else:
+        pytest.importorskip("orjson")
+
+
+# Lines that parsers judge differently, and whether they are JSON to ours.
+LINES = {
+    b'{"user_id": "A", "parent_asin": "B"}\r': True,
+    b'{"user_id": "A", "text": "half \\ud83d"}': True,
+    b'{"user_id": "A", "text": "half \xed\xa0\xbd"}': True,
+    b'\xef\xbb\xbf{"user_id": "A"}': True,
+    b'{"user_id": "A", "user_id": "B"}': True,
+    b'{"user_id": "A", "rating": NaN}': False,
+    b'{"user_id": "A", "rating": 1e999}': False,
+    b'{"user_id": "A", "rating": 01}': False,
+    b'{"user_id": "A", "text": "\xff"}': False,
+    b'{"user_id": "A", "text": "a\tb"}': False,
+    b'{"user_id": "A"} {}': False,
+    b'{"user_id": "A", "rating": 1' + b"0" * 5000 + b"}": False,
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_is_malformed_does_not_depend_on_the_parser(parser, tmp_path, line):
+    path = write(tmp_path / "x.jsonl", [line + b"\n", "{}"])
+    counts = Counter()
+    found = list(records(path, counts))
+    assert counts["malformed"] == (not LINES[line])
+    assert found[-1] == (2, {})
+    assert found[:-1] == ([(1, read_json(line))] if LINES[line] else [])
+
+
+def read_slowly(path):
+    """The twin of `read_purchases`: one line, one rule at a time, sets and the standard library."""
+    pairs, counts = [], Counter()
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = read_json(line)
+            user, item = record["user_id"], record["parent_asin"]
+            assert user == " ".join(user.split())
+            assert item == " ".join(item.split())
+            pairs.append((user, item))
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+            counts["malformed"] += line.strip() != b""
+    bought = Counter(user for user, _ in set(pairs))
+    counts["repeated"] = len(pairs) - len(set(pairs))
+    counts["single"] = sum(n == 1 for n in bought.values())
+    kept, before = set(pairs), None
+    while kept != before:
+        users, items = (Counter(pair[side] for pair in kept) for side in (0, 1))
+        before = kept
+        kept = {(u, i) for u, i in kept if users[u] >= 5 and items[i] >= 5}
+    hashes = [(slow_identity(user), slow_identity(item)) for user, item in kept]
+    return sorted(hashes), len(pairs), counts
+
+
+def slow_identity(key):
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+@pytest.mark.parametrize("batch", [7, 4096])
+def test_purchases_equal_their_slow_twin(parser, tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(amazon_records, "_BATCH", batch)
+    planted_amazon.write_large(tmp_path, reviews=4000, users=500, items=100)
+    with gzip.open(tmp_path / f"{planted_amazon.DOMAIN}.jsonl.gz") as file:
+        lines = file.read().split(b"\n")[:-1]
+    lines[100] = lines[100][:50]  # cut
+    lines[200] = b""
+    lines[300] = b'{"user_id": "A"}'
+    lines[400] = lines[400].replace(b'"text": "', b'"text": "half \\ud83d ')
+    lines[500] = lines[500].replace(b'"user_id": "', b'"user_id": " ')
+    path = write(tmp_path / "x.jsonl", [line + b"\n" for line in lines])
+    expected, reviews, twin_counts = read_slowly(path)
+    found = amazon_records.read_purchases(path)
+    users, items = found["users"][found["user"]], found["items"][found["item"]]
+    assert 1000 < len(expected) < reviews == 3996
+    assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
+    assert unpack(found["counts"]) == {
+        "reviews": reviews,
+        "malformed review lines": 3,
+        "repeated reviews": twin_counts["repeated"],
+        "users with one purchase": twin_counts["single"],
+    }
+    assert twin_counts["malformed"] == 3
+    assert min(twin_counts.values()) > 0
+    with pytest.raises(UserError, match=r"x\.jsonl, line 101: malformed record"):
+        amazon_records.read_purchases(path, strict=True)
 
 
 def test_hashes_tell_ids_apart_in_64_bits():
