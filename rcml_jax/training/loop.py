@@ -125,7 +125,11 @@ def train_and_evaluate(config: Any, workdir: pathlib.Path | str) -> dict | None:
             method = _build(config, workdir)
             with Interrupt() as interrupt:
                 place = sharding.build(
-                    config.parallel, devices, method.in_place, method.split_shared
+                    config.parallel,
+                    devices,
+                    method.in_place,
+                    method.split_shared,
+                    config.get("fsdp_devices", 0),
                 )
                 run = Run(config, workdir, method, place)
                 finished = run.train(interrupt)
