@@ -104,6 +104,20 @@ def test_a_step_is_compiled_from_shapes(title, mode, state_devices):
 
 
 @pytest.mark.parametrize("title", ["clip", "rcml"])
+def test_a_loss_is_compiled_alone(title):
+    """Its gradient lies where the embeddings do: a part of it is on each device."""
+    config = get_config()
+    models.shrink(config)
+    method = models.relational(title, topologies.sized(config, 32))
+    devices = build("jit", jax.devices()[:4], split_shared=method.split_shared)
+    compiled = topologies.compile_loss(method, topologies.abstract_batch(method, 8, 6), devices)
+    value, grads = compiled.output_shardings
+    assert value.is_fully_replicated
+    assert {x.spec for x in jax.tree.leaves(grads)} == {jax.sharding.PartitionSpec("data")}
+    assert topologies.facts(compiled)["collectives"]
+
+
+@pytest.mark.parametrize("title", ["clip", "rcml"])
 def test_towers_compute_in_bfloat16_and_the_loss_in_float32(title):
     """Read out of the products of a step: by far the most in bfloat16, the logits' in float32."""
     config = get_config()
