@@ -202,7 +202,9 @@ def profiled(config: Any, workdir: pathlib.Path, rounds: int, size: int) -> Prof
     workdirs.prepare(workdir, config)
     clock, method = Clock(), build(config, workdir)
     devices = sharding.build(
-        config.parallel, sharding.pick_devices(config.platform, config.devices)
+        config.parallel,
+        sharding.pick_devices(config.platform, config.devices),
+        state_devices=config.get("fsdp_devices", 0),
     )
     batches, put = method.batches, devices.put_batch
 

@@ -129,7 +129,8 @@ def _steps(
     for mode in plan.modes:
 
         def build(mode: str = mode) -> Program:
-            placed = sharding.build(mode, list(devices))
+            state_devices = method.config.get("fsdp_devices", 0)
+            placed = sharding.build(mode, list(devices), state_devices=state_devices)
             return step_program(method, params(), batch(), placed)
 
         yield Work(title, mode, devices, method.config.batch.size, "items", needed, build)

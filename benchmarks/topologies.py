@@ -7,11 +7,16 @@
 The step that train.py compiles is compiled for a TPU topology, from shapes alone: no weights, no
 data and no TPU. Printed for one chip, as the compiler plans it: memory (arguments and temporaries),
 FLOP, bytes moved, the compiler's own estimate of a step's time, and the bytes that each kind of
-collective gives out. An operation in a loop, such as the blocks of a loss, counts once.
+collective gives out; with --kernels also what a step runs one after the other. An operation in a
+loop, such as the blocks of a loss, counts once.
 
 --items is the batch on all chips; without it every chip has --per-chip items, so that the batch
 grows with the topology. Of n items there are n/2 pairs, an eighth of them intra-sample, under the
 configuration's relations.
+
+--loss compiles the loss alone, with its gradient by the embeddings, which takes seconds instead of
+minutes. --model takes a CLIP of another size than the configuration's, and --layers towers with
+fewer layers than their own: they compile sooner, and what grows with batch and chips is the same.
 """
 
 import argparse
@@ -19,17 +24,19 @@ import functools
 import os
 import re
 import sys
+import tempfile
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import roofline, timing
 from benchmarks import throughput_flops as flops
 from benchmarks import throughput_models as models
-from benchmarks import timing
 from rcml_jax.cli.commands import guard, load_config_file, parse_flags
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Method
@@ -48,6 +55,15 @@ COLLECTIVES = (
 )
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z\d-]*)\(")
+#: Instructions that run nothing: names of values, and the second half of what began elsewhere.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
+    "after-all", "opt-barrier",
+}  # fmt: skip
+_HOST = re.compile(
+    r"\b(?:infeed|outfeed)\(|is_host_transfer=true|custom_call_target=\"[^\"]*callback[^\"]*\""
+)
 
 
 def collective_bytes(text: str) -> dict[str, tuple[int, int]]:
@@ -68,6 +84,33 @@ def collective_bytes(text: str) -> dict[str, tuple[int, int]]:
         count, total = found.get(kind, (0, 0))
         found[kind] = count + 1, total + size
     return found
+
+
+def kernels(text: str) -> dict[str, tuple[int, int]]:
+    """What a compiled program runs one after the other: kind → (how many, bytes of results).
+
+    text: the program as HLO; the instructions of its entry count, a loop as one. Kinds are opcodes,
+    "fusion" the kernels that XLA made of several operations. Of an asynchronous pair the start
+    counts, with the largest of its arrays.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+    if entry is None:
+        raise ValueError("the program has no entry")
+    for line in entry.group().splitlines()[1:]:
+        match = _INSTRUCTION.match(line)
+        if match is None or match[2] in _FREE or match[2].endswith(("-done", "-update")):
+            continue
+        sizes = [_bytes(*array) for array in _ARRAY.findall(match[1])]
+        kind = match[2].removesuffix("-start")
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + (sum(sizes) if kind == match[2] else max(sizes, default=0))
+    return found
+
+
+def host_transfers(text: str) -> list[str]:
+    """What a compiled program, as HLO, sends to the host or asks of it while it runs."""
+    return [match.group() for match in _HOST.finditer(text)]
 
 
 def _bytes(dtype: str, shape: str) -> int:
@@ -130,10 +173,28 @@ def compile_step(method: Method, batch: dict, devices: Any) -> Any:
     return devices.compile(made).lower(state, batch).compile()
 
 
+def compile_loss(method: Method, batch: dict, devices: Any) -> Any:
+    """The compiled loss and its gradient by the embeddings, for the devices of a topology."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(method.init, key, batch)
+    embedded = jax.eval_shape(method.embed, params, batch, key)
+
+    def loss(params: Any, batch: dict) -> Any:
+        def objective(embedded: dict) -> jax.Array:
+            return method.objective(params, embedded, batch, jnp.zeros(()))[0]
+
+        return jax.value_and_grad(objective)(batch["items"])
+
+    params, batch = devices.abstract(params, {"items": embedded, "shared": batch["shared"]})
+    placed = jax.tree.map(lambda x: x.sharding, batch["items"])
+    return jax.jit(loss, out_shardings=(None, placed)).lower(params, batch).compile()
+
+
 def facts(compiled: Any) -> dict[str, Any]:
     """What the compiler says of one chip."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    collectives = collective_bytes(compiled.as_text())
+    text = compiled.as_text()
+    collectives = collective_bytes(text)
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -146,6 +207,8 @@ def facts(compiled: Any) -> dict[str, Any]:
         # Negative where the compiler has no estimate.
         "estimated_s": cost.get("optimal_seconds", -1.0),
         "collectives": {kind: {"count": n, "bytes": b} for kind, (n, b) in collectives.items()},
+        "kernels": {kind: {"count": n, "bytes": b} for kind, (n, b) in kernels(text).items()},
+        "host_transfers": len(host_transfers(text)),
     }
 
 
@@ -174,6 +237,20 @@ def sized(config: Any, items: int) -> Any:
     return config
 
 
+def method_of(title: str, config: Any, model: str | None, layers: int | None) -> Method:
+    """The method of a configuration; model, layers: the options --model and --layers."""
+    if model is None and layers is None:
+        return models.relational(title, config)
+    towers = roofline.clip_config(model or "vit-b-32")
+    for sizes in (towers.text_config, towers.vision_config):
+        sizes.num_hidden_layers = min(layers or sizes.num_hidden_layers, sizes.num_hidden_layers)
+    config = config.copy_and_resolve_references()
+    with tempfile.TemporaryDirectory() as directory:
+        towers.save_pretrained(directory)
+        config.model.pretrained = directory
+        return models.relational(title, config)
+
+
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the overrides of the configuration."""
     parser = argparse.ArgumentParser(
@@ -189,6 +266,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--parallel", default="jit", help="jit, fsdp, pmap, with commas (jit)")
     add("--items", help="items of the batch on all chips, with commas")
     add("--per-chip", type=int, default=128, help="items a chip, where --items is left out (128)")
+    add("--model", choices=tuple(roofline.MODELS), help="CLIP of this size (the configuration's)")
+    add("--layers", type=int, help="at most so many layers of each tower (all)")
+    add("--loss", action="store_true", help="the loss and its gradient instead of the step")
+    add("--kernels", action="store_true", help="print the kernels of a step by kind, and bytes")
     add("--json", type=timing.pathlib.Path, help="write the figures to this file")
     return parser.parse_known_args(argv)
 
@@ -210,14 +291,26 @@ def run(argv: Sequence[str]) -> int:
             total = int(items) if items else arguments.per_chip * len(devices)
             for mode in arguments.parallel.split(","):
                 for method in arguments.only.split(","):
-                    rows.append(_row(name, devices, mode, method, sized(config, total)))
+                    sizes = sized(config, total)
+                    made = method_of(method, sizes, arguments.model, arguments.layers)
+                    what = compile_loss if arguments.loss else compile_step
+                    rows.append(_row(name, devices, mode, method, made, what))
                     _print(rows[-1])
+                    if arguments.kernels and "error" not in rows[-1]:
+                        _print_kernels(rows[-1])
     timing.write_json(arguments.json, {"jax": jax.__version__, "rows": rows})
     return 0
 
 
-def _row(name: str, devices: list[Any], mode: str, title: str, config: Any) -> dict[str, Any]:
-    method = models.relational(title, config)
+def _row(
+    name: str,
+    devices: list[Any],
+    mode: str,
+    title: str,
+    method: Method,
+    what: Callable = compile_step,
+) -> dict[str, Any]:
+    config = method.config
     text, sentence = models.text_length(method, None), models.text_length(method, None)
     row = {
         "method": title,
@@ -239,8 +332,13 @@ def _row(name: str, devices: list[Any], mode: str, title: str, config: Any) -> d
     }
     begin = time.perf_counter()
     try:
-        placed = sharding.build(mode, devices, split_shared=method.split_shared)
-        compiled = compile_step(method, abstract_batch(method, text, sentence), placed)
+        placed = sharding.build(
+            mode,
+            devices,
+            split_shared=method.split_shared,
+            state_devices=config.get("fsdp_devices", 0),
+        )
+        compiled = what(method, abstract_batch(method, text, sentence), placed)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         return row | {"error": str(error).splitlines()[0][:160]}
     return row | facts(compiled) | {"compile_s": time.perf_counter() - begin}
@@ -265,6 +363,13 @@ def _print(row: dict[str, Any]) -> None:
         f"{row['compile_s']:>11.1f}  {kinds}",
         flush=True,
     )
+
+
+def _print_kernels(row: dict[str, Any]) -> None:
+    made = sorted(row["kernels"].items(), key=lambda x: -x[1]["bytes"])
+    kinds = ", ".join(f"{kind} {x['count']} {x['bytes'] / 2**20:.1f}" for kind, x in made)
+    print(f"      kernels: kind number MiB: {kinds}")
+    print(f"      transfers to or from the host: {row['host_transfers']}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

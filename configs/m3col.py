@@ -42,6 +42,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.micro_batch = 0
     config.accumulation = "exact"
     config.parallel = "jit"
+    config.fsdp_devices = 0
     config.platform = ""
     config.devices = 0
     config.tensorboard = False

@@ -52,6 +52,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.log_every = 25
     config.micro_batch = 0
     config.parallel = "jit"
+    config.fsdp_devices = 0
     config.platform = ""
     config.devices = 0
     config.tensorboard = False

@@ -192,6 +192,9 @@ _TRAINED = (
     *LOOP,
     Option("micro_batch", int,
         "Number of examples embedded at a time, to save memory; 0: the whole batch.", low=0),
+    Option("fsdp_devices", int,
+        "With parallel=fsdp: devices that hold parameters and optimizer state together, once for "
+        "each group of so many; 0: all.", low=0, before=0),
     Option("data.dir", str, "Cache of prepared data, also gs:// or s3://; empty: the user's own."),
     Option("data.path", str, "Folder of a local copy, or of your own catalogue."),
     Option("data.strict", bool, "Stop at a damaged image or record instead of skipping it."),

@@ -261,6 +261,15 @@ def _parts_of_a_batch(accumulation: str, micro_batch: int, size: int) -> str | N
     return None
 
 
+def _state_devices(parallel: str, count: int) -> str | None:
+    if count and parallel != "fsdp":
+        return (
+            f"config.fsdp_devices={count} splits the state of config.parallel=fsdp, not of "
+            f"{parallel}; set it to 0"
+        )
+    return None
+
+
 def _seeds(seeds: int, *options: Any) -> str | None:
     return several_models(*options) if seeds > 1 else None
 
@@ -342,6 +351,7 @@ RULES = (
     Rule(("steps", "epochs", "validate_every", "validate_epochs"), _length_of_a_run),
     Rule(("mixup.labels", "loss.contrastive"), _vanilla_mixup),
     Rule(("accumulation", "micro_batch", "batch.size"), _parts_of_a_batch),
+    Rule(("parallel", "fsdp_devices"), _state_devices),
     Rule(("seeds", *_SEVERAL), _seeds),
     Rule(("data.name", "data.path", "towers.names"), _study_source),
 )  # fmt: skip

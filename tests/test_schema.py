@@ -251,6 +251,7 @@ RULES = [
     ("m3col", {"validate_epochs": 0}, "config.validate_every=0 and config.validate_epochs=0 never"),
     ("m3col", {"mixup.labels": True}, "set config.loss.contrastive=none"),
     ("m3col", {"accumulation": "micro", "micro_batch": 50}, "a multiple of config.micro_batch=50"),
+    ("rcml", {"fsdp_devices": 2}, "splits the state of config.parallel=fsdp, not of jit"),
     ("m3col", {"seeds": 2, "parallel": "pmap"}, "set config.parallel=jit"),
     ("m3col", {"seeds": 2, "optimizer.schedule": "plateau"}, "look at one model"),
     ("m3col", {"seeds": 2, "optimizer.clip_norm": 1.0}, "look at one model"),

@@ -1,6 +1,7 @@
 """Compiling for TPU topologies: what can be checked without libtpu."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,41 @@ def test_collectives_are_counted_by_kind():
     assert found == {"all-gather": (2, 8 * 512 * 2 + 16 * 4), "all-reduce": (1, 32)}
 
 
+STEP = """
+%body (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  ROOT %n = f32[2]{0} negate(%x)
+}
+
+ENTRY %main (a: bf16[2,3]) -> f32[2] {
+  %a = bf16[2,3]{1,0:T(8,128)(2,1)} parameter(0)
+  %f = (f32[2]{0:T(128)S(1)}, bf16[4]{0}) fusion(%a), kind=kLoop, calls=%body
+  %g.1 = f32[2]{0} get-tuple-element(%f), index=0
+  %s = (f32[2]{0}, f32[16]{0}, u32[]) all-gather-start(%g.1), dimensions={0}
+  %d = f32[16]{0} all-gather-done(%s)
+  ROOT %fusion.2 = f32[2]{0} fusion(%d), kind=kInput, calls=%body
+}
+"""
+
+
+def test_kernels_are_counted_in_the_entry_alone():
+    found = topologies.kernels(STEP)
+    assert found == {"fusion": (2, 8 + 8 + 8), "all-gather": (1, 64)}
+    with pytest.raises(ValueError, match="no entry"):
+        topologies.kernels(PROGRAM)
+
+
+def test_what_goes_to_the_host_is_found():
+    def printed(x):
+        jax.debug.callback(lambda y: None, x)
+        return x + 1
+
+    text = jax.jit(printed).lower(jnp.ones(3)).compile().as_text()
+    assert len(topologies.host_transfers(text)) == 1
+    assert len(topologies.host_transfers("  %o = token[] outfeed(%x, %t)\n")) == 1
+    assert topologies.host_transfers(PROGRAM + STEP) == []
+
+
 @pytest.mark.parametrize("items", [32, 128])
 def test_the_shapes_are_those_of_a_batch(items):
     config = get_config()
@@ -41,13 +77,82 @@ def test_the_shapes_of_a_checkpoint_are_its_own():
     assert shapes["items"]["images"].shape == (16, 224, 224, 3)
 
 
-@pytest.mark.parametrize("mode", ["jit", "fsdp"])
-def test_a_step_is_compiled_from_shapes(mode):
+def test_a_model_and_layers_of_its_own():
+    method = topologies.method_of("rcml", topologies.sized(get_config("amazon"), 16), "vit-l-14", 2)
+    towers = method.towers_config
+    assert (towers.vision_config.hidden_size, towers.vision_config.patch_size) == (1024, 14)
+    assert towers.text_config.num_hidden_layers == towers.vision_config.num_hidden_layers == 2
+    assert topologies.abstract_batch(method, 8, 6)["items"]["images"].shape == (16, 224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ("title", "mode", "state_devices"),
+    [("rcml", "jit", 0), ("clip", "fsdp", 0), ("rcml", "fsdp", 2)],
+)
+def test_a_step_is_compiled_from_shapes(title, mode, state_devices):
     config = get_config()
     models.shrink(config)
-    method = models.relational("rcml", topologies.sized(config, 32))
-    devices = build(mode, jax.devices()[:2])
+    config.model.dtype = "bfloat16"
+    method = models.relational(title, topologies.sized(config, 32))
+    devices = build(mode, jax.devices()[:4], state_devices=state_devices)
     compiled = topologies.compile_step(method, topologies.abstract_batch(method, 8, 6), devices)
     facts = topologies.facts(compiled)
     assert facts["collectives"]
     assert facts["argument_bytes"] > 0
+    assert facts["kernels"]["fusion"]["count"] > 10
+    assert facts["host_transfers"] == 0
+
+
+@pytest.mark.parametrize("title", ["clip", "rcml"])
+def test_a_loss_is_compiled_alone(title):
+    """Its gradient lies where the embeddings do: a part of it is on each device."""
+    config = get_config()
+    models.shrink(config)
+    method = models.relational(title, topologies.sized(config, 32))
+    devices = build("jit", jax.devices()[:4], split_shared=method.split_shared)
+    compiled = topologies.compile_loss(method, topologies.abstract_batch(method, 8, 6), devices)
+    value, grads = compiled.output_shardings
+    assert value.is_fully_replicated
+    assert {x.spec for x in jax.tree.leaves(grads)} == {jax.sharding.PartitionSpec("data")}
+    assert topologies.facts(compiled)["collectives"]
+
+
+@pytest.mark.parametrize("title", ["clip", "rcml"])
+def test_towers_compute_in_bfloat16_and_the_loss_in_float32(title):
+    """Read out of the products of a step: by far the most in bfloat16, the logits' in float32."""
+    config = get_config()
+    models.shrink(config)
+    config.model.dtype = "bfloat16"
+    items, dim = 48, 20
+    config.model.embed_dim = dim
+    method = models.relational(title, topologies.sized(config, items))
+    batch = topologies.abstract_batch(method, 8, 6)
+    params = jax.eval_shape(method.init, jax.random.key(0), batch)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params, batch, key):
+        return method.objective(params, method.embed(params, batch, key), batch, 0.0)[0]
+
+    dtypes = list(_products(jax.make_jaxpr(jax.grad(loss))(params, batch, key).jaxpr))
+    logits = {dtype for dtype, shape in dtypes if shape and shape[-1] == items}
+    assert logits == {jnp.dtype("float32")}
+    narrow = sum(dtype == jnp.bfloat16 for dtype, _ in dtypes)
+    assert narrow > 0.8 * len(dtypes)
+    value = jax.eval_shape(loss, params, batch, key)
+    assert value.dtype == jnp.float32
+    grads = jax.eval_shape(jax.grad(loss), params, batch, key)
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def _products(jaxpr):
+    """Type and shape of the result of each dot_general, inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.dtype, equation.outvars[0].aval.shape
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner):
+                yield from _products(getattr(inner, "jaxpr", inner))
+
+
+def _is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")

@@ -258,9 +258,7 @@ def _search_table(
     return table, title, workdir, found
 
 
-def _workdir(
-    args: argparse.Namespace, store: Store, needed: bool
-) -> pathlib.Path:
+def _workdir(args: argparse.Namespace, store: Store, needed: bool) -> pathlib.Path:
     """The model's work directory; one on object storage is fetched where it is needed."""
     given = args.workdir or store.model["workdir"]
     if is_remote(given) and not (needed or args.html):

@@ -133,7 +133,11 @@ def train_and_evaluate(
             method = _build(config, workdir)
             with Interrupt() as interrupt:
                 place = sharding.build(
-                    config.parallel, devices, method.in_place, method.split_shared
+                    config.parallel,
+                    devices,
+                    method.in_place,
+                    method.split_shared,
+                    config.get("fsdp_devices", 0),
                 )
                 run = Run(config, workdir, method, place, after_step)
                 finished = run.train(interrupt)

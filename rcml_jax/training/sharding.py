@@ -19,6 +19,8 @@ from rcml_jax.errors import UserError
 from rcml_jax.log import counted
 
 AXIS = "data"
+#: The axis that a state is split over where it is not split over all devices.
+_STATE_AXIS = "fsdp"
 # Smaller arrays are not worth their part of a collective.
 _SMALLEST_SPLIT = 1024
 
@@ -184,10 +186,15 @@ class ShardedJit:
         self.devices, self._donated = devices, donated(devices, in_place)
         #: Number of a batch's rows → those that this process passes to `put_batch`.
         self.local_rows = rows_on(devices)
-        mesh = Mesh(np.asarray(devices), (AXIS,))
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._split = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._place_on(Mesh(np.asarray(devices), (AXIS,)))
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+    def _place_on(self, mesh: Mesh) -> None:
+        """Batches are split over all axes of the mesh, in the order of the devices."""
+        #: What an axis of an array that is split over all devices is split by.
+        self._rows = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(self._rows))
 
     def put_state(self, state: Any) -> Any:
         """One copy of a state → one copy a device."""
@@ -226,7 +233,9 @@ class ShardedJit:
         """Where an array of `shared` lies."""
         if name not in self._split_shared or np.shape(x)[-1] % len(self.devices):
             return self._replicated
-        return NamedSharding(self._split.mesh, PartitionSpec(*(None,) * (np.ndim(x) - 1), AXIS))
+        return NamedSharding(
+            self._split.mesh, PartitionSpec(*(None,) * (np.ndim(x) - 1), self._rows)
+        )
 
     def _put_rows(self, x: Any) -> jax.Array:
         """This process's rows of an array → the whole array."""
@@ -270,9 +279,13 @@ class ShardedJit:
 class FullyShardedJit(ShardedJit):
     """Data parallel by `jit`, with parameters and optimizer state split over the devices, too.
 
-    An array is split along its largest axis that the number of devices divides; one of less than
+    An array is split along its largest axis that the number of parts divides; one of less than
     1,024 elements, or without such an axis, is on every device whole. The compiler gathers weights
     where they are used, and each device updates its own part.
+
+    state_devices: devices that hold a whole state together, the number of parts; 0 for all. With
+    fewer there is a copy for each group of so many devices that follow each other, and weights are
+    gathered within it. Raises UserError where the number of devices is no multiple of it.
     """
 
     def __init__(
@@ -280,18 +293,30 @@ class FullyShardedJit(ShardedJit):
         devices: list[jax.Device],
         in_place: bool = False,
         split_shared: Sequence[str] = (),
+        state_devices: int = 0,
     ):
         super().__init__(devices, in_place, split_shared)
+        self._parts, self._state_axis = state_devices or len(devices), AXIS
+        if len(devices) % self._parts:
+            raise UserError(
+                f"config.fsdp_devices={state_devices} does not divide "
+                f"{counted(len(devices), 'devices')}; choose one that does, or 0 to split "
+                "parameters over all of them"
+            )
+        if self._parts < len(devices):
+            groups = np.asarray(devices).reshape(-1, self._parts)
+            self._place_on(Mesh(groups, (AXIS, _STATE_AXIS)))
+            self._state_axis = _STATE_AXIS
         self._whole = jax.jit(lambda tree: tree, out_shardings=self._replicated)
 
     def sharding_of(self, x: Any) -> NamedSharding:
         """Where an array of the state lies, by its shape alone."""
-        shape, count = np.shape(x), len(self.devices)
-        divisible = [axis for axis, size in enumerate(shape) if size % count == 0]
+        shape = np.shape(x)
+        divisible = [axis for axis, size in enumerate(shape) if size % self._parts == 0]
         if not divisible or math.prod(shape) < _SMALLEST_SPLIT:
             return self._replicated
         axis = max(divisible, key=lambda axis: shape[axis])
-        return NamedSharding(self._split.mesh, PartitionSpec(*(None,) * axis, AXIS))
+        return NamedSharding(self._split.mesh, PartitionSpec(*(None,) * axis, self._state_axis))
 
     def put_state(self, state: Any) -> Any:
         """One copy of a state, or one that is split already → each device's part of it."""
@@ -423,6 +448,12 @@ def build(
     devices: list[jax.Device],
     in_place: bool = False,
     split_shared: Sequence[str] = (),
+    state_devices: int = 0,
 ) -> ShardedJit | Pmap:
-    """The parallel mode of a name in `PARALLEL`; in_place, split_shared: a method's."""
+    """The parallel mode of a name in `PARALLEL`; in_place, split_shared: a method's.
+
+    state_devices: of `FullyShardedJit`; the other modes have no use for it.
+    """
+    if name == "fsdp":
+        return FullyShardedJit(devices, in_place, split_shared, state_devices)
     return PARALLEL[name](devices, in_place, split_shared)

@@ -16,7 +16,7 @@ from rcml_jax.config import leaves
 from rcml_jax.errors import UserError
 
 _ALWAYS = ("seed", "steps", "method", "parallel", "data")
-# What may change between two starts of one run: nothing here touches the figures. The last four
+# What may change between two starts of one run: nothing here touches the figures. The last five
 # change the order of sums and so their rounding, as other devices do: a run that goes on with the
 # same ones goes on to the bit.
 _FREE = {
@@ -33,6 +33,7 @@ _FREE = {
     "platform",
     "devices",
     "parallel",
+    "fsdp_devices",
     "model.remat",
     "micro_batch",
     "loss.chunk_size",

@@ -195,9 +195,14 @@ def straight(catalogue, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap", "fsdp"])
-def test_eight_devices_have_the_losses_of_one_for_twenty_steps(straight, catalogue, tmp_path, mode):
-    config = tiny_config(catalogue, devices=8, parallel=mode, **RUN)
+@pytest.mark.parametrize(
+    ("mode", "state_devices"),
+    [pytest.param("jit", 0, marks=pytest.mark.slow), ("pmap", 0), ("fsdp", 0), ("fsdp", 4)],
+)
+def test_eight_devices_have_the_losses_of_one_for_twenty_steps(
+    straight, catalogue, tmp_path, mode, state_devices
+):
+    config = tiny_config(catalogue, devices=8, parallel=mode, fsdp_devices=state_devices, **RUN)
     assert not train(config, tmp_path, after=at(20, signal.SIGTERM))
     mine, theirs = ([x["loss"] for x in read_metrics(d)] for d in (tmp_path, straight))
     np.testing.assert_allclose(mine, theirs, rtol=1e-5)
@@ -206,7 +211,8 @@ def test_eight_devices_have_the_losses_of_one_for_twenty_steps(straight, catalog
 
 def test_a_run_moves_between_devices(straight, catalogue, tmp_path):
     """A step on eight devices in every mode and one on one: as all on one."""
-    places = [{"devices": 8, "parallel": mode} for mode in MODES] + [{}]
+    places = [{"devices": 8, "parallel": mode} for mode in MODES]
+    places += [{"devices": 8, "parallel": "fsdp", "fsdp_devices": 4}, {}]
     for stop, options in enumerate(places, start=1):
         config = tiny_config(catalogue, **RUN, **options)
         assert not train(config, tmp_path, after=at(stop, signal.SIGTERM))
@@ -259,6 +265,40 @@ def test_fsdp_splits_the_state_over_the_devices(catalogue, tmp_path):
 def test_fsdp_splits_the_largest_axis_that_divides(shape, spec):
     place = sharding.build("fsdp", pick_devices("cpu", 8))
     assert place.sharding_of(np.zeros(shape)).spec == jax.sharding.PartitionSpec(*spec)
+
+
+def test_fsdp_over_some_of_the_devices_has_a_copy_in_each_group():
+    devices = pick_devices("cpu", 8)
+    place = sharding.build("fsdp", devices, split_shared=("related",), state_devices=4)
+    state = {"w": normals(0, 64, 128), "b": np.ones(3, np.float32)}
+    put = place.put_state(state)
+    assert put["w"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    assert put["b"].is_fully_replicated
+    for shard in put["w"].addressable_shards:
+        first = devices.index(shard.device) % 4 * 32
+        np.testing.assert_array_equal(shard.data, state["w"][:, first : first + 32])
+    batch = place.put_batch(
+        {
+            "items": {"ids": np.arange(16).reshape(16, 1)},
+            "shared": {"related": np.eye(16, dtype=bool)},
+        }
+    )
+    for shard in batch["items"]["ids"].addressable_shards:
+        first = 2 * devices.index(shard.device)
+        np.testing.assert_array_equal(shard.data[:, 0], [first, first + 1])
+    assert {x.data.shape for x in batch["shared"]["related"].addressable_shards} == {(16, 2)}
+    np.testing.assert_array_equal(place.local(put)["w"], state["w"])
+
+
+def test_fsdp_over_all_devices_is_the_default():
+    for count in (0, 8):
+        place = sharding.build("fsdp", pick_devices("cpu", 8), state_devices=count)
+        assert place.sharding_of(np.zeros((64, 32))).spec == jax.sharding.PartitionSpec("data")
+
+
+def test_fsdp_over_a_number_that_does_not_divide_the_devices():
+    with pytest.raises(UserError, match=r"fsdp_devices=3 does not divide 8 devices; choose one"):
+        sharding.build("fsdp", pick_devices("cpu", 8), state_devices=3)
 
 
 def test_fsdp_leaves_a_step_with_its_parts():
