@@ -85,7 +85,7 @@ def _sweep(argv: Sequence[str]) -> int:
         known = {folders[label]: _described(label, given) for label, given in variants.items()}
         write_json(args.workdir / "variants.json", known)
         write_whole(args.workdir / "table.md", markdown(table))
-    print((args.workdir / "table.md").read_text(), end="")
+    print((args.workdir / "table.md").read_text("utf-8"), end="")
     return 0
 
 

@@ -214,7 +214,7 @@ def _check_columns(pa: Any, schema: Any, path: Path) -> None:
         ours = field.name.strip().lower() in _COLUMNS
         if ours and not (_is_plain(pa, field) or _is_image(pa, field)):
             raise UserError(
-                f"{path.name}: the column '{field.name}' is of the type {str(field.type):.100}, "
+                f"{path.name}: the column '{field.name}' is of the type {field.type!s:.100}, "
                 "which is not read; save it as text, or rename it."
             )
 
