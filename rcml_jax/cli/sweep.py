@@ -99,7 +99,7 @@ def _run(
         known = {folders[label]: _described(label, given) for label, given in variants.items()}
         write_json(workdir / "variants.json", known)
         write_whole(workdir / "table.md", markdown(table))
-    print((workdir / "table.md").read_text(), end="")
+    print((workdir / "table.md").read_text("utf-8"), end="")
     return 0
 
 

@@ -27,6 +27,8 @@ _IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif
 _INSIDE = re.compile(
     r"(?P<file>.+\.(?:tar|parquet|arrow))::(?P<place>\d+)(?:\+(?P<size>\d+))?", re.IGNORECASE
 )
+#: Columns that have to be texts, numbers or images.
+_COLUMNS = ("id", "text", "image", "label")
 _MOST_BYTES = 2**30
 _BATCH = 1024
 #: Row groups of Parquet whose images are kept in memory: the one that is read, and its neighbor.
@@ -61,6 +63,8 @@ class ImageReader:
         if inside is None:
             return read_file(self.root / name)
         path, place, size = self.root / inside["file"], int(inside["place"]), inside["size"]
+        if not path.is_file():  # opening a pipe would wait for its other end
+            raise OSError(f"{path.name} is missing or no regular file")
         if size is not None:
             return _part_of_file(path, place, int(size))
         with self._lock:
@@ -124,6 +128,7 @@ class _StoredColumn:
             else:
                 table = self._pa.ipc.open_stream(self._pa.memory_map(str(path))).read_all()
                 self._name = _image_column(table.schema)
+                table.column(self._name).validate(full=True)
                 self._groups[0], sizes = table.column(self._name), [table.num_rows]
         except (OSError, KeyError, self._pa.ArrowException) as error:
             raise OSError(f"{path.name} cannot be read ({error})") from error
@@ -152,12 +157,14 @@ def _image_column(schema: Any) -> str:
 def parquet_rows(path: Path, root: Path) -> Rows:
     """(file and row, row) of a Parquet file; columns of lists and structures are left out.
 
-    root: the folder that names of images are relative to. Raises UserError.
+    Dates and times are texts; NaN is what a row lacks, as pandas writes it. root: the folder that
+    names of images are relative to. Raises UserError.
     """
     pa = _pyarrow(path)
     try:
         file = pa.parquet.ParquetFile(path)
         schema = file.schema_arrow
+        _check_columns(pa, schema, path)
         kept = [field.name for field in schema if _is_plain(pa, field) or _is_image(pa, field)]
         everywhere = [x for x in kept if _is_image(pa, schema.field(x)) and _no_nulls(file, x)]
         # Images that every row has are named without being read.
@@ -173,6 +180,7 @@ def arrow_rows(path: Path, root: Path) -> Rows:
     try:
         with pa.memory_map(str(path)) as source:
             reader = pa.ipc.open_stream(source)
+            _check_columns(pa, reader.schema, path)
             yield from _rows(pa, reader, reader.schema, path, root, False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({error}); check the file.") from error
@@ -181,17 +189,17 @@ def arrow_rows(path: Path, root: Path) -> Rows:
 def _rows(
     pa: Any, batches: Iterable[Any], schema: Any, path: Path, root: Path, everywhere: bool
 ) -> Rows:
-    check_names((name.strip().lower() for name in schema.names), path.name)
     names, start = _class_names(schema), 0
     file = path.relative_to(root).as_posix()
     for batch in batches:
+        batch.validate(full=True)  # damaged offsets would end the process
         columns: dict[str, list] = {}
         for field, array in zip(batch.schema, batch.columns, strict=True):
             column = field.name.strip().lower()
             if _is_image(pa, field):
                 columns[column] = _image_names(array, file, start)
             elif _is_plain(pa, field):
-                values = array.to_pylist()
+                values = _values(pa, array)
                 if known := names.get(field.name):
                     values = [_class_name(known, value) for value in values]
                 columns[column] = ["" if value is None else value for value in values]
@@ -200,6 +208,28 @@ def _rows(
         for i, row in enumerate(zip(*columns.values(), strict=True), start + 1):
             yield f"{path.name}, row {i}", dict(zip(columns, row, strict=True))
         start += batch.num_rows
+
+
+def _check_columns(pa: Any, schema: Any, path: Path) -> None:
+    """Raise UserError for names that come twice, and for columns of ours that cannot be read."""
+    check_names((name.strip().lower() for name in schema.names), path.name)
+    for field in schema:
+        ours = field.name.strip().lower() in _COLUMNS
+        if ours and not (_is_plain(pa, field) or _is_image(pa, field)):
+            raise UserError(
+                f"{path.name}: the column '{field.name}' is of the type {field.type!s:.100}, "
+                "which is not read; save it as text, or rename it."
+            )
+
+
+def _values(pa: Any, array: Any) -> list:
+    """The values of a plain column, None where there is none."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_temporal(array.type) and not pa.types.is_interval(array.type):
+        array = array.cast(pa.string())  # Python's dates end at the year 9999
+    # A NaN is equal to nothing.
+    return [value if value == value else None for value in array.to_pylist()]
 
 
 def _image_names(array: Any, file: str, start: int) -> list[str]:
@@ -221,7 +251,8 @@ def _image_names(array: Any, file: str, start: int) -> list[str]:
 
 def _is_binary(pa: Any, kind: Any) -> bool:
     types = pa.types
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    found = types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    return found or str(kind) == "binary_view"  # older versions have no name for it
 
 
 def _is_image(pa: Any, field: Any) -> bool:

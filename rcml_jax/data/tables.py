@@ -15,7 +15,7 @@ from rcml_jax.data.containers import (
 )
 from rcml_jax.data.stages import file_state
 from rcml_jax.errors import UserError
-from rcml_jax.parsing import CsvRows, TextGate, read_json
+from rcml_jax.parsing import CsvRows, TextGate, read_json, user_path
 
 #: The kinds of one file alone; a folder may hold many of the last two, or a saved data set.
 SUFFIXES = (".csv", ".jsonl", ".parquet", ".tar")
@@ -26,12 +26,18 @@ _OTHER_TABLES = ("relations.parquet", "pairs.parquet")
 class Table:
     """A table in one file or several of one kind.
 
-    path: what the user knows it by; root: the folder that names of images are relative to.
+    path: what the user knows it by; root: the folder that names of images are relative to. Raises
+    UserError for a file that is not regular, such as a pipe, or whose name is no text.
     """
 
     path: Path
     root: Path
     files: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        for file in self.files:
+            if not user_path(file).is_file():
+                raise UserError(f"{file} is no regular file; give a table that is one.")
 
     def __str__(self) -> str:
         return str(self.path)

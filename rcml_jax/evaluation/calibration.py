@@ -30,6 +30,8 @@ SPACES = ("cosine", "centred", "whitened", "csls", "centred_csls")
 #: What an isotonic map keeps of the straight line, so that it rises strictly.
 _SLOPE = 1e-3
 _NEWTON_STEPS = 50
+#: The least range of scores, and one over their largest size: their squares stay numbers.
+_LEAST_SPREAD = 1e-100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +104,8 @@ def fit_zero(unrelated: np.ndarray, level: float = 0.99) -> Affine:
             f"{len(scores)} unrelated pairs are too few for level={level}; give at least "
             f"{int(np.ceil(level / (1 - level)))}"
         )
+    _check_spread("unrelated scores", scores)
     spread = scores.std()
-    if not np.ptp(scores) > 0:
-        raise UserError("all unrelated scores are equal; there is nothing to calibrate")
     # A pair at the quantile itself is to be negative, too.
     zero = np.nextafter(scores[place - 1], np.inf)
     return Affine(float(1 / spread), float(-zero / spread))
@@ -118,8 +119,7 @@ def fit_sigmoid(matched: np.ndarray, unrelated: np.ndarray, *, prior: float = 0.
     a little inside of 0 and 1 (Platt, 1999). Raises UserError if matched pairs do not score higher.
     """
     scores, labels, weights = _labelled(matched, unrelated, prior)
-    if not np.ptp(scores) > 0:
-        raise UserError("all scores are equal; there is nothing to calibrate")
+    _check_spread("scores", scores)
     centre = weights @ scores
     spread = np.sqrt(weights @ (scores - centre) ** 2)
     x = np.stack([(scores - centre) / spread, np.ones(len(scores))], axis=1)
@@ -147,6 +147,7 @@ def fit_isotonic(matched: np.ndarray, unrelated: np.ndarray, *, prior: float = 0
     score higher at all.
     """
     scores, labels, weights = _labelled(matched, unrelated, prior)
+    _check_spread("scores", scores)
     order = np.argsort(scores, kind="stable")
     knots, inverse = np.unique(scores[order], return_inverse=True)
     weight = np.bincount(inverse, weights[order])
@@ -182,10 +183,15 @@ def calibration_error(
     """Expected calibration error: how far probabilities are from the shares that are matched.
 
     probability (p,), matched (p,) bool, weight (p,) or None for equal ones. The weighted mean over
-    `bins` bins of equal width of |mean probability − share matched|.
+    `bins` bins of equal width of |mean probability − share matched|. Raises UserError for what is
+    no probability, and without a bin or a weight.
     """
-    p, y = np.asarray(probability, np.float64), np.asarray(matched, np.float64)
-    w = np.ones(len(p)) if weight is None else np.asarray(weight, np.float64)
+    p, y = _scores("probability", probability), _scores("matched", matched)
+    w = np.ones(len(p)) if weight is None else _scores("weight", weight)
+    if p.min() < 0 or p.max() > 1 or not len(p) == len(y) == len(w):
+        raise UserError("probability must be from 0 to 1, with a value of matched for each")
+    if bins < 1 or w.min() < 0 or not w.sum() > 0:
+        raise UserError(f"bins={bins} must be at least 1, and some weight above 0")
     place = np.clip((p * bins).astype(int), 0, bins - 1)
     gaps = np.bincount(place, w * (p - y), minlength=bins)
     return float(np.abs(gaps).sum()) / float(w.sum())
@@ -226,10 +232,22 @@ def score_measures(
 
 
 def _scores(name: str, scores: np.ndarray) -> np.ndarray:
-    scores = np.asarray(scores, np.float64)
+    try:
+        scores = np.asarray(scores, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} must be one row of finite scores ({error})") from error
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
         raise UserError(f"{name} must be one row of finite scores; its shape is {scores.shape}")
     return scores
+
+
+def _check_spread(name: str, scores: np.ndarray) -> None:
+    """Raise UserError for equal scores, and for those whose squares are no numbers."""
+    spread = np.ptp(scores)
+    if spread == 0:
+        raise UserError(f"all {name} are equal; there is nothing to calibrate")
+    if spread < _LEAST_SPREAD or np.abs(scores).max() > 1 / _LEAST_SPREAD:
+        raise UserError(f"the {name} are too small or too large to be calibrated; scale them")
 
 
 def _labelled(matched, unrelated, prior):
@@ -296,8 +314,10 @@ def fit_csls(
 ) -> Csls:
     """CSLS with reference images (n, d) and texts (m, d), at most `references` of each by the seed.
 
-    Raises UserError if a modality has fewer rows than `neighbors`.
+    Raises UserError if a modality has fewer rows than `neighbors`, or `references` is less.
     """
+    if references < neighbors:
+        raise UserError(f"references={references} must be at least neighbors={neighbors}")
     rng = np.random.default_rng(seed)
     found = {}
     for name, x in (("image", image), ("text", text)):
@@ -365,7 +385,7 @@ def fit_signed(
 
     image (n, d), text (m, d), image_of_text (m,): pairs to fit on. Half of the images, drawn by the
     seed, with their texts fit the space; zero comes from `pairs` unrelated pairs of the other half.
-    Raises UserError as `fit_space` and `fit_zero` do.
+    Raises UserError as `fit_space` and `fit_zero` do, and where a half has too few pairs.
     """
     image, text, rows = check_pairs(image, text, image_of_text, same_width=True)
     first = np.random.default_rng(seed).permutation(len(image)) < len(image) // 2

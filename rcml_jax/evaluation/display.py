@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rcml_jax.errors import UserError
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.classification import error_analysis
 from rcml_jax.evaluation.controls import label_of, rows_of
@@ -316,10 +317,10 @@ def collect(
     "control"; those that know no model come once. paired: compare the first variant with each
     other one, too.
     """
-    rows, found = [], {}
+    rows, by_seed = [], {}
     for label, folder in folders.items():
-        paths = [workdir / folder / f"seed{seed}" / "eval.json" for seed in seeds]
-        found[label] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        by_seed[label] = [_evaluation(workdir / folder / f"seed{seed}") for seed in seeds]
+    found = {label: [run for run in runs if run] for label, runs in by_seed.items()}
     controls = rows_of(found)
     for label, results in found.items():
         if not results:
@@ -329,7 +330,7 @@ def collect(
             if method == label:
                 rows.append(_row(f"{label}: {control}", measured) | {"control": control})
     table: dict[str, Any] = {"rows": rows}
-    if paired and (compared := paired_rows(found)):
+    if paired and (compared := paired_rows(by_seed)):
         table["paired"] = compared
     analysis = _error_analysis(workdir, folders, seeds)
     if analysis:
@@ -337,26 +338,36 @@ def collect(
     return table
 
 
+def _evaluation(run: pathlib.Path) -> dict:
+    """The `eval.json` of a run, empty where there is none. Raises UserError for a damaged one."""
+    path = run / "eval.json"
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); make it again: rcml-eval --workdir {run}"
+        ) from error
+
+
 def paired_rows(results: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
     """The first variant less each other one, over the same seeds, in each headline measure.
 
-    results: variant → the `eval.json` of each seed; those of one seed, or of several in one run, in
-    the same order. Variants with another number of values are left out. A row has "variant",
-    "measure", the keys of `paired.compare`, and "p_holm", which is adjusted for the number of
-    variants that are compared in the measure.
+    results: variant → the `eval.json` of each seed, empty where there is none; those of one seed,
+    or of several in one run, in the same order. A variant that lacks a value where the first has
+    one, or the other way round, is left out. A row has "variant", "measure", the keys of
+    `paired.compare`, and "p_holm", which is adjusted for the number of variants that are compared
+    in the measure.
     """
     (first, *others), rows = list(results), []
     measures = headlines("relational") | headlines("classification")
     for label, path in measures.items():
-        values = {
-            name: [value for run in runs for value in values_at(run, path)]
-            for name, runs in results.items()
-        }
-        size = len(values[first])
+        values = {name: [values_at(run, path) for run in runs] for name, runs in results.items()}
+        sizes = {name: [len(run) for run in runs] for name, runs in values.items()}
+        flat = {name: [value for run in runs for value in run] for name, runs in values.items()}
         compared = [
-            {"variant": name, "measure": label} | compare(values[first], values[name])
+            {"variant": name, "measure": label} | compare(flat[first], flat[name])
             for name in others
-            if len(values[name]) == size > 1
+            if sizes[name] == sizes[first] and len(flat[first]) > 1
         ]
         tested = [(row, p) for row in compared if isinstance(p := row["p"], float)]
         for (row, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
@@ -415,7 +426,8 @@ def _paired_cells(row: dict) -> list[str]:
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    plain = lambda cell: " ".join(cell.replace("|", r"\|").split("\n"))  # noqa: E731
+    first, *rest = (f"| {' | '.join(map(plain, cells))} |" for cells in (header, *rows))
     return [first, "|---" * len(header) + "|", *rest]
 
 

@@ -274,7 +274,15 @@ def negative_share(
 def unmatched_pairs(
     images: int, image_of_text: np.ndarray, pairs: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of images and of texts, (pairs,) each, drawn evenly from the pairs that do not match."""
+    """Rows of images and of texts, (pairs,) each, drawn evenly from the pairs that do not match.
+
+    Raises UserError where there are none.
+    """
+    if images < 2 or not len(image_of_text) or pairs < 1:
+        raise UserError(
+            f"{max(pairs, 0)} of the pairs of {images} images and {len(image_of_text)} texts that "
+            "do not match cannot be drawn; give at least 2 images, a text and pairs=1"
+        )
     rng = np.random.default_rng(seed)
     text = rng.integers(len(image_of_text), size=pairs)
     # One of the images but the text's own: those from it onwards move up by one.

@@ -9,6 +9,7 @@ kept, for stores that can filter by them.
 """
 
 import dataclasses
+import decimal
 import functools
 import hashlib
 import io
@@ -133,6 +134,7 @@ def column(values: Sequence[Any], words: bool = False) -> tuple:
     types and integers that a float cannot hold become texts, as JSON has them.
     """
     values = [None if value == "" else value for value in values]
+    values = [float(value) if isinstance(value, decimal.Decimal) else value for value in values]
     given = [value for value in values if value is not None]
     make: Callable[[Any], Any]
     if words and all(_INTEGER.fullmatch(value) for value in given):

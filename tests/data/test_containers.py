@@ -1,7 +1,9 @@
 """Parquet, saved data sets and tar shards as items: read, named and refused."""
 
 import builtins
+import decimal
 import logging
+import os
 import tarfile
 
 import numpy as np
@@ -265,6 +267,96 @@ def test_bad_tables(tmp_path):
     write_shards(tmp_path / "items")
     with pytest.raises(UserError, match=r"has both items\.parquet and items; remove one"):
         folder.load(tmp_path, log=quiet)
+
+
+def with_columns(path, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    both = {"id": pa.array(["a", "b"]), "text": pa.array(["x", "y"])} | columns
+    pyarrow.parquet.write_table(pa.Table.from_arrays([*both.values()], [*both]), path)
+    return path
+
+
+def test_values_that_python_has_not_or_has_otherwise(tmp_path):
+    """Dates beyond the year 9999, decimals, what pandas writes where nothing is, new types."""
+    import pyarrow as pa
+
+    images = [png(1), png(2)]
+    items = read_items(
+        with_columns(
+            tmp_path / "t.parquet",
+            label=pa.array([float("nan"), 2.0]),
+            price=pa.array([decimal.Decimal("1.50"), None]),
+            day=pa.array([1, None], pa.date32()),
+            time=pa.array([86_400, 10**12], pa.timestamp("s")),
+            span=pa.array([2**62, 1], pa.duration("s")),
+            kind=pa.array([1, 2], pa.date32()).dictionary_encode(),
+            image=pa.array(images, pa.binary_view()),
+        )
+    )
+    columns = dict(items.columns)
+    assert columns.pop("time")[0].startswith("1970-01-02 00:00:00")
+    assert columns == {
+        "label": (None, 2.0),
+        "price": (1.5, None),
+        "day": ("1970-01-02", None),
+        "span": (str(2**62), "1"),
+        "kind": ("1970-01-02", "1970-01-03"),
+    }
+    assert [items.read(i) for i in range(2)] == images
+
+
+def test_columns_that_cannot_be_read(tmp_path):
+    import pyarrow as pa
+
+    lists = pa.array([["x"], ["y"]])
+    for column, values in (
+        ("id", lists),
+        ("text", pa.array([{"en": "x"}, {"en": "y"}])),
+        ("text", pa.array([b"x", b"y"])),
+        ("image", lists),
+        ("label", lists),
+    ):
+        path = with_columns(tmp_path / "t.parquet", **{column: values})
+        with pytest.raises(UserError, match=rf"column '{column}' is of the type .* not read"):
+            read_items(path)
+    twice = pa.table([pa.array(["a"]), pa.array(["x"]), pa.array(["y"])], ["id", "text", "text"])
+    pa.parquet.write_table(twice, path)
+    with pytest.raises(UserError, match="the column 'text' comes twice"):
+        read_items(path)
+    zones = pa.array([1, 2], pa.timestamp("s", "Mars/Olympus"))
+    with pytest.raises(UserError, match=r"cannot be read \(.*Mars/Olympus"):
+        read_items(with_columns(path, day=zones))
+
+
+def test_damaged_offsets_do_not_end_the_process(tmp_path):
+    """An Arrow file is mapped as it is; its offsets may lead anywhere."""
+    saved = write_saved(tmp_path / "saved", [[{"id": "a", "text": "x"}, {"id": "b", "text": "y"}]])
+    (file,) = saved.glob("*.arrow")
+    whole, wrong = (np.array([0, 1, end], np.int32).tobytes() for end in (2, 2**30))
+    assert whole in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(whole, wrong))
+    with pytest.raises(UserError, match=r"\.arrow cannot be read"):
+        read_items(saved)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("items.tar", "s.tar", "t.parquet", "t.arrow", "items.csv"):
+        os.mkfifo(tmp_path / name)
+    for name in ("s.tar::0+5", "t.parquet::0", "t.arrow::0"):
+        with pytest.raises(OSError, match="no regular file"):
+            from_names(("a",), ("",), (name,), tmp_path).read(0)
+    for path in (tmp_path / "items.tar", tmp_path / "items.csv", tmp_path):
+        with pytest.raises(UserError, match="no regular file"):
+            read_items(path)
+
+
+def test_a_table_whose_name_is_no_text(tmp_path):
+    path = write_parquet(tmp_path / "t.parquet", [{"id": "a", "text": "x"}])
+    path.rename(tmp_path / os.fsdecode(b"caf\xe9.parquet"))
+    with pytest.raises(UserError, match="cannot be encoded as a file name"):
+        read_items(tmp_path)
 
 
 def test_a_damaged_saved_data_set(tmp_path):

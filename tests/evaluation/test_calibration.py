@@ -141,6 +141,9 @@ def test_unrelated_pairs_become_negative_and_the_order_stays(space):
     np.testing.assert_allclose(pair_scores(fitted.image(x), fitted.text(y), i, j), found[i, j])
 
 
+EYE = np.eye(2)
+
+
 def test_scores_that_cannot_be_calibrated_are_one_sentence():
     for call, message in (
         (lambda: fit_zero(np.ones(200)), "all unrelated scores are equal"),
@@ -152,7 +155,21 @@ def test_scores_that_cannot_be_calibrated_are_one_sentence():
         (lambda: fit_isotonic(np.zeros(5), np.ones(5)), "do not score higher"),
         (lambda: fit_isotonic(np.ones(5), np.ones(5), prior=0), "prior=0 must be between"),
         (lambda: fit_csls(np.ones((3, 2)), np.ones((9, 2))), "from 1 to the 3 rows of image"),
+        (lambda: fit_csls(np.ones((9, 2)), np.ones((9, 2)), neighbors=3, references=2), "at least"),
         (lambda: fit_signed(*cone(0), space="no"), "space='no' is unknown; choose one of cosine"),
+        (lambda: fit_signed(*cone(0), pairs=0), "0 of the pairs of .* cannot be drawn"),
+        (lambda: fit_signed(EYE, EYE, [0, 1], space="cosine"), "1 images and 1 texts"),
+        (lambda: fit_zero(np.arange(200) * 1e-310), "too small or too large"),
+        (lambda: fit_zero(np.arange(200) * 1e200), "too small or too large"),
+        (lambda: fit_sigmoid(np.arange(5) * 1e-200, np.zeros(5)), "too small or too large"),
+        (lambda: fit_isotonic(np.arange(5) * 1e-310, np.zeros(5)), "too small or too large"),
+        (lambda: fit_zero(["a"]), "unrelated must be one row of finite scores"),
+        (lambda: calibration_error([], []), "probability must be one row"),
+        (lambda: calibration_error([np.nan], [1]), "probability must be one row"),
+        (lambda: calibration_error([1.5], [1]), "from 0 to 1"),
+        (lambda: calibration_error([0.5, 0.5], [1]), "a value of matched for each"),
+        (lambda: calibration_error([0.5], [1], bins=0), "bins=0 must be at least 1"),
+        (lambda: calibration_error([0.5], [1], weight=[0]), "some weight above 0"),
     ):
         with pytest.raises(UserError, match=message):
             call()

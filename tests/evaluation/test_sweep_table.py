@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from rcml_jax.errors import UserError
 from rcml_jax.evaluation.display import collect, markdown
 from rcml_jax.evaluation.measures import columns
 from rcml_jax.evaluation.paired import compare
@@ -139,3 +140,36 @@ def test_controls_follow_their_variant_and_come_once_where_they_know_no_model(tm
         "| other | 2 | 80.0 ± 0.0 | 80.0 ± 0.0 |",
         "| other: relation only | 2 | 115.0 ± 7.1 | 115.0 ± 7.1 |",
     ]
+
+
+def test_only_values_of_the_same_seeds_are_paired(tmp_path):
+    one = np.ones((1, 4), bool)
+    for name, there in {"a": (1, 2, 3), "b": (1, 2, 3), "late": (2, 3)}.items():
+        for seed in there:
+            rate = seed / 10 + 0.05 * (name == "a")
+            write_run(tmp_path / name / f"seed{seed}", [rate], [], one, held_out=False)
+    folders = {name: name for name in ("a", "b", "late")}
+    (found,) = collect(tmp_path, folders, [1, 2, 3], paired=True)["paired"]
+    assert (found["variant"], found["pairs"]) == ("b", 3)
+    assert found["difference"] == pytest.approx(0.05)
+    # As many values, but not of the same seeds.
+    (tmp_path / "a" / "seed3" / "eval.json").unlink()
+    assert "paired" not in collect(tmp_path, folders, [1, 2, 3], paired=True)
+
+
+def test_a_damaged_evaluation_is_named(workdir):
+    path = workdir / "only_text" / "seed42" / "eval.json"
+    for text in (path.read_text()[:-5], "", "[1]", "3"):
+        path.write_text(text)
+        with pytest.raises(
+            UserError, match=r"eval\.json is damaged .* rcml-eval --workdir .*seed42"
+        ):
+            collect(workdir, FOLDERS, [42])
+
+
+def test_a_label_is_one_cell(tmp_path):
+    write_run(tmp_path / "x" / "seed1", [0.5], [], np.ones((1, 4), bool), held_out=False)
+    (line,) = (
+        x for x in markdown(collect(tmp_path, {"a|b\nc": "x"}, [1])).splitlines() if "b" in x
+    )
+    assert line.startswith(r"| a\|b c | 1 | 50.0 |")
