@@ -4,7 +4,6 @@
     python -m benchmarks.feeding --items 10000 368000      # smaller ones
     python -m benchmarks.feeding --loading --plot growth.svg   # and memory, and opening a graph
     python -m benchmarks.feeding --batches                 # whole batches with their images
-    python -m benchmarks.feeding --prepare 5000            # preparation by one and two processes
 
 The plan of a batch of 1,024 items (8 relations of 64 pairs, 64 self pairs, as with a pretrained
 CLIP) and its masks (which items are related, which pairs are linked), on random graphs of up to
@@ -21,14 +20,10 @@ set of JPEGs of 256 pixels. The images are copied from the file of stored pixels
 or decoded, in this process or by one or two workers. Processor time is that of a core in this
 process and in the workers, which other programs change least. "On 2 free cores" is what follows
 from it, where all processes share two cores and none of them waits.
-
-With --prepare: the source `folder` prepares so many JPEGs of 800 pixels in this process and in two
-others, in turns; the files must be the same. Two need two free cores to show their gain.
 """
 
 import argparse
 import functools
-import hashlib
 import multiprocessing
 import pathlib
 import resource
@@ -43,8 +38,6 @@ from benchmarks.loading import SIZES
 from rcml_jax.data.images import ImageBank, StoredPixels
 from rcml_jax.data.relation_graph import RelationGraph, Splits, split_graph
 from rcml_jax.data.sampling import RelationSampler, batch_iterator, collator
-from rcml_jax.data.sources import folder
-from rcml_jax.data.stages import Runner
 from rcml_jax.data.tokenizer import StoredTexts, train_tokenizer
 
 RELATIONS, PAIRS_PER_ITEM = 10, 4
@@ -52,7 +45,6 @@ MOST_MILLISECONDS, MOST_GROWTH = 3.0, 1.2
 MOST_BATCH_MILLISECONDS, LEAST_OF_TWO = 60.0, 1.8
 _IMAGES, _SIDE, _SIZE, _TEXT_LENGTH, _TEXTS_PER_ROW = 2048, 256, 224, 64, 4
 _IDLE_SECONDS = 3.0
-_TURNS = 3
 
 
 class NoTexts:
@@ -225,8 +217,8 @@ def _settled(spent: Callable[[], float]) -> tuple[float, float]:
 
 def whole_batches(options: argparse.Namespace, machine: dict) -> None:
     """Measure, print and write what whole batches cost."""
-    with tempfile.TemporaryDirectory() as root:
-        batches = Batches(pathlib.Path(root))
+    with tempfile.TemporaryDirectory() as folder:
+        batches = Batches(pathlib.Path(folder))
         kinds = {kind: functools.partial(batches.read, kind) for kind in batches.collate}
         stored = timing.alternate({"stored": kinds["stored"]}, repeats=options.repeats)
         decoded = timing.alternate({"decoded": kinds["decoded"]}, repeats=3, warmup=1)
@@ -250,58 +242,6 @@ def whole_batches(options: argparse.Namespace, machine: dict) -> None:
         print(f"target of 2 workers: {LEAST_OF_TWO} times one process, {met}")
     figures = {**timing.summarise(stored | decoded), "workers": rows, "alone": alone}
     timing.write_json(options.json, {"machine": machine, **figures})
-
-
-def preparation(options: argparse.Namespace, machine: dict) -> None:
-    """Measure, print and write what the preparation of a folder costs."""
-    with tempfile.TemporaryDirectory() as root:
-        catalogue = pathlib.Path(root, "catalogue")
-        _write_catalogue(catalogue, options.prepare)
-        rows: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-        for turn in range(_TURNS):
-            for workers, found in rows.items():
-                before, start = _processor_time(), time.perf_counter()
-                cache = pathlib.Path(root, f"{turn}-{workers}")
-                folder.load(catalogue, cache, runner=Runner(workers), log=lambda line: None)
-                clock, spent = time.perf_counter() - start, _processor_time() - before
-                found.append({"clock": clock, "processor": spent})
-                print(f"{workers} processes: {clock:.1f} s, {spent:.1f} s of a core", flush=True)
-            one, two = (_digests(pathlib.Path(root, f"{turn}-{workers}")) for workers in rows)
-            if one != two:
-                raise SystemExit("one and two processes have written other files")
-    clocks = {workers: np.array([x["clock"] for x in found]) for workers, found in rows.items()}
-    gain = float(np.median(clocks[1] / clocks[2]))
-    print(f"two processes: {gain:.2f} times as fast as one; the files are the same")
-    timing.write_json(options.json, {"machine": machine, "preparation": rows, "gain": gain})
-
-
-def _write_catalogue(root: pathlib.Path, count: int) -> None:
-    """A folder of `count` items, each with a JPEG of 800 pixels and a pair with the next one."""
-    (root / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    drawn = [images.photograph(rng, 800) for _ in range(20)]
-    for i in range(count):
-        (root / "images" / f"{i}.jpg").write_bytes(drawn[i % len(drawn)])
-    tables = {
-        "items": ["id,text,image", *(f"{i},item {i},images/{i}.jpg" for i in range(count))],
-        "relations": ["id,sentence", "next,One comes after the other."],
-        "pairs": ["item_a,item_b,relation", *(f"{i},{i + 1},next" for i in range(count - 1))],
-    }
-    for name, lines in tables.items():
-        (root / f"{name}.csv").write_text("\n".join(lines) + "\n")
-
-
-def _processor_time() -> float:
-    """Seconds of this process and of those that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def _digests(root: pathlib.Path) -> dict[str, str]:
-    files = {path for path in root.rglob("*") if path.is_file()}
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
 
 
 Growth = dict[str, list[dict[str, float]]]
@@ -366,7 +306,6 @@ def main() -> None:
     parser = timing.parser(__doc__.splitlines()[0], repeats=40)
     parser.add_argument("--batches", action="store_true", help="whole batches with their images")
     parser.add_argument("--batch-count", type=int, default=6, help="batches read by workers")
-    parser.add_argument("--prepare", type=int, metavar="N", help="preparation of N images")
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 368_000, 10_000_000])
     parser.add_argument("--plans", type=int, default=20, help="plans in one timed call")
     parser.add_argument("--loading", action="store_true", help="memory, and opening a graph")
@@ -375,9 +314,6 @@ def main() -> None:
     parser.add_argument("--earlier", action="store_true", help="the earlier way on every graph")
     options = parser.parse_args()
     machine = timing.start(f"batches of {SIZES.items} items: {SIZES}")
-    if options.prepare:
-        preparation(options, machine)
-        return
     if options.batches:
         whole_batches(options, machine)
         return

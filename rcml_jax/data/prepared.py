@@ -229,7 +229,10 @@ def prepare(
     """
     graph.validate()
     name = name or graph.name
-    with _locked(folder_of(data_dir, name, fingerprint), name):
+    folder = folder_of(data_dir, name, fingerprint)
+    if folder.exists():  # perhaps where nothing can be written
+        return folder
+    with _locked(folder, name):
         return _prepare(data_dir, graph, name, fingerprint, runner, about)
 
 

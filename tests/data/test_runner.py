@@ -106,6 +106,12 @@ def test_a_worker_that_dies_is_a_user_error(tmp_path):
         prepared.prepare(tmp_path, graph, runner=TWO)
 
 
+def test_the_configuration_names_the_runner():
+    assert Runner.from_config({}) == HERE  # a recipe whose source has no such options
+    found = Runner.from_config({"prepare_workers": 3, "beam": "--runner=DirectRunner"})
+    assert found == Runner(3, "--runner=DirectRunner")
+
+
 def test_images_that_cannot_be_pickled_are_refused(tmp_path):
     graph = dataclasses.replace(make_graph(), images=EncodedImages(60, lambda index: png(index)))
     with pytest.raises(
