@@ -487,12 +487,13 @@ def test_questions_that_cannot_be(runs, model, table, patchy):
 def test_addresses(tmp_path):
     assert table_or_path("lance://a/b") == "lance://a/b"
     assert table_or_path("lance+s3://bucket/path") == "lance+s3://bucket/path"
+    assert table_or_path("s3://bucket/path/") == "s3://bucket/path"
     assert table_or_path(str(tmp_path)) == tmp_path
     for address, message in (
         ("lance://", "names no directory; write lance://DIRECTORY"),
         ("lance://s3://bucket", r"write lance\+s3://bucket for object storage"),
         ("lance+db://catalogue", "is a server of LanceDB, which is not supported"),
-        ("s3://bucket", "s3:// is not supported"),
+        ("http://bucket", "http:// is not supported"),
         ("lance://a\0b", "has a NUL"),
     ):
         with pytest.raises(UserError, match=message):
