@@ -29,10 +29,16 @@ from rcml_jax.data.stages import Arrays, pack
 from rcml_jax.errors import UserError
 from rcml_jax.parsing import NO_TEXT, TextGate, read_json, replaced
 
-try:
-    import orjson
-except ImportError:
-    orjson = None
+
+def _fast_parser() -> Callable[[bytes], Any] | None:
+    try:
+        import orjson
+    except ImportError:
+        return None
+    return orjson.loads
+
+
+_fast_json = _fast_parser()
 
 # A longer line is no record: without a limit, a foreign file could fill the memory.
 LONGEST_LINE = 16 * 2**20
@@ -110,9 +116,9 @@ def parse_line(line: bytes) -> Any:
 
     Raises ValueError where it is malformed.
     """
-    if orjson is not None:
+    if _fast_json is not None:
         try:
-            return orjson.loads(line)
+            return _fast_json(line)
         except ValueError:
             # Half of a surrogate pair, a byte order mark, UTF-16 and the like may still be read.
             pass

@@ -107,7 +107,7 @@ def test_ids_may_be_of_any_characters():
 def parser(request, monkeypatch):
     """Both parsers of lines, one after the other."""
     if request.param == "json":
-        monkeypatch.setattr(amazon_records, "orjson", None)
+        monkeypatch.setattr(amazon_records, "_fast_json", None)
     else:
         pytest.importorskip("orjson")
 
