@@ -70,14 +70,20 @@ def collective_bytes(text: str) -> dict[str, tuple[int, int]]:
     """Collectives of a compiled program: kind → (how many, bytes of their results on a chip).
 
     text: the program as HLO. Of an asynchronous pair the start counts, its last operand-free array
-    being the result.
+    being the result. "all-reduce-scatter" is an all-reduce that gives each chip its part alone, as
+    TPUs have it; its bytes are those of what is summed.
     """
     found: dict[str, tuple[int, int]] = {}
+    computation = ""
     for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            computation = line
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
         if match is None:
             continue
         shapes, kind, start = match.groups()
+        if kind == "all-reduce" and computation.startswith("%all-reduce-scatter"):
+            kind = "all-reduce-scatter"
         arrays = [_bytes(*array) for array in _ARRAY.findall(shapes)]
         # A start gives (operands, results, ...): as many of each.
         size = max(arrays, default=0) if start else sum(arrays)

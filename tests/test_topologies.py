@@ -41,6 +41,22 @@ ENTRY %main (a: bf16[2,3]) -> f32[2] {
 """
 
 
+def test_an_all_reduce_that_is_scattered_is_a_kind_of_its_own():
+    program = """
+%all-reduce-scatter.1 (input: f32[16,4]) -> f32[2,4] {
+  %all-reduce.9 = f32[16,4]{1,0:T(8,128)} all-reduce(%input), channel_id=11, to_apply=%add.1
+  ROOT %slice = f32[2,4]{1,0} dynamic-slice(%all-reduce.9, %i, %zero)
+}
+
+ENTRY %main () -> f32[2] {
+  %all-reduce.2 = f32[2]{0} all-reduce(%x), to_apply=%add.1
+  %fusion = f32[2,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    found = topologies.collective_bytes(program)
+    assert found == {"all-reduce-scatter": (1, 256), "all-reduce": (1, 8)}
+
+
 def test_kernels_are_counted_in_the_entry_alone():
     found = topologies.kernels(STEP)
     assert found == {"fusion": (2, 8 + 8 + 8), "all-gather": (1, 64)}
