@@ -220,8 +220,8 @@ def user_path(given: str | os.PathLike) -> Path:
     size = sum(map(len, names)) + len(names)
     if "\0" in text or max(map(len, names)) > _LONGEST_NAME or size > _LONGEST_PATH:
         raise UserError(
-            f"the path {_shown(text)} has a NUL, a name of more than {_LONGEST_NAME} bytes, or more "
-            f"than {_LONGEST_PATH:,} bytes; correct it"
+            f"the path {_shown(text)} has a NUL, a name of more than {_LONGEST_NAME} bytes, or "
+            f"more than {_LONGEST_PATH:,} bytes; correct it"
         )
     return Path(text)
 

@@ -73,7 +73,8 @@ def guard(
 
     argv: the program's name and its arguments, by default `sys.argv`. usage: what `--help` prints,
     for commands that do not parse it themselves. A mistake of the user, and a file that the system
-    refuses, end in one sentence on stderr and status 2. Where the reader of the output has gone the command ends silently.
+    refuses, end in one sentence on stderr and status 2. Where the reader of the output has gone
+    the command ends silently.
     """
     argv = sys.argv if argv is None else argv
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
