@@ -175,6 +175,7 @@ def _long_fields() -> Iterator[None]:
 # Two letters at least: "C:/" is a drive. A `Path` has joined the two slashes of a URL.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _LONGEST_NAME = 255  # bytes; the limit of nearly all file systems
+_LONGEST_PATH = 4095  # bytes, of Linux
 
 
 def user_path(given: str | os.PathLike) -> Path:
@@ -218,10 +219,11 @@ def user_path(given: str | os.PathLike) -> Path:
             f"the path {_shown(absolute)} cannot be encoded as a file name here; rename it in "
             "UTF-8, and set PYTHONUTF8=1 or a UTF-8 locale such as LC_ALL=C.UTF-8"
         ) from error
-    if "\0" in text or max(map(len, names)) > _LONGEST_NAME:
+    size = sum(map(len, names)) + len(names)
+    if "\0" in text or max(map(len, names)) > _LONGEST_NAME or size > _LONGEST_PATH:
         raise UserError(
-            f"the path {_shown(text)} has a NUL or a name of more than {_LONGEST_NAME} bytes; "
-            "correct it"
+            f"the path {_shown(text)} has a NUL, a name of more than {_LONGEST_NAME} bytes, or "
+            f"more than {_LONGEST_PATH:,} bytes; correct it"
         )
     return Path(text)
 

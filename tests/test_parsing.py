@@ -105,6 +105,7 @@ def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
         ("~nobody-of-this-name/x", "home directory of '~nobody-of-this-name' is unknown"),
         ("run\udcff", "cannot be encoded as a file name"),
         ("a" * 256, "more than 255 bytes"),
+        ("a/" * 3000, "more than 4,095 bytes"),
         ("a\0b", "NUL"),
         ("", "a path is empty"),
     ],

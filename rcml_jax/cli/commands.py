@@ -76,8 +76,9 @@ def guard(
     """Run a command and return its exit status.
 
     argv: the program's name and its arguments, by default `sys.argv`. usage: what `--help` prints,
-    for commands that do not parse it themselves. A mistake of the user ends in one sentence on
-    stderr and status 2. Where the reader of the output has gone the command ends silently.
+    for commands that do not parse it themselves. A mistake of the user, and a file that the system
+    refuses, end in one sentence on stderr and status 2. Where the reader of the output has gone
+    the command ends silently.
     """
     argv = sys.argv if argv is None else argv
     # A failed write is told in a sentence; Orbax and asyncio would log its stack traces, too.
@@ -104,6 +105,11 @@ def guard(
         return 141  # as a program that SIGPIPE ends
     except UserError as error:
         print(f"error: {remote.named(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: cannot use {error.filename!a}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; start the same command again to go on", file=sys.stderr)

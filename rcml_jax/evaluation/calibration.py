@@ -188,9 +188,9 @@ def calibration_error(
     """
     p, y = _scores("probability", probability), _scores("matched", matched)
     w = np.ones(len(p)) if weight is None else _scores("weight", weight)
-    if p.min() < 0 or p.max() > 1 or not len(p) == len(y) == len(w):
+    if np.min(p) < 0 or np.max(p) > 1 or not len(p) == len(y) == len(w):
         raise UserError("probability must be from 0 to 1, with a value of matched for each")
-    if bins < 1 or w.min() < 0 or not w.sum() > 0:
+    if bins < 1 or np.min(w) < 0 or not np.sum(w) > 0:
         raise UserError(f"bins={bins} must be at least 1, and some weight above 0")
     place = np.clip((p * bins).astype(int), 0, bins - 1)
     gaps = np.bincount(place, w * (p - y), minlength=bins)

@@ -476,6 +476,8 @@ def check_sentence(sentence: str) -> None:
 
 def check_question(k: int, against: str, *queries: Any) -> tuple[str, ...]:
     """The modalities to compare with. Raises UserError unless one query is given, and k above 0."""
+    if not isinstance(k, int | np.integer):
+        raise UserError(f"k is {k!r}; it must be a whole number")
     if k < 1:
         raise UserError(f"k is {k}; it must be at least 1")
     if against != "both" and against not in MODALITIES:

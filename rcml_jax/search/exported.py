@@ -1,11 +1,11 @@
 """A run that `rcml-export` wrote, read back: a local directory, or a repository on the hub."""
 
-import json
 import pathlib
 import re
 from typing import Any
 
 import jax
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rcml_jax.config import load_config_file
@@ -16,14 +16,15 @@ from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL, method_class
 from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.models.checkpoints import TOKENIZER_FILES, hub_reason, pretrained_directory
-from rcml_jax.models.two_towers import load_pretrained
-from rcml_jax.parsing import read_json, user_path
+from rcml_jax.models.two_towers import joint_width, load_pretrained
+from rcml_jax.parsing import NO_TEXT, read_json, user_path
 from rcml_jax.tasks.relations import RelationTask, cache_directory
 from rcml_jax.tasks.towers import inputs
 
 #: The head of RCML, and the key of config.json that says what a directory is an export of.
 HEAD, MARK = "relation_pooling.safetensors", "rcml_jax"
 _FILES = ("model.safetensors", HEAD, "preprocessor_config.json", *TOKENIZER_FILES)
+_LARGEST_LOGIT = 1e6  # as of the option model.pooled_logit
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,11 +97,12 @@ def load_export(directory: pathlib.Path, config: Any) -> tuple[RelationalMethod,
 
     config: of `export_config`. Raises UserError where a file is missing or damaged.
     """
-    _, towers = load_pretrained(str(directory))
+    towers_config, towers = load_pretrained(str(directory))
     params: dict[str, Any] = {"towers": towers}
     intra = INTRA_RELATION
     if config.method == "rcml":
         params["head"], options, _ = _head(directory)
+        _check_head(directory, params["head"], joint_width(towers_config))
         intra = options["intra_relation"]
     taken = inputs(config.model)
     images = EncodedImages(0, lambda index: b"")
@@ -119,17 +121,38 @@ def load_export(directory: pathlib.Path, config: Any) -> tuple[RelationalMethod,
 
 
 def _head(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The arrays of RCML's head, what is not learned, and the arrays' names."""
+    """The arrays of RCML's head, what is not learned, and the arrays' names.
+
+    Raises UserError where the file is missing or damaged, or a value cannot be.
+    """
     path = directory / HEAD
     try:
         with safe_open(path, "numpy") as file:
             names = list(file.keys())
-            options = json.loads(file.metadata()["options"])
+            options = read_json(file.metadata()["options"])
             arrays = {name: file.get_tensor(name) for name in names}
-        str(options["intra_relation"]), float(options["beta"]), float(options["pooled_logit"])
+        intra, beta, logit = (options[x] for x in ("intra_relation", "beta", "pooled_logit"))
+        if not isinstance(intra, str) or not intra.strip() or NO_TEXT.search(intra):
+            raise ValueError("its sentence for the item itself is no text")
+        if not (0 <= float(beta) <= 1 and abs(float(logit)) <= _LARGEST_LOGIT):
+            raise ValueError(f"beta={beta} or pooled_logit={logit} is out of range")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); export the run again") from error
     return arrays, options, names
+
+
+def _check_head(directory: pathlib.Path, arrays: dict[str, Any], width: int) -> None:
+    """Raise UserError where a head has other arrays than towers of this width need, or NaN."""
+    matrices = {"query", "key", "value", "output"} | ({"gate"} & arrays.keys())
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(sorted(matrices), (width, width))
+    wanted["pooled_prior"] = ()
+    for name, shape in wanted.items():
+        array = arrays.get(name)
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise UserError(
+                f"{directory / HEAD} has no finite {name} of the shape {shape}, which its towers "
+                "need; export the run again"
+            )
 
 
 def _max_length(directory: pathlib.Path) -> int:

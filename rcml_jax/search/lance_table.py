@@ -40,6 +40,7 @@ INDICES = ("ivf-pq", "hnsw")
 _NAME, _KEY, _LOCK = "items", b"rcml_jax", ".lock"
 _OWN = ("id", "text", "image", "item_number", "image_state")
 _ADDRESS = re.compile(r"lance(?:\+([A-Za-z0-9+.-]+))?://(.*)", re.DOTALL)
+_NO_COLUMN = re.compile(r"^_|^vector_|[.`*]")  # names that LanceDB reads as something else
 _TRAINED_ON = 256  # vectors that an index needs at least: PQ has so many codes
 _AT_ONCE = 1000  # rows that are asked for by their numbers
 _EXAMPLES, _LIKE_IDS = 5, 20_000
@@ -65,7 +66,8 @@ def table_or_path(address: str) -> str | pathlib.Path:
 def _uri(address: str) -> str:
     """What LanceDB opens for an address."""
     match = _ADDRESS.fullmatch(address)
-    assert match is not None
+    if match is None:
+        raise UserError(f"{address!a} is the address of no table; write lance://DIRECTORY")
     scheme, rest = match.groups()
     if not rest:
         raise UserError(f"{address} names no directory; write lance://DIRECTORY")
@@ -370,10 +372,10 @@ def _schema(plan: Plan) -> Any:
     folded = {name: name for name in _OWN}
     for name, values in plan.items.columns.items():
         lower = name.casefold()
-        if lower in folded or re.match(r"_|vector_", lower) or "." in name or NO_TEXT.search(name):
+        if lower in folded or _NO_COLUMN.search(lower) or NO_TEXT.search(name):
             raise UserError(
-                f"the column {name!a} of the items cannot be one of a table, as it has a dot, "
-                "begins with _ or vector_, or is there already; rename it"
+                f"the column {name!a} of the items cannot be one of a table, as it has a dot, a "
+                "backtick or a star, begins with _ or vector_, or is there already; rename it"
             )
         folded[lower] = name
         kinds = {type(value) for value in values if value is not None} or {str}

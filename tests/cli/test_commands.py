@@ -274,6 +274,14 @@ def test_a_reader_that_has_seen_enough(program):
     assert process.wait() == 141
 
 
+def test_a_file_that_the_system_refuses_is_named(tmp_path, capsys):
+    def command(argv):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    refused = lambda argv: commands.guard(command, argv)  # noqa: E731
+    fails(refused, [], capsys, f"cannot use '{tmp_path}': Permission denied")
+
+
 def test_configuration_files_that_cannot_be_read(tmp_path, capsys):
     workdir = f"--workdir={tmp_path / 'run'}"
     missing = tmp_path / "missing.py"

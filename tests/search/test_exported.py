@@ -4,6 +4,7 @@ import base64
 import hashlib
 import http.server
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import threading
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from rcml_jax.cli import embed, explore, export
 from rcml_jax.cli.export import export_run
@@ -68,6 +71,35 @@ def test_an_export_embeds_as_its_run(exported, catalogue, method):
     assert found.about["method"] == method
     assert found.about["step"] == original.about["step"] == 7
     assert found.method.task.max_length == original.method.task.max_length
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"beta": 2.0}, {}, "beta=2.0 or pooled_logit=3.0 is out of range"),
+        ({"beta": math.nan}, {}, "NaN is no JSON number"),
+        ({"pooled_logit": -1e7}, {}, "is out of range"),
+        ({"intra_relation": None}, {}, "is no text"),
+        ({"intra_relation": " "}, {}, "is no text"),
+        ({"intra_relation": "half \ud800"}, {}, "is no text"),
+        ({}, {"query": np.ones((4, 4), np.float32)}, r"no finite query of the shape (16, 16)"),
+        ({}, {"gate": np.full((16, 16), np.nan, np.float32)}, "no finite gate"),
+        ({}, {"value": None}, "no finite value"),
+        ({}, {"pooled_prior": None}, "no finite pooled_prior of the shape ()"),
+    ],
+)
+def test_a_head_that_cannot_be(exported, tmp_path, options, change, message):
+    directory = shutil.copytree(exported["rcml"][1], tmp_path / "e")
+    with safe_open(directory / HEAD, "numpy") as file:
+        meta = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()} | change  # noqa: SIM118
+    meta["options"] = json.dumps(json.loads(meta["options"]) | options)
+    save_file({name: x for name, x in arrays.items() if x is not None}, directory / HEAD, meta)
+    with pytest.raises(UserError) as error:
+        open_model(directory)
+    assert str(error.value).startswith(f"{directory / HEAD} ")
+    assert message in str(error.value)
+    assert str(error.value).endswith("export the run again")
 
 
 def test_a_catalogue_is_embedded_and_asked_by_an_export(exported, catalogue, tmp_path, capsys):

@@ -395,6 +395,8 @@ def test_two_writers_without_locks_find_out_and_lose_nothing(tmp_path):
         ({"columns": {"price": 1.5, "brand": "x"}}, "has other columns than the items ('Sold' is"),
         ({"columns": {"price": "1", "brand": "x", "Sold": True}}, "('price' is missing or of ano"),
         ({"columns": {"a.b": 1}}, "the column 'a.b' of the items cannot be one of a table"),
+        ({"columns": {"a`b": 1}}, "the column 'a`b' of the items"),
+        ({"columns": {"*": 1}}, "the column '*' of the items"),
         ({"columns": {"ID": 1}}, "the column 'ID' of the items"),
         ({"columns": {"a": 1, "A": 1}}, "the column 'A' of the items"),
         ({"columns": {"vector_x": 1}}, "the column 'vector_x' of the items"),
@@ -468,6 +470,8 @@ def test_questions_that_cannot_be(runs, model, table, patchy):
     searcher = TableSearcher(table)
     for options, message in (
         ({"item": "i1", "k": 0}, "k is 0; it must be at least 1"),
+        ({"item": "i1", "k": "3"}, "k is '3'; it must be a whole number"),
+        ({"item": "i1", "k": 1.5}, "k is 1.5; it must be a whole number"),
         ({"item": "i1", "against": "sound"}, "against='sound' is unknown"),
         ({"item": "i1", "text": "x"}, "give one of an item, a text and an image"),
         ({"item": "I17"}, "has no item 'I17'; did you mean"),
@@ -498,6 +502,9 @@ def test_addresses(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             table_or_path(address)
+    for address in ("LANCE://a", "lance+://a", "a"):
+        with pytest.raises(UserError, match=f"'{re.escape(address)}' is the address of no table"):
+            open_table(address)
     with pytest.raises(UserError, match=r"LanceDB cannot use lance\+foo://a \(No object store pro"):
         open_table("lance+foo://a")
     with pytest.raises(UserError, match=r"there is no table in lance://.*/none; embed first"):
