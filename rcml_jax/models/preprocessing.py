@@ -226,7 +226,7 @@ def _is_finite(x: Any) -> bool:
 def _image_options(name: str) -> dict | None:
     for file in _IMAGE_FILES:
         found = read_json(name, file, _IMAGE_FILES)
-        if isinstance(found, dict) and file == _IMAGE_FILES[1]:
+        if found is not None and file == _IMAGE_FILES[1]:
             found = found.get("image_processor")
         if isinstance(found, dict):
             return found
@@ -284,9 +284,9 @@ def read_pooling(name: str) -> str:
     Raises UserError for a damaged file, another way of pooling, and a model with further layers.
     """
     files = ("modules.json", "1_Pooling/config.json")
-    modules = read_json(name, "modules.json", files)
+    modules = read_json(name, "modules.json", files, list)
     path = "1_Pooling"
-    for module in modules if isinstance(modules, list) else []:
+    for module in modules or []:
         if not isinstance(module, dict):
             raise UserError(f"modules.json of {name!r} is damaged; copy the checkpoint anew")
         kind = str(module.get("type", "")).rpartition(".")[2]
@@ -298,7 +298,7 @@ def read_pooling(name: str) -> str:
         if kind == "Pooling":
             path = str(module.get("path", path))
     options = read_json(name, f"{path}/config.json", (f"{path}/config.json",))
-    if not isinstance(options, dict):
+    if options is None:
         return ""
     modes = [k.removeprefix(f"{_POOLING}_") for k, v in options.items() if _mode(k) and v is True]
     if isinstance(options.get(_POOLING), str):
@@ -339,15 +339,18 @@ def check_tokenizer(name: str, config: Any, tokenizer: Tokenizer, end: int | Non
         )
 
 
-def read_json(name: str, file: str, files: tuple[str, ...]) -> Any:
+def read_json(name: str, file: str, files: tuple[str, ...], kind: type = dict) -> Any:
     """A small file of a checkpoint, None where it has none; files: those to fetch with it.
 
-    Raises UserError for a damaged one.
+    Raises UserError for a damaged one, and where it holds anything but an object, or `kind`.
     """
     path = pretrained_directory(name, files=files) / file
     if not path.is_file():
         return None
     try:
-        return parse_json(path.read_bytes())
+        found = parse_json(path.read_bytes())
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {'list' if kind is list else 'object'}")
+        return found
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the checkpoint anew") from error

@@ -40,6 +40,7 @@ INDICES = ("ivf-pq", "hnsw")
 _NAME, _KEY, _LOCK = "items", b"rcml_jax", ".lock"
 _OWN = ("id", "text", "image", "item_number", "image_state")
 _ADDRESS = re.compile(r"lance(?:\+([A-Za-z0-9+.-]+))?://(.*)", re.DOTALL)
+_IN_A_STORE = re.compile(r"[\w.@$%+-]*(?:[/?].*)?", re.ASCII)
 _NO_COLUMN = re.compile(r"^_|^vector_|[.`*]")  # names that LanceDB reads as something else
 _TRAINED_ON = 256  # vectors that an index needs at least: PQ has so many codes
 _AT_ONCE = 1000  # rows that are asked for by their numbers
@@ -78,7 +79,11 @@ def _uri(address: str) -> str:
             f"{address} is a server of LanceDB, which is not supported; give a directory or object "
             "storage"
         )
-    return str(user_path(rest)) if scheme is None else f"{scheme}://{rest}"
+    if scheme is None:
+        return str(user_path(rest))
+    if not _IN_A_STORE.fullmatch(rest):  # LanceDB would make a local folder of it
+        raise UserError(f"{address!a} has a bucket of no valid name; write lance+s3://BUCKET/PATH")
+    return f"{scheme}://{rest}"
 
 
 def _is_local(address: str) -> bool:

@@ -262,7 +262,10 @@ def create_app(
     def ask(kind: str) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             try:
-                if request.headers.get("content-type", "").partition(";")[0].strip() != _CONTENT:
+                if (
+                    request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                    != _CONTENT
+                ):
                     raise RefusedError(415, f"send the content type {_CONTENT}")
                 with batcher.arriving():
                     answer = batcher.put((kind, await view_of(request, kind)))

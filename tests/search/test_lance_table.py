@@ -499,6 +499,8 @@ def test_addresses(tmp_path):
         ("lance+db://catalogue", "is a server of LanceDB, which is not supported"),
         ("http://bucket", "http:// is not supported"),
         ("lance://a\0b", "has a NUL"),
+        ("lance+s3://my bucket/x", "has a bucket of no valid name"),
+        ("lance+gs://bucket:x/y", "has a bucket of no valid name"),
     ):
         with pytest.raises(UserError, match=message):
             table_or_path(address)

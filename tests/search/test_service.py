@@ -288,6 +288,8 @@ def test_bodies_that_are_no_question(client):
         (b"[" * 100_000, "nested too deeply"),
     ):
         refused(client, body, 400, message)
+    kind = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client.post("/search", content=b'{"item": "i1"}', headers=kind).status_code == 200
     refused(client, b"item=i1", 415, "application/json", kind="application/x-www-form-urlencoded")
     refused(client, b'{"item": "i1"}', 400, "the field 'item' is unknown", path="/embed")
     refused(client, b"{}", 404, "there is no /find; ask /search, /embed or /health", path="/find")
