@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ import numpy as np
 from rcml_jax import files
 from rcml_jax.errors import UserError
 from rcml_jax.log import Progress
+from rcml_jax.parsing import ARRAY_ERRORS
 
 Arrays = dict[str, np.ndarray]
 
@@ -90,7 +90,7 @@ def load_arrays(path: Path) -> Arrays | None:
         # Opened here: of a damaged file NumPy would leave its own handle open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except ARRAY_ERRORS:
         return None
 
 
@@ -169,7 +169,7 @@ def mapped_rows(
 def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and it is made anew") from error
 
 

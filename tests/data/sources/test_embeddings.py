@@ -34,7 +34,9 @@ def test_what_is_no_such_file_is_said(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     whole = (tmp_path / "two.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "header.npz").write_bytes(whole.replace(b"{'descr", b"{'de\0cr"))
     for name, message in {
+        "header.npz": r"is no \.npz file",
         "absent.npz": "there is no file",
         "one.npy": "holds one array",
         "two.npz": "lacks the array 'image_of_text'",
