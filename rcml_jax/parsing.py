@@ -11,6 +11,9 @@ import os
 import re
 import stat
 import threading
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,6 +259,21 @@ def read_file(path: str | os.PathLike, most: int = 2**30) -> bytes:
         if state.st_size > most:
             raise OSError(f"{os.fspath(path)} has more than {most:,} bytes")
         return file.read()
+
+
+#: What NumPy raises of a damaged .npy or .npz file: its header is source text, its size anything.
+ARRAY_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def _no_wait(path: str, flags: int) -> int:

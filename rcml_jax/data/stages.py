@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+<<<<<<< HEAD
 import shlex
 import signal
 import threading
@@ -23,6 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.reduction import ForkingPickler
+=======
+from collections.abc import Callable, Iterator
+>>>>>>> faults
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +35,7 @@ import numpy as np
 from rcml_jax import files
 from rcml_jax.errors import UserError
 from rcml_jax.log import Progress
+from rcml_jax.parsing import ARRAY_ERRORS
 
 Arrays = dict[str, np.ndarray]
 
@@ -104,7 +109,7 @@ def load_arrays(path: Path) -> Arrays | None:
         # Opened here: of a damaged file NumPy would leave its own handle open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except ARRAY_ERRORS:
         return None
 
 
@@ -183,7 +188,7 @@ def mapped_rows(
 def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and it is made anew") from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rcml_jax import files
+from rcml_jax.parsing import ARRAY_ERRORS
 
 _BLOCK = 2**22  # bytes that are hashed or copied at a time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers are no zeros
@@ -194,7 +195,10 @@ def _map_array(file: Any, path: Path) -> np.ndarray:
     """The array that stands next in an open file, mapped; the file is left behind it."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError(f"{path.name} is of another version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except ARRAY_ERRORS as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from error
     start, size = file.tell(), int(np.prod(shape)) * dtype.itemsize
     file.seek(start + size)
     if not size:  # nothing can be mapped

@@ -30,7 +30,7 @@ import numpy as np
 from rcml_jax.errors import UserError
 from rcml_jax.files import atomic_file, exclusive
 from rcml_jax.log import counted
-from rcml_jax.parsing import user_path
+from rcml_jax.parsing import ARRAY_ERRORS, user_path
 from rcml_jax.search.items import Items, from_names
 
 MODALITIES = ("text", "image")
@@ -452,7 +452,7 @@ def open_array(path: pathlib.Path, shape: tuple[int, ...], dtype: str) -> np.mem
         array = np.load(path, mmap_mode="r")
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"it is {array.dtype} {array.shape}, not {dtype} {shape}")
-    except (OSError, ValueError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise damaged(path, error) from error
     return array
 

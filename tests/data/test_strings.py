@@ -100,5 +100,10 @@ def test_damaged_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises((OSError, ValueError)):
             StringColumn.open(path)
+    # The header of an array is read as Python's source.
+    for byte in (b"\0", b"\x1b"):
+        path.write_bytes(whole[:20] + byte + whole[21:])
+        with pytest.raises(ValueError, match=r"a\.strings is damaged"):
+            StringColumn.open(path)
     StringColumn.of([]).save(path)
     assert [*StringColumn.open(path)] == []

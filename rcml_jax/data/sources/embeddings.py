@@ -9,7 +9,7 @@ import numpy as np
 
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted
-from rcml_jax.parsing import user_path
+from rcml_jax.parsing import ARRAY_ERRORS, user_path
 
 _KEYS = ("image", "text", "image_of_text")
 
@@ -58,7 +58,7 @@ def _read_arrays(
                     f"{path} lacks the array {missing[0]!r}; it must hold {', '.join(required)}"
                 )
             return {n: arrays[n] for n in (*required, *optional) if n in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except ARRAY_ERRORS as error:
         pickled = "pickle" in str(error) and zipfile.is_zipfile(path)
         reason = "holds pickled objects" if pickled else "is no .npz file, or a damaged one"
         raise UserError(f"{path} {reason}; save plain arrays with numpy.savez") from error

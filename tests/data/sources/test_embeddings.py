@@ -34,7 +34,11 @@ def test_what_is_no_such_file_is_said(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     whole = (tmp_path / "two.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez(tmp_path / "three.npz", image=made.image, text=made.text, image_of_text=made.text)
+    header = (tmp_path / "three.npz").read_bytes().replace(b"{'descr", b"{'de\0cr")
+    (tmp_path / "header.npz").write_bytes(header)
     for name, message in {
+        "header.npz": r"is no \.npz file",
         "absent.npz": "there is no file",
         "one.npy": "holds one array",
         "two.npz": "lacks the array 'image_of_text'",
