@@ -15,18 +15,13 @@ import math
 import multiprocessing
 import os
 import pathlib
-<<<<<<< HEAD
 import shlex
 import signal
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.reduction import ForkingPickler
-=======
-from collections.abc import Callable, Iterator
->>>>>>> faults
 from pathlib import Path
 from typing import Any, Protocol
 
