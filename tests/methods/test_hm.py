@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.cli.commands import load_config_file
+from rcml_jax.data.stages import HERE
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.tasks.relations import RelationTask, load_graph
@@ -75,6 +76,7 @@ def test_what_the_source_is_loaded_with(copy, tmp_path, monkeypatch):
     load_graph(config.data)
     ((args, options),) = given
     assert args == (tmp_path, "raw")
+    assert options.pop("runner") == HERE
     defaults = {name: getattr(hm, name.upper()) for name in options if name != "strict"}
     assert options == {"strict": False} | defaults
     assert set(defaults) > {"clusters", "min_purchases", "pairs_per_respect"}
