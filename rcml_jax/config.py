@@ -12,6 +12,15 @@ from rcml_jax.parsing import user_path
 from rcml_jax.registry import is_path
 
 _FROZEN = {"": (), "text": ("text",), "image": ("image",), "both": ("text", "image")}
+#: Options that say how data are found and read, and change nothing of what is computed.
+READING = (
+    "data.dir",
+    "data.threads",
+    "data.workers",
+    "data.pixels",
+    "data.prepare_workers",
+    "data.beam",
+)
 _PACKAGE = pathlib.Path(__file__).parent
 #: The folder of the recipes: a wheel has it inside the package, a clone beside the package.
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"

@@ -19,23 +19,13 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from rcml_jax import remote
-from rcml_jax.config import load_config_file
+from rcml_jax.config import READING, load_config_file
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import argument_text, user_path
 
 #: Options that leave the model unchanged; they may be overridden at evaluation.
-_OF_EVALUATION = (
-    "evaluation.",
-    "data.dir",
-    "data.path",
-    "data.threads",
-    "data.workers",
-    "data.pixels",
-    "data.prepare_workers",
-    "data.beam",
-    "platform",
-)
+_OF_EVALUATION = ("evaluation.", *READING, "data.path", "platform")
 
 
 def train(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rcml_jax.config import READING
 from rcml_jax.evaluation import SCORES
 from rcml_jax.evaluation.controls import headline, rows_of
 from rcml_jax.evaluation.measures import (
@@ -147,17 +148,7 @@ def what(name: str, family: str) -> str:
 # Measures of runs and sweeps side by side: bars, and lines against an option that was varied.
 
 
-_FREE = (
-    *("seed", "seeds", "platform", "devices", "tensorboard"),
-    *(
-        "data.dir",
-        "data.threads",
-        "data.workers",
-        "data.pixels",
-        "data.prepare_workers",
-        "data.beam",
-    ),
-)
+_FREE = ("seed", "seeds", "platform", "devices", "tensorboard", *READING)
 
 
 def by_score(runs: Sequence[Run], measure: Measure) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from rcml_jax import files, schema
-from rcml_jax.config import leaves
+from rcml_jax.config import READING, leaves
 from rcml_jax.errors import UserError
 
 _ALWAYS = ("seed", "steps", "method", "parallel", "data")
@@ -20,12 +20,7 @@ _ALWAYS = ("seed", "steps", "method", "parallel", "data")
 # change the order of sums and so their rounding, as other devices do: a run that goes on with the
 # same ones goes on to the bit.
 _FREE = {
-    "data.dir",
-    "data.threads",
-    "data.workers",
-    "data.pixels",
-    "data.prepare_workers",
-    "data.beam",
+    *READING,
     "log_every",
     "checkpoint_every",
     "tensorboard",
