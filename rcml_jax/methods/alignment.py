@@ -429,6 +429,7 @@ def _learned(
         seeds = seeds[:1]  # which does not depend on it
     patience = asked.get("learner_patience", 10)
     options = {"steps": asked.learner_steps, "patience": patience} | (chosen or {})
+    searched: dict[str, int] = {}
     runs, learners = [], []
     for seed in seeds:
         image, text, rows = train
@@ -442,8 +443,10 @@ def _learned(
             found = search(
                 name, image, text, rows, validation, trials=trials, options=base, seed=seed
             )
-            best = max(found.trials, key=lambda trial: trial["mrr"])["options"]
+            kept = [trial for trial in found.trials if not trial["pruned"]]
+            best = max(kept, key=lambda trial: trial["mrr"])["options"]
             options, learned = base | best, found.best
+            searched = {"trials": len(found.trials), "pruned": len(found.trials) - len(kept)}
         else:
             learned = fit_best(name, image, text, rows, validation, options=options, seed=seed)
         learners.append(learned)
@@ -461,6 +464,7 @@ def _learned(
         "validation": learners[0].best,
         "options": {k: v for k, v in options.items() if k not in ("steps", "batch_size")},
         "grid": {k: getattr(learners[0].options, k) for k in GRIDS.get(name, {})},
+        "search": searched,
         "seeds": seeds,
         **{k: v for k, v in runs[0].items() if k not in values},
     }

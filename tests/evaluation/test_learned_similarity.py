@@ -328,6 +328,29 @@ def test_search_keeps_the_best_trial():
 
 
 @needs_optuna
+def test_search_prunes_trials_that_start_badly():
+    data, validation = planted(), planted(seed=1)
+    options = TINY | {"steps": 18, "validate_every": 2, "depth": 0, "dropout": 0.0}
+    space = {"width": [8], "learning_rate": (1e-6, 1.0)}
+    found = search("two_tower", *data, validation, trials=8, options=options, space=space)
+    assert {trial["pruned"] for trial in found.trials} == {False, True}
+    kept = [trial["mrr"] for trial in found.trials if not trial["pruned"]]
+    assert found.best.best["mrr"] == max(kept)
+
+
+def test_a_note_ends_a_training():
+    entries = []
+
+    def stop(entry):
+        entries.append(entry)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit("two_tower", *planted(), planted(seed=1), options=TINY, note=stop)
+    assert [entry["step"] for entry in entries] == [3]
+
+
+@needs_optuna
 def test_a_trial_that_diverges_counts_as_0(monkeypatch, capsys):
     import optuna
 

@@ -143,7 +143,7 @@ def _dropout(key, rate):
     calls = itertools.count()
 
     def drop(x):
-        if not rate:
+        if isinstance(rate, float) and not rate:
             return x
         kept = jax.random.bernoulli(jax.random.fold_in(key, next(calls)), 1 - rate, x.shape)
         return jnp.where(kept, x / (1 - rate), 0)
@@ -264,7 +264,7 @@ def loss(
     same: jax.Array,
     key: jax.Array,
     *,
-    dropout: float = 0.0,
+    dropout: float | jax.Array = 0.0,
     negatives: int = 4,
 ) -> jax.Array:
     """The loss, a scalar, of a batch of prepared pairs x (b, d) and y (b, d′).

@@ -195,6 +195,7 @@ def fit(
     *,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    note: Callable[[dict], None] | None = None,
 ) -> Learned:
     """Fit one of `LEARNERS` to training pairs; `options` override the defaults of `Options`.
 
@@ -202,8 +203,8 @@ def fit(
     early by the mean reciprocal rank among these rows, averaged over both directions, and returns
     the best parameters. MRR serves every loss, and still changes where recall@1 is 0. Ties count
     against the model. The closed forms use validation for their figures only; it may be None there.
-    Equal seeds give equal results. Raises UserError for invalid input, and if the loss is not
-    finite.
+    note: is told each entry of a network's history, and may raise to end its training. Equal seeds
+    give equal results. Raises UserError for invalid input, and if the loss is not finite.
     """
     settings = read_options(name, options)
     image, text, rows = check_pairs(image, text, image_of_text, same_width=name == "mlp_cosine")
@@ -226,7 +227,7 @@ def fit(
     prepare = maps.fit_preparation(image, text, rows)
     if name not in CLOSED:
         params, history, best = _descend(
-            name, settings, prepare, image, text, rows, validation, seed
+            name, settings, prepare, image, text, rows, validation, seed, note
         )
         return Learned(name, settings, params, prepare, history, best)
     params = CLOSED_FORMS[name](settings, prepare, image, text, rows, seed)
@@ -240,7 +241,7 @@ def fit(
     return Learned(name, settings, params, prepare, [best] if best else [], best)
 
 
-def _descend(name, options, prepare, image, text, rows, validation, seed):
+def _descend(name, options, prepare, image, text, rows, validation, seed, note):
     """Minibatch descent with early stopping: the best parameters, the history, its best entry."""
     rng = np.random.default_rng(seed)
     start, noise = jax.random.split(jax.random.key(seed))
@@ -262,8 +263,9 @@ def _descend(name, options, prepare, image, text, rows, validation, seed):
         keys = jax.vmap(partial(jax.random.fold_in, noise))(step + jnp.arange(count))
         params, state, loss = _train(
             name,
-            options.dropout,
+            options.dropout > 0,
             options.negatives,
+            options.dropout,
             (options.learning_rate, options.weight_decay),
             (params, state),
             (*arrays, prepare),
@@ -275,6 +277,8 @@ def _descend(name, options, prepare, image, text, rows, validation, seed):
             raise Diverged(f"the loss of {name} is not finite at step {step}; lower learning_rate")
         entry = {"step": step, "loss": loss} | _validate(name, params, prepare, *validation)
         history.append(entry)
+        if note is not None:
+            note(entry)
         if entry["mrr"] > best["mrr"]:
             best, kept = entry, params
         elif step - best["step"] >= options.patience * options.validate_every:
@@ -286,9 +290,12 @@ class Diverged(UserError):
     """The loss is not finite; `search` counts such a trial as 0."""
 
 
-@partial(jax.jit, static_argnames=("name", "dropout", "negatives"))
-def _train(name, dropout, negatives, rates, carry, arrays, inputs):
-    """Take a step for each batch of pair indices and key; the mean of the losses comes along."""
+@partial(jax.jit, static_argnames=("name", "dropping", "negatives"))
+def _train(name, dropping, negatives, dropout, rates, carry, arrays, inputs):
+    """Take a step for each batch of pair indices and key; the mean of the losses comes along.
+
+    dropping: whether `dropout`, which is traced so that a search compiles once, is above 0.
+    """
     image, text, rows, prepare = arrays
     optimizer = _optimizer(*rates)
 
@@ -299,7 +306,15 @@ def _train(name, dropout, negatives, rates, carry, arrays, inputs):
         same = rows[chosen][:, None] == rows[chosen]
         loss, grad = jax.value_and_grad(
             lambda p: networks.loss(
-                name, p, prepare, x, y, same, key, dropout=dropout, negatives=negatives
+                name,
+                p,
+                prepare,
+                x,
+                y,
+                same,
+                key,
+                dropout=dropout if dropping else 0.0,
+                negatives=negatives,
             )
         )(params)
         updates, state = optimizer.update(grad, state, params)
@@ -410,7 +425,11 @@ def _validation_mrr(learned: Learned) -> float:
 
 
 class Searched(NamedTuple):
-    """best: the learner of the best trial. trials: {"options", "mrr"} of each trial, in order."""
+    """best: the learner of the best trial that was not pruned.
+
+    trials: {"options", "mrr", "pruned"} of each trial, in order; of a pruned one the mrr is that of
+    its last validation.
+    """
 
     best: Learned
     trials: list[dict]
@@ -432,11 +451,12 @@ def search(
 
     The search space is `SPACES[name]`, without the options that `options` fixes; `space`, a dict of
     the same form, replaces entries: a list of choices, or a tuple of bounds (low, high), integers
-    if both are, on a log scale if low is a float above 0. A trial whose loss is not finite counts
-    as 0. Raises UserError if Optuna (extra `search`) is missing, if every trial diverged, and as
-    `fit` does.
+    if both are, on a log scale if low is a float above 0. A network's trial goes beyond a ninth of
+    `steps`, and then beyond a third, only if it is among the best third of those that came so far
+    (successive halving); else it is pruned. A trial whose loss is not finite counts as 0. Raises
+    UserError if Optuna (extra `search`) is missing, if every trial diverged, and as `fit` does.
     """
-    read_options(name, options)
+    steps = read_options(name, options).steps
     if name not in SPACES:
         raise UserError(f"{name} has nothing to search; fit it")
     if trials < 1:
@@ -453,10 +473,24 @@ def search(
     def objective(trial) -> float:
         nonlocal best
         chosen = {key: _suggest(trial, key, choices) for key, choices in free.items()}
-        done.append({"options": chosen, "mrr": 0.0})
+        done.append({"options": chosen, "mrr": 0.0, "pruned": False})
+
+        def prune(entry: dict) -> None:
+            trial.report(entry["mrr"], entry["step"])
+            if trial.should_prune():
+                done[-1] |= {"mrr": entry["mrr"], "pruned": True}
+                raise optuna.TrialPruned
+
         try:
             learned = fit(
-                name, image, text, image_of_text, validation, options=options | chosen, seed=seed
+                name,
+                image,
+                text,
+                image_of_text,
+                validation,
+                options=options | chosen,
+                seed=seed,
+                note=prune,
             )
         except Diverged:
             return 0.0
@@ -468,8 +502,11 @@ def search(
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        sampler = optuna.samplers.TPESampler(seed=seed)
-        optuna.create_study(direction="maximize", sampler=sampler).optimize(objective, trials)
+        optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=seed),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(max(1, steps // 9), 3),
+        ).optimize(objective, trials)
     finally:
         optuna.logging.set_verbosity(level)
     if best is None:
