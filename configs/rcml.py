@@ -11,6 +11,7 @@ The argument after the colon names the data source, with its options as name=val
     grocery                       photographs of grocery products; path=DIRECTORY: a copy of them
     amazon,domain=Baby_Products   Amazon Reviews 2023, with the paper's recipe; path=DIRECTORY
     hm,path=DIRECTORY             garments and purchases, files of the H&M competition
+    flickr8k,path=DIRECTORY       photographs with their captions, and what they show
     my_package.my_source:load     a function (config.data, cache directory) -> RelationGraph
 
 `pretrained=NAME` starts from a CLIP or SigLIP checkpoint, a directory or a name on the Hugging Face
@@ -81,7 +82,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.data.relation_text = True  # False: one sentence for all relations (ablation)
     config.data.queries = 10_000
     # At most so many pairs of a relation are asked for, so that none dominates; 0: any number.
-    few = source in ("openmoji", "grocery", "hm")
+    few = source in ("openmoji", "grocery", "hm", "flickr8k")
     config.data.pairs_per_relation = 100 if few else 0
     config.data.threads = 1
     config.data.workers = 0
@@ -155,7 +156,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.similarity = "cosine"
     config.evaluation.validity_probe = "linear"
 
-    if source in ("grocery", "amazon", "hm"):
+    if source in ("grocery", "amazon", "hm", "flickr8k"):
         _photographs(config)
     if config.model.pretrained:
         _paper_optimisation(config)
@@ -191,6 +192,15 @@ def _photographs(config: ml_collections.ConfigDict) -> None:
         config.batch.size = 192
         # Texts are those of training: with them in AVG it is soon full. Photographs are new.
         config.selection = "retrieval_all/map/it"
+    elif config.data.name == "flickr8k":
+        config.steps = 1000
+        config.model.max_length = 48
+        config.batch.relations = 8
+        config.batch.pairs_per_relation = 16
+        config.batch.texts_per_row = 2
+        # What caption retrieval asks for; the captions of one photograph are no negatives.
+        config.selection = "retrieval_all/map/it"
+        config.loss.mask_related = True
     else:
         config.model.max_length = 64  # kinds of buyers take long sentences, garments descriptions
         config.batch.relations = 8  # of about ten kinds of buyers

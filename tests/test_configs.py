@@ -10,7 +10,10 @@ from tests.toy import ROOT
 
 RCML, M3COL = (str(ROOT / "configs" / name) for name in ("rcml.py", "m3col.py"))
 SOURCES = ("openmoji", "rosmap", "brca", "n24news", "food101")
-PHOTOGRAPHS = [f"{RCML}:grocery", f"{RCML}:amazon,domain=Baby_Products", f"{RCML}:hm,path=x"]
+PHOTOGRAPHS = [
+    f"{RCML}:{source}"
+    for source in ("grocery", "amazon,domain=Baby_Products", "hm,path=x", "flickr8k,path=x")
+]
 CASES = [RCML, f"{RCML}:folder,path=x", *PHOTOGRAPHS, *(f"{M3COL}:{source}" for source in SOURCES)]
 
 

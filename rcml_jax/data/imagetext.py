@@ -71,6 +71,31 @@ class ImageFiles:
         return [[path, *file_state(Path(path))[1:]] for path in self.paths]
 
 
+class SharedImages:
+    """Items of which several show one image; an `ItemImages`.
+
+    images: those that are shown; image_of_item (N,): the index of each item's.
+    """
+
+    def __init__(self, images: ImageFiles, image_of_item: np.ndarray):
+        self.images, self.image_of_item = images, image_of_item
+
+    def __len__(self) -> int:
+        return len(self.image_of_item)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.images[int(self.image_of_item[index])]
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of one item's file."""
+        return self.images.encoded(int(self.image_of_item[index]))
+
+    def states(self) -> list:
+        """As of `ImageFiles`, for each item."""
+        states = self.images.states()
+        return [states[image] for image in self.image_of_item]
+
+
 def image_problems(paths: Sequence[str], cache: str | Path | None) -> list[str]:
     """What is wrong with each image file, "" where nothing is.
 

@@ -15,6 +15,8 @@ from rcml_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 INTRA_RELATION = "These two items represent the same product. Align their features accordingly."
+#: Rounds of draws that `agreeing_pairs` makes at most.
+_DRAWS = 20
 
 
 class ItemImages(Protocol):
@@ -568,6 +570,34 @@ def pairs_within(groups: list[np.ndarray]) -> np.ndarray:
         members = np.asarray(members)
         blocks.append(np.stack([members[i], members[j], np.full(len(i), relation)], axis=1))
     return normalize_pairs(np.concatenate(blocks))[0]
+
+
+def agreeing_pairs(values: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """At most `most` pairs (P, 2) of items a < b with one value (N,), -1 for none; distinct.
+
+    Every item is drawn equally often, with a partner of its value: a value has pairs in proportion
+    to its items, not to their square, so that the most common value does not take them all.
+    """
+    order = np.argsort(values, kind="stable")
+    order = order[values[order] >= 0]
+    start = np.flatnonzero(np.diff(values[order], prepend=-1))
+    size = np.diff(np.append(start, len(order)))
+    possible = int(np.sum(size.astype(np.int64) * (size - 1) // 2))
+    if possible <= most:
+        return pairs_within(np.split(order, start[1:]))[:, :2]
+    run = np.repeat(np.arange(len(size)), size)
+    shared = np.flatnonzero(size[run] > 1)
+    found = np.zeros(0, np.int64)
+    for _ in range(_DRAWS):
+        first = rng.choice(shared, most)
+        step = rng.integers(1, size[run[first]])
+        second = start[run[first]] + (first - start[run[first]] + step) % size[run[first]]
+        ends = np.sort(np.stack([order[first], order[second]]), axis=0).astype(np.int64)
+        key = np.concatenate([found, ends[0] * len(values) + ends[1]])
+        found = key[np.sort(np.unique(key, return_index=True)[1])]
+        if len(found) >= most:
+            break
+    return np.stack(np.divmod(found[:most], len(values)), axis=1).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

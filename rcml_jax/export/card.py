@@ -18,6 +18,7 @@ _DATA = {
     "amazon": "[Amazon Reviews 2023](https://amazon-reviews-2023.github.io); no licence is stated",
     "hm": "the [H&M competition](https://www.kaggle.com/competitions/"
     "h-and-m-personalized-fashion-recommendations), under its rules",
+    "flickr8k": "Flickr8k (Hodosh et al., 2013), for research",
     "folder": "a catalogue of the exporter's own; its licence is not known to the software that "
     "wrote this card",
 }

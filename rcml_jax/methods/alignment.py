@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from rcml_jax.config import fold_seed
+from rcml_jax.data.imagetext import SharedImages
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import captions, openmoji
 from rcml_jax.data.sources.captions import CaptionedImages
@@ -121,7 +122,7 @@ def _loaded_run(directory: pathlib.Path) -> Splits:
 
 
 def _run(directory: pathlib.Path, config: Any) -> Splits:
-    """The towers of a relational method, each item with itself."""
+    """The towers of a relational method, each text with its item's image."""
     method = build(config, directory)
     if not isinstance(method, RelationalMethod):
         raise UserError(
@@ -133,7 +134,10 @@ def _run(directory: pathlib.Path, config: Any) -> Splits:
     for split in SPLITS:
         items = np.sort(method.task.splits.items(split))
         image, text = method.own_embeddings(params, items)
-        found.append(Pairs(image, text, np.arange(len(items))))
+        images = method.task.graph.images
+        shown = images.image_of_item[items] if isinstance(images, SharedImages) else items
+        _, first, rows = np.unique(shown, return_index=True, return_inverse=True)
+        found.append(Pairs(image[first], text, rows))
     return found
 
 

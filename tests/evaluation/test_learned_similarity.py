@@ -357,13 +357,15 @@ def test_a_trial_that_diverges_counts_as_0(monkeypatch, capsys):
     level = optuna.logging.get_verbosity()
     data, calls = planted(), []
 
-    def sometimes(*arguments, options, **rest):
-        calls.append(options)
-        if len(calls) == 1 or options.get("steps") == 1:
-            raise training.Diverged("the loss is not finite")
-        return fit(*arguments, options=options, **rest)
+    original = training._fit
 
-    monkeypatch.setattr(training, "fit", sometimes)
+    def sometimes(name, options, *rest):
+        calls.append(options)
+        if len(calls) == 1 or options.steps == 1:
+            raise training.Diverged("the loss is not finite")
+        return original(name, options, *rest)
+
+    monkeypatch.setattr(training, "_fit", sometimes)
     found = search("cca", *data, data, trials=2)
     assert found.trials[0]["mrr"] == 0 < found.trials[1]["mrr"]
     with pytest.raises(UserError, match="cca was not finite in any trial"):

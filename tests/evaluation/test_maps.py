@@ -49,7 +49,7 @@ def test_kernel_cca_is_cca_of_kernel_features():
     x, y = matched(rows=12)
     rows = np.repeat(np.arange(12), 2)
     y = np.concatenate([y, y + 0.1])[np.argsort(np.tile(np.arange(12), 2), kind="stable")]
-    found = maps.kernel_cca(x, y, rows, bandwidth=0.7, shrinkage=0.2)
+    found = maps.kernel_variates(*maps.kernel_features(x, y, rows, bandwidth=0.7), shrinkage=0.2)
     features = [reference.kernel_features(v, v, 0.7) for v in (x, y)]
     expected = reference.canonical_correlations(features[0][rows], features[1], 0.2)
     np.testing.assert_allclose(found["correlations"], expected[:12], atol=1e-3)
@@ -67,7 +67,7 @@ def test_kernel_cca_is_cca_of_kernel_features():
     np.testing.assert_allclose(variates[1].mean(axis=0), 0, atol=1e-3)
     cross = 0.8 * variates[0][rows].T @ variates[1] / len(y)
     np.testing.assert_allclose(cross, np.diag(found["correlations"]), atol=2e-3)
-    few = maps.kernel_cca(x, y, rows, landmarks=5)
+    few = maps.kernel_variates(*maps.kernel_features(x, y, rows, landmarks=5))
     assert [len(few[name]["landmarks"]) for name in maps.MODALITIES] == [5, 5]
 
 

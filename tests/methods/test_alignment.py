@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.cli import commands
+from rcml_jax.methods import alignment
 from rcml_jax.models.frozen import load_towers
 from rcml_jax.tasks import frozen_embeddings
 from tests.data.imagetext import jpeg
@@ -200,6 +201,28 @@ def test_a_run_of_ours_is_a_source(tmp_path):
     result = json.loads((tmp_path / "study" / "eval.json").read_text())
     assert list(result["sources"]) == ["trained"]
     assert result["widths"] == [16, 16]
+
+
+def test_texts_that_share_an_image_share_its_row(tmp_path):
+    animals = ("cat", "dog")
+    caption = lambda n, k: f"a {animals[n % 2]}, caption {k} of {n}"  # noqa: E731
+    copy = write_flickr(tmp_path / "copy", images=90, caption=caption)
+    captions = json.loads((copy / "dataset_flickr30k.json").read_text())
+    for number, entry in enumerate(captions["images"]):
+        entry["split"] = ("train", "val", "test")[number % 3]
+    (copy / "dataset_flickr30k.json").write_text(json.dumps(captions))
+    small = TINY | {"batch.relations": 2, "steps": 2, "validate_every": 2, "method": "clip"}
+    small |= {"data.disjoint": "item", "data.dir": tmp_path / "cache"}
+    args = [f"--config.{key}={value}" for key, value in small.items()]
+    config = f"--config={ROOT / 'configs' / 'rcml.py'}:flickr8k,path={copy}"
+    trained = tmp_path / "trained"
+    assert commands.train(["train", config, f"--workdir={trained}", *args]) == 0
+    assert evaluate(f"runs,path={trained}", tmp_path / "study") == 0
+    result = json.loads((tmp_path / "study" / "eval.json").read_text())
+    assert (result["images"], result["texts"]) == (30, 60)
+    found = alignment._runs(str(trained))["trained"]()
+    for pairs in found:
+        np.testing.assert_array_equal(pairs.image_of_text, np.repeat(np.arange(30), 2))
 
 
 def test_the_same_study_again_is_the_same(file, tmp_path):

@@ -7,6 +7,7 @@ SOURCES = {
     "grocery": "rcml_jax.data.sources.grocery:from_config",
     "amazon": "rcml_jax.data.sources.amazon:from_config",
     "hm": "rcml_jax.data.sources.hm:from_config",
+    "flickr8k": "rcml_jax.data.sources.flickr8k:from_config",
 }
 #: Classification data; likewise.
 CLASSIFICATION_SOURCES = {

@@ -31,7 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rcml_jax.data import images, prepared
-from rcml_jax.data.relation_graph import RelationGraph, normalize_pairs, pairs_within
+from rcml_jax.data.relation_graph import (
+    RelationGraph,
+    agreeing_pairs,
+    normalize_pairs,
+    pairs_within,
+)
 from rcml_jax.data.sources.copurchases import (
     copurchase_pairs,
     distinct_purchases,
@@ -358,7 +363,6 @@ PAIRS_PER_RESPECT = 20_000
 RECIPE = 1  # counts changes of what is made from the same files and options
 
 _LARGEST_SIDE = 512
-_ROUNDS = 20
 _ABOUT = {
     "license": (
         "Competition data, to be used under the rules of the competition. No licence to pass them "
@@ -648,34 +652,6 @@ def _other_colours(
     pairs = pairs[(one != other) & (one >= 0) & (other >= 0)]
     pairs = np.random.default_rng([options.seed, 2]).permutation(pairs)
     return pairs[within_item_cap(pairs, len(product), options.pairs_per_item)]
-
-
-def agreeing_pairs(values: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `most` pairs (P, 2) of items a < b with one value (N,), -1 for none; distinct.
-
-    Every item is drawn equally often, with a partner of its value: a value has pairs in proportion
-    to its items, not to their square, so that the most common value does not take them all.
-    """
-    order = np.argsort(values, kind="stable")
-    order = order[values[order] >= 0]
-    start = np.flatnonzero(np.diff(values[order], prepend=-1))
-    size = np.diff(np.append(start, len(order)))
-    possible = int(np.sum(size.astype(np.int64) * (size - 1) // 2))
-    if possible <= most:
-        return pairs_within(np.split(order, start[1:]))[:, :2]
-    run = np.repeat(np.arange(len(size)), size)
-    shared = np.flatnonzero(size[run] > 1)
-    found = np.zeros(0, np.int64)
-    for _ in range(_ROUNDS):
-        first = rng.choice(shared, most)
-        step = rng.integers(1, size[run[first]])
-        second = start[run[first]] + (first - start[run[first]] + step) % size[run[first]]
-        ends = np.sort(np.stack([order[first], order[second]]), axis=0).astype(np.int64)
-        key = np.concatenate([found, ends[0] * len(values) + ends[1]])
-        found = key[np.sort(np.unique(key, return_index=True)[1])]
-        if len(found) >= most:
-            break
-    return np.stack(np.divmod(found[:most], len(values)), axis=1).astype(np.int32)
 
 
 def _encoded(path: str) -> bytes:

@@ -144,22 +144,19 @@ def nystroem_root(kernel: np.ndarray) -> np.ndarray:
     return vectors[:, kept] / np.sqrt(values[kept])
 
 
-def kernel_cca(
+def kernel_features(
     x: np.ndarray,
     y: np.ndarray,
     rows: np.ndarray,
     *,
     landmarks: int = 1000,
     bandwidth: float = 1.0,
-    shrinkage: float = 0.1,
-    width: int | None = None,
-) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
-    """Regularised CCA between Gaussian-kernel features of prepared images and texts.
+) -> tuple[dict[str, dict[str, Any]], list[np.ndarray], tuple]:
+    """Gaussian-kernel features of prepared images and texts: sides, means and centred `moments`.
 
     x (n, d), y (m, d′), rows (m,): the image of each text. landmarks: at most so many rows of each
-    modality, evenly spaced, span the features; with all rows it is kernel CCA itself. Returns
-    {"image", "text"}: {"landmarks", "map", "offset", "bandwidth"}, of which the variates of x are
-    k(x, landmarks) map − offset; and "correlations" (k,).
+    modality, evenly spaced, span the features. sides: {"image", "text"}: {"landmarks", "map",
+    "bandwidth"}, of which the features of x are k(x, landmarks) map; means: (k,) of each.
     """
     sides: dict[str, dict[str, Any]] = {}
     features = []
@@ -178,11 +175,29 @@ def kernel_cca(
         (features[0][rows[i : i + CHUNK]] - means[0], features[1][i : i + CHUNK] - means[1])
         for i in range(0, len(y), CHUNK)
     )
-    *maps, correlations = cca(*moments(chunks), shrinkage=shrinkage, width=width)
-    for side, mean, directions in zip(sides.values(), means, maps, strict=True):
-        side["offset"] = mean @ directions
-        side["map"] = side["map"] @ directions
-    return sides | {"correlations": correlations}
+    return sides, means, moments(chunks)
+
+
+def kernel_variates(
+    sides: dict[str, dict[str, Any]],
+    means: list[np.ndarray],
+    moments: tuple,
+    *,
+    shrinkage: float = 0.1,
+    width: int | None = None,
+) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
+    """Regularised CCA between the features of `kernel_features`.
+
+    With all rows as landmarks it is kernel CCA itself. Returns {"image", "text"}: {"landmarks",
+    "map", "offset", "bandwidth"}, of which the variates of x are k(x, landmarks) map − offset; and
+    "correlations" (k,).
+    """
+    *directions, correlations = cca(*moments, shrinkage=shrinkage, width=width)
+    found: dict[str, Any] = {
+        name: side | {"map": side["map"] @ of_side, "offset": mean @ of_side}
+        for (name, side), mean, of_side in zip(sides.items(), means, directions, strict=True)
+    }
+    return found | {"correlations": correlations}
 
 
 def relative(

@@ -38,7 +38,7 @@ class Options:
     validation_rows: texts that a validation takes at most, drawn by the seed, with their images
     alone. temperature: where that of a cosine starts.
     shrinkage: of the covariances of cca and kernel_cca, as in `maps.cca`. landmarks, bandwidth: of
-    kernel_cca, as in `maps.kernel_cca`; landmarks also bounds the points of optimal_transport.
+    kernel_cca, as in `maps.kernel_features`; landmarks also bounds the points of optimal_transport.
     kept (0: all), power: of relative, as in `maps.relative`.
     """
 

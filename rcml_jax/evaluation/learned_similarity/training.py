@@ -28,7 +28,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,39 +43,93 @@ from rcml_jax.evaluation.learned_similarity.networks import EMBEDDING, Options, 
 from rcml_jax.evaluation.modality_gap import check_pairs
 from rcml_jax.ops.ranking import retrieval_metrics
 
-# Closed forms: of options, preparation, images, texts, the image of each text and a seed.
+
+class _Pairs:
+    """Checked training and validation pairs, and what fits of all options have in common.
+
+    Raises UserError for invalid pairs.
+    """
+
+    def __init__(self, name, image, text, image_of_text, validation):
+        self.image, self.text, self.rows = check_pairs(
+            image, text, image_of_text, same_width=name == "mlp_cosine"
+        )
+        if validation is None and name not in CLOSED:
+            raise UserError(
+                f"{name} needs validation=(image, text, image_of_text) to know when to stop"
+            )
+        self.validation = validation and self._checked(validation)
+        self._kernel = None
+
+    def _checked(self, validation):
+        try:
+            found = check_pairs(*validation)
+        except UserError as error:
+            raise UserError(f"validation: {error}") from error
+        for modality, x, y in zip(maps.MODALITIES, (self.image, self.text), found, strict=False):
+            if x.shape[1] != y.shape[1]:
+                raise UserError(
+                    f"validation {modality} has width {y.shape[1]} and training {x.shape[1]}; "
+                    "they must agree"
+                )
+        return found
+
+    @cached_property
+    def prepare(self):
+        return maps.fit_preparation(self.image, self.text, self.rows)
+
+    @cached_property
+    def prepared(self):
+        """All images and texts, prepared, in float32."""
+        pairs = zip(maps.MODALITIES, (self.image, self.text), strict=True)
+        return [np.asarray(maps.prepared(self.prepare[name], jnp.asarray(x))) for name, x in pairs]
+
+    @cached_property
+    def moments(self):
+        """Those of the prepared pairs, in float64."""
+        sides = [
+            [np.asarray(self.prepare[name][key], np.float64) for key in ("mean", "scale")]
+            for name in maps.MODALITIES
+        ]
+        return maps.moments(
+            tuple((v - mean) / scale for v, (mean, scale) in zip(pair, sides, strict=True))
+            for pair in maps.paired_chunks(self.image, self.text, self.rows)
+        )
+
+    def kernel_features(self, **options):
+        """As of `maps.kernel_features`; those of the last options are kept."""
+        if self._kernel is None or self._kernel[0] != options:
+            self._kernel = None  # before the next ones are made
+            self._kernel = options, maps.kernel_features(*self.prepared, self.rows, **options)
+        return self._kernel[1]
 
 
-def _procrustes(options, prepare, image, text, rows, seed):
-    *_, cross = maps.moments(_prepared_chunks(prepare, image, text, rows))
-    return {"rotation": maps.procrustes(cross)}
+# Closed forms: of options, pairs and a seed.
 
 
-def _cca(options, prepare, image, text, rows, seed):
-    moments = maps.moments(_prepared_chunks(prepare, image, text, rows))
-    found = maps.cca(*moments, shrinkage=options.shrinkage, width=options.width)
+def _procrustes(options, pairs, seed):
+    return {"rotation": maps.procrustes(pairs.moments[2])}
+
+
+def _cca(options, pairs, seed):
+    found = maps.cca(*pairs.moments, shrinkage=options.shrinkage, width=options.width)
     return dict(zip(("image", "text", "correlations"), found, strict=True))
 
 
-def _kernel_cca(options, prepare, image, text, rows, seed):
-    names = ("landmarks", "bandwidth", "shrinkage", "width")
-    chosen = {name: getattr(options, name) for name in names}
-    x, y = _prepared(prepare, image, text)
-    return maps.kernel_cca(x, y, rows, **chosen)
+def _kernel_cca(options, pairs, seed):
+    features = pairs.kernel_features(landmarks=options.landmarks, bandwidth=options.bandwidth)
+    return maps.kernel_variates(*features, shrinkage=options.shrinkage, width=options.width)
 
 
-def _relative(options, prepare, image, text, rows, seed):
-    x, y = _prepared(prepare, image, text)
-    anchors = maps.anchors_of_pairs(x, y, rows)
+def _relative(options, pairs, seed):
+    anchors = maps.anchors_of_pairs(*pairs.prepared, pairs.rows)
     params = dict(zip(maps.MODALITIES, anchors, strict=True)) | {"power": options.power}
     return params | ({"kept": np.int32(options.kept)} if options.kept else {})
 
 
-def _optimal_transport(options, prepare, image, text, rows, seed):
+def _optimal_transport(options, pairs, seed):
     """Of the pairs nothing is used: which text belongs to which image is not looked at."""
-    found = maps.match_unpaired(
-        *_prepared(prepare, image, text), points=options.landmarks, seed=seed
-    )
+    found = maps.match_unpaired(*pairs.prepared, points=options.landmarks, seed=seed)
     return {"rotation": found[0]}
 
 
@@ -86,22 +140,6 @@ CLOSED_FORMS: dict[str, Callable[..., dict[str, Any]]] = {
     "relative": _relative,
     "optimal_transport": _optimal_transport,
 }
-
-
-def _prepared_chunks(prepare, image, text, rows):
-    """Chunks of prepared pairs, in float64."""
-    sides = [
-        [np.asarray(prepare[name][key], np.float64) for key in ("mean", "scale")]
-        for name in maps.MODALITIES
-    ]
-    for pair in maps.paired_chunks(image, text, rows):
-        yield tuple((v - mean) / scale for v, (mean, scale) in zip(pair, sides, strict=True))
-
-
-def _prepared(prepare, image, text):
-    """All images and texts, prepared, in float32."""
-    pairs = zip(maps.MODALITIES, (image, text), strict=True)
-    return [np.asarray(maps.prepared(prepare[name], jnp.asarray(x))) for name, x in pairs]
 
 
 _NETWORK = {
@@ -207,42 +245,32 @@ def fit(
     give equal results. Raises UserError for invalid input, and if the loss is not finite.
     """
     settings = read_options(name, options)
-    image, text, rows = check_pairs(image, text, image_of_text, same_width=name == "mlp_cosine")
+    pairs = _Pairs(name, image, text, image_of_text, validation)
+    return _fit(name, settings, pairs, seed, note)
+
+
+def _fit(name, settings, pairs, seed, note=None):
+    """As `fit`, of pairs that are checked."""
+    validation = pairs.validation
     if validation is not None:
-        try:
-            validation = check_pairs(*validation)
-        except UserError as error:
-            raise UserError(f"validation: {error}") from error
-        for modality, x, y in zip(("image", "text"), (image, text), validation[:2], strict=True):
-            if x.shape[1] != y.shape[1]:
-                raise UserError(
-                    f"validation {modality} has width {y.shape[1]} and training {x.shape[1]}; "
-                    "they must agree"
-                )
         validation = _some(*validation, settings.validation_rows, seed)
-    elif name not in CLOSED:
-        raise UserError(
-            f"{name} needs validation=(image, text, image_of_text) to know when to stop"
-        )
-    prepare = maps.fit_preparation(image, text, rows)
     if name not in CLOSED:
-        params, history, best = _descend(
-            name, settings, prepare, image, text, rows, validation, seed, note
-        )
-        return Learned(name, settings, params, prepare, history, best)
-    params = CLOSED_FORMS[name](settings, prepare, image, text, rows, seed)
+        params, history, best = _descend(name, settings, pairs, validation, seed, note)
+        return Learned(name, settings, params, pairs.prepare, history, best)
+    params = CLOSED_FORMS[name](settings, pairs, seed)
     integers = jax.tree.map(lambda p: np.asarray(p).dtype.kind == "i", params)
     params = jax.tree.map(
         lambda p, whole: jnp.asarray(p, jnp.int32 if whole else jnp.float32), params, integers
     )
     best = None
     if validation is not None:
-        best = {"step": 0, "loss": None} | _validate(name, params, prepare, *validation)
-    return Learned(name, settings, params, prepare, [best] if best else [], best)
+        best = {"step": 0, "loss": None} | _validate(name, params, pairs.prepare, *validation)
+    return Learned(name, settings, params, pairs.prepare, [best] if best else [], best)
 
 
-def _descend(name, options, prepare, image, text, rows, validation, seed, note):
+def _descend(name, options, pairs, validation, seed, note):
     """Minibatch descent with early stopping: the best parameters, the history, its best entry."""
+    prepare, image, text, rows = pairs.prepare, pairs.image, pairs.text, pairs.rows
     rng = np.random.default_rng(seed)
     start, noise = jax.random.split(jax.random.key(seed))
     params = networks.initial(name, start, image.shape[1], text.shape[1], options)
@@ -382,16 +410,9 @@ def fit_best(
     """
     given = dict(options or {})
     grid = {k: v for k, v in GRIDS.get(name, {}).items() if k not in given}
+    pairs = _Pairs(name, image, text, image_of_text, validation)
     fits = (
-        fit(
-            name,
-            image,
-            text,
-            image_of_text,
-            validation,
-            options=given | dict(zip(grid, values, strict=True)),
-            seed=seed,
-        )
+        _fit(name, read_options(name, given | dict(zip(grid, values, strict=True))), pairs, seed)
         for values in itertools.product(*grid.values())
     )
     return max(fits, key=_validation_mrr)
@@ -467,6 +488,7 @@ def search(
         import optuna
     except ImportError as error:
         raise UserError('search needs Optuna: pip install "rcml_jax[search]"') from error
+    pairs = _Pairs(name, image, text, image_of_text, validation)
     best: Learned | None = None
     done: list[dict] = []
 
@@ -482,16 +504,7 @@ def search(
                 raise optuna.TrialPruned
 
         try:
-            learned = fit(
-                name,
-                image,
-                text,
-                image_of_text,
-                validation,
-                options=options | chosen,
-                seed=seed,
-                note=prune,
-            )
+            learned = _fit(name, read_options(name, options | chosen), pairs, seed, prune)
         except Diverged:
             return 0.0
         done[-1]["mrr"] = mrr = _validation_mrr(learned)
