@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.imagetext import SharedImages
+from rcml_jax.data.imagetext import ImageFiles, SharedImages
 from rcml_jax.data.relation_graph import RelationGraph, agreeing_pairs, normalize_pairs
 from rcml_jax.data.sources import captions
 from rcml_jax.errors import UserError
@@ -80,6 +80,7 @@ def load(
     )
     sentences = [SAME, *(f"both of them show {name}" for name in SUBJECTS)]
     first = np.searchsorted(image_of_text, image_of_text)
+    assert isinstance(found.images, ImageFiles)
     names = [Path(image).name for image in found.images.paths]
     return RelationGraph(
         name="flickr8k",

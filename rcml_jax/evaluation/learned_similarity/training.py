@@ -91,16 +91,18 @@ class _Pairs:
             [np.asarray(self.prepare[name][key], np.float64) for key in ("mean", "scale")]
             for name in maps.MODALITIES
         ]
+        (x_mean, x_scale), (y_mean, y_scale) = sides
         return maps.moments(
-            tuple((v - mean) / scale for v, (mean, scale) in zip(pair, sides, strict=True))
-            for pair in maps.paired_chunks(self.image, self.text, self.rows)
+            ((x - x_mean) / x_scale, (y - y_mean) / y_scale)
+            for x, y in maps.paired_chunks(self.image, self.text, self.rows)
         )
 
     def kernel_features(self, **options):
         """As of `maps.kernel_features`; those of the last options are kept."""
         if self._kernel is None or self._kernel[0] != options:
             self._kernel = None  # before the next ones are made
-            self._kernel = options, maps.kernel_features(*self.prepared, self.rows, **options)
+            x, y = self.prepared
+            self._kernel = options, maps.kernel_features(x, y, self.rows, **options)
         return self._kernel[1]
 
 
@@ -122,7 +124,8 @@ def _kernel_cca(options, pairs, seed):
 
 
 def _relative(options, pairs, seed):
-    anchors = maps.anchors_of_pairs(*pairs.prepared, pairs.rows)
+    x, y = pairs.prepared
+    anchors = maps.anchors_of_pairs(x, y, pairs.rows)
     params = dict(zip(maps.MODALITIES, anchors, strict=True)) | {"power": options.power}
     return params | ({"kept": np.int32(options.kept)} if options.kept else {})
 
@@ -253,7 +256,8 @@ def _fit(name, settings, pairs, seed, note=None):
     """As `fit`, of pairs that are checked."""
     validation = pairs.validation
     if validation is not None:
-        validation = _some(*validation, settings.validation_rows, seed)
+        x, y, rows = validation
+        validation = _some(x, y, rows, settings.validation_rows, seed)
     if name not in CLOSED:
         params, history, best = _descend(name, settings, pairs, validation, seed, note)
         return Learned(name, settings, params, pairs.prepare, history, best)
