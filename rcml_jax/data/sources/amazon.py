@@ -13,8 +13,8 @@ The records are those of Hou et al., "Bridging Language and Items for Retrieval 
 A user gives at most `pairs_per_user` pairs, drawn at random, and an item keeps at most
 `pairs_per_item`, those of the most buyers first: neither heavy buyers nor best-sellers dominate.
 
-Memory: the files are streams, and of a review two 64-bit hashes are kept. Made-up ids as many as
-those of Electronics (44 million reviews) peaked at 2.5 GiB (`benchmarks/amazon.py`). Fetched files,
+Memory: the files are streams, and of a review two 64-bit hashes are kept. A made-up corpus of the
+size of Electronics (44 million reviews) peaked at 2.9 GiB (`benchmarks/amazon.py`). Fetched files,
 images and finished steps stay in the cache (`amazon/`), so that a run that was stopped goes on
 where it was.
 """
