@@ -73,7 +73,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     if source == "hm":
         config.data.min_purchases = 5  # of a customer who is of a kind
         config.data.pairs_per_respect = 20_000
-    if source in ("folder", "hm"):
+    if source in ("amazon", "folder", "hm"):
         config.data.prepare_workers = 1
         config.data.beam = ""
     config.data.split_seed = 0

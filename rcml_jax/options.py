@@ -187,7 +187,7 @@ LOOP = (
         low=0, high=1e6),
 )
 
-_PREPARED_IN_PARTS = ("folder", "hm")
+_PREPARED_IN_PARTS = ("amazon", "folder", "hm")
 _TRAINED = (
     *LOOP,
     Option("micro_batch", int,

@@ -120,7 +120,10 @@ def _explained(address: str, error: Exception) -> UserError:
     remedy = _CREDENTIALS.get(scheme, "see the documentation of the storage")
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}:
         return UserError(f"there are no credentials for {address} ({reason}); {remedy}")
-    if isinstance(error, PermissionError) or code in (401, 403, "401", "403"):
+    if code in (401, "401"):  # gcsfs asks as nobody where it finds none
+        return UserError(f"there are no valid credentials for {address} ({reason}); {remedy}")
+    forbidden = isinstance(error, OSError) and reason.startswith("Forbidden: ")  # of gcsfs
+    if isinstance(error, PermissionError) or code in (403, "403") or forbidden:
         return UserError(
             f"{address} is refused to these credentials ({reason}); ask for the right to list, "
             f"read and write there, or use others: {remedy}"

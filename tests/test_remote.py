@@ -433,8 +433,9 @@ class DefaultCredentialsError(Exception):
     ("error", "sentence"),
     [
         (DefaultCredentialsError("none"), "there are no credentials for gs://b/x (none); run `gcl"),
-        (HttpError(401), "gs://b/x is refused to these credentials (401: Anonymous caller); ask"),
-        (HttpError(403), "GOOGLE_APPLICATION_CREDENTIALS"),
+        (HttpError(401), "there are no valid credentials for gs://b/x (401: Anonymous caller); ru"),
+        (HttpError(403), "gs://b/x is refused to these credentials (403: Anonymous caller); ask"),
+        (OSError("Forbidden: b/x"), "gs://b/x is refused to these credentials (Forbidden: b/x);"),
         (HttpError(404), "there is no bucket b for gs://b/x (404: Anonymous caller); make it"),
         (FileNotFoundError("b"), "there is no bucket b for gs://b/x (b); make it, or correct the"),
         (TimeoutError(), "gs://b/x cannot be reached (TimeoutError); look at the network"),

@@ -13,16 +13,16 @@ The records are those of Hou et al., "Bridging Language and Items for Retrieval 
 A user gives at most `pairs_per_user` pairs, drawn at random, and an item keeps at most
 `pairs_per_item`, those of the most buyers first: neither heavy buyers nor best-sellers dominate.
 
-Memory: the files are streams, and of a review two 64-bit hashes are kept. Made-up ids as many as
-those of Electronics (44 million reviews) peaked at 2.5 GiB (`benchmarks/amazon.py`). Fetched files,
+Memory: the files are streams, and of a review two 64-bit hashes are kept. A made-up corpus of the
+size of Electronics (44 million reviews) peaked at 2.9 GiB (`benchmarks/amazon.py`). Fetched files,
 images and finished steps stay in the cache (`amazon/`), so that a run that was stopped goes on
 where it was.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from rcml_jax.data.sources.copurchases import (
     kinds_of_buyers,
     merge_kinds,
 )
-from rcml_jax.data.stages import Arrays, Stages, digest, file_state, pack, unpack
+from rcml_jax.data.stages import HERE, Arrays, Runner, Stages, digest, file_state, pack, unpack
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import read_file, user_path
@@ -73,21 +73,28 @@ def find_images(
     local: dict[str, Path],
     cache: Path,
     *,
+    decode_problems: Callable[[list[str]], list[str]],
     fetch: bool,
     strict: bool,
     log: Callable[[str], None],
 ) -> tuple[list[Path | None], dict[str, int]]:
     """The image of each item, or None where none can be had; and how many were not, by reason.
 
-    An item has its local image, if it can be decoded, else that of its URL ("": none), which is
-    fetched into `cache` where it is not there yet. Nothing is fetched unless `fetch`: then only
-    what is in `cache` counts. An item that is not to have one has the id and the URL "".
+    An item has its local image, if it can be decoded (`decode_problems` as `images` has it, of
+    paths), else that of its URL ("": none), which is fetched into `cache` where it is not there
+    yet. Nothing is fetched unless `fetch`: then only what is in `cache` counts. An item that is not
+    to have one has the id and the URL "".
 
     Raises:
       UserError: so many images fail that another run is worthwhile; any at all with `strict`.
     """
-    paths = _decodable([local.get(key) for key in ids])
-    counts = {"damaged local images": sum(k in local for k in ids) - len(ids) + paths.count(None)}
+    paths = [local.get(key) for key in ids]
+    places = [i for i, path in enumerate(paths) if path is not None]
+    problems = decode_problems([str(paths[i]) for i in places])
+    for i, problem in zip(places, problems, strict=True):
+        if problem:
+            paths[i] = None
+    counts = {"damaged local images": sum(map(bool, problems))}
     open_places = [i for i, path in enumerate(paths) if path is None]
     counts["items without an image"] = sum(
         ids[i] != "" and not urls[i] and ids[i] not in local for i in open_places
@@ -109,7 +116,7 @@ def find_images(
     return paths, counts
 
 
-def encoded(path: Path) -> bytes:
+def encoded(path: str) -> bytes:
     """The bytes of an image as the data set stores them; UserError if it cannot be read."""
     try:
         return images.storable(read_file(path), STORED_SIZE)
@@ -117,22 +124,6 @@ def encoded(path: Path) -> bytes:
         raise UserError(
             f"The image {path} cannot be read ({error}); replace or remove it."
         ) from error
-
-
-def _decodable(paths: list[Path | None]) -> list[Path | None]:
-    """The same paths, None in place of a file that is no whole image."""
-
-    def checked(path: Path | None) -> Path | None:
-        if path is None:
-            return None
-        try:
-            images.check_decodes(read_file(path))
-        except images.DECODE_ERRORS:
-            return None
-        return path
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(checked, paths))
 
 
 def _fetch(
@@ -217,7 +208,8 @@ class _Source(NamedTuple):
 def from_config(data: Any, cache: Path) -> RelationGraph:
     """The graph of `config.data`: the arguments of `load` under their names."""
     names = ("path", "strict", "clusters", "pairs_per_user", "pairs_per_item")
-    return load(cache, data.domain, **{name: data[name] for name in names})
+    options = {name: data[name] for name in names}
+    return load(cache, data.domain, runner=Runner.from_config(data), **options)
 
 
 def load(
@@ -231,6 +223,7 @@ def load(
     pairs_per_item: int = PAIRS_PER_ITEM,
     seed: int = 0,
     fetch_images: bool = True,
+    runner: Runner = HERE,
     log: Log | None = None,
 ) -> RelationGraph:
     """The graph of a domain such as "Baby_Products"; prepared in `cache` the first time, then read.
@@ -239,7 +232,8 @@ def load(
     there or in `review_categories` and `meta_categories` (in `raw`, too, as published); its folder
     `images` may hold files `<parent_asin>.jpg` or `.png`, which go before fetched ones. Without
     a path both files are fetched, several GB for a large domain. Images are fetched unless
-    `fetch_images` is off, and stored with a longer side of 512 at most.
+    `fetch_images` is off, and stored with a longer side of 512 at most. `runner` says where images
+    are decoded; this process fetches them.
 
     clusters: kinds of buyers (fewer if there are fewer distinct buyers). pairs_per_user (10) and
     pairs_per_item (50) are the caps, the latter over all sentences together. `seed` draws pairs and
@@ -261,11 +255,19 @@ def load(
     cache, log = user_path(cache), log or log_line
     folder = cache / "amazon"
     source = _local(user_path(path), domain) if path else _public(folder, domain)
+    name, fingerprint = f"amazon_{domain}", digest([RECIPE, source.state, options])
+    whole = functools.partial(
+        images.decode_problems,
+        read=read_file,
+        kept=prepared.unfinished_folder(cache, name, fingerprint),
+        runner=runner,
+    )
     return prepared.load_or_prepare(
         cache,
-        f"amazon_{domain}",
-        lambda: _build(folder, domain, source, options, log),
-        fingerprint=digest([RECIPE, source.state, options]),
+        name,
+        lambda: _build(folder, domain, source, options, whole, log),
+        fingerprint=fingerprint,
+        runner=runner,
         log=log,
         description=(
             f"Products of {domain} from records in the format of Amazon Reviews 2023: title and "
@@ -319,7 +321,12 @@ def _public(folder: Path, domain: str) -> _Source:
 
 
 def _build(
-    folder: Path, domain: str, source: _Source, options: _Options, log: Log
+    folder: Path,
+    domain: str,
+    source: _Source,
+    options: _Options,
+    decode_problems: Callable[[list[str]], list[str]],
+    log: Log,
 ) -> RelationGraph:
     if source.urls:
         _download(source, log)
@@ -335,6 +342,7 @@ def _build(
         urls,
         source.image_paths,
         folder / "images",
+        decode_problems=decode_problems,
         fetch=options.fetch_images,
         strict=options.strict,
         log=log,
@@ -437,7 +445,7 @@ def _graph(
         relations=tuple(relations),
         pairs=pairs,
         pair_split=np.full(len(pairs), -1, np.int8),
-        images=EncodedImages(len(chosen), lambda index: encoded(image_paths[chosen[index]])),
+        images=EncodedImages([str(image_paths[i]) for i in chosen], encoded),
     )
     unknown = int(np.sum(cluster < 0))
     alone = len(cluster) - unknown - int(np.sum(np.bincount(user) > 1))

@@ -1,12 +1,15 @@
 """Local images first, then fetched ones; what cannot be had is counted."""
 
+import functools
+
 import numpy as np
 import pytest
 
-from rcml_jax.data import download
+from rcml_jax.data import download, images
 from rcml_jax.data.sources import amazon
 from rcml_jax.data.sources.amazon import find_images, local_images
 from rcml_jax.errors import UserError
+from rcml_jax.parsing import read_file
 from tests.data.conftest import png
 
 IDS = [f"B{n}" for n in range(6)]
@@ -49,7 +52,10 @@ def served(monkeypatch, outcomes):
 
 def find(local, cache, **options):
     options = {"fetch": True, "strict": False, "log": print} | options
-    paths, counts = find_images(IDS, URLS, local_images(local), cache, **options)
+    whole = functools.partial(images.decode_problems, read=read_file)
+    paths, counts = find_images(
+        IDS, URLS, local_images(local), cache, decode_problems=whole, **options
+    )
     return paths, {name: number for name, number in counts.items() if number}
 
 
@@ -72,7 +78,7 @@ def test_local_first_then_fetched(local, tmp_path, monkeypatch):
         "images not found": 1,
         "images failed": 1,
     }
-    assert amazon.encoded(paths[1]) == png(9)
+    assert amazon.encoded(str(paths[1])) == png(9)
 
 
 def test_too_many_failures_ask_for_another_run(local, tmp_path, monkeypatch):
@@ -98,7 +104,7 @@ def test_without_fetching_what_is_there_counts(local, tmp_path, monkeypatch):
 
 def test_a_large_image_is_stored_smaller(tmp_path):
     (tmp_path / "x.png").write_bytes(png(0, 1000))
-    stored = amazon.images.open_rgb(amazon.encoded(tmp_path / "x.png"))
+    stored = images.open_rgb(amazon.encoded(str(tmp_path / "x.png")))
     assert np.array(stored).shape == (512, 512, 3)
     with pytest.raises(UserError, match=r"none\.png cannot be read"):
-        amazon.encoded(tmp_path / "none.png")
+        amazon.encoded(str(tmp_path / "none.png"))

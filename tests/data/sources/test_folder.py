@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcml_jax.data import prepared, stages
+from rcml_jax.data import prepared
 from rcml_jax.data.relation_graph import split_graph
 from rcml_jax.data.sources import folder
 from rcml_jax.errors import UserError
@@ -277,50 +277,6 @@ def test_an_interrupted_preparation_is_made_anew(data, monkeypatch):
     assert not list(data.rglob("dataset_info.json"))
     assert len(folder.load(data, log=quiet)) == 6
     assert prepared.DATASET in os.listdir(next((data / folder.CACHE).iterdir()))
-
-
-def test_checked_images_are_not_decoded_again(data, monkeypatch):
-    (data / ITEMS[2]["image"]).write_bytes(b"no image")
-    with monkeypatch.context() as patch:
-        patch.setattr(folder.images, "storable", refused)
-        with pytest.raises(UserError):
-            folder.load(data, log=quiet)
-    with monkeypatch.context() as patch:
-        patch.setattr(folder.images, "check_decodes", refused)
-        assert len(folder.load(data, log=quiet)) == 5
-    assert not list((data / folder.CACHE).glob("*/unfinished"))
-
-
-def refused(*args):
-    raise UserError("not again")
-
-
-def test_two_processes_prepare_what_one_prepares(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(stages, "_FEWEST", 2)
-    (tmp_path / "data").mkdir()
-    data = make(tmp_path / "data")
-    (data / ITEMS[2]["image"]).write_bytes(b"no image")
-    found = []
-    for workers in (1, 2):
-        cache = tmp_path / str(workers)
-        assert len(folder.load(data, cache, runner=stages.Runner(workers), log=quiet)) == 5
-        files = [path for path in cache.rglob("*") if path.is_file()]
-        found.append({path.relative_to(cache): path.read_bytes() for path in files})
-    assert found[0] == found[1]
-    assert sum("array_record" in path.name for path in found[0]) == 3
-    first, second = (x.getMessage() for x in caplog.records if x.name == folder.__name__)
-    assert first == second
-    assert first.startswith("1 of 6 items left out")
-    said = []
-    for workers in (1, 2):
-        with pytest.raises(
-            UserError, match=r"items\.\w+, (line|row) \d.*cannot be decoded"
-        ) as error:
-            folder.load(
-                data, tmp_path / "no", strict=True, runner=stages.Runner(workers), log=quiet
-            )
-        said.append(str(error.value))
-    assert said[0] == said[1]
 
 
 def test_texts_that_are_no_unicode_text(tmp_path):

