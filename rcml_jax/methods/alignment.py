@@ -44,7 +44,7 @@ from rcml_jax.evaluation.modality_gap import (
     plane,
     unmatched_pairs,
 )
-from rcml_jax.log import counted, log_line
+from rcml_jax.log import Progress, counted, log_line
 from rcml_jax.methods import build
 from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.models.frozen import tower_types
@@ -444,9 +444,10 @@ def _learned(
         if asked.search_trials and name in SPACES and again and seed == seeds[0]:
             base = {k: v for k, v in options.items() if k not in SPACES[name]}
             trials = asked.search_trials
-            found = search(
-                name, image, text, rows, validation, trials=trials, options=base, seed=seed
-            )
+            given = {"options": base, "trials": trials, "seed": seed}
+            with Progress(trials, unit="trials") as progress:
+                note = progress.update
+                found = search(name, image, text, rows, validation, note=note, **given)
             kept = [trial for trial in found.trials if not trial["pruned"]]
             best = max(kept, key=lambda trial: trial["mrr"])["options"]
             options, learned = base | best, found.best

@@ -332,7 +332,11 @@ def test_search_prunes_trials_that_start_badly():
     data, validation = planted(), planted(seed=1)
     options = TINY | {"steps": 18, "validate_every": 2, "depth": 0, "dropout": 0.0}
     space = {"width": [8], "learning_rate": (1e-6, 1.0)}
-    found = search("two_tower", *data, validation, trials=8, options=options, space=space)
+    told = []
+    found = search(
+        "two_tower", *data, validation, trials=8, options=options, space=space, note=told.append
+    )
+    assert told == list(range(1, 9))
     assert {trial["pruned"] for trial in found.trials} == {False, True}
     kept = [trial["mrr"] for trial in found.trials if not trial["pruned"]]
     assert found.best.best["mrr"] == max(kept)

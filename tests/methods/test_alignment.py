@@ -203,6 +203,18 @@ def test_a_run_of_ours_is_a_source(tmp_path):
     assert result["widths"] == [16, 16]
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="no optuna")
+def test_options_are_searched_by_the_first_seed(file, tmp_path, capsys):
+    options = {"learned": "bilinear", "search_trials": 4, "learner_seeds": 2, "learner_steps": 9}
+    options |= {"bootstrap": 0, "similarity": "cosine"}
+    assert run(file, tmp_path, *(f"--config.evaluation.{k}={v}" for k, v in options.items())) == 0
+    assert "4 of 4 trials" in capsys.readouterr().err
+    found = json.loads((tmp_path / "eval.json").read_text())["learned"]["bilinear"]
+    assert found["search"]["trials"] == 4
+    assert set(found["options"]) == {"patience", "learning_rate", "weight_decay"}
+    assert len(found["text_to_image"]["values"]["mrr"]) == 2
+
+
 def test_texts_that_share_an_image_share_its_row(tmp_path):
     animals = ("cat", "dog")
     caption = lambda n, k: f"a {animals[n % 2]}, caption {k} of {n}"  # noqa: E731

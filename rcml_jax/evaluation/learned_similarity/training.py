@@ -471,6 +471,7 @@ def search(
     options: Mapping[str, Any] | None = None,
     space: Mapping[str, list | tuple] | None = None,
     seed: int = 0,
+    note: Callable[[int], None] | None = None,
 ) -> Searched:
     """Fit a learner `trials` times with options by Optuna (TPE, seeded); the best on validation.
 
@@ -478,8 +479,9 @@ def search(
     the same form, replaces entries: a list of choices, or a tuple of bounds (low, high), integers
     if both are, on a log scale if low is a float above 0. A network's trial goes beyond a ninth of
     `steps`, and then beyond a third, only if it is among the best third of those that came so far
-    (successive halving); else it is pruned. A trial whose loss is not finite counts as 0. Raises
-    UserError if Optuna (extra `search`) is missing, if every trial diverged, and as `fit` does.
+    (successive halving); else it is pruned. A trial whose loss is not finite counts as 0. note: is
+    told the number of trials that are done. Raises UserError if Optuna (extra `search`) is missing,
+    if every trial diverged, and as `fit` does.
     """
     steps = read_options(name, options).steps
     if name not in SPACES:
@@ -523,7 +525,7 @@ def search(
             direction="maximize",
             sampler=optuna.samplers.TPESampler(seed=seed),
             pruner=optuna.pruners.SuccessiveHalvingPruner(max(1, steps // 9), 3),
-        ).optimize(objective, trials)
+        ).optimize(objective, trials, callbacks=[lambda *_: note(len(done))] if note else None)
     finally:
         optuna.logging.set_verbosity(level)
     if best is None:
