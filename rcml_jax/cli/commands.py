@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from rcml_jax import remote
 from rcml_jax.config import READING, load_config_file
-from rcml_jax.errors import UserError
+from rcml_jax.errors import ProcessLost, UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import argument_text, user_path
 
@@ -94,7 +94,9 @@ def guard(
             raise
         return 141  # as a program that SIGPIPE ends
     except UserError as error:
-        print(f"error: {remote.named(str(error))}", file=sys.stderr)
+        print(f"error: {remote.named(str(error))}", file=sys.stderr, flush=True)
+        if isinstance(error, ProcessLost):  # JAX would wait for the other one, and abort
+            os._exit(2)
         return 2
     except OSError as error:
         if error.filename is None:
