@@ -74,8 +74,13 @@ def embed_table(
         writer = sharding.on_primary(lambda: TableWriter(to, plan))
         embed = functools.partial(embed_chunk, embedder)
         fill(writer, model, items, embed, strict=strict, note=note)
-        sharding.on_primary(lambda: writer and writer.finish(index))
+        sharding.on_primary(functools.partial(_finish, writer, index))
     return sharding.on_primary(lambda: open_table(to))
+
+
+def _finish(writer: TableWriter | None, index: str) -> None:
+    assert writer is not None  # it is the primary's
+    writer.finish(index)
 
 
 class TableSearcher:

@@ -92,9 +92,10 @@ def plan_tokens(reader: TokenReader, items: Items, dtype: str) -> TokenLayout:
         )
     n = len(items)
     share = -(-n // jax.process_count())
-    own = items.texts[share * jax.process_index() :][:share]
-    found = sharding.gather(sharding.everywhere(lambda: _text_lengths(reader, own)))
-    has_image = [bool(name) for name in items.image_names]
+    start = share * jax.process_index()
+    part = items.texts[start : start + share]
+    found = sharding.gather(sharding.everywhere(lambda: _text_lengths(reader, part)))
+    has_image = np.fromiter(map(bool, items.image_names), bool, n)
     lengths = {
         "text": np.concatenate(found),
         "image": np.where(has_image, np.int32(reader.image_length), np.int32(0)),

@@ -51,12 +51,16 @@ EMBED = """
 
 
 def start_two(lines, **env):
-    """Two processes of four devices each; PROCESS in a line becomes the number of each."""
+    """Two processes of four devices each.
+
+    PROCESS in a line or in a value of the environment becomes the number of each.
+    """
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     env = os.environ | {
         "XLA_FLAGS": " ".join([*flags, "--xla_force_host_platform_device_count=4"]),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "PROCESS",
         **env,
     }
     lines = json.dumps([[*map(str, line)] for line in lines])
@@ -67,7 +71,7 @@ def start_two(lines, **env):
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=env | {"JAX_PROCESS_ID": number},
+            env={key: value.replace("PROCESS", number) for key, value in env.items()},
         )
         for number in ("0", "1")
     ]
