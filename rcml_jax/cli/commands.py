@@ -94,10 +94,8 @@ def guard(
             raise
         return 141  # as a program that SIGPIPE ends
     except UserError as error:
-        print(f"error: {remote.named(str(error))}", file=sys.stderr, flush=True)
-        if isinstance(error, ProcessLost):  # JAX would wait for the other one, and abort
-            os._exit(2)
-        return 2
+        print(f"error: {remote.named(str(error))}", file=sys.stderr)
+        return _leave(2) if isinstance(error, ProcessLost) else 2
     except OSError as error:
         if error.filename is None:
             raise
@@ -105,7 +103,19 @@ def guard(
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+        return _leave(130)
+
+
+def _leave(status: int) -> int:
+    """The status; where there are other processes, the end at once.
+
+    JAX would wait for them for minutes, while they wait for this one, and abort then.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _is_closed(stream: Any) -> bool:

@@ -718,13 +718,14 @@ def _inputs(
     n = len(rows)
     # Few shapes, so that little is compiled.
     padded = devices << (-(-n // devices) - 1).bit_length()
+    texts = [items.texts[i] for i in rows]
     has = {
-        "text": np.array([bool(items.texts[i]) for i in rows]),
+        "text": np.array([bool(text) for text in texts]),
         "image": np.array([isinstance(image, np.ndarray) for image in images]),
     }
     inputs: dict[str, Any] = {}
     if has["text"].any():
-        inputs["text"] = [items.texts[i] for i in rows] + [""] * (padded - n)
+        inputs["text"] = texts + [""] * (padded - n)
     if has["image"].any():
         inputs["image"] = np.zeros((padded, size, size, 3), np.uint8)
         for row in np.flatnonzero(has["image"]).tolist():

@@ -162,10 +162,12 @@ def alone(model, monkeypatch):
     return embed
 
 
-def test_two_processes_make_what_one_makes(flawed, common, alone, tmp_path):
+def test_two_processes_make_what_one_makes(catalogue, flawed, common, alone, tmp_path):
     given = [*common, "--items", flawed, "--to"]
+    unchanged = [*common, "--items", catalogue, "--to"]
     lines = [
         [*given, tmp_path / "files"],
+        [*unchanged, tmp_path / "files"],
         [*given, tmp_path / "tokens", "--tokens", "int8"],
         [*given, f"lance://{tmp_path}/table"],
         [*given, tmp_path / "strict", "--strict"],
@@ -176,12 +178,16 @@ def test_two_processes_make_what_one_makes(flawed, common, alone, tmp_path):
     (tmp_path / "items0.jsonl").write_text(rows)
     (tmp_path / "items1.jsonl").write_text(rows.replace("kind3", "kind4"))
     with hold_store(tmp_path / "taken"):
-        files, tokens, table, strict, taken, other = ended(start_two(lines))
+        files, mended, tokens, table, strict, taken, other = ended(start_two(lines))
 
     items = read_items(flawed)
     for name, kind in (("files", ""), ("tokens", "int8")):
         expected = alone(embed_catalogue, items, tmp_path / f"{name}_alone", tokens=kind)
         assert expected.problems["unreadable"] == {"count": 1, "first": ["i13"]}
+        if name == "files":  # then the item was embedded anew
+            expected = alone(embed_catalogue, read_items(catalogue), tmp_path / f"{name}_alone")
+            assert expected.problems["unreadable"]["count"] == 0
+            assert [(status, read) for status, read, _ in mended] == [(0, [13]), (0, [])]
         assert different_files(expected.directory, tmp_path / name) == []
     addresses = (f"lance://{tmp_path}/table{name}" for name in ("", "_alone"))
     same_tables(next(addresses), alone(embed_table, items, next(addresses)))
@@ -222,7 +228,10 @@ def vectors(batch, name):
 
 
 @pytest.mark.slow
-def test_after_a_kill_of_one_process_both_go_on(catalogue, common, alone, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_after_the_end_of_one_process_both_go_on(
+    catalogue, common, alone, tmp_path, number, status
+):
     to = tmp_path / "e"
     line = [*common, "--items", catalogue, "--to", to]
     processes = start_two([line], SLOW="1")
@@ -231,12 +240,13 @@ def test_after_a_kill_of_one_process_both_go_on(catalogue, common, alone, tmp_pa
         assert processes[0].poll() is None, processes[0].communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    processes[1].send_signal(signal.SIGKILL)
+    processes[1].send_signal(number)
     # The other one says so and ends by itself.
     _, err = processes[0].communicate(timeout=DEADLINE)
     assert processes[0].returncode == 2
     assert "error: another process has ended, or cannot be reached; see its message, and" in err
-    processes[1].communicate()
+    _, err = processes[1].communicate(timeout=DEADLINE)
+    assert processes[1].returncode == status, err
     done = json.loads(manifest.read_text())["done"]
     assert 0 < done < 4
     ((first, mine, _), (second, theirs, _)) = ended(start_two([line]))[0]
