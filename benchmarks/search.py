@@ -117,7 +117,7 @@ def make_store(directory: pathlib.Path, items: Items, dtype: str) -> Embeddings:
 def made_up(embeddings: Embeddings, reader: Reader) -> Searcher:
     """A searcher of a store of `make_store`."""
     about = {"workdir": "", "digest": ""}
-    return Searcher(embeddings, Model(Method(reader), None, about, jax.devices()[0]))  # type: ignore[arg-type]
+    return Searcher(embeddings, Model(Method(reader), None, about, (jax.devices()[0],)))  # type: ignore[arg-type]
 
 
 def measure(searcher: Searcher, repeats: int) -> timing.Times:

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The commands print the sentence and exit with status 2; library users can catch it.
     """
+
+
+class ProcessLost(UserError):
+    """Another process of the same job has ended, so that this one cannot go on."""

@@ -27,8 +27,9 @@ from rcml_jax.tasks.relations import cache_directory, load_graph
 from rcml_jax.training import loop
 from rcml_jax.training.loop import train_and_evaluate
 from tests.cli.test_commands import fails, run
+from tests.search.test_divided_embedding import ended, start_two
 from tests.test_remote import wait_for
-from tests.toy import arguments, tiny_config
+from tests.toy import ITEMS, arguments, tiny_config
 from tests.toy_run import make_run
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -292,6 +293,20 @@ def test_embeddings_that_were_interrupted_go_on_elsewhere(
     assert found[0] == 0, found[2]
     assert remote.local_directory(sent).exists()
     assert found[1] == run(search.main, ["--embeddings", tmp_path / "local", *asked], capsys)[1]
+
+
+@pytest.mark.slow
+def test_two_processes_embed_from_one_address_to_another(sent, catalogue, machine, tmp_path):
+    """Each on a machine of its own: both fetch the work directory, the first sends."""
+    line = ["--workdir", sent, "--items", catalogue, "--to", "s3://bucket/two"]
+    (found,) = ended(start_two([line], XDG_CACHE_HOME=str(tmp_path / "PROCESS")))
+    for (status, read, said), start in zip(found, (0, 1), strict=True):
+        assert (status, len(read)) == (0, ITEMS // 2), said
+        assert len([*(tmp_path / str(start)).rglob("text.npy")]) == 1 - start
+    machine("b")
+    embeddings = open_embeddings(remote.pulled("s3://bucket/two"))
+    assert all(mask.all() for mask in embeddings.has.values())
+    assert embeddings.model["workdir"] == sent
 
 
 def test_what_only_reads_pulls(sent, machine, capsys, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from rcml_jax import remote
 from rcml_jax.config import READING, load_config_file
-from rcml_jax.errors import UserError
+from rcml_jax.errors import ProcessLost, UserError
 from rcml_jax.log import counted, log_line
 from rcml_jax.parsing import argument_text, user_path
 
@@ -95,7 +95,7 @@ def guard(
         return 141  # as a program that SIGPIPE ends
     except UserError as error:
         print(f"error: {remote.named(str(error))}", file=sys.stderr)
-        return 2
+        return _leave(2) if isinstance(error, ProcessLost) else 2
     except OSError as error:
         if error.filename is None:
             raise
@@ -103,7 +103,19 @@ def guard(
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+        return _leave(130)
+
+
+def _leave(status: int) -> int:
+    """The status; where there are other processes, the end at once.
+
+    JAX would wait for them for minutes, while they wait for this one, and abort then.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _is_closed(stream: Any) -> bool:

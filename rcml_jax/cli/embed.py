@@ -17,9 +17,14 @@ ask under any sentence. Then `rcml-search` finds related items.
 `lance+s3://BUCKET/PATH` (also `lance+gs://`, `lance+az://`) writes a table of LanceDB instead
 (extra `lance`), with the further columns of the items. `--index ivf-pq` or `hnsw` also indexes its
 vectors, which happens by itself from a million items on.
+
+All devices of a process are used; `--config.devices=N` uses N of them. Several processes, such as
+one on each host, divide the items and the first one writes: they find each other by the same
+environment variables as those of `rcml-train`, JAX_COORDINATOR_ADDRESS and others.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -29,9 +34,9 @@ from rcml_jax.cli.commands import guard, parse_flags
 from rcml_jax.errors import UserError
 from rcml_jax.log import Progress
 from rcml_jax.parsing import argument_text, user_path
-from rcml_jax.remote import named, path_or_address, pulled, written
+from rcml_jax.remote import Place, named, path_or_address, pulled, written
 from rcml_jax.search.embedding_store import DTYPES, Embeddings
-from rcml_jax.search.items import from_graph, read_items
+from rcml_jax.search.items import Items, from_graph, read_items
 from rcml_jax.search.lance_table import INDICES, LanceTable, is_table, table_or_path
 
 #: Types of token states, as of `token_store`, which is not imported before the options are read.
@@ -57,14 +62,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def model_config(workdir: pathlib.Path, overrides: Sequence[str]) -> Any:
+def model_config(
+    workdir: pathlib.Path, overrides: Sequence[str], allowed: Sequence[str] = _FREE
+) -> Any:
     """A work directory's configuration with what may be overridden: where data and devices are."""
     for argument in overrides:
         name = argument.lstrip("-").partition("=")[0]
-        if name.startswith("config.") and name not in _FREE:
+        if name.startswith("config.") and name not in allowed:
             raise UserError(
                 f"--{name} would make another model of {workdir}; only "
-                f"{', '.join(f'--{free}' for free in _FREE)} can be given"
+                f"{', '.join(f'--{free}' for free in allowed)} can be given"
             )
     # Imported here: a wrong option is reported before the models' classes are loaded.
     from rcml_jax.search.exported import export_config, find_export
@@ -93,24 +100,38 @@ def _embed(argv: Sequence[str]) -> int:
         raise UserError("--index needs a table; write --to lance://DIRECTORY")
     from rcml_jax.search.catalogue import embed_catalogue, open_model
     from rcml_jax.search.lance_search import embed_table
+    from rcml_jax.training import sharding
 
-    address, args.workdir = args.workdir, pulled(args.workdir)
-    config = model_config(args.workdir, overrides)
-    # Read before the model, so that a mistake in it is said at once.
-    items = None if args.items is None else read_items(args.items, strict=args.strict)
-    model = open_model(args.workdir, config)
+    sharding.initialize_distributed()
+
+    def read() -> tuple[pathlib.Path, Any, Items | None]:
+        """The work directory, its configuration and the items, the same in all processes."""
+        workdir = pulled(args.workdir)
+        config = model_config(workdir, overrides, (*_FREE, "config.devices"))
+        # Read before the model, so that a mistake in it is said at once.
+        items = None if args.items is None else read_items(args.items, strict=args.strict)
+        return workdir, config, items
+
+    workdir, config, items = sharding.everywhere(read)
+    model = open_model(workdir, config)
     if items is None:
         items = from_graph(model.method.task.graph)
     if not len(items):
-        raise UserError(f"{address} is an export, which has no items; give --items")
+        raise UserError(f"{args.workdir} is an export, which has no items; give --items")
     options: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "shard", "strict")}
-    if is_table(args.to):
-        with Progress(len(items)) as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(len(items)))
+        if is_table(args.to):
             options["note"] = lambda done, _: progress.update(done)
             index = args.index or "auto"
-            _report_table(embed_table(model, items, args.relation, args.to, index=index, **options))
-        return 0
-    with written(args.to, every=_BETWEEN) as place, Progress(len(items)) as progress:
+            table = embed_table(model, items, args.relation, args.to, index=index, **options)
+            if table is not None:
+                _report_table(table)
+            return 0
+        # The primary process alone writes and sends; the others know no place.
+        sending = stack.enter_context(contextlib.ExitStack())
+        found = sharding.on_primary(lambda: sending.enter_context(written(args.to, every=_BETWEEN)))
+        place = found or Place(pathlib.Path())
 
         def note(done: int, total: int) -> None:
             progress.update(done)
@@ -118,7 +139,10 @@ def _embed(argv: Sequence[str]) -> int:
                 place.after_step(done)
 
         options |= {"tokens": args.tokens, "note": note}
-        _report(embed_catalogue(model, items, args.relation, place.path, **options))
+        embeddings = embed_catalogue(model, items, args.relation, place.path, **options)
+        if embeddings is not None:
+            _report(embeddings)
+        sharding.on_primary(sending.close)
     return 0
 
 

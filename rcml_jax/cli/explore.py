@@ -143,6 +143,7 @@ def open_explorer(
                 tokens="float16" if config.method == "rcml" else "",
                 note=lambda done, _: progress.update(done),
             )
+            assert found is not None  # of one process
     searcher = Searcher(found, model)
     if found.tokens is not None:
         _ = searcher.tokens  # what is damaged is said now

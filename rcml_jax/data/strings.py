@@ -17,6 +17,25 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers are no zeros
 _MIXER = np.uint64(0xD6E8FEB86659FD93)
 
 
+class StringBuilder:
+    """Takes strings one by one, and makes a `StringColumn` in memory of them."""
+
+    def __init__(self) -> None:
+        self._data, self._ends = bytearray(), array.array("q", [0])
+
+    def append(self, text: str) -> None:
+        """Add a string at the end."""
+        # Half of a surrogate pair has no UTF-8, but may stand in a source's texts.
+        self._data += text.encode("utf-8", "surrogatepass")
+        self._ends.append(len(self._data))
+
+    def build(self) -> "StringColumn":
+        """The column; nothing can be added any more."""
+        return StringColumn(
+            np.frombuffer(self._ends, np.int64), np.frombuffer(self._data, np.uint8)
+        )
+
+
 class StringColumn(Sequence):
     """n strings: string i is bytes offsets[i] to before offsets[i + 1] of the data, in UTF-8.
 
@@ -34,12 +53,10 @@ class StringColumn(Sequence):
     @classmethod
     def of(cls, strings: Iterable[str]) -> "StringColumn":
         """A column in memory."""
-        data, ends = bytearray(), array.array("q", [0])
+        builder = StringBuilder()
         for text in strings:
-            # Half of a surrogate pair has no UTF-8, but may stand in a source's texts.
-            data += text.encode("utf-8", "surrogatepass")
-            ends.append(len(data))
-        return cls(np.frombuffer(ends, np.int64), np.frombuffer(data, np.uint8))
+            builder.append(text)
+        return builder.build()
 
     @classmethod
     def open(cls, path: Path) -> "StringColumn":

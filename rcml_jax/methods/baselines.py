@@ -16,6 +16,7 @@ from rcml_jax.methods.base import Batch, Metrics, Params
 from rcml_jax.methods.relational import Embedder, RelationalMethod, flat_images, in_rows
 from rcml_jax.methods.tower_tables import TowerTables
 from rcml_jax.models.two_towers import build_towers, joint_width
+from rcml_jax.ops.divided import Placement
 from rcml_jax.registry import call, resolve
 from rcml_jax.tasks.relations import RelationTask
 
@@ -123,9 +124,12 @@ class BaselineMethod(RelationalMethod):
         table = self.tables(params, items)["plain"]
         return table.image[0], table.text[0]
 
-    def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
+    def embedder(
+        self, params: Params, sentences: Sequence[str], devices: Sequence[jax.Device] = ()
+    ) -> Embedder:
         """Embeddings of the towers; the sentence of a relation is appended to the text."""
-        towers, task = params["towers"], self.task
+        place = Placement(devices)
+        towers, task = place.whole(params["towers"]), self.task
 
         def text(texts: Sequence[str]) -> np.ndarray:
             tokenizer, limit = task.tokenizer, task.max_length
@@ -134,13 +138,14 @@ class BaselineMethod(RelationalMethod):
                 tokenizer.encode_with_suffix(texts, [sentence] * len(texts), limit)
                 for sentence in sentences
             ]
-            return np.stack([self.scored.text(towers, *padded) for padded in encoded])
+            return np.stack([self.scored.text(towers, *padded, place) for padded in encoded])
 
         def image(pixels: np.ndarray) -> np.ndarray:
-            return self.scored.images(towers, pixels)[None]
+            return self.scored.images(towers, place.split(pixels))[None]
 
         width = joint_width(self.towers_config)
-        return Embedder(text, image, {"text": (1 + len(sentences), width), "image": (1, width)})
+        shapes = {"text": (1 + len(sentences), width), "image": (1, width)}
+        return Embedder(text, image, shapes, place.count)
 
     def describe(self) -> dict:
         """The scorings; each task reports the best of them."""

@@ -342,7 +342,7 @@ class EmbeddingsMethod(RelationalMethod):
         """Raises UserError: there is no loss."""
         self.batches()
 
-    def embedder(self, params: Any, sentences: Sequence[str]) -> NoReturn:
+    def embedder(self, params: Any, sentences: Sequence[str], devices: Any = ()) -> NoReturn:
         """Raises UserError: there is no model to embed other texts and images with."""
         raise UserError("a file of embeddings has no model that embeds other items")
 

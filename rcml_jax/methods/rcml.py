@@ -24,6 +24,7 @@ from rcml_jax.models.rcml import RCML
 from rcml_jax.models.relation_pooling import FoldedRelation
 from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.two_towers import joint_width
+from rcml_jax.ops.divided import Placement
 from rcml_jax.ops.similarity import l2_normalize
 from rcml_jax.tasks.relations import RelationTask
 
@@ -142,9 +143,13 @@ class RCMLMethod(RelationalMethod):
         text, image = self.embed_items(self._pool, (variables, relation, True), items, axis=1)
         return image[0], text[0]
 
-    def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
+    def embedder(
+        self, params: Params, sentences: Sequence[str], devices: Sequence[jax.Device] = ()
+    ) -> Embedder:
         """Embed under the intra-sample relation first, then under each sentence."""
+        place = Placement(devices)
         variables = {"params": {name: params[name] for name in ("towers", "head")}}
+        variables = place.whole(variables)
         task = self.task
         sentences = [task.sentence(-1), *sentences]
         relation = self._relations(variables, task.encode(sentences))
@@ -153,17 +158,19 @@ class RCMLMethod(RelationalMethod):
         def text(texts: Sequence[str]) -> np.ndarray:
             indices, tokens = self.packed(*task.tokenizer.encode(texts, task.max_length))
             z = np.empty((len(relation), len(texts), relation.shape[1]), np.float32)
-            z[:, indices] = self._pool_text(variables, tokens, relation, intra)
+            z[:, indices] = self._pool_text(variables, place.split(tokens), relation, intra)
             return z
 
         def image(pixels: np.ndarray) -> np.ndarray:
-            return np.asarray(self._pool_image(variables, pixels, relation, intra))
+            return np.asarray(self._pool_image(variables, place.split(pixels), relation, intra))
 
-        return Embedder(text, image, dict.fromkeys(("text", "image"), relation.shape))
+        shapes = dict.fromkeys(("text", "image"), relation.shape)
+        return Embedder(text, image, shapes, place.count)
 
-    def token_reader(self, params: Params) -> TokenReader:
+    def token_reader(self, params: Params, devices: Sequence[jax.Device] = ()) -> TokenReader:
         """Token states before the head, and the head apart from them."""
-        return _Tokens(self, {"params": {name: params[name] for name in ("towers", "head")}})
+        variables = {"params": {name: params[name] for name in ("towers", "head")}}
+        return _Tokens(self, variables, Placement(devices))
 
     def describe(self) -> dict:
         """Both items pooled under the relation in force."""
@@ -203,8 +210,9 @@ class RCMLMethod(RelationalMethod):
 class _Tokens(TokenReader):
     """The `TokenReader` of RCML. Texts are one a row, also where training packs them."""
 
-    def __init__(self, method: RCMLMethod, variables: dict):
-        self._method, self._variables = method, variables
+    def __init__(self, method: RCMLMethod, variables: dict, place: Placement):
+        self._method, self._variables = method, place.whole(variables)
+        self._split, self.devices = place.split, place.count
         self.width = joint_width(method.towers_config)
         size = method.task.images.framing.size
         pixels = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
@@ -212,14 +220,14 @@ class _Tokens(TokenReader):
         self.image_length = states.mask.shape[-1]
 
     def text_lengths(self, texts: Sequence[str]) -> np.ndarray:
-        mask, _ = self._method.text_layout(self._variables, self._encode(texts))
+        mask, _ = self._method.text_layout(self._variables, self._split(self._encode(texts)))
         return np.asarray(mask).sum(axis=-1)
 
     def text(self, texts: Sequence[str]) -> TokenStates:
-        return self._call("text_states", self._encode(texts))
+        return self._call("text_states", self._split(self._encode(texts)))
 
     def image(self, pixels: np.ndarray) -> TokenStates:
-        return self._call("image_states", pixels)
+        return self._call("image_states", self._split(pixels))
 
     def relations(self, sentences: Sequence[str]) -> jax.Array:
         return self._call("relation", self._encode(sentences)).astype(jnp.float32)

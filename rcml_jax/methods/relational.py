@@ -61,22 +61,24 @@ class Embedder:
 
     text: n texts → unit vectors (1 + R, n, d); image: images (n, H, W, 3) uint8 → the same, or
     (1, n, d) where image embeddings do not depend on the relation. shapes: modality → (number of
-    relations, d).
+    relations, d). devices: number of those that a multiple of so many items is split over.
     """
 
     text: Callable[[Sequence[str]], np.ndarray]
     image: Callable[[np.ndarray], np.ndarray]
     shapes: dict[str, tuple[int, int]]
+    devices: int = 1
 
 
 class TokenReader(abc.ABC):
     """What a method that pools tokens under relations makes of texts, images and sentences.
 
-    width: d of all states; image_length: states of an image.
+    width: d of all states; image_length: states of an image; devices: as of `Embedder`.
     """
 
     width: int
     image_length: int
+    devices: int = 1
 
     @abc.abstractmethod
     def text_lengths(self, texts: Sequence[str]) -> np.ndarray:
@@ -259,11 +261,19 @@ class RelationalMethod(Method):
         """Embeddings of images and texts, (n, d) each, without an inter-sample relation."""
 
     @abc.abstractmethod
-    def embedder(self, params: Params, sentences: Sequence[str]) -> Embedder:
-        """An `Embedder` for any texts and images, under R sentences."""
+    def embedder(
+        self, params: Params, sentences: Sequence[str], devices: Sequence[jax.Device] = ()
+    ) -> Embedder:
+        """An `Embedder` for any texts and images, under R sentences.
 
-    def token_reader(self, params: Params) -> TokenReader:
-        """Token states and their pooling. Raises UserError where the method pools no tokens."""
+        devices: those of this process that the items are split over, where there are several.
+        """
+
+    def token_reader(self, params: Params, devices: Sequence[jax.Device] = ()) -> TokenReader:
+        """Token states and their pooling; devices as of `embedder`.
+
+        Raises UserError where the method pools no tokens.
+        """
         raise UserError(
             f"the method {self.config.method!r} pools no tokens under a relation, so that it can "
             "neither keep nor read token states; give a run of rcml"

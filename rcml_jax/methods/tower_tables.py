@@ -11,7 +11,7 @@ from rcml_jax.evaluation.relation_retrieval import retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Params
 from rcml_jax.models.two_towers import TwoTowers
-from rcml_jax.ops.divided import divided
+from rcml_jax.ops.divided import Placement, divided
 from rcml_jax.tasks.relations import RelationTask
 
 #: Weights w of a sentence beside a query (see `RelationEmbeddings`), of which validation picks one;
@@ -106,10 +106,12 @@ class TowerTables:
         out[relations, rows] = embedded[[index[pair] for pair in asked]]
         return out
 
-    def text(self, towers: Params, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def text(
+        self, towers: Params, ids: np.ndarray, mask: np.ndarray, place: Placement
+    ) -> np.ndarray:
         """Padded texts, ids and mask (n, T) → (n, d)."""
         indices, tokens = self._method.packed(ids, mask)
-        found = np.asarray(self._texts(towers, tokens)).reshape(len(indices), -1)
+        found = np.asarray(self._texts(towers, place.split(tokens))).reshape(len(indices), -1)
         out = np.empty((len(ids), found.shape[1]), np.float32)
         out[indices] = found
         return out

@@ -36,14 +36,13 @@ def divided(
     over = max(len(devices), 1)
     share = -(-count // (processes * over))
     size = over * min(chunk, 1 << (share - 1).bit_length())
-    place = _Placement(devices) if over > 1 else None
-    constants = constants if place is None else place.whole(constants)
+    place = Placement(devices)
+    constants = place.whole(constants)
     out: Any = None
     for start in range(0, count, size * processes):
         indices = (start + number * size + np.arange(size)).clip(max=count - 1)
         indices, inputs = read(indices)
-        inputs = inputs if place is None else place.split(inputs)
-        found = jax.tree.map(np.asarray, function(*constants, *inputs))
+        found = jax.tree.map(np.asarray, function(*constants, *place.split(inputs)))
         if processes > 1:
             gathered = multihost_utils.process_allgather((indices.astype(np.int32), found))
             indices, found = gathered
@@ -62,20 +61,27 @@ def _empty(part: np.ndarray, axis: int, count: int) -> np.ndarray:
     return np.empty((*part.shape[:axis], count, *part.shape[axis + 1 :]), part.dtype)
 
 
-class _Placement:
-    """Arrays split over some devices of this process by their leading axis, or whole on each."""
+class Placement:
+    """Arrays split over some devices of this process by their leading axis, or whole on each.
 
-    def __init__(self, devices: Sequence[jax.Device]):
+    Of one device or none they stay where they are. count: of the devices, 1 at least.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device] = ()):
+        self.count = max(len(devices), 1)
+        if self.count == 1:
+            return
         mesh = Mesh(np.asarray(devices), (_AXIS,))
-        self._count = len(devices)
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._whole = NamedSharding(mesh, PartitionSpec())
 
     def whole(self, tree: Any) -> Any:
         """A copy on each device."""
-        return jax.device_put(tree, self._whole)
+        return tree if self.count == 1 else jax.device_put(tree, self._whole)
 
     def split(self, tree: Any) -> Any:
         """Its part on each device, or all of it where the number of devices does not divide it."""
-        even = all(len(x) % self._count == 0 for x in jax.tree.leaves(tree))
+        if self.count == 1:
+            return tree
+        even = all(len(x) % self.count == 0 for x in jax.tree.leaves(tree))
         return jax.device_put(tree, self._split if even else self._whole)

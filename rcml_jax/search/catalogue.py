@@ -32,6 +32,7 @@ from rcml_jax.log import counted, log_line
 from rcml_jax.methods import EMBEDDINGS, RELATIONAL, build, family_of
 from rcml_jax.methods.relational import Embedder, RelationalMethod, TokenReader
 from rcml_jax.models.relation_pooling import FoldedRelation
+from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.parsing import argument_text, read_file, user_path
 from rcml_jax.remote import address_of
 from rcml_jax.search.embedding_store import (
@@ -65,12 +66,21 @@ _KEPT_SENTENCES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained relational method. about: "workdir", "method", "step" and the weights' "digest"."""
+    """A trained relational method. about: "workdir", "method", "step" and the weights' "digest".
+
+    devices: those of this process, over which a catalogue's items are split; all else is done on
+    the first, which has the parameters.
+    """
 
     method: RelationalMethod
     params: Any
     about: dict[str, Any]
-    device: jax.Device
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def device(self) -> jax.Device:
+        """The first of the devices."""
+        return self.devices[0]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -99,42 +109,56 @@ def open_model(workdir: pathlib.Path | str, config: Any = None) -> Model:
     """The best checkpoint of a work directory; `config` in place of its own where given.
 
     workdir: also a directory that `rcml-export` wrote, or the name of a repository on the Hugging
-    Face hub that it pushed to, "user/name".
+    Face hub that it pushed to, "user/name". `config.devices` is the most devices of a process that
+    are used, 0 for all. Where there are several processes, all have to call this.
 
     Raises UserError where nothing was trained, or no relational method, and as `find_export`.
     """
-    if (export := find_export(workdir)) is not None:
-        return _open_export(export, str(workdir), config)
+    export = sharding.everywhere(lambda: find_export(workdir))
+    if export is not None:
+        return sharding.everywhere(lambda: _open_export(export, str(workdir), config))
     workdir = user_path(workdir)
-    config = load_config(workdir) if config is None else config
+    return _open_run(
+        workdir, sharding.everywhere(lambda: load_config(workdir) if config is None else config)
+    )
+
+
+def _open_run(workdir: pathlib.Path, config: Any) -> Model:
     if config.method == EMBEDDINGS or family_of(config.method) != "relational":
         raise UserError(
             f"{workdir} holds the method {config.method!r}, which embeds nothing under relations; "
             f"give a run of {', '.join(RELATIONAL)}"
         )
-    device = sharding.first_local(sharding.pick_devices(config.platform))
-    params = read_params(workdir)
-    with sharding.working_on(device):
-        method: Any = build(config, workdir)
+    devices = _devices(config)
+    params = sharding.everywhere(lambda: read_params(workdir))
+    with sharding.working_on(devices[0]):
+        # The primary prepares the data, where they are not yet.
+        method: Any = sharding.primary_first(lambda: build(config, workdir))
         about = {
             "workdir": address_of(workdir) or str(workdir.resolve()),
             "method": config.method,
             "step": best_step(workdir),
             "digest": _digest(config, workdir, params, method.task.sentence(-1)),
         }
-        return Model(method, jax.tree.map(jax.numpy.asarray, params), about, device)
+        return Model(method, jax.tree.map(jax.numpy.asarray, params), about, devices)
+
+
+def _devices(config: Any) -> tuple[jax.Device, ...]:
+    """The devices of this process, at most as many as the configuration names."""
+    found = sharding.of_process(sharding.pick_devices(config.platform))
+    return tuple(found[: config.get("devices", 0) or None])
 
 
 def _open_export(directory: pathlib.Path, name: str, config: Any) -> Model:
     config = export_config(directory) if config is None else config
-    device = sharding.first_local(sharding.pick_devices(config.platform))
-    with sharding.working_on(device):
+    devices = _devices(config)
+    with sharding.working_on(devices[0]):
         method, params = load_export(directory, config)
         about = {"workdir": name, **(export_mark(directory) or {})}
         plain = config.copy_and_resolve_references()
         plain.model.pretrained = ""  # the place of the files embeds nothing
         about["digest"] = _digest(plain, directory, params, method.task.sentence(-1))
-        return Model(method, params, about, device)
+        return Model(method, params, about, devices)
 
 
 def embed_catalogue(
@@ -148,8 +172,11 @@ def embed_catalogue(
     strict: bool = False,
     tokens: str = "",
     note: Callable[[int, int], None] | None = None,
-) -> Embeddings:
+) -> Embeddings | None:
     """Embed items as what they are and under relation sentences into a directory, or go on there.
+
+    Items are divided over all processes and the devices of each; the primary process writes. All
+    have to call this alike, and those that do not write get None.
 
     dtype: float32 or float16, of what is stored; shard: items between two marks from which an
     interrupted call is resumed; note: is told the number of items that are done and of all. Items
@@ -164,25 +191,41 @@ def embed_catalogue(
     `tokens` for a method that pools none.
     """
     sentences = sentences_of(model, relations)
-    with model.running():
-        reader = model.method.token_reader(model.params) if tokens else None
-    with model.running(), hold_store(to):
-        embedder = model.method.embedder(model.params, sentences[1:])
+    check_alike(model, items, sentences)
+    with model.running(), contextlib.ExitStack() as stack:
+        reader = model.method.token_reader(model.params, model.devices) if tokens else None
+        sharding.on_primary(lambda: stack.enter_context(hold_store(to)))
+        embedder = model.method.embedder(model.params, sentences[1:], model.devices)
         layout = None if reader is None else plan_tokens(reader, items, tokens)
-        kept = None if layout is None else layout.manifest()
-        plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard, kept)
-        writer = Writer(to, plan)
         embed: Callable[..., tuple] = functools.partial(embed_chunk, embedder)
-        token_writer = None
-        if reader is not None and layout is not None:
+        if reader is not None:
+            embed = functools.partial(_embed_tokens, reader, reader.relations(sentences))
+
+        def begin() -> tuple[Writer, TokenWriter | None]:
+            kept = None if layout is None else layout.manifest()
+            plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard, kept)
+            writer = Writer(to, plan)
+            if layout is None:
+                return writer, None
             log_line(
                 f"{to}: token states ({tokens}) of {len(items):,} items: {_size(layout.bytes)}"
             )
-            token_writer = TokenWriter(writer.directory, layout, items, writer.begun)
-            embed = functools.partial(_embed_tokens, reader, reader.relations(sentences))
+            return writer, TokenWriter(writer.directory, layout, items, writer.begun)
 
+        writer, token_writer = sharding.on_primary(begin) or (None, None)
         fill(writer, model, items, embed, token_writer, strict=strict, note=note)
-    return open_embeddings(to)
+    return sharding.on_primary(lambda: open_embeddings(to))
+
+
+def check_alike(model: Model, items: Items, sentences: Sequence[str]) -> None:
+    """Raise UserError in all processes unless they have the same model, items and sentences."""
+    if jax.process_count() > 1:
+        found = sharding.gather([model.about["digest"], items.digest(), *sentences])
+        if any(other != found[0] for other in found):
+            raise UserError(
+                "the processes have different items, models or relations; start the same command "
+                "in all of them, on the same files"
+            )
 
 
 def fill(
@@ -197,51 +240,82 @@ def fill(
 ) -> None:
     """Embed what a store lacks or has of an earlier state of the items, shard by shard.
 
-    writer: as `embedding_store.Writer`; embed: `embed_chunk` with its embedder, or what returns the
-    same of a chunk; the others as of `embed_catalogue`.
+    Every process embeds its part of each chunk; the primary, which has the writers, gets all parts.
+    A mistake in one process ends all of them.
+
+    writer: as `embedding_store.Writer`, None in the other processes; embed: `embed_chunk` with its
+    embedder, or what returns the same of a chunk; the others as of `embed_catalogue`.
     """
-    framing = model.method.task.images.framing
-
-    def write(rows: Sequence[int], images: Sequence[_Image], put: Callable) -> None:
-        blocks, has, states = embed(items, rows, images, framing.size)
-        if token_writer is not None:
-            token_writer.write(rows, states, has)
-        put(blocks, has)
-
-    shards = list(writer.shards())
+    framing, plan = model.method.task.images.framing, None
+    if writer is not None:
+        spans = [[rows.start, rows.stop] for rows in writer.shards()]
+        plan = {"stale": writer.stale, "shards": spans}
+    plan = sharding.gather(plan)[0]
+    assert plan is not None  # it is the primary's
+    stale, shards = plan["stale"], [range(*span) for span in plan["shards"]]
     ends = {rows.stop for rows in shards}
-    chunks = [
-        range(start, min(start + _CHUNK, rows.stop))
-        for rows in shards
-        for start in range(rows.start, rows.stop, _CHUNK)
-    ]
+    size = _CHUNK * len(model.devices) * jax.process_count()
     problems: dict[str, list[str]] = {"unreadable": [], "empty": []}
+
+    def embedded(chunks: Sequence[_Chunk], pool: ThreadPoolExecutor) -> Iterator[tuple]:
+        """Each chunk, and what the processes made of their parts of it, with these parts."""
+        own = [_part(chunk, jax.process_index()) for chunk in chunks]
+        reading = _read_ahead(items, own, framing, pool)
+
+        def work() -> dict[str, Any] | None:
+            rows, images = next(reading)
+            if not len(rows):
+                return None
+            found = _problems(items, rows, images, strict)
+            blocks, has, states = embed(items, rows, images, framing.size)
+            states = {name: tokens._asdict() for name, tokens in states.items()}
+            return {"problems": found, "blocks": blocks, "has": has, "states": states}
+
+        for chunk in chunks:
+            made = sharding.gather(sharding.everywhere(work))
+            yield chunk, [(_part(chunk, n), part) for n, part in enumerate(made) if part]
+
+    def keep(rows: Sequence[int], made: dict[str, Any], put: Callable) -> None:
+        if token_writer is not None:
+            states = {name: TokenStates(**tokens) for name, tokens in made["states"].items()}
+            token_writer.write(rows, states, made["has"])
+        put(made["blocks"], made["has"])
+
+    def rewrite(parts: list[tuple]) -> None:
+        for rows, made in parts:
+            keep(rows, made, functools.partial(writer.rewrite, rows))
+
+    def refresh() -> None:
+        if token_writer is not None:
+            token_writer.sync()
+        writer.refresh()
+
+    def write(chunk: range, parts: list[tuple]) -> None:
+        for rows, made in parts:
+            for name, ids in made["problems"].items():
+                problems[name] += ids
+            keep(rows, made, functools.partial(writer.write, rows.start))
+        if chunk.stop in ends:
+            if token_writer is not None:
+                token_writer.sync()
+            writer.mark(problems)
+            problems.update({name: [] for name in problems})
+        if note is not None:
+            note(chunk.stop, len(items))
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        stale = writer.stale
-        if stale:
+        if stale and writer is not None:
             log_line(
                 f"{writer.directory}: {len(stale):,} of {counted(len(items), 'items')} changed "
                 "since the last embedding; embedding anew what changed"
             )
-        parts = [stale[start : start + _CHUNK] for start in range(0, len(stale), _CHUNK)]
-        for part, images in _read_ahead(items, parts, framing, pool):
-            _problems(items, part, images, strict)
-            write(part, images, functools.partial(writer.rewrite, part))
+        for _, parts in embedded(_chunks(stale, size), pool):
+            sharding.on_primary(functools.partial(rewrite, parts))
         if stale:
-            if token_writer is not None:
-                token_writer.sync()
-            writer.refresh()
-        for rows, images in _read_ahead(items, chunks, framing, pool):
-            for name, ids in _problems(items, rows, images, strict).items():
-                problems[name] += ids
-            write(rows, images, functools.partial(writer.write, rows.start))
-            if rows.stop in ends:
-                if token_writer is not None:
-                    token_writer.sync()
-                writer.mark(problems)
-                problems = {name: [] for name in problems}
-            if note is not None:
-                note(rows.stop, len(items))
+            sharding.on_primary(refresh)
+        chunks = [chunk for rows in shards for chunk in _chunks(rows, size)]
+        for chunk, parts in embedded(chunks, pool):
+            sharding.on_primary(functools.partial(write, chunk, parts))
 
 
 def related(
@@ -540,6 +614,17 @@ _Image = np.ndarray | str | None
 _Chunk = TypeVar("_Chunk", bound=Sequence[int])
 
 
+def _chunks(rows: _Chunk, size: int) -> list[_Chunk]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]  # type: ignore[misc]
+
+
+def _part(chunk: _Chunk, process: int) -> _Chunk:
+    """The items of a chunk that a process embeds: neighbours."""
+    share = -(-len(chunk) // jax.process_count())
+    start = share * process
+    return chunk[start : start + share]  # type: ignore[return-value]
+
+
 def _read_ahead(
     items: Items, chunks: Sequence[_Chunk], framing: Framing, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[_Chunk, list[_Image]]]:
@@ -595,7 +680,7 @@ def embed_chunk(
     embedder: Embedder, items: Items, rows: Sequence[int], images: Sequence[_Image], size: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """Vectors (relations, n, d) of a chunk, which of its items have them, and no token states."""
-    inputs, has = _inputs(items, rows, images, size)
+    inputs, has = _inputs(items, rows, images, size, embedder.devices)
     made: dict[str, Callable] = {"text": embedder.text, "image": embedder.image}
     blocks = {name: made[name](given) for name, given in inputs.items()}
     return _checked(blocks, has), has, {}
@@ -610,7 +695,7 @@ def _embed_tokens(
     size: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """As `embed_chunk`, with the token states; relations: the first is the intra-sample one."""
-    inputs, has = _inputs(items, rows, images, size)
+    inputs, has = _inputs(items, rows, images, size, reader.devices)
     intra = jax.numpy.arange(len(relations)) == 0
     made: dict[str, Callable] = {"text": reader.text, "image": reader.image}
     states = {name: made[name](given) for name, given in inputs.items()}
@@ -622,21 +707,25 @@ def _embed_tokens(
 
 
 def _inputs(
-    items: Items, rows: Sequence[int], images: Sequence[_Image], size: int
+    items: Items, rows: Sequence[int], images: Sequence[_Image], size: int, devices: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What a chunk has of each modality, filled up to a few lengths, and (n,) which items have it.
+
+    The lengths are multiples of the number of devices.
 
     A modality that no item has is left out.
     """
     n = len(rows)
-    padded = 1 << (n - 1).bit_length()  # few shapes, so that little is compiled
+    # Few shapes, so that little is compiled.
+    padded = devices << (-(-n // devices) - 1).bit_length()
+    texts = [items.texts[i] for i in rows]
     has = {
-        "text": np.array([bool(items.texts[i]) for i in rows]),
+        "text": np.array([bool(text) for text in texts]),
         "image": np.array([isinstance(image, np.ndarray) for image in images]),
     }
     inputs: dict[str, Any] = {}
     if has["text"].any():
-        inputs["text"] = [items.texts[i] for i in rows] + [""] * (padded - n)
+        inputs["text"] = texts + [""] * (padded - n)
     if has["image"].any():
         inputs["image"] = np.zeros((padded, size, size, 3), np.uint8)
         for row in np.flatnonzero(has["image"]).tolist():

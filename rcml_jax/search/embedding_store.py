@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rcml_jax.data.strings import StringBuilder
 from rcml_jax.errors import UserError
 from rcml_jax.files import atomic_file, exclusive
 from rcml_jax.log import counted
@@ -41,7 +42,9 @@ _LOCK = ".lock"
 #: What a kill may leave before there is a manifest.
 _OF_THE_START = (f"{_MANIFEST}.part", _LOCK, f"{_LOCK}.json", f"{_LOCK}.json.part")
 _EXAMPLES = 5
+_AT_ONCE = 4096  # ids that are hashed at a time
 _SEARCHED_IDS = 20_000  # ids that a mistyped one is compared with
+_TEXTS = ("id", "text", "image")
 _KEYS: tuple[str, ...]
 _KEYS = ("model", "items", "items_digest", "root", "relations", "shapes", "dtype", "shard")
 _KEYS += ("done", "problems", "stale")
@@ -54,7 +57,12 @@ def either(names: Sequence[str]) -> str:
 
 def ids_digest(ids: Sequence[str]) -> str:
     """Changes with ids and their order."""
-    return hashlib.sha256(json.dumps(tuple(ids)).encode()).hexdigest()
+    digest = hashlib.sha256(b"[")  # of a list in JSON
+    for start in range(0, len(ids), _AT_ONCE):
+        part = json.dumps(ids[start : start + _AT_ONCE])[1:-1]
+        digest.update(f"{', ' if start else ''}{part}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +128,13 @@ class Writer:
             check_same(self.directory, found, self._manifest)
             self._manifest = found
             check_room(self.directory, found)
-            self._rows = plan.items.rows()
+            self._write_rows(plan.items)
             self._find_stale()
         else:
             self._create(plan)
         self._arrays = _open_arrays(self.directory, self._manifest)
-        if begun and not self.stale:
-            self._write_rows()  # of shards that are not done
+        if not self.stale:
+            self._keep_rows()  # of shards that are not done
 
     @property
     def stale(self) -> list[int]:
@@ -134,9 +142,14 @@ class Writer:
         return self._manifest["stale"]
 
     def _find_stale(self) -> None:
-        before = _read_rows(self.directory, self._manifest)
-        done = min(self._manifest["done"] * self.shard, len(before))
-        changed = {i for i in range(done) if before[i] != self._rows[i]}
+        done = min(self._manifest["done"] * self.shard, self._manifest["items"])
+        changed = set()
+        with self._part.open("rb") as file:
+            pairs = zip(_lines(self.directory, self._manifest), file, strict=True)
+            for number, (before, now) in enumerate(pairs):
+                differs = number < done and before != now
+                if differs and _row(self.directory, before) != json.loads(now):
+                    changed.add(number)
         if changed - {*self.stale}:
             # Kept, also if another change comes before these are embedded.
             self._manifest["stale"] = sorted(changed | {*self.stale})
@@ -158,17 +171,21 @@ class Writer:
     def refresh(self) -> None:
         """All stale items are written anew: their texts and the states of their files are kept."""
         self._sync()
-        self._write_rows()
-        done = self._rows[: self._manifest["done"] * self.shard]
-        image = np.load(_path(self.directory, "has_image"))[: len(done)]
-        bare = [row for row, has in zip(done, image, strict=True) if not has]
-        problems = {
-            "unreadable": [row["id"] for row in bare if row["image"]],
-            "empty": [row["id"] for row in bare if not row["image"] and not row["text"]],
+        self._keep_rows()
+        done = self._manifest["done"] * self.shard
+        image = np.load(_path(self.directory, "has_image"))[:done]
+        problems: dict[str, dict[str, Any]] = {
+            name: {"count": 0, "first": []} for name in ("unreadable", "empty")
         }
-        self._manifest["problems"] = {
-            name: {"count": len(ids), "first": ids[:_EXAMPLES]} for name, ids in problems.items()
-        }
+        lines = _lines(self.directory, self._manifest)
+        for has, line in zip(image, lines, strict=False):
+            row = None if has else _row(self.directory, line)
+            if row is None or (row["text"] and not row["image"]):
+                continue
+            problem = problems["unreadable" if row["image"] else "empty"]
+            problem["count"] += 1
+            problem["first"] = [*problem["first"], row["id"]][:_EXAMPLES]
+        self._manifest["problems"] = problems
         self._manifest["stale"] = []
         _write_manifest(self.directory, self._manifest)
 
@@ -220,12 +237,18 @@ class Writer:
     def _sync(self) -> None:
         sync(_path(self.directory, name) for name in self._arrays)
 
-    def _write_rows(self) -> None:
-        path = self.directory / _ITEMS
-        part = path.with_name(f"{_ITEMS}.part")
+    @property
+    def _part(self) -> pathlib.Path:
+        return self.directory / f"{_ITEMS}.part"
+
+    def _write_rows(self, items: Items) -> None:
+        """The items as they are now, in a file that `_keep_rows` makes that of the store."""
+        with _guarded(self.directory), self._part.open("w", encoding="ascii") as file:
+            file.writelines(json.dumps(row) + "\n" for row in items.rows())
+
+    def _keep_rows(self) -> None:
         with _guarded(self.directory):
-            part.write_text("".join(json.dumps(row) + "\n" for row in self._rows), "ascii")
-            os.replace(part, path)
+            os.replace(self._part, self.directory / _ITEMS)
 
     def _put(self, name: str, start: int, block: np.ndarray) -> None:
         """Write rows of each relation by ordinary calls."""
@@ -243,8 +266,7 @@ class Writer:
         for name, (lead, width) in plan.shapes.items():
             allocate(_path(directory, name), (lead, n, width), plan.dtype)
             allocate(_path(directory, f"has_{name}"), (n,), "bool")
-        self._rows = plan.items.rows()
-        self._write_rows()
+        self._write_rows(plan.items)
 
 
 def hold_store(directory: pathlib.Path | str) -> contextlib.AbstractContextManager[None]:
@@ -406,28 +428,40 @@ def read_manifest(directory: pathlib.Path | str) -> dict[str, Any]:
 
 
 def _read_items(directory: pathlib.Path, manifest: dict) -> Items:
-    rows = _read_rows(directory, manifest)
-    columns = (tuple(row[name] for row in rows) for name in ("id", "text", "image"))
-    ids, texts, names = columns
+    builders = {name: StringBuilder() for name in _TEXTS}
+    for line in _lines(directory, manifest):
+        row = _row(directory, line)
+        for name, builder in builders.items():
+            builder.append(row[name])
+    ids, texts, names = (builder.build() for builder in builders.values())
     if manifest["root"] is None:
         return Items(ids, texts, names, read=_not_a_file)
     return from_names(ids, texts, names, pathlib.Path(manifest["root"]))
 
 
-def _read_rows(directory: pathlib.Path, manifest: dict) -> list[dict]:
-    """The lines of `items.jsonl`."""
-    path = directory / _ITEMS
+def _lines(directory: pathlib.Path, manifest: dict) -> Iterator[bytes]:
+    """The lines of `items.jsonl`. Raises UserError where there are more or fewer than items."""
+    path, count = directory / _ITEMS, 0
     try:
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        if len(rows) != manifest["items"]:
-            raise ValueError(f"it has {len(rows)} items, not {manifest['items']}")
-        for row in rows:
-            if not {"id", "text", "image", "state"} <= {*row}:
-                raise ValueError("a line lacks id, text, image or state")
-    except (OSError, ValueError, TypeError) as error:
+        with path.open("rb") as file:
+            for count, line in enumerate(file, 1):
+                if count <= manifest["items"]:
+                    yield line
+        if count != manifest["items"]:
+            raise ValueError(f"it has {count} items, not {manifest['items']}")
+    except (OSError, ValueError) as error:
         raise damaged(path, error) from error
-    return rows
+
+
+def _row(directory: pathlib.Path, line: bytes) -> dict[str, Any]:
+    """A line of `items.jsonl`."""
+    try:
+        row = json.loads(line)
+        if "state" not in row or not all(isinstance(row.get(name), str) for name in _TEXTS):
+            raise ValueError("a line lacks id, text, image or state")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise damaged(directory / _ITEMS, error) from error
+    return row
 
 
 def _not_a_file(index: int) -> bytes:

@@ -13,10 +13,11 @@ import decimal
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from rcml_jax.data.containers import ImageReader
 from rcml_jax.data.images import DECODE_ERRORS
 from rcml_jax.data.relation_graph import RelationGraph
 from rcml_jax.data.stages import file_state
-from rcml_jax.data.tables import optional, required, rows_of, table_at, table_of
+from rcml_jax.data.strings import StringBuilder
+from rcml_jax.data.tables import Table, optional, required, rows_of, table_at, table_of
 from rcml_jax.errors import UserError
 from rcml_jax.log import log_line
 from rcml_jax.parsing import TextGate, user_path
@@ -42,32 +44,34 @@ _SIDE = 320  # pixels of a thumbnail's longer side: sharp on a phone's dense scr
 class Items:
     """n items in order.
 
-    ids; texts, "" where there is none; images, their names, "" where there is none; read: an
-    index → the bytes of that image's file, or OSError. root: the folder that names are relative
-    to; None where the images are those of a graph. states: gives for each image a JSON value
-    that changes when its content does. columns: by name the values of each further column: bool,
-    int (up to 2^53), float or str, one type a column, and None where there is none.
+    ids; texts, "" where there is none; image_names, "" where there is none: tuples, or
+    `StringColumn`s where there may be many. read: an index → the bytes of that image's file, or
+    OSError. root: the folder that names are relative to; None where the images are those of a
+    graph. states: gives for each image, in order, a JSON value that changes when its content does.
+    columns: by name the values of each further column: bool, int (up to 2^53), float or str, one
+    type a column, and None where there is none.
     """
 
-    ids: tuple[str, ...]
-    texts: tuple[str, ...]
-    image_names: tuple[str, ...]
+    ids: Sequence[str]
+    texts: Sequence[str]
+    image_names: Sequence[str]
     read: Callable[[int], bytes]
     root: Path | None = None
-    states: Callable[[], list] | None = None
+    states: Callable[[], Iterable] | None = None
     columns: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self) -> list[dict]:
+    def image_states(self) -> Iterable:
+        """The state of each image's content, as a JSON value; None where it is not known."""
+        return itertools.repeat(None, len(self)) if self.states is None else self.states()
+
+    def rows(self) -> Iterator[dict]:
         """Each item's id, text and image, and the state of the image's content, as JSON values."""
-        states = [None] * len(self) if self.states is None else self.states()
-        columns = zip(self.ids, self.texts, self.image_names, states, strict=True)
-        return [
-            {"id": key, "text": text, "image": image, "state": state}
-            for key, text, image, state in columns
-        ]
+        columns = zip(self.ids, self.texts, self.image_names, self.image_states(), strict=True)
+        for key, text, image, state in columns:
+            yield {"id": key, "text": text, "image": image, "state": state}
 
     def digest(self) -> str:
         """Changes with ids, texts, names of images and their order, not with the images."""
@@ -94,33 +98,44 @@ def read_items(path: str | Path, *, strict: bool = False) -> Items:
     if not path.exists():
         raise UserError(f"there is no {path}; give a folder or a table of items")
     table = table_of(path, "items") if path.is_dir() else table_at(path)
-    rows: dict[str, tuple[str, str]] = {}
+    builders = [StringBuilder() for _ in range(3)]
     others: dict[str, dict[int, Any]] = {}
-    places: dict[str, str] = {}
+    n = 0
     for where, row in rows_of(table, gate):
-        key = required(row, "id", where)
-        if key in rows:
-            raise UserError(
-                f"{where}: the id '{key:.100}' is used before ({places[key]}); give every item its "
-                "own id."
-            )
+        values = required(row, "id", where), optional(row, "text"), optional(row, "image")
+        for builder, value in zip(builders, values, strict=True):
+            builder.append(value)
         for name in row.keys() - {"id", "text", "image", ""}:
-            others.setdefault(name, {})[len(rows)] = row[name]
-        rows[key] = optional(row, "text"), optional(row, "image")
-        places[key] = where
+            others.setdefault(name, {})[n] = row[name]
+        n += 1
+    ids, texts, image_names = (builder.build() for builder in builders)
+    if not ids.is_unique():
+        _refuse_ids(table)
     gate.report(log_line)
-    if not rows:
+    if not n:
         raise UserError(f"{table} has no items; add a row for each item.")
-    texts, image_names = zip(*rows.values(), strict=True)
     if not any(texts) and not any(image_names):
         raise UserError(f"{table} has no value in a column 'text' or 'image'; add one of them.")
     words = table.kind == ".csv"
     columns = {
-        name: column([values.get(i) for i in range(len(rows))], words)
-        for name, values in sorted(others.items())
+        name: column([given.get(i) for i in range(n)], words)
+        for name, given in sorted(others.items())
     }
-    found = from_names(tuple(rows), texts, image_names, table.root)
+    found = from_names(ids, texts, image_names, table.root)
     return dataclasses.replace(found, columns=columns)
+
+
+def _refuse_ids(table: Table) -> None:
+    """Raise UserError for the first id that is used twice: both places are looked up now."""
+    places: dict[str, str] = {}
+    for where, row in rows_of(table):
+        key = required(row, "id", where)
+        if key in places:
+            raise UserError(
+                f"{where}: the id '{key:.100}' is used before ({places[key]}); give every item its "
+                "own id."
+            )
+        places[key] = where
 
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,14})")
@@ -155,20 +170,21 @@ def column(values: Sequence[Any], words: bool = False) -> tuple:
 
 
 def from_names(
-    ids: tuple[str, ...], texts: tuple[str, ...], image_names: tuple[str, ...], root: Path
+    ids: Sequence[str], texts: Sequence[str], image_names: Sequence[str], root: Path
 ) -> Items:
     """Items whose images are files relative to `root`, or parts of such files."""
     reader = ImageReader(root)
 
-    def states() -> list:
-        @functools.cache  # many images may be in one file
+    def states() -> Iterator:
+        @functools.lru_cache(1024)  # many images may be in one file
         def of_file(path: Path) -> list | None:
             try:
                 return file_state(path)[1:]
             except DECODE_ERRORS:  # it is missing, or its name is none
                 return None
 
-        return [of_file(reader.file_of(name)) if name else None for name in image_names]
+        for name in image_names:
+            yield of_file(reader.file_of(name)) if name else None
 
     return Items(
         ids,
@@ -183,9 +199,9 @@ def from_names(
 def from_graph(graph: RelationGraph) -> Items:
     """The items of a relation graph, under their ids."""
     return Items(
-        ids := tuple(graph.ids),
-        tuple(graph.texts),
-        ids,
+        graph.ids,
+        graph.texts,
+        graph.ids,
         graph.images.encoded,
         states=lambda: images.image_states(graph.images),
     )

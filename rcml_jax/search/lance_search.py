@@ -5,6 +5,7 @@ table = embed_table(model, read_items("my_catalogue"), ["both are red"], "lance:
 TableSearcher(table).search("both are red", item="cup", where="price < 20 AND brand = 'X'")
 """
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from rcml_jax.parsing import argument_text
 from rcml_jax.search.catalogue import (
     Match,
     Model,
+    check_alike,
     check_model,
     check_question,
     check_sentence,
@@ -36,6 +38,7 @@ from rcml_jax.search.lance_table import (
     open_table,
     vectors_of,
 )
+from rcml_jax.training import sharding
 
 #: Candidates that an index is asked for, for each of the k items, and at least.
 _CANDIDATES, _LEAST_CANDIDATES = 20, 200
@@ -53,7 +56,7 @@ def embed_table(
     strict: bool = False,
     index: str = "auto",
     note: Callable[[int, int], None] | None = None,
-) -> LanceTable:
+) -> LanceTable | None:
     """Embed items into a table, or go on there; as `catalogue.embed_catalogue`, which see.
 
     to: its address: lance://DIRECTORY, or lance+s3://BUCKET/PATH and the like. The items' further
@@ -63,13 +66,21 @@ def embed_table(
     installed.
     """
     sentences = sentences_of(model, relations)
-    with model.running(), hold_table(to):
-        embedder = model.method.embedder(model.params, sentences[1:])
-        writer = TableWriter(to, Plan(model.about, items, sentences, embedder.shapes, dtype, shard))
+    check_alike(model, items, sentences)
+    with model.running(), contextlib.ExitStack() as stack:
+        sharding.on_primary(lambda: stack.enter_context(hold_table(to)))
+        embedder = model.method.embedder(model.params, sentences[1:], model.devices)
+        plan = Plan(model.about, items, sentences, embedder.shapes, dtype, shard)
+        writer = sharding.on_primary(lambda: TableWriter(to, plan))
         embed = functools.partial(embed_chunk, embedder)
         fill(writer, model, items, embed, strict=strict, note=note)
-        writer.finish(index)
-    return open_table(to)
+        sharding.on_primary(functools.partial(_finish, writer, index))
+    return sharding.on_primary(lambda: open_table(to))
+
+
+def _finish(writer: TableWriter | None, index: str) -> None:
+    assert writer is not None  # it is the primary's
+    writer.finish(index)
 
 
 class TableSearcher:

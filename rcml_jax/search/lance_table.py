@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
 from rcml_jax.files import exclusive
 from rcml_jax.parsing import NO_TEXT, read_file, user_path
@@ -160,7 +161,8 @@ class TableWriter:
     def __init__(self, address: str, plan: Plan):
         self.directory, self.shard, self._items = address, plan.shard, plan.items
         self._schema = _schema(plan)
-        self._rows = plan.items.rows()
+        # As they are before anything is read.
+        self._states = StringColumn.of(map(json.dumps, plan.items.image_states()))
         self._waiting: list[Any] = []
         manifest = plan.manifest()
         database = _connect(address)
@@ -180,7 +182,7 @@ class TableWriter:
         self._table: Any = found
         self._version = self._table.version
         self.stale: list[int] = []
-        self._missing = np.ones(len(self._rows), bool)
+        self._missing = np.ones(len(plan.items), bool)
         if count:
             self._compare()
 
@@ -204,11 +206,8 @@ class TableWriter:
                 if not self._missing[number]:
                     twice.add(number)
                 self._missing[number] = False
-                wanted = self._rows[number]
-                state = json.dumps(wanted["state"])
-                if row["image_state"] != state or any(
-                    row[name] != wanted[name] for name in ("id", "text", "image")
-                ):
+                wanted = self._own_values(number)
+                if any(row[name] != value for name, value in wanted.items()):
                     changed.add(number)
                 elif any(row[name] != values[number] for name, values in columns.items()):
                     relabelled.add(number)
@@ -279,7 +278,7 @@ class TableWriter:
         from lancedb.index import FTS, BTree, HnswSq, IvfPq
 
         if index == "auto":
-            index = "ivf-pq" if len(self._rows) >= MANY else "none"
+            index = "ivf-pq" if len(self._items) >= MANY else "none"
         with _guarded(self.directory):
             there = {found.columns[0]: found for found in self._table.list_indices()}
             self._index("text", there.get("text"), FTS())
@@ -309,7 +308,7 @@ class TableWriter:
             )
 
     def _index(self, column: str, old: Any, config: Any) -> None:
-        if old is None or old.num_unindexed_rows or old.num_indexed_rows < len(self._rows):
+        if old is None or old.num_unindexed_rows or old.num_indexed_rows < len(self._items):
             self._commit(lambda: self._table.create_index(column, config=config, replace=True))
 
     def _merge(self, rows: Any) -> None:
@@ -333,18 +332,22 @@ class TableWriter:
                 "same command again, or give another directory"
             )
 
+    def _own_values(self, number: int) -> dict[str, Any]:
+        """What a row has of an item beside further columns and vectors."""
+        items = self._items
+        found = items.ids[number], items.texts[number], items.image_names[number]
+        return dict(zip(_OWN, (*found, number, self._states[number]), strict=True))
+
     def _batch(
         self, numbers: Sequence[int], blocks: dict[str, np.ndarray], has: dict[str, np.ndarray]
     ) -> Any:
         """The rows of some items, in order."""
         import pyarrow as pa
 
-        rows = [self._rows[number] for number in numbers]
-        values: dict[str, list] = {name: [row[name] for row in rows] for name in _OWN[:3]}
+        rows = [self._own_values(number) for number in numbers]
+        values: dict[str, list] = {name: [row[name] for row in rows] for name in _OWN}
         for name, column in self._items.columns.items():
             values[name] = [column[number] for number in numbers]
-        values["item_number"] = list(numbers)
-        values["image_state"] = [json.dumps(row["state"]) for row in rows]
         arrays = []
         for field in self._schema:
             if field.name in values:

@@ -36,6 +36,7 @@ from rcml_jax.search.embedding_store import (
     write_parts,
 )
 from rcml_jax.search.items import Items
+from rcml_jax.training import sharding
 
 TYPES = ("float16", "int8")
 _STEP = 8
@@ -81,6 +82,8 @@ class TokenLayout:
 def plan_tokens(reader: TokenReader, items: Items, dtype: str) -> TokenLayout:
     """The layout for items; texts are tokenized, and no tower is run.
 
+    Where there are several processes, each tokenizes its share, and all have to call this.
+
     Raises UserError for an unknown type.
     """
     if dtype not in TYPES:
@@ -88,14 +91,15 @@ def plan_tokens(reader: TokenReader, items: Items, dtype: str) -> TokenLayout:
             f"the type {dtype!r} of token states is unknown; choose {' or '.join(TYPES)}"
         )
     n = len(items)
-    lengths = {name: np.zeros(n, np.int32) for name in MODALITIES}
-    for start in range(0, n, _TEXTS_AT_ONCE):
-        part = list(items.texts[start : start + _TEXTS_AT_ONCE])
-        padded = part + [""] * (_TEXTS_AT_ONCE - len(part))
-        states = reader.text_lengths(padded)[: len(part)]
-        has = np.array([bool(text) for text in part])
-        lengths["text"][start : start + len(part)] = np.where(has, -(-states // _STEP) * _STEP, 0)
-    lengths["image"][:] = np.where([bool(x) for x in items.image_names], reader.image_length, 0)
+    share = -(-n // jax.process_count())
+    start = share * jax.process_index()
+    part = items.texts[start : start + share]
+    found = sharding.gather(sharding.everywhere(lambda: _text_lengths(reader, part)))
+    has_image = np.fromiter(map(bool, items.image_names), bool, n)
+    lengths = {
+        "text": np.concatenate(found),
+        "image": np.where(has_image, np.int32(reader.image_length), np.int32(0)),
+    }
     places = {}
     for name, own in lengths.items():
         places[name] = np.zeros((n, 4), np.int32)
@@ -103,6 +107,18 @@ def plan_tokens(reader: TokenReader, items: Items, dtype: str) -> TokenLayout:
         for length in np.unique(own):
             places[name][own == length, _ROW] = np.arange(np.count_nonzero(own == length))
     return TokenLayout(dtype, reader.width, places)
+
+
+def _text_lengths(reader: TokenReader, texts: Sequence[str]) -> np.ndarray:
+    """The lengths of the slots of texts, (n,) int32."""
+    lengths = np.zeros(len(texts), np.int32)
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = list(texts[start : start + _TEXTS_AT_ONCE])
+        padded = part + [""] * (_TEXTS_AT_ONCE - len(part))
+        states = reader.text_lengths(padded)[: len(part)]
+        has = np.array([bool(text) for text in part])
+        lengths[start : start + len(part)] = np.where(has, -(-states // _STEP) * _STEP, 0)
+    return lengths
 
 
 class TokenWriter:

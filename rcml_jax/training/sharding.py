@@ -6,17 +6,20 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.serialization import msgpack_restore, msgpack_serialize
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcml_jax.errors import UserError
+from rcml_jax.errors import ProcessLost, UserError
 from rcml_jax.log import counted
+
+T = TypeVar("T")
 
 AXIS = "data"
 #: The axis that a state is split over where it is not split over all devices.
@@ -63,6 +66,68 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order; where there are several, each has to ask.
+
+    Values are dictionaries by name, lists, texts, numbers, None and arrays, which become NumPy's.
+    Raises ProcessLost where another process has ended.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(msgpack_serialize(jax.device_get([value])), np.uint8)
+    try:
+        sizes = multihost_utils.process_allgather(np.asarray(len(own), np.int32))
+        # Few lengths, as each is compiled: eight between two powers of two.
+        step = max(1024, 1 << max(0, int(sizes.max() - 1).bit_length() - 3))
+        padded = np.zeros(-(-int(sizes.max()) // step) * step, np.uint8)
+        padded[: len(own)] = own
+        found = multihost_utils.process_allgather(padded)
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessLost(
+            "another process has ended, or cannot be reached; see its message, and start the same "
+            "command again in all of them to go on"
+        ) from error
+    rows = zip(found, sizes, strict=True)
+    return [msgpack_restore(row[:size].tobytes())[0] for row, size in rows]
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """What `work` returns in this process; every process has to call this.
+
+    Where it raises in one of them, all raise: the others a UserError with the same sentence.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    said = gather(None if failure is None else _sentence(failure))
+    if failure is not None:
+        raise failure
+    for sentence in filter(None, said):
+        raise UserError(sentence)
+    return result  # type: ignore[return-value]
+
+
+def _sentence(failure: Exception) -> str:
+    if isinstance(failure, UserError):
+        return str(failure)
+    return f"process {jax.process_index()} failed ({type(failure).__name__}); see its message"
+
+
+def on_primary(work: Callable[[], T]) -> T | None:
+    """As `everywhere`, but the primary process alone works; the others get None."""
+    return everywhere(lambda: work() if is_primary() else None)
+
+
+def primary_first(work: Callable[[], T]) -> T:
+    """As `everywhere`, but the primary works first: it makes files that the others find made."""
+    first = on_primary(work)
+    return everywhere(lambda: first if is_primary() else work())  # type: ignore[return-value]
 
 
 def pick_devices(platform: str = "", count: int = 0) -> list[jax.Device]:

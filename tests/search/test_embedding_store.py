@@ -2,14 +2,16 @@
 
 import collections
 import errno
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from rcml_jax.data.strings import StringColumn
 from rcml_jax.errors import UserError
-from rcml_jax.search.embedding_store import Plan, Writer, open_embeddings
+from rcml_jax.search.embedding_store import Plan, Writer, ids_digest, open_embeddings
 from rcml_jax.search.items import from_names
 
 MODEL = {"workdir": "runs/a", "method": "rcml", "step": 7, "digest": "d0"}
@@ -219,6 +221,7 @@ def test_changed_items_are_written_anew(tmp_path):
     blocks = {"text": np.full((3, 3, 4), 7.0), "image": np.full((1, 3, 4), 8.0)}
     has = {"text": np.array([1, 1, 1], bool), "image": np.array([1, 1, 0], bool)}
     writer.rewrite(writer.stale, blocks, has)
+    (tmp_path / "d.png").write_bytes(b"changed after it was read")
     writer.refresh()
     found = open_embeddings(store)
     assert found.items.texts == ("words", "words", "words", "other", "words")
@@ -229,4 +232,12 @@ def test_changed_items_are_written_anew(tmp_path):
         np.testing.assert_array_equal(
             found.vectors[name][:, [0, 2]], before.vectors[name][:, [0, 2]]
         )
-    assert Writer(store, changed).stale == []
+    # The states that are kept are those of before anything was read.
+    assert Writer(store, changed).stale == [3]
+
+
+def test_ids_are_hashed_as_one_list():
+    for n in (0, 1, 4096, 5000):
+        ids = [f"é{i}" for i in range(n)]
+        expected = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+        assert ids_digest(ids) == ids_digest(StringColumn.of(ids)) == expected

@@ -201,7 +201,8 @@ def test_changed_items_are_written_anew_where_they_have_room(model, patchy, tmp_
     other = embed_catalogue(model, read_items(patchy), [], tmp_path / "other", tokens="float16")
     for name, vectors in Searcher(found, model).vectors(NEW).items():
         expected = Searcher(other, model).vectors(NEW)[name]
-        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        # Of states that were rounded to float16 once in a chunk of one, once of six.
+        np.testing.assert_allclose(vectors, expected, atol=1e-4)
     rows[1]["text"] = "many words " * 5
     write_rows(patchy / "items.jsonl", rows)
     with pytest.raises(UserError, match=r"the text of item 'words' has grown .* another directory"):
