@@ -1,6 +1,7 @@
 """The alignment study of a configuration: read or compute embeddings, and measure them."""
 
 import functools
+import hashlib
 import pathlib
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rcml_jax import __version__
 from rcml_jax.config import fold_seed
 from rcml_jax.data.imagetext import SharedImages
 from rcml_jax.data.relation_graph import SPLITS, split_graph
@@ -22,6 +24,7 @@ from rcml_jax.data.sources.embeddings import (
     select_pairs,
     split_pairs,
 )
+from rcml_jax.data.stages import Stages, pack, unpack
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import CLOSED, LEARNERS
 from rcml_jax.evaluation import modality_gap as gap
@@ -232,7 +235,9 @@ def _study(
     arrays: dict[str, np.ndarray] = {}
     with sharding.working_on(device):
         for name, read in readers.items():
-            found[name], drawn = _study_source(read(), config, similarities, learners)
+            splits = read()
+            once = _once(workdir / "learned", splits, config)
+            found[name], drawn = _study_source(splits, config, similarities, learners, once)
             arrays |= {f"{name}/{key}": value for key, value in drawn.items()}
     first = next(iter(found))
     result = {
@@ -288,8 +293,34 @@ def _pair_counts(config: Any) -> list[int]:
 # Measuring a source
 
 
+#: Of a name, what else the result depends on and a function that computes it: the result.
+_Once = Callable[[str, Any, Callable[[], dict]], dict]
+#: Options that change nothing about a learned similarity.
+_OF_OTHERS = ("learned", "pair_counts", "similarity", "gallery")
+
+
+def _once(directory: pathlib.Path, splits: list[Pairs], config: Any) -> _Once:
+    """Keeps results on these embeddings under these options, for a study that is interrupted."""
+    stages, arrays = Stages(directory), hashlib.sha256()
+    for pairs in splits:
+        for array in pairs.arrays():
+            arrays.update(np.ascontiguousarray(array).data)
+    options = {k: v for k, v in config.evaluation.items() if k not in _OF_OTHERS}
+    common = [__version__, config.seed, options, arrays.hexdigest()]
+
+    def once(name: str, key: Any, compute: Callable[[], dict]) -> dict:
+        kept = lambda: {"result": pack(workdirs.json_value(compute()))}  # noqa: E731
+        return unpack(stages.get(name, [*common, key], kept)["result"])
+
+    return once
+
+
 def _study_source(
-    splits: list[Pairs], config: Any, similarities: tuple[str, ...], learners: tuple[str, ...]
+    splits: list[Pairs],
+    config: Any,
+    similarities: tuple[str, ...],
+    learners: tuple[str, ...],
+    once: _Once,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Retrieval under each similarity, the gap, calibration, learned similarities; and arrays."""
     options, seed = config.evaluation, fold_seed(config.seed)
@@ -328,22 +359,38 @@ def _study_source(
             (fitted.image(x), fitted.text(y), rows) for x, y, rows in (validation, test)
         )
         signed[space] = _signed(held_out, shown, score, config)
-    learned, by_pairs = {}, {}
+    learned: dict[str, dict] = {}
+    by_pairs: dict[str, dict] = {}
     for name in learners:
         # Learners take towers of unequal widths as they are.
         own = [x.arrays() for x in (narrow if name == "mlp_cosine" else splits)]
-        learned[name], first = _learned(name, own, config, score)
-        if first.embeds:
-            held_out, shown = (_embedded(first, pairs) for pairs in own[1:])
-            signed[name] = _signed(held_out, shown, score, config)
-        counts = [count for count in _pair_counts(config) if count <= len(own[0][1])]
-        if counts:
-            chosen = learned[name]["options"]
-            by_pairs[name] = {
-                str(n): _learned(name, own, config, score, pairs=n, chosen=chosen)[0]
-                for n in counts
-            }
+        measured = functools.partial(_learned, name, own, config, score)
+        of_all = once(name, None, functools.partial(_on_all_pairs, measured, own, score, config))
+        learned[name] = of_all["learned"]
+        signed |= of_all["signed"]
+        chosen = learned[name]["options"]
+        by_pairs[name] = {
+            str(n): once(f"{name}-{n}", chosen, functools.partial(_of_pairs, measured, n, chosen))
+            for n in _pair_counts(config)
+            if n <= len(own[0][1])
+        }
+    by_pairs = {name: found for name, found in by_pairs.items() if found}
     return result | {"signed": signed, "learned": learned, "by_pairs": by_pairs}, arrays
+
+
+def _on_all_pairs(measured: Callable, splits: list[Any], score: Callable, config: Any) -> dict:
+    """A learner's figures, and its signs and probabilities where it embeds."""
+    found, first = measured()
+    signed = {}
+    if first.embeds:
+        held_out, shown = (_embedded(first, pairs) for pairs in splits[1:])
+        signed[first.name] = _signed(held_out, shown, score, config)
+    return {"learned": found, "signed": signed}
+
+
+def _of_pairs(measured: Callable, pairs: int, chosen: dict) -> dict:
+    """A learner's figures on so many training pairs."""
+    return measured(pairs=pairs, chosen=chosen)[0]
 
 
 def _calibrations(train: tuple, test: tuple) -> dict[str, tuple]:

@@ -215,6 +215,33 @@ def test_options_are_searched_by_the_first_seed(file, tmp_path, capsys):
     assert len(found["text_to_image"]["values"]["mrr"]) == 2
 
 
+def test_an_interrupted_study_goes_on(file, tmp_path, monkeypatch):
+    options = ["--config.evaluation.learned=procrustes,cca", "--config.evaluation.pair_counts=20"]
+    options += ["--config.evaluation.similarity=cosine"]
+    copy, workdir = tmp_path / "pairs.npz", tmp_path / "study"
+    copy.write_bytes(file.read_bytes())
+    assert run(copy, tmp_path / "whole", *options) == 0
+    original, asked = alignment._learned, []
+
+    def learned(name, *rest, **more):
+        asked.append((name, more.get("pairs")))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return original(name, *rest, **more)
+
+    monkeypatch.setattr(alignment, "_learned", learned)
+    assert run(copy, workdir, *options) == 130
+    assert run(copy, workdir, *options) == 0
+    assert asked == [("procrustes", None), ("procrustes", 20), *[("cca", None)] * 2, ("cca", 20)]
+    one, two = ((tmp_path / name / "eval.json").read_text() for name in ("whole", "study"))
+    assert one == two
+    # Other embeddings in the same file are fitted anew.
+    pairs = dict(np.load(copy))
+    np.savez(copy, **pairs | {"image": pairs["image"] + 1})
+    assert run(copy, workdir, *options) == 0
+    assert len(asked) == 9
+
+
 def test_texts_that_share_an_image_share_its_row(tmp_path):
     animals = ("cat", "dog")
     caption = lambda n, k: f"a {animals[n % 2]}, caption {k} of {n}"  # noqa: E731
