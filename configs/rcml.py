@@ -198,9 +198,7 @@ def _photographs(config: ml_collections.ConfigDict) -> None:
         config.batch.relations = 8
         config.batch.pairs_per_relation = 16
         config.batch.texts_per_row = 2
-        # What caption retrieval asks for; the captions of one photograph are no negatives.
-        config.selection = "retrieval_all/map/it"
-        config.loss.mask_related = True
+        config.selection = "retrieval_all/map/it"  # as caption retrieval asks
     else:
         config.model.max_length = 64  # kinds of buyers take long sentences, garments descriptions
         config.batch.relations = 8  # of about ten kinds of buyers
