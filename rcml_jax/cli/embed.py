@@ -18,9 +18,10 @@ ask under any sentence. Then `rcml-search` finds related items.
 (extra `lance`), with the further columns of the items. `--index ivf-pq` or `hnsw` also indexes its
 vectors, which happens by itself from a million items on.
 
-All devices of a process are used; `--config.devices=N` uses N of them. Several processes, such as
-one on each host, divide the items and the first one writes: they find each other by the same
-environment variables as those of `rcml-train`, JAX_COORDINATOR_ADDRESS and others.
+As many devices of a process are used as the run's `config.devices` says, all by default;
+`--config.devices=N` uses N of them, 0 all. Several processes, such as one on each host, divide the
+items and the first one writes: they find each other by the same environment variables as those of
+`rcml-train`, JAX_COORDINATOR_ADDRESS and others.
 """
 
 import argparse
@@ -108,6 +109,8 @@ def _embed(argv: Sequence[str]) -> int:
         """The work directory, its configuration and the items, the same in all processes."""
         workdir = pulled(args.workdir)
         config = model_config(workdir, overrides, (*_FREE, "config.devices"))
+        if any(x.lstrip("-").partition("=")[0] == "config.devices" for x in overrides):
+            sharding.check_count(config.platform, config.devices)
         # Read before the model, so that a mistake in it is said at once.
         items = None if args.items is None else read_items(args.items, strict=args.strict)
         return workdir, config, items

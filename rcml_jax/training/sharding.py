@@ -195,6 +195,16 @@ def of_process(devices: list[jax.Device]) -> list[jax.Device]:
     return [d for d in devices if d.process_index == jax.process_index()]
 
 
+def check_count(platform: str, count: int) -> None:
+    """Raise UserError unless this process has so many devices of a platform; 0 is all of them."""
+    found = of_process(pick_devices(platform))
+    if not 0 <= count <= len(found):
+        raise UserError(
+            f"config.devices={count} is impossible: {counted(len(found), 'devices')} of the kind "
+            f"{found[0].platform!r} in a process here; give as many at most, or 0 for all"
+        )
+
+
 def first_local(devices: list[jax.Device]) -> jax.Device:
     """The first of the devices that is this process's own."""
     return of_process(devices)[0]

@@ -159,6 +159,8 @@ def test_wrong_embed_commands(runs, catalogue, patchy, tmp_path, capsys):
     wrong("unknown argument 'surplus'", more=["surplus"])
     wrong("wrong option", "relatoin", more=["--relatoin=x"])
     wrong("--config.model.beta would make another model", more=["--config.model.beta=1"])
+    wrong("config.devices=-1", "8 devices", more=["--config.devices=-1"])
+    wrong("config.devices=9", "8 devices", more=["--config.devices", "9"])
     args = ["--workdir", runs(), "--items", patchy, "--to", tmp_path / "strict", "--strict"]
     fails(embed.main, args, capsys, "images/1.png of item 'damaged'", "leave strict off")
     trained = tmp_path / "m3col"
