@@ -191,7 +191,7 @@ def embed_catalogue(
     `tokens` for a method that pools none.
     """
     sentences = sentences_of(model, relations)
-    check_alike(model, items, sentences)
+    check_alike(model, items, sentences, tokens)
     with model.running(), contextlib.ExitStack() as stack:
         reader = model.method.token_reader(model.params, model.devices) if tokens else None
         sharding.on_primary(lambda: stack.enter_context(hold_store(to)))
@@ -217,14 +217,18 @@ def embed_catalogue(
     return sharding.on_primary(lambda: open_embeddings(to))
 
 
-def check_alike(model: Model, items: Items, sentences: Sequence[str]) -> None:
-    """Raise UserError in all processes unless they have the same model, items and sentences."""
+def check_alike(model: Model, items: Items, sentences: Sequence[str], tokens: str = "") -> None:
+    """Raise UserError in all processes unless they have the same of what they divide the work by.
+
+    That are the model, the number of devices, items, sentences and the type of token states.
+    """
     if jax.process_count() > 1:
-        found = sharding.gather([model.about["digest"], items.digest(), *sentences])
+        about = [model.about["digest"], len(model.devices), items.digest(), tokens]
+        found = sharding.gather([*about, *sentences])
         if any(other != found[0] for other in found):
             raise UserError(
-                "the processes have different items, models or relations; start the same command "
-                "in all of them, on the same files"
+                "the processes have different items, models, relations, numbers of devices or "
+                "types of token states; start the same command in all of them, on the same files"
             )
 
 
