@@ -1,9 +1,11 @@
 """The relation-conditioned objective of RCML (Eq. 1–2), relation by relation."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rcml_jax.losses._chunked import lowest
 from rcml_jax.ops.similarity import as_float
@@ -150,13 +152,15 @@ def relation_identification(
 
     Returns the loss and {"relation_accuracy"}: the share of rows whose own relation is strictly
     above all the others. Without inter-sample pairs both are 0.
+
+    Where the number of devices divides d, each sums over its part of the d features, for all pairs.
     """
     text, image = as_float(text), as_float(image)
     linked, intra = jnp.asarray(linked, bool), jnp.asarray(intra, bool)
     live = _live(anchor, positive, pair_valid, valid) & ~intra[:, None]
 
     def similarities(embeddings):
-        items = jnp.stack(embeddings)
+        items = _split_by_features(jnp.stack(embeddings))
         return jnp.einsum("xrgd,yrgd->xyrg", items[:, anchor], items[:, positive])
 
     # (x, y, R, G, R'): every pair under every relation of the batch.
@@ -173,6 +177,19 @@ def relation_identification(
     count = jnp.maximum(4 * jnp.sum(live, dtype=losses.dtype), 1)
     accuracy = jnp.sum(wins, dtype=losses.dtype) / count
     return jnp.sum(losses) / count, {"relation_accuracy": accuracy}
+
+
+def _split_by_features(x):
+    """(..., d), split over the devices along d, so that sums over d are summed over the devices.
+
+    As it is where the number of devices does not divide d, or the caller places arrays itself.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+    if devices == 1 or x.shape[-1] % devices:
+        return x
+    by_features = PartitionSpec(*[None] * (x.ndim - 1), mesh.auto_axes)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_features))
 
 
 def _terms_by_relation(states, pairs, terms, *, chunk_size, pair_chunk_size, remat):

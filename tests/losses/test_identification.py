@@ -3,14 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcml_jax.losses.rcml import relation_identification
 from tests import reference
 from tests.losses.relation_batch import make_batch
 
 
-def identification_batch(seed=0):
-    arrays, options = make_batch(seed)
+def identification_batch(seed=0, **sizes):
+    arrays, options = make_batch(seed, **sizes)
     rng = np.random.default_rng(seed + 10)
     relations, pairs = arrays[2].shape
     linked = rng.random((relations, pairs, relations)) < 0.3
@@ -37,6 +38,29 @@ def test_identification_equals_its_twin(seed):
     for a, e in zip(gradients, slopes, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5)
         assert np.abs(e).max() > 1e-3
+
+
+@pytest.mark.parametrize("dim", [16, 5])
+def test_identification_over_devices_equals_its_twin(dim):
+    """Split by features where their number divides, 16 over 8 devices; items are split before."""
+    (text, image, *pairs), options = identification_batch(items=16, dim=dim)
+    mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "fsdp"))
+    split = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+    def loss(text, image):
+        return relation_identification(text, image, *pairs, **options)[0]
+
+    gradient = jax.value_and_grad(loss, (0, 1))
+    expected, slopes = gradient(text, image)
+    placed = jax.device_put((text, image), split)
+    for form in (gradient, jax.jit(gradient)):
+        value, gradients = form(*placed)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        for a, e in zip(gradients, slopes, strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7)
+            assert np.abs(e).max() > 1e-3
+    exchanged = "all-to-all" in jax.jit(gradient).lower(*placed).compile().as_text()
+    assert exchanged == (dim == 16)
 
 
 def test_identification_of_pairs_linked_under_everything_is_nothing():

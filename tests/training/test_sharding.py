@@ -13,7 +13,7 @@ import pytest
 from benchmarks.topologies import collective_bytes
 from rcml_jax.errors import UserError
 from rcml_jax.losses.clip import clip
-from rcml_jax.losses.rcml import relation_contrastive
+from rcml_jax.losses.rcml import relation_contrastive, relation_identification
 from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.softmax import info_nce
 from rcml_jax.losses.unicl import label_supervised
@@ -353,8 +353,11 @@ def test_masks_over_the_examples_are_split_along_them():
     assert {shard.data.shape for shard in whole.addressable_shards} == {(3, 16, 16)}
 
 
-def compiled_loss(relations, items, width=16):
-    """The gradient of RCML's loss compiled for 8 devices, of items/2 pairs, from shapes."""
+def compiled_loss(relations, items, width=16, identification=False):
+    """The gradient of RCML's loss compiled for 8 devices, of items/2 pairs, from shapes.
+
+    identification: of the identification term alone.
+    """
     pairs = items // 2 // relations
     place = sharding.build("jit", pick_devices("cpu", 8), split_shared=("related",))
 
@@ -365,18 +368,22 @@ def compiled_loss(relations, items, width=16):
     shared = {
         **dict.fromkeys(("anchor", "positive"), shape(relations, pairs, dtype=np.int32)),
         "pair_valid": shape(relations, pairs),
-        "related": shape(relations, items, items),
         "valid": shape(items),
         "intra": shape(relations),
     }
+    term = relation_identification if identification else relation_contrastive
+    name, sizes = ("linked", (pairs, relations)) if identification else ("related", (items, items))
+    shared[name] = shape(relations, *sizes)
     batch = {"items": dict.fromkeys(("text", "image"), embeddings), "shared": shared}
 
     def loss(items, shared):
         text, image = (jnp.swapaxes(items[name], 0, 1) for name in ("text", "image"))
-        return relation_contrastive(text, image, **shared)[0]
+        return term(text, image, **shared)[0]
 
     _, batch = place.abstract({}, batch)
-    return jax.jit(jax.grad(loss)).lower(batch["items"], batch["shared"]).compile()
+    placed = jax.tree.map(lambda x: x.sharding, batch["items"])
+    gradient = jax.jit(jax.grad(loss), out_shardings=placed)
+    return gradient.lower(batch["items"], batch["shared"]).compile()
 
 
 def test_what_rcml_exchanges_does_not_grow_with_the_relations():
@@ -390,6 +397,16 @@ def test_what_rcml_exchanges_does_not_grow_with_the_relations():
     # Two modalities of one row an item, forward and backward, and a few numbers a row.
     rows = 2 * 2 * items * width * 4
     assert rows <= sent[2] < sent[8] * 1.05 < 1.3 * rows
+
+
+def test_identification_sends_an_items_features_once():
+    """A round, of one relation, is in a loop, which counts once; similarities are summed."""
+    relations, items, width = 8, 128, 64
+    found = collective_bytes(compiled_loss(relations, items, width, identification=True).as_text())
+    # What a device gives: both modalities of its own items, forward, and their gradient.
+    assert found["all-to-all"][1] == 2 * 2 * items // 8 * width * 4
+    assert found["all-reduce"][1] == 4 * items // 2 * 4
+    assert set(found) == {"all-to-all", "all-reduce"}
 
 
 def test_each_device_holds_its_part_of_the_masks():
