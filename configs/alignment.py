@@ -10,10 +10,11 @@
 `openmoji` (the default) compares towers trained by configs/rcml.py, by its CLIP baseline, and apart
 from each other on the groups of configs/m3col.py; runs that the work directory lacks are trained
 first. `npz` reads a file with `image` (n, d), `text` (m, d) and `image_of_text` (m,). `runs` takes
-work directories of configs/rcml.py, with commas between, and the items that they were trained for.
-`flickr8k`, `flickr30k` and `coco` are local copies in their published layouts, embedded by the
-towers named, which `openmoji` takes besides its own; of `flickr8k` they are EfficientNet-Lite0 and
-MiniLM unless others are named. `rcml-eval --help --config alignment` explains each option.
+a work directory of configs/rcml.py, or several by --config.data.path=A,B, and the items that they
+were trained for. `flickr8k`, `flickr30k` and `coco` are local copies in their published layouts,
+embedded by the towers named, which `openmoji` takes besides its own; of `flickr8k` they are
+EfficientNet-Lite0 and MiniLM unless others are named. `rcml-eval --help --config alignment`
+explains each option.
 """
 
 import importlib.util
