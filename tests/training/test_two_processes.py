@@ -24,6 +24,7 @@ from tests.training.worker import (
     RCML,
     SHARES,
     STOP,
+    TOYS,
     Counting,
     places,
     tables,
@@ -77,10 +78,10 @@ def run_two(directory, kind, *args, devices=(4, 4)):
     return logs
 
 
-def check_logs(logs):
+def check_logs(logs, modes=MODES):
     """Both processes saw the devices of both."""
     for log in logs:
-        assert [f"{mode} 2 8 4" in log.splitlines() for mode in MODES] == [True] * len(MODES)
+        assert [f"{mode} 2 8 4" in log.splitlines() for mode in modes] == [True] * len(modes)
 
 
 def test_unequal_numbers_of_devices_are_refused_by_both_processes(tmp_path):
@@ -92,11 +93,11 @@ def test_unequal_numbers_of_devices_are_refused_by_both_processes(tmp_path):
 def toys(tmp_path_factory):
     """The directory of steps of a toy by two processes, and the same by this one's devices."""
     directory = tmp_path_factory.mktemp("toys")
-    check_logs(run_two(directory, "toy"))
+    check_logs(run_two(directory, "toy"), TOYS)
     return directory, toy_run("jit", jax.devices())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TOYS)
 def test_a_toy_of_two_processes_goes_on_in_one(toys, mode):
     """The losses of one process, and a checkpoint for two devices, in parts and with noise."""
     directory, (_, state, losses) = toys

@@ -31,6 +31,8 @@ from rcml_jax.training.step import create, make_step
 from tests.toy import tiny_config
 
 MODES = tuple(sharding.PARALLEL)
+#: Those of the toy: also with a copy of the state for every two devices.
+TOYS = (*MODES, "fsdp-2")
 STOP = 4
 SHARES = {
     "devices": 0,
@@ -61,7 +63,9 @@ def toy_run(mode, devices):
     # Large enough to be split over devices.
     params = {"w": normals(0, 64, 32), "scale": normals(1, 32)}
     items = {"a": 0.2 * normals(2, 16, 64), "b": 0.2 * normals(3, 16, 64)}
-    place, adam = sharding.build(mode, devices), optax.adam(1e-2)
+    name, _, parts = mode.partition("-")
+    place = sharding.build(name, devices, state_devices=int(parts or 0))
+    adam = optax.adam(1e-2)
     state = place.put_state(create(params, adam, KEY))
     step = place.compile(make_step(BOTH, adam, 10, parts=2))
     losses = []
@@ -158,7 +162,7 @@ def main(kind: str, directory: str, *rest: str) -> None:
     if kind == "unequal":
         unequal()
         return
-    for mode in MODES:
+    for mode in {"toy": TOYS, "rcml": MODES}[kind]:
         {"toy": toy, "rcml": rcml}[kind](mode, pathlib.Path(directory) / mode, *rest)
         print(mode, jax.process_count(), len(jax.devices()), len(jax.local_devices()))
 
