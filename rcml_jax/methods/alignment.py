@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rcml_jax import __version__
 from rcml_jax.config import fold_seed
 from rcml_jax.data.imagetext import SharedImages
 from rcml_jax.data.relation_graph import SPLITS, split_graph
@@ -295,6 +294,8 @@ def _pair_counts(config: Any) -> list[int]:
 
 #: Of a name, what else the result depends on and a function that computes it: the result.
 _Once = Callable[[str, Any, Callable[[], dict]], dict]
+#: Counts changes of what is fitted to the same embeddings under the same options.
+_RECIPE = 1
 #: Options that change nothing about a learned similarity.
 _OF_OTHERS = ("learned", "pair_counts", "similarity", "gallery")
 
@@ -306,7 +307,7 @@ def _once(directory: pathlib.Path, splits: list[Pairs], config: Any) -> _Once:
         for array in pairs.arrays():
             arrays.update(np.ascontiguousarray(array).data)
     options = {k: v for k, v in config.evaluation.items() if k not in _OF_OTHERS}
-    common = [__version__, config.seed, options, arrays.hexdigest()]
+    common = [_RECIPE, config.seed, options, arrays.hexdigest()]
 
     def once(name: str, key: Any, compute: Callable[[], dict]) -> dict:
         kept = lambda: {"result": pack(workdirs.json_value(compute()))}  # noqa: E731
