@@ -93,7 +93,7 @@ def test_every_form_has_the_same_graph_and_items(tmp_path, form):
     again = from_names(items.ids, items.texts, items.image_names, items.root)
     for n in (4, 0, 5, 2, 1, 3):
         assert items.read(n) == again.read(n) == png(n, 20)
-    assert again.rows() == items.rows()
+    assert list(again.rows()) == list(items.rows())
 
 
 def test_relations_and_pairs_in_parquet(tmp_path):

@@ -79,6 +79,7 @@ def test_photographs_of_a_product_are_not_each_others_negatives(copy, tmp_path):
 
 def test_what_the_sources_are_loaded_with(copy, tmp_path, monkeypatch):
     from rcml_jax.data.sources import amazon
+    from rcml_jax.data.stages import Runner
 
     given = []
     graph = load_graph(tiny(copy).data)
@@ -91,7 +92,10 @@ def test_what_the_sources_are_loaded_with(copy, tmp_path, monkeypatch):
     ((args, options),) = given
     assert args == (tmp_path, "Baby_Products")
     caps = {"clusters": 10, "pairs_per_user": 10, "pairs_per_item": 50}
-    assert options == {"path": "raw", "strict": False} | caps
+    assert (
+        options
+        == {"path": "raw", "strict": False, "runner": Runner.from_config(config.data)} | caps
+    )
     config.data.name = "amazons"
     with pytest.raises(UserError, match="choose one of openmoji, folder, grocery, amazon"):
         load_graph(config.data)
