@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rcml_jax.errors import ProcessLost, UserError
 from rcml_jax.log import counted
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 AXIS = "data"
 #: The axis that a state is split over where it is not split over all devices.
@@ -68,7 +68,7 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def gather(value: T) -> list[T]:
+def gather(value: _T) -> list[_T]:
     """The values of all processes, in their order; where there are several, each has to ask.
 
     Values are dictionaries by name, lists, texts, numbers, None and arrays, which become NumPy's.
@@ -93,7 +93,7 @@ def gather(value: T) -> list[T]:
     return [msgpack_restore(row[:size].tobytes())[0] for row, size in rows]
 
 
-def everywhere(work: Callable[[], T]) -> T:
+def everywhere(work: Callable[[], _T]) -> _T:
     """What `work` returns in this process; every process has to call this.
 
     Where it raises in one of them, all raise: the others a UserError with the same sentence.
@@ -119,12 +119,12 @@ def _sentence(failure: Exception) -> str:
     return f"process {jax.process_index()} failed ({type(failure).__name__}); see its message"
 
 
-def on_primary(work: Callable[[], T]) -> T | None:
+def on_primary(work: Callable[[], _T]) -> _T | None:
     """As `everywhere`, but the primary process alone works; the others get None."""
     return everywhere(lambda: work() if is_primary() else None)
 
 
-def primary_first(work: Callable[[], T]) -> T:
+def primary_first(work: Callable[[], _T]) -> _T:
     """As `everywhere`, but the primary works first: it makes files that the others find made."""
     first = on_primary(work)
     return everywhere(lambda: first if is_primary() else work())  # type: ignore[return-value]
