@@ -333,25 +333,25 @@ class EncodedImages:
 
 
 class ChosenImages:
-    """Some images of another source, by their indices there; an `ItemImages`."""
+    """Images of another source by their indices there, which may repeat; an `ItemImages`."""
 
     def __init__(self, images: ItemImages, indices: np.ndarray):
-        self._images, self._indices = images, indices
+        self._images, self.indices = images, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self._images[int(self._indices[index])]
+        return self._images[int(self.indices[index])]
 
     def encoded(self, index: int) -> bytes:
         """The bytes of one item's image."""
-        return self._images.encoded(int(self._indices[index]))
+        return self._images.encoded(int(self.indices[index]))
 
     def states(self) -> list:
         """A JSON value for each image that changes when the image does, as the source has it."""
         found = image_states(self._images)
-        return [found[index] for index in self._indices]
+        return [found[index] for index in self.indices]
 
 
 class ImageBank:

@@ -11,8 +11,8 @@ import PIL
 from PIL import Image
 
 from rcml_jax.data.classification import ClassificationData, Modality
-from rcml_jax.data.images import DECODE_ERRORS, FORMATS, decode_problems, image_states, open_rgb
-from rcml_jax.data.relation_graph import SPLITS, ItemImages, split_index
+from rcml_jax.data.images import DECODE_ERRORS, FORMATS, decode_problems, open_rgb
+from rcml_jax.data.relation_graph import SPLITS, split_index
 from rcml_jax.data.stages import Stages, file_state, pack, unpack
 from rcml_jax.errors import UserError
 from rcml_jax.log import counted, log_line
@@ -69,31 +69,6 @@ class ImageFiles:
     def states(self) -> list:
         """A JSON value for each file that changes when the file does."""
         return [[path, *file_state(Path(path))[1:]] for path in self.paths]
-
-
-class SharedImages:
-    """Items of which several show one image; an `ItemImages`.
-
-    images: those that are shown, as of `ItemImages`; image_of_item (N,): the index of each item's.
-    """
-
-    def __init__(self, images: ItemImages, image_of_item: np.ndarray):
-        self.images, self.image_of_item = images, image_of_item
-
-    def __len__(self) -> int:
-        return len(self.image_of_item)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.images[int(self.image_of_item[index])]
-
-    def encoded(self, index: int) -> bytes:
-        """The bytes of one item's file."""
-        return self.images.encoded(int(self.image_of_item[index]))
-
-    def states(self) -> list:
-        """A JSON value for each item that changes when its image does."""
-        states = image_states(self.images)
-        return [states[image] for image in self.image_of_item]
 
 
 def image_problems(paths: Sequence[str], cache: str | Path | None) -> list[str]:

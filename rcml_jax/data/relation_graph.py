@@ -562,6 +562,17 @@ def normalize_pairs(
     return unique.astype(np.int32), np.asarray(pair_split)[keep][first].astype(np.int8)
 
 
+def numbered_relations(parts: Sequence[np.ndarray]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Relations that have pairs, and the pairs and splits of these as of `normalize_pairs`.
+
+    parts: of each relation its pairs (P, 2). A relation without a pair is left out, and the others
+    are numbered anew: the first result is the place in `parts` of each.
+    """
+    used = [relation for relation, part in enumerate(parts) if len(part)]
+    numbered = [np.insert(parts[r], 2, number, axis=1) for number, r in enumerate(used)]
+    return used, *normalize_pairs(np.concatenate([np.zeros((0, 3), np.int32), *numbered]))
+
+
 def pairs_within(groups: list[np.ndarray]) -> np.ndarray:
     """Every two items of each group under the group's number: (P, 3), unique and sorted."""
     blocks = [np.zeros((0, 3), np.int32)]

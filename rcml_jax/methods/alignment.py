@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rcml_jax.config import fold_seed
-from rcml_jax.data.imagetext import SharedImages
+from rcml_jax.data.images import ChosenImages
 from rcml_jax.data.relation_graph import SPLITS, split_graph
 from rcml_jax.data.sources import captions, openmoji
 from rcml_jax.data.sources.captions import CaptionedImages
@@ -137,7 +137,7 @@ def _run(directory: pathlib.Path, config: Any) -> Splits:
         items = np.sort(method.task.splits.items(split))
         image, text = method.own_embeddings(params, items)
         images = method.task.graph.images
-        shown = images.image_of_item[items] if isinstance(images, SharedImages) else items
+        shown = images.indices[items] if isinstance(images, ChosenImages) else items
         _, first, rows = np.unique(shown, return_index=True, return_inverse=True)
         found.append(Pairs(image[first], text, rows))
     return found
@@ -492,10 +492,18 @@ def _learned(
         if asked.search_trials and name in SPACES and again and seed == seeds[0]:
             base = {k: v for k, v in options.items() if k not in SPACES[name]}
             trials = asked.search_trials
-            given = {"options": base, "trials": trials, "seed": seed}
             with Progress(trials, unit="trials") as progress:
-                note = progress.update
-                found = search(name, image, text, rows, validation, note=note, **given)
+                found = search(
+                    name,
+                    image,
+                    text,
+                    rows,
+                    validation,
+                    trials=trials,
+                    options=base,
+                    seed=seed,
+                    note=progress.update,
+                )
             kept = [trial for trial in found.trials if not trial["pruned"]]
             best = max(kept, key=lambda trial: trial["mrr"])["options"]
             options, learned = base | best, found.best

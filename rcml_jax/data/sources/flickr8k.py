@@ -12,8 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rcml_jax.data.imagetext import ImageFiles, SharedImages
-from rcml_jax.data.relation_graph import RelationGraph, agreeing_pairs, normalize_pairs
+from rcml_jax.data.images import ChosenImages
+from rcml_jax.data.imagetext import ImageFiles
+from rcml_jax.data.relation_graph import (
+    RelationGraph,
+    agreeing_pairs,
+    numbered_relations,
+    pairs_within,
+)
 from rcml_jax.data.sources import captions
 from rcml_jax.errors import UserError
 
@@ -65,19 +71,13 @@ def load(
     subjects = _subjects(found.texts, image_of_text, len(found.images))
     values = np.column_stack([np.arange(len(found.images)), *subjects])[image_of_text]
     rng = np.random.default_rng(seed)
-    captions_of_one = np.bincount(image_of_text)
-    all_of_one = int(np.sum(captions_of_one * (captions_of_one - 1) // 2))
-    parts = [
-        agreeing_pairs(column, PAIRS if number else all_of_one, rng)
-        for number, column in enumerate(values.T)
-    ]
-    used = [relation for relation, part in enumerate(parts) if len(part)]
-    pairs, pair_split = normalize_pairs(
-        np.concatenate(
-            [np.insert(parts[r], 2, number, axis=1) for number, r in enumerate(used)]
-            or [np.zeros((0, 3), np.int32)]
-        )
+    # Captions of one photograph follow each other.
+    photographs = np.split(
+        np.arange(len(image_of_text)), 1 + np.flatnonzero(np.diff(image_of_text))
     )
+    parts = [pairs_within(photographs)[:, :2]]
+    parts += [agreeing_pairs(column, PAIRS, rng) for column in values.T[1:]]
+    used, pairs, pair_split = numbered_relations(parts)
     sentences = [SAME, *(f"both of them show {name}" for name in SUBJECTS)]
     first = np.searchsorted(image_of_text, image_of_text)
     assert isinstance(found.images, ImageFiles)
@@ -94,7 +94,7 @@ def load(
         relations=tuple(sentences[r] for r in used),
         pairs=pairs,
         pair_split=pair_split,
-        images=SharedImages(found.images, image_of_text),
+        images=ChosenImages(found.images, image_of_text),
         item_split=found.split[image_of_text],
         attributes=values[:, used].astype(np.int32),
     ).validate()

@@ -34,7 +34,7 @@ from rcml_jax.data import images, prepared
 from rcml_jax.data.relation_graph import (
     RelationGraph,
     agreeing_pairs,
-    normalize_pairs,
+    numbered_relations,
     pairs_within,
 )
 from rcml_jax.data.sources.copurchases import (
@@ -570,11 +570,9 @@ def _graph(
     attributes = np.full((len(items), len(sentences)), -1, np.int32)
     attributes[:, -len(RESPECTS) :] = values
     # A sentence without a pair is no relation.
-    used = [relation for relation, part in enumerate(parts) if len(part)]
+    used, pairs, pair_split = numbered_relations(parts)
     if not used:
         raise UserError("No two of these articles are linked; give a larger part of the data.")
-    numbered = [np.insert(parts[r], 2, number, axis=1) for number, r in enumerate(used)]
-    pairs, pair_split = normalize_pairs(np.concatenate(numbered))
     names, label = _numbered(columns[LABEL])
     present = np.unique(label[chosen])
     present = present[present >= 0]

@@ -66,7 +66,7 @@ class _Pairs:
             found = check_pairs(*validation)
         except UserError as error:
             raise UserError(f"validation: {error}") from error
-        for modality, x, y in zip(maps.MODALITIES, (self.image, self.text), found, strict=False):
+        for modality, x, y in zip(maps.MODALITIES, (self.image, self.text), found[:2], strict=True):
             if x.shape[1] != y.shape[1]:
                 raise UserError(
                     f"validation {modality} has width {y.shape[1]} and training {x.shape[1]}; "
