@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test; set before jax is imported anywhere."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -25,6 +26,25 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+#: Memory maps of a process, of the 65,530 that Linux allows by default.
+_MANY_MAPS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_maps():
+    """After a module, forget compiled programs where they are many.
+
+    Each holds some memory maps, and the compiler crashes where it is given no more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")  # of Linux
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
