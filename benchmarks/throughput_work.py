@@ -15,12 +15,13 @@ from benchmarks.throughput_measure import Program, Work, compile_program
 from rcml_jax.evaluation.relation_retrieval import retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
 from rcml_jax.methods.base import Method, Params
+from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.training import optimizer, sharding, step
 from rcml_jax.training.gradcache import check, parts_of
 
 SUBJECTS = ("clip", "rcml", "m3col", "embedding", "evaluation")
 TITLES = {"clip": "CLIP step", "rcml": "RCML step"}
-_PHASES = {"m3co": "M3Co", "multi_soft_clip": "MultiSClip", "clip": "CLIP", "none": "no contrast"}
+PHASES = {"m3co": "M3Co", "multi_soft_clip": "MultiSClip", "clip": "CLIP", "none": "no contrast"}
 EMBEDDED_UNDER = (1, 10)
 CANDIDATES, RELATIONS = 21, 10
 
@@ -98,21 +99,26 @@ def _classifier_steps(plan: Plan) -> Iterator[Work]:
     params = functools.cache(lambda: models.random_params(models.classifier(plan.m3col)))
     for count in plan.counts:
         whole = models.classifier(models.part_of(plan.m3col, count, plan.counts[-1]))
-        size, model = whole.config.batch.size, whole.model
+        size = whole.config.batch.size
         text = models.text_length(whole, plan.text_length)
         batch = functools.partial(models.class_batch, whole, size, text)
         for _, phase in whole.phases():
-            mixes = phase.contrastive == "m3co" or whole.config.mixup.labels
-            forward = flops.classifier(
-                models.encoder_configs(whole),
-                items=size,
-                text_length=text,
-                mixed=phase.mixed_inputs if mixes else (),
-                hidden=model.hidden,
-                classes=model.classes,
-            )
-            title = f"M3CoL step, {_PHASES[phase.contrastive]}"
-            yield from _steps(plan, title, phase, params, batch, flops.training(forward), count)
+            title = f"M3CoL step, {PHASES[phase.contrastive]}"
+            yield from _steps(plan, title, phase, params, batch, class_flops(phase, text), count)
+
+
+def class_flops(method: M3CoLMethod, text: int) -> int:
+    """The model's products in a step of M3CoL with texts of so many tokens."""
+    mixes = method.contrastive == "m3co" or method.config.mixup.labels
+    forward = flops.classifier(
+        models.encoder_configs(method),
+        items=method.config.batch.size,
+        text_length=text,
+        mixed=method.mixed_inputs if mixes else (),
+        hidden=method.model.hidden,
+        classes=method.model.classes,
+    )
+    return flops.training(forward)
 
 
 def _steps(
@@ -158,15 +164,7 @@ def _embedding(plan: Plan, params: Callable[[], Params]) -> Iterator[Work]:
     """
     method = models.relational("rcml", plan.config)
     device, text = plan.devices[0], models.text_length(method, plan.text_length)
-
-    @jax.jit
-    def pool(params: Params, ids: jax.Array, images: jax.Array, relation: jax.Array) -> tuple:
-        variables = {"params": {name: params[name] for name in ("towers", "head")}}
-        shared = relation, jnp.zeros(len(relation), bool)
-        return (
-            method.model.apply(variables, ids, *shared, method="pool_text"),
-            method.model.apply(variables, images, *shared, method="pool_image"),
-        )
+    pool = pooling(method)
 
     for count in EMBEDDED_UNDER:
         sizes = {"items": plan.embedded, "text_length": text, "relations": count}
@@ -180,6 +178,21 @@ def _embedding(plan: Plan, params: Callable[[], Params]) -> Iterator[Work]:
 
         title = f"embedding, {count} relation" + "s" * (count > 1)
         yield Work(title, "", [device], plan.embedded, "items", needed, build)
+
+
+def pooling(method: Method) -> Callable:
+    """The jitted pooling of items, (params, ids, images, relation) → texts and images (n, R, d)."""
+
+    @jax.jit
+    def pool(params: Params, ids: jax.Array, images: jax.Array, relation: jax.Array) -> tuple:
+        variables = {"params": {name: params[name] for name in ("towers", "head")}}
+        shared = relation, jnp.zeros(len(relation), bool)
+        return (
+            method.model.apply(variables, ids, *shared, method="pool_text"),
+            method.model.apply(variables, images, *shared, method="pool_image"),
+        )
+
+    return pool
 
 
 def _evaluation(plan: Plan) -> Work:

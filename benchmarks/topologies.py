@@ -10,24 +10,31 @@ FLOP, bytes moved, the compiler's own estimate of a step's time, and the bytes t
 collective gives out; with --kernels also what a step runs one after the other. An operation in a
 loop, such as the blocks of a loss, counts once.
 
+--only also names m3col (a step of each phase, of the sizes of --m3col), embedding (the items of the
+batch under 1 and 10 relations, split over the chips with the parameters whole on each) and
+evaluation (one call of the retrieval among candidates, on one chip), as they run in the product.
+
 --items is the batch on all chips; without it every chip has --per-chip items, so that the batch
 grows with the topology. Of n items there are n/2 pairs, an eighth of them intra-sample, under the
-configuration's relations.
+configuration's relations. M3CoL's batch is not divided into micro-batches.
 
---loss compiles the loss alone, with its gradient by the embeddings, which takes seconds instead of
-minutes. --model takes a CLIP of another size than the configuration's, and --layers towers with
-fewer layers than their own: they compile sooner, and what grows with batch and chips is the same.
+--loss compiles CLIP's or RCML's loss alone, with its gradient by the embeddings, which takes
+seconds instead of minutes. --model takes a CLIP of another size than the configuration's, and
+--layers towers with fewer layers than their own: they compile sooner, and what grows with batch and
+chips is the same.
 """
 
 import argparse
+import dataclasses
 import functools
+import math
 import os
 import re
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,9 +44,13 @@ import numpy as np
 from benchmarks import roofline, timing
 from benchmarks import throughput_flops as flops
 from benchmarks import throughput_models as models
+from benchmarks import throughput_work as work
+from benchmarks.throughput import CONFIGS
 from rcml_jax.cli.commands import guard, load_config_file, parse_flags
 from rcml_jax.errors import UserError
+from rcml_jax.evaluation import scores
 from rcml_jax.methods.base import Method
+from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.training import optimizer, sharding, step
 from rcml_jax.training.gradcache import parts_of
 
@@ -53,6 +64,8 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
+#: Items of the evaluation, and queries, of which a call takes what fits.
+GALLERY, QUERIES = 10_000, 100_000
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z\d-]*)\(")
@@ -147,6 +160,16 @@ def abstract_batch(method: Method, text: int, sentence: int) -> dict:
     return batch
 
 
+def abstract_class_batch(method: M3CoLMethod, text: int) -> dict:
+    """The shapes of M3CoL's batch; text: tokens of each."""
+    rows = method.config.batch.size
+
+    def scaled(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
+
+    return jax.tree.map(scaled, models.class_batch(method, 2, text))
+
+
 def _resized(method: Method, factor: int) -> Any:
     """The method's towers with `factor` times the smallest batch whose parts are those of its own.
 
@@ -194,6 +217,38 @@ def compile_loss(method: Method, batch: dict, devices: Any) -> Any:
     params, batch = devices.abstract(params, {"items": embedded, "shared": batch["shared"]})
     placed = jax.tree.map(lambda x: x.sharding, batch["items"])
     return jax.jit(loss, out_shardings=(None, placed)).lower(params, batch).compile()
+
+
+def compile_embedding(method: Method, count: int, batch: dict, devices: list[Any]) -> Any:
+    """The compiled pooling of a batch's items under `count` relations encoded ahead.
+
+    The items are split over the devices, each of which holds the parameters whole.
+    """
+    params = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
+    relation = jax.ShapeDtypeStruct((count, method.towers_config.projection_dim), jnp.float32)
+    whole = {"items": batch["items"], "shared": {"relation": relation}}
+    params, placed = sharding.build("jit", devices).abstract(params, whole)
+    items = placed["items"]
+    pool = work.pooling(method)
+    return pool.lower(params, items["ids"], items["images"], placed["shared"]["relation"]).compile()
+
+
+def compile_evaluation(width: int, blocks: tuple[int, int], device: Any) -> Any:
+    """One compiled call of the retrieval among candidates on a device; blocks: how many, of what.
+
+    Of a gallery of `GALLERY` items under `RELATIONS` relations.
+    """
+    one = jax.sharding.SingleDeviceSharding(device)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+
+    side = array(jnp.float32, work.RELATIONS, GALLERY, width)
+    sentence = array(jnp.float32, work.RELATIONS, width)
+    index = (array(jnp.int32, *blocks, n) for n in (1, work.CANDIDATES, 1))
+    return scores.scores_of_blocks.lower(
+        side, side, sentence, None, *index, similarity="cosine"
+    ).compile()
 
 
 def facts(compiled: Any) -> dict[str, Any]:
@@ -268,7 +323,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/rcml.py:amazon")
     add("--topology", default="v5e:2x4", help="TPU topologies, with commas (v5e:2x4)")
-    add("--only", default="clip,rcml", help="methods, with commas (clip,rcml)")
+    add("--m3col", metavar="FILE[:ARG]", help="M3CoL's configuration, of images and texts")
+    add(
+        "--only", default="clip,rcml", help=f"of {','.join(work.SUBJECTS)}, with commas (clip,rcml)"
+    )
     add("--parallel", default="jit", help="jit, fsdp, pmap, with commas (jit)")
     add("--items", help="items of the batch on all chips, with commas")
     add("--per-chip", type=int, default=128, help="items a chip, where --items is left out (128)")
@@ -280,13 +338,75 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is compiled, for so many chips.
+
+    items: of a call, on all chips; flops: the model's products, likewise, None if there are none
+    to speak of. compile: of the devices of a parallel mode; mode "": there is but one.
+    """
+
+    title: str
+    mode: str
+    items: int
+    chips: int
+    flops: int | None
+    compile: Callable[[], Any]
+
+
+def subjects(
+    arguments: argparse.Namespace, config: Any, m3col: Any, items: int, devices: list[Any]
+) -> Iterator[Subject]:
+    """What --only and --parallel name, for a batch of so many items."""
+    modes, chips = arguments.parallel.split(","), len(devices)
+    for name in arguments.only.split(","):
+        if name == "m3col":
+            for title, method in _phases(m3col, items):
+                needed = work.class_flops(method, models.text_length(method, None))
+                batch = abstract_class_batch(method, models.text_length(method, None))
+                for mode in modes:
+                    made = functools.partial(_step, compile_step, mode, method, batch, devices)
+                    yield Subject(title, mode, items, chips, needed, made)
+            continue
+        relational = "rcml" if name in ("embedding", "evaluation") else name
+        method = method_of(relational, sized(config, items), arguments.model, arguments.layers)
+        towers, text = method.towers_config, models.text_length(method, None)
+        if name == "evaluation":
+            width = towers.projection_dim
+            blocks = scores.block_sizes(QUERIES, 1 + work.CANDIDATES, width, on_cpu=False)
+            made = functools.partial(compile_evaluation, width, blocks, devices[0])
+            yield Subject(name, "", math.prod(blocks), 1, None, made)
+            continue
+        batch = abstract_batch(method, text, text)
+        if name == "embedding":
+            for count in work.EMBEDDED_UNDER:
+                parts = flops.relational(towers, items=items, text_length=text, relations=count)
+                made = functools.partial(compile_embedding, method, count, batch, devices)
+                title = f"{name}, {count}"
+                yield Subject(title, "", items, chips, sum(parts.values()), made)
+            continue
+        parts = flops.relational(
+            towers,
+            items=items,
+            text_length=text,
+            relations=method.config.batch.relations + 1 if name == "rcml" else 0,
+            sentence_length=text,
+        )
+        what = compile_loss if arguments.loss else compile_step
+        for mode in modes:
+            made = functools.partial(_step, what, mode, method, batch, devices)
+            yield Subject(name, mode, items, chips, flops.training(parts), made)
+
+
 def run(argv: Sequence[str]) -> int:
     """Compile, print and write; raises UserError for a wrong option."""
     arguments, overrides = parse(argv)
     config = parse_flags(overrides, load_config_file(arguments.config)).config
+    m3col = load_config_file(arguments.m3col or f"{CONFIGS / 'm3col.py'}:n24news")
+    m3col.model.dtype = config.model.dtype
     rows = []
     print(
-        f"{'':<6}{'topology':<12}{'mode':<6}{'items':>7}{'chips':>7}"
+        f"{'':<24}{'topology':<12}{'mode':<6}{'items':>7}{'chips':>7}"
         f"{'args MiB':>10}{'temp MiB':>10}"
         f"{'of chip':>9}{'GFLOP':>9}{'model':>9}{'GB moved':>10}{'est. ms':>9}{'compile s':>11}"
         "  collectives: kind number MiB"
@@ -295,56 +415,44 @@ def run(argv: Sequence[str]) -> int:
         devices = topology(name)
         for items in arguments.items.split(",") if arguments.items else [None]:
             total = int(items) if items else arguments.per_chip * len(devices)
-            for mode in arguments.parallel.split(","):
-                for method in arguments.only.split(","):
-                    sizes = sized(config, total)
-                    made = method_of(method, sizes, arguments.model, arguments.layers)
-                    what = compile_loss if arguments.loss else compile_step
-                    rows.append(_row(name, devices, mode, method, made, what))
-                    _print(rows[-1])
-                    if arguments.kernels and "error" not in rows[-1]:
-                        _print_kernels(rows[-1])
+            for subject in subjects(arguments, config, m3col, total, devices):
+                rows.append(_row(name, devices[0].device_kind, subject))
+                _print(rows[-1])
+                if arguments.kernels and "error" not in rows[-1]:
+                    _print_kernels(rows[-1])
     timing.write_json(arguments.json, {"jax": jax.__version__, "rows": rows})
     return 0
 
 
-def _row(
-    name: str,
-    devices: list[Any],
-    mode: str,
-    title: str,
-    method: Method,
-    what: Callable = compile_step,
-) -> dict[str, Any]:
-    config = method.config
-    text, sentence = models.text_length(method, None), models.text_length(method, None)
+def _phases(config: Any, items: int) -> list[tuple[str, Method]]:
+    """The steps of M3CoL's phases, each with its name."""
+    config = config.copy_and_resolve_references()
+    config.batch.size, config.micro_batch = items, 0
+    found = models.classifier(config).phases()
+    return [(f"m3col, {work.PHASES[method.contrastive]}", method) for _, method in found]
+
+
+def _step(what: Callable, mode: str, method: Method, batch: dict, devices: list[Any]) -> Any:
+    state_devices = method.config.get("fsdp_devices", 0)
+    placed = sharding.build(
+        mode, devices, split_shared=method.split_shared, state_devices=state_devices
+    )
+    return what(method, batch, placed)
+
+
+def _row(name: str, kind: str, subject: Subject) -> dict[str, Any]:
     row = {
-        "method": title,
+        "method": subject.title,
         "topology": name,
-        "mode": mode,
-        "items": config.batch.size,
-        "chips": len(devices),
-        "model_flops": flops.training(
-            flops.relational(
-                method.towers_config,
-                items=config.batch.size,
-                text_length=text,
-                relations=config.batch.relations + 1 if title == "rcml" else 0,
-                sentence_length=sentence,
-            )
-        )
-        / len(devices),
-        "memory": MEMORY.get(devices[0].device_kind),
+        "mode": subject.mode,
+        "items": subject.items,
+        "chips": subject.chips,
+        "model_flops": None if subject.flops is None else subject.flops / subject.chips,
+        "memory": MEMORY.get(kind),
     }
     begin = time.perf_counter()
     try:
-        placed = sharding.build(
-            mode,
-            devices,
-            split_shared=method.split_shared,
-            state_devices=config.get("fsdp_devices", 0),
-        )
-        compiled = what(method, abstract_batch(method, text, sentence), placed)
+        compiled = subject.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         return row | {"error": str(error).splitlines()[0][:160]}
     return row | facts(compiled) | {"compile_s": time.perf_counter() - begin}
@@ -352,7 +460,8 @@ def _row(
 
 def _print(row: dict[str, Any]) -> None:
     start = (
-        f"{row['method']:<6}{row['topology']:<12}{row['mode']:<6}{row['items']:>7}{row['chips']:>7}"
+        f"{row['method']:<24}{row['topology']:<12}{row['mode'] or '-':<6}"
+        f"{row['items']:>7}{row['chips']:>7}"
     )
     if "error" in row:
         print(f"{start}  {row['error']}", flush=True)
@@ -361,10 +470,10 @@ def _print(row: dict[str, Any]) -> None:
     kinds = ", ".join(
         f"{kind} {x['count']} {x['bytes'] / 2**20:.1f}" for kind, x in row["collectives"].items()
     )
-    estimate = row["estimated_s"]
+    estimate, model = row["estimated_s"], row["model_flops"]
     print(
         f"{start}{row['argument_bytes'] / 2**20:>10.0f}{row['temporary_bytes'] / 2**20:>10.0f}"
-        f"{share:>9}{row['flops'] / 1e9:>9.0f}{row['model_flops'] / 1e9:>9.0f}"
+        f"{share:>9}{row['flops'] / 1e9:>9.0f}{'-' if model is None else f'{model / 1e9:.0f}':>9}"
         f"{row['bytes_moved'] / 1e9:>10.2f}{1e3 * estimate if estimate > 0 else float('nan'):>9.2f}"
         f"{row['compile_s']:>11.1f}  {kinds}",
         flush=True,

@@ -50,8 +50,11 @@ def _take(embeddings: jax.Array, relation: jax.Array, items: jax.Array) -> jax.A
 
 
 @functools.partial(jax.jit, static_argnames="similarity")
-def _scores_of_blocks(text, image, sentence, weight, a, b, relation, similarity):
-    """The five scores, (m · block, c) each, of indices (m, block, 1 or c), one block at a time."""
+def scores_of_blocks(text, image, sentence, weight, a, b, relation, similarity):
+    """The five scores, (m · block, c) each, of indices (m, block, 1 or c), one block at a time.
+
+    text, image, sentence, weight: the fields of `RelationEmbeddings`; weight None for 0.
+    """
     of_block: Callable[..., dict] = functools.partial(_similarity, similarity, weight)
     if similarity == "product":
         of_block = _product
@@ -94,6 +97,17 @@ def _product(ta, ia, tb, ib, sentence):
     return {"tt": ta * tb, "ii": ia * ib, "ti": ta * ib, "it": ia * tb, "avg": both_a * both_b}
 
 
+def block_sizes(queries: int, items: int, width: int, on_cpu: bool) -> tuple[int, int]:
+    """Blocks of queries in one call, and queries in a block.
+
+    items: those compared in a query, of either side; width: of their embeddings.
+    """
+    # Of each item a text and an image.
+    most = _CACHE_BYTES if on_cpu else _DEVICE_BYTES
+    block = max(1, most // (2 * items * width * 4))
+    return max(1, min(_QUERIES // block, -(-queries // block))), block
+
+
 def pair_scores(
     table: RelationEmbeddings,
     a: np.ndarray,
@@ -117,18 +131,16 @@ def pair_scores(
     arrays = text, image, sentence, table.sentence_weight or None
     (device,) = text.devices()
     on_cpu = device.platform == "cpu"
-    # Each pair of a and b is a text and an image on both sides.
-    vectors = 2 * sum(np.broadcast_shapes(x.shape, relation.shape)[1] for x in (a, b))
-    most = _CACHE_BYTES if on_cpu else _DEVICE_BYTES
-    block = max(1, most // (vectors * table.text.shape[-1] * 4))
-    rows = block * max(1, min(_QUERIES // block, -(-queries // block)))
+    compared = [np.broadcast_shapes(x.shape, relation.shape)[1] for x in (a, b)]
+    blocks, block = block_sizes(queries, sum(compared), table.text.shape[-1], on_cpu)
+    rows = blocks * block
 
     def run(start: int) -> dict[str, np.ndarray]:
         indices = np.arange(start, start + rows).clip(max=queries - 1)
-        blocks = (x[indices].reshape(-1, block, x.shape[1]) for x in index)
+        places = (x[indices].reshape(-1, block, x.shape[1]) for x in index)
         # Each thread has these settings of its own; the indices come from the host.
         with jax.default_device(device), jax.transfer_guard("allow"):
-            scores = _scores_of_blocks(*arrays, *blocks, similarity=similarity)
+            scores = scores_of_blocks(*arrays, *places, similarity=similarity)
             return {name: np.asarray(x)[: queries - start] for name, x in scores.items()}
 
     # A block is too small to be split over processors, so that several are worked on at once.

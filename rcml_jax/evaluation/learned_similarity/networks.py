@@ -19,6 +19,7 @@ from rcml_jax.evaluation import CLOSED, LEARNERS, MLPS, TWO_TOWERS
 from rcml_jax.evaluation.learned_similarity.maps import gaussian_kernel, prepared, relative
 from rcml_jax.losses.siglip import sigmoid
 from rcml_jax.losses.softmax import softmax_contrastive
+from rcml_jax.ops.dropout import LEVELS, keep_units
 from rcml_jax.ops.similarity import l2_normalize
 
 #: Those whose score is the dot product of an embedding of each side.
@@ -145,8 +146,8 @@ def _dropout(key, rate):
     def drop(x):
         if isinstance(rate, float) and not rate:
             return x
-        kept = jax.random.bernoulli(jax.random.fold_in(key, next(calls)), 1 - rate, x.shape)
-        return jnp.where(kept, x / (1 - rate), 0)
+        kept = jnp.round((1 - rate) * LEVELS).astype(jnp.uint32)
+        return keep_units(jax.random.fold_in(key, next(calls)), x, kept)
 
     return drop
 
