@@ -131,16 +131,17 @@ def step(
     kept = sum(items * n * d * layers * ACTIVATION_BYTES for n, d, layers in tokens)
     size = parameters(config, relations)
     others = (chips - 1) / chips
-    # CLIP gathers everybody's embeddings in bfloat16. RCML's candidates stay where they are: the
-    # rows of its pairs, one an item and modality whatever the relations, are summed over the
-    # devices in float32, which takes twice as long as a gather.
-    embeddings = 2 * everything * width * (2 * 4 if relations else 2)
+    # Of CLIP the compiler gathers one modality in bfloat16 and scatters the sum of its gradients in
+    # float32. RCML's candidates stay where they are: its pairs' rows, one an item and modality
+    # whatever the relations, are summed over the devices both ways, which sends twice what a gather
+    # or a reduce-scatter does.
+    sent = everything * width * (2 + 4) * (2 * 2 if relations else 1)
     return Step(
         items=items,
         flop=flops.training(parts) + loss,
         loss=loss,
         traffic=size * PARAMETER_BYTES + 2 * kept,
-        gathered=2 * others * embeddings,
+        gathered=others * sent,
         gradients=2 * others * 4 * size,
     )
 

@@ -361,7 +361,7 @@ def subjects(
     modes, chips = arguments.parallel.split(","), len(devices)
     for name in arguments.only.split(","):
         if name == "m3col":
-            for title, method in _phases(m3col, items):
+            for title, method in phases(m3col, items):
                 needed = work.class_flops(method, models.text_length(method, None))
                 batch = abstract_class_batch(method, models.text_length(method, None))
                 for mode in modes:
@@ -424,7 +424,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _phases(config: Any, items: int) -> list[tuple[str, Method]]:
+def phases(config: Any, items: int) -> list[tuple[str, Method]]:
     """The steps of M3CoL's phases, each with its name."""
     config = config.copy_and_resolve_references()
     config.batch.size, config.micro_batch = items, 0

@@ -1,5 +1,12 @@
 """Compiling for TPU topologies: what can be checked without libtpu."""
 
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +14,7 @@ import pytest
 
 from benchmarks import throughput_models as models
 from benchmarks import topologies
+from configs import m3col
 from configs.rcml import get_config
 from rcml_jax.training.sharding import build
 
@@ -172,3 +180,51 @@ def _products(jaxpr):
 
 def _is_program(x):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def test_m3col_gathers_partners_pixels_as_bytes():
+    """A step of each phase; the partners of mixup come from all devices."""
+    config = m3col.get_config()
+    models.shrink(config)
+    for title, method in topologies.phases(config, 32):
+        batch = topologies.abstract_class_batch(method, 8)
+        made = jax.tree.map(np.shape, models.class_batch(method, 32, 8))
+        assert jax.tree.map(lambda x: x.shape, batch) == made
+        compiled = topologies.compile_step(method, batch, build("jit", jax.devices()[:4]))
+        gathered = re.findall(r"= (\S+?)\{\S* all-gather", compiled.as_text())
+        pixels = [array for array in gathered if array.endswith("[32,32,32,3]")]
+        assert bool(pixels) == (title == "m3col, M3Co")
+        assert all(array.startswith("u8") for array in pixels)
+
+
+def test_embedding_sends_nothing_and_evaluation_holds_few_vectors():
+    config = get_config()
+    models.shrink(config)
+    method = models.relational("rcml", topologies.sized(config, 32))
+    batch = topologies.abstract_batch(method, 8, 6)
+    one, ten = (
+        topologies.facts(topologies.compile_embedding(method, n, batch, jax.devices()[:4]))
+        for n in (1, 10)
+    )
+    assert one["collectives"] == ten["collectives"] == {}
+    assert one["flops"] < ten["flops"] < 2 * one["flops"]
+    shape = 4, 8
+    compiled = topologies.compile_evaluation(16, shape, jax.devices()[0])
+    vectors = math.prod(shape) * 22 * 16 * 4
+    assert topologies.facts(compiled)["temporary_bytes"] < 4 * vectors
+
+
+@pytest.mark.slow
+def test_a_topology_of_tpus_compiles():
+    """With libtpu, and no TPU: the loss of RCML for eight chips, whose memory it fits."""
+    pytest.importorskip("libtpu")
+    options = ["--config", "configs/rcml.py:amazon", "--loss", "--only", "rcml", "--per-chip", "16"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    root = pathlib.Path(__file__).parent.parent
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.topologies", *options],
+        env=environment, cwd=root, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    row = found.stdout.splitlines()[-1].split()
+    assert row[:5] == ["rcml", "v5e:2x4", "jit", "128", "8"]
+    assert "all-reduce" in found.stdout

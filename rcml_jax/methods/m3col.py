@@ -227,8 +227,10 @@ class M3CoLMethod(Method):
         partner = [mixup.partners(k, len(valid), where=valid) for k in keys]
         for index, name in enumerate(self.names):
             if name in self.mixed_inputs:
-                inputs = self._floats(name, items[name])
-                items[f"{name} mixed"] = mixup.mix(inputs, coefficient, partner[index])
+                # Partners' pixels come from other devices as the bytes that they are.
+                others = jax.tree.map(lambda x, rows=partner[index]: x[rows], items[name])
+                sides = (self._floats(name, x) for x in (items[name], others))
+                items[f"{name} mixed"] = mixup.mix_with(*sides, coefficient)
         return {
             "items": items,
             "shared": shared | {"coefficient": coefficient, "partner": jnp.stack(partner, axis=1)},

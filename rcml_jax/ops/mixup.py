@@ -61,11 +61,20 @@ def mix(tree: Any, coefficient: jax.Array, partner: jax.Array) -> Any:
     over devices. Integer leaves (token ids) cannot be mixed and raise TypeError.
     """
 
-    def one(x: jax.Array) -> jax.Array:
+    return mix_with(tree, jax.tree.map(lambda x: jnp.asarray(x)[partner], tree), coefficient)
+
+
+def mix_with(tree: Any, others: Any, coefficient: jax.Array) -> Any:
+    """λ_i x_i + (1 − λ_i) y_i for the leaves x (n, ...) of a tree and y of another, the partners'.
+
+    For partners that were fetched in a smaller type. Raises TypeError as `mix` does.
+    """
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"an array of {x.dtype} cannot be mixed; mix its embedding")
         share = coefficient.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
-        return share * x + (1 - share) * x[partner]
+        return share * x + (1 - share) * y
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree, others)

@@ -107,7 +107,7 @@ def test_vectors_are_gathered_for_a_few_queries_at_a_time():
     of = jax.ShapeDtypeStruct
     table = [of((2, 50, dim), jnp.float32)] * 2 + [of((2, dim), jnp.float32)]
     index = [of((queries // block, block, n), jnp.int32) for n in (1, columns, 1)]
-    lowered = scores._scores_of_blocks.lower(*table, None, *index, similarity="cosine")
+    lowered = scores.scores_of_blocks.lower(*table, None, *index, similarity="cosine")
     plan = lowered.compile().memory_analysis()
     assert plan.temp_size_in_bytes < queries * columns * dim * 4 / 10
 
