@@ -353,6 +353,11 @@ class ChosenImages:
         found = image_states(self._images)
         return [found[index] for index in self.indices]
 
+    def distinct(self) -> tuple["ChosenImages", np.ndarray]:
+        """Each image once, and the number among them of each item's image (n,)."""
+        indices, rows = np.unique(self.indices, return_inverse=True)
+        return ChosenImages(self._images, indices), rows
+
 
 class ImageBank:
     """Items' images as arrays, decoded once while they fit into `cache_bytes` of memory.
@@ -448,9 +453,9 @@ class StoredPixels:
     """Images of items as arrays, decoded once into a file that is mapped: reading is a copy.
 
     Called as an `ImageBank`, whose results it has to the bit. The file has all N images, uint8
-    (N, size, size, 3). It is written when images are first asked for, in threads. After a kill the
-    next call goes on, and of several processes one writes while the others wait. Where the
-    directory cannot be written, images are decoded as by an `ImageBank`.
+    (N, size, size, 3), those of `ChosenImages` once each. It is written when images are first asked
+    for, in threads. After a kill the next call goes on, and of several processes one writes while
+    the others wait. Where the directory cannot be written, images are decoded as by an `ImageBank`.
     """
 
     def __init__(
@@ -464,6 +469,10 @@ class StoredPixels:
         log: Callable[[str], None] = log_line,
     ):
         """directory, name: where the file lies and the start of its name, before a digest."""
+        # Of items that share an image the file has it once.
+        self._rows: np.ndarray | None = None
+        if isinstance(images, ChosenImages):
+            images, self._rows = images.distinct()
         # A bank without memory: every image is decoded once.
         self._bank = ImageBank(images, framing, cache_bytes=0, threads=threads or os.cpu_count())
         self.images, self.framing, self.size = images, self._bank.framing, self._bank.size
@@ -486,10 +495,11 @@ class StoredPixels:
 
         Raises UserError as `open` does.
         """
-        return self.open()(np.asarray(indices, np.int64))
+        rows = np.asarray(indices, np.int64)
+        return self.open()(rows if self._rows is None else self._rows[rows])
 
     def open(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Map the file, and write it where it is missing; returns what reads images of items.
+        """Map the file, and write it where it is missing; returns what reads rows of it.
 
         Raises UserError where an image cannot be decoded or the disk has too little room.
         """

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rcml_jax.data import images as image_module
 from rcml_jax.data import stages
-from rcml_jax.data.images import EncodedImages, Framing, ImageBank, StoredPixels
+from rcml_jax.data.images import ChosenImages, EncodedImages, Framing, ImageBank, StoredPixels
 from rcml_jax.errors import UserError
 from tests.toy import ROOT
 
@@ -74,6 +74,18 @@ def test_pixels_are_those_of_decoding_and_each_image_is_decoded_once(tmp_path, f
     np.testing.assert_array_equal(other([]), found[:0])
     assert again.decoded == []
     assert len(said) == lines
+
+
+def test_an_image_of_several_items_is_stored_once(tmp_path):
+    images, items, said = Counted(), np.array([4, 2, 4, 9, 9, 4]), []
+    store = StoredPixels(tmp_path, "toy", ChosenImages(images, items), 16, log=said.append)
+    asked = [5, 0, 1, 3]
+    np.testing.assert_array_equal(store(asked), ImageBank(Counted(), 16)(items[asked]))
+    assert sorted(images.decoded) == [2, 4, 9]
+    assert said[0].startswith("3 images of 16 pixels take 2 KiB")
+    again = StoredPixels(tmp_path, "toy", ChosenImages(images, items[:4]), 16)
+    assert again.path == store.path  # of the same images
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(again))([2, 3]), store([2, 3]))
 
 
 def test_the_file_is_that_of_images_framing_and_decoder(tmp_path, monkeypatch):
