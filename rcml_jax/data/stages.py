@@ -91,10 +91,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"No room is left on the disk of {folder}; free some and run the same command "
-                "again, which goes on from what is there, or set data.dir to another disk."
+                "again, which goes on from what is there, or set data.dir (or --workdir, if it is "
+                "there) to another disk."
             ) from error
         raise UserError(
-            f"{folder} cannot be written ({error}); set data.dir to a folder that can."
+            f"{folder} cannot be written ({error}); set data.dir (or --workdir, if it is there) to "
+            "a folder that can."
         ) from error
 
 
