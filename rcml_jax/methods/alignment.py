@@ -295,7 +295,7 @@ def _pair_counts(config: Any) -> list[int]:
 #: Of a name, what else the result depends on and a function that computes it: the result.
 _Once = Callable[[str, Any, Callable[[], dict]], dict]
 #: Counts changes of what is fitted to the same embeddings under the same options.
-_RECIPE = 1
+_RECIPE = 2
 #: Options that change nothing about a learned similarity.
 _OF_OTHERS = ("learned", "pair_counts", "similarity", "gallery")
 
