@@ -234,7 +234,7 @@ def collator(
                 "linked": linked,
                 "related": graph.related_block(items, items)
                 if negatives == "unrelated"
-                else graph.linked_blocks(items, relations),
+                else graph.linked_blocks(items, items, relations),
                 "valid": np.ones(len(items), bool),
                 "labels": graph.labels[items],
             },
