@@ -133,10 +133,15 @@ class RelationGraph:
         return _Adjacency(self.class_links, self._units)
 
     def related_block(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
-        """Rows (n,) against columns (m,) of `related()`, dense (n, m) bool; cost ~ rows' pairs."""
+        """Rows (n,) against columns (m,) of `related()`, dense (n, m) bool.
+
+        The cost is that of the pairs of the rows or of the columns, whichever are fewer.
+        """
         rows, cols = np.asarray(rows), np.asarray(cols)
         if not len(cols):
             return np.zeros((len(rows), 0), bool)
+        if len(cols) < len(rows):
+            return self.related_block(cols, rows).T
         names, column = np.unique(cols, return_inverse=True)
         found, index, _ = self._adjacency.meet(rows, names)
         own, known = _find(names, rows)
@@ -224,28 +229,31 @@ class RelationGraph:
         linked[row[known], order[index[known]]] = True
         return linked.reshape(*np.shape(a), len(relations))
 
-    def linked_blocks(self, items: np.ndarray, relations: np.ndarray) -> np.ndarray:
-        """Whether items are linked under each of R relations: (R, n, n) bool, true diagonals.
+    def linked_blocks(
+        self, rows: np.ndarray, cols: np.ndarray, relations: np.ndarray
+    ) -> np.ndarray:
+        """Whether rows (n,) and columns (m,) are linked under each of R relations: (R, n, m) bool.
 
-        Items and relations are distinct. Relation −1, the intra-sample one, links an item to itself
-        alone.
+        An item is linked to itself under each. Rows and relations are distinct. Relation −1, the
+        intra-sample one, links an item to itself alone. The cost is that of the columns' links.
         """
+        order = np.argsort(rows)
         if self.class_links is None:
-            order = np.argsort(items)
-            row, index, relation = self._adjacency.meet(items, items[order])
-            column = order[index]
+            column, index, relation = self._adjacency.meet(cols, rows[order])
+            row = order[index]
         else:
-            a, b = np.nonzero(self.linked_any_block(items, items))
-            among, relation = self.links_of(np.stack([items[a], items[b]], axis=1))
+            a, b = np.nonzero(self.linked_any_block(rows, cols))
+            among, relation = self.links_of(np.stack([rows[a], cols[b]], axis=1))
             row, column = a[among], b[among]
         by_number = np.argsort(relations)
         index, known = _find(relations[by_number], relation)
-        blocks = np.zeros((len(relations), len(items), len(items)), bool)
+        blocks = np.zeros((len(relations), len(rows), len(cols)), bool)
         blocks[by_number[index[known]], row[known], column[known]] = True
         for block, relation in zip(blocks, relations.tolist(), strict=True):
             if relation in self.respects:
-                block |= self.agree(items[:, None], items, relation)
-        blocks[:, np.arange(len(items)), np.arange(len(items))] = True
+                block |= self.agree(rows[:, None], cols, relation)
+        own, known = _find(rows[order], cols)
+        blocks[:, order[own[known]], np.flatnonzero(known)] = True
         return blocks
 
     def _or_agreeing(self, linked: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

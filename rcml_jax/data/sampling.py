@@ -170,6 +170,7 @@ def collator(
     sentence_noise: Callable[[np.random.Generator, int], np.ndarray] | None = None,
     encoded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
     local_rows: Callable[[int], np.ndarray] | None = None,
+    split_related: bool = False,
 ) -> Callable[[dict], dict]:
     """A function from a plan to a relation batch; `augment` changes its images.
 
@@ -179,6 +180,7 @@ def collator(
     `encoded` gives the ids and the mask of items' texts, which are tokenized anew without it.
     `local_rows`: number of rows of `items` → those that the batch has, all without it. Images of
     others are not read; of all texts the ids are, as the longest sets the length.
+    `split_related`: whether `related` has the columns of the items of these rows alone.
 
     `items` are split over devices: ids (N, T) int32 and images (N, H, W, 3) uint8; with
     k > 1 texts a row `PackedTexts` of N/k rows and images (N/k, k, H, W, 3), and the plan's items
@@ -211,6 +213,7 @@ def collator(
             mine = mine.reshape(-1, texts_per_row)[rows].ravel()
             # Of stored states there are as many rows as items, whatever shares a row.
             ids = _rows_of(ids, rows)
+        columns = items[mine] if split_related else items
         pixels = images(items[mine])
         if augment is not None:
             pixels = augment(pixels, np.random.default_rng(plan["noise"]), (len(items), mine))
@@ -232,9 +235,9 @@ def collator(
                 "positive": plan["positive"],
                 "pair_valid": plan["pair_valid"],
                 "linked": linked,
-                "related": graph.related_block(items, items)
+                "related": graph.related_block(items, columns)
                 if negatives == "unrelated"
-                else graph.linked_blocks(items, relations),
+                else graph.linked_blocks(items, columns, relations),
                 "valid": np.ones(len(items), bool),
                 "labels": graph.labels[items],
             },

@@ -40,7 +40,7 @@ class Method(abc.ABC):
     #: Whether the method overrides `prepare`.
     prepares = False
     #: Arrays of a batch's `shared` whose last axis runs over the examples, such as (N, N) masks.
-    #: `jit` splits that axis over the devices.
+    #: `jit` and `fsdp` split that axis over the devices; the loop sets it to () for `pmap`.
     split_shared: Sequence[str] = ()
     #: Whether the state is donated (updated in place) on CPUs, too.
     in_place = False
@@ -82,14 +82,16 @@ class Method(abc.ABC):
         """A grain iterator over batches (NumPy arrays) with `get_state` and `set_state`.
 
         local_rows: given where there are several processes; `items` then has these rows alone, and
-        `shared` is whole. A method that trains in one process only may leave the argument out.
+        each array of `split_shared` the columns of their examples. The rest of `shared` is whole. A
+        method that trains in one process only may leave the argument out.
         """
 
     @abc.abstractmethod
     def init(self, key: jax.Array, batch: Batch) -> Params:
         """Parameters, random or from a checkpoint.
 
-        They must not depend on the values of `items`, which differ between processes.
+        They must not depend on the values of `items` and of `split_shared`, which differ between
+        processes.
         """
 
     def adopt(self, params: Params, found: Params) -> Params:

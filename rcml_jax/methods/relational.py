@@ -150,7 +150,8 @@ class RelationalMethod(Method):
         Raises UserError, too, for splits that are too small to be evaluated.
         """
         self.task.check_queries()
-        return self.task.batches(self.stored, self.sentence_noise, local_rows)
+        split = "related" in self.split_shared
+        return self.task.batches(self.stored, self.sentence_noise, local_rows, split)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredStates]:

@@ -160,6 +160,7 @@ class RelationTask:
         stored: Mapping[str, Callable] | None = None,
         sentence_noise: Callable | None = None,
         local_rows: Rows | None = None,
+        split_related: bool = False,
     ) -> Any:
         """The grain iterator over training batches; the arguments are those of `collator`."""
         batch, seed = self.config.batch, self.config.seed
@@ -188,6 +189,7 @@ class RelationTask:
             sentence_noise,
             None if stored and "text" in stored else self.stored_texts,
             local_rows,
+            split_related,
         )
         data = self.config.data
         return batch_iterator(sampler, collate, data.threads, data.get("workers", 0))

@@ -257,6 +257,7 @@ class Run:
         self.after_step = after_step
         self.steps, self.validate_every = method.steps, method.validate_every
         method.devices = sharding.of_process(devices.devices)
+        method.split_shared = devices.split_shared
         several = jax.process_count() > 1
         source = method.batches(devices.local_rows) if several else method.batches()
         self.data = Prefetched(source, devices.put_batch)
@@ -321,9 +322,9 @@ class Run:
         return self.devices.put_state(create(params, transform, run_key)), phases
 
     def _whole(self, batch: dict) -> dict:
-        """A batch of this process's rows with the shapes of the whole batch, its first row again.
+        """A batch of this process's part with the shapes of the whole batch.
 
-        Nothing is copied.
+        Its first row, or column of `split_shared`, comes again. Nothing is copied.
         """
         if jax.process_count() == 1:
             return batch
@@ -333,7 +334,9 @@ class Run:
         def whole(x: np.ndarray) -> np.ndarray:
             return np.broadcast_to(x[:1], (len(x) // mine * len(devices), *x.shape[1:]))
 
-        return {**batch, "items": jax.tree.map(whole, batch["items"])}
+        split = self.devices.split_shared
+        shared = {n: whole(x.T).T if n in split else x for n, x in batch["shared"].items()}
+        return {"items": jax.tree.map(whole, batch["items"]), "shared": shared}
 
     def _saved(self) -> Any:
         return self.devices.get_state(self.state)

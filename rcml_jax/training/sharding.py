@@ -257,7 +257,8 @@ class ShardedJit:
         in_place: bool = False,
         split_shared: Sequence[str] = (),
     ):
-        self._split_shared = frozenset(split_shared)
+        #: The arrays of `shared` of which a process passes the columns of its examples alone.
+        self.split_shared = split_shared
         self.devices, self._donated = devices, donated(devices, in_place)
         #: Number of a batch's rows → those that this process passes to `put_batch`.
         self.local_rows = rows_on(devices)
@@ -293,36 +294,40 @@ class ShardedJit:
     def put_batch(self, batch: dict) -> dict:
         """A host batch → arrays on the devices.
 
-        Every process passes all of `shared`, and of `items` the rows of `local_rows`.
+        Every process passes the rows of `local_rows` of `items`, and the columns of the same
+        examples of `split_shared`. It passes all else whole.
         """
-        places = {name: self._place_of(name, x) for name, x in batch["shared"].items()}
         if jax.process_count() == 1:
+            places = {name: self._place_of(name, x) for name, x in batch["shared"].items()}
             return jax.device_put(batch, {"items": self._split, "shared": places})
         shared = {
-            name: jax.tree.map(functools.partial(_put, sharding=places[name]), x)
+            name: self._put_part(x, np.ndim(x) - 1)
+            if name in self.split_shared
+            else jax.tree.map(functools.partial(_put, sharding=self._replicated), x)
             for name, x in batch["shared"].items()
         }
-        return {"items": jax.tree.map(self._put_rows, batch["items"]), "shared": shared}
+        return {"items": jax.tree.map(self._put_part, batch["items"]), "shared": shared}
 
     def _place_of(self, name: str, x: Any) -> NamedSharding:
         """Where an array of `shared` lies."""
-        if name not in self._split_shared or np.shape(x)[-1] % len(self.devices):
+        if name not in self.split_shared or np.shape(x)[-1] % len(self.devices):
             return self._replicated
-        return NamedSharding(
-            self._split.mesh, PartitionSpec(*(None,) * (np.ndim(x) - 1), self._rows)
-        )
+        return self._split_along(np.ndim(x) - 1)
 
-    def _put_rows(self, x: Any) -> jax.Array:
-        """This process's rows of an array → the whole array."""
-        mine = len(of_process(self.devices))
-        rows = len(x) // mine * len(self.devices)
-        place = {int(row): index for index, row in enumerate(self.local_rows(rows))}
+    def _split_along(self, axis: int) -> NamedSharding:
+        return NamedSharding(self._split.mesh, PartitionSpec(*(None,) * axis, self._rows))
+
+    def _put_part(self, x: Any, axis: int = 0) -> jax.Array:
+        """This process's part of an array along an axis → the whole array."""
+        shape, mine = list(np.shape(x)), len(of_process(self.devices))
+        shape[axis] = shape[axis] // mine * len(self.devices)
+        place = {int(row): index for index, row in enumerate(self.local_rows(shape[axis]))}
 
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(rows)
-            return x[place[start] : place[start] + stop - start]
+            start, stop, _ = index[axis].indices(shape[axis])
+            return x[(*index[:axis], slice(place[start], place[start] + stop - start))]
 
-        return jax.make_array_from_callback((rows, *np.shape(x)[1:]), self._split, part)
+        return jax.make_array_from_callback(tuple(shape), self._split_along(axis), part)
 
     def sharding_of(self, x: Any) -> NamedSharding:
         """Where an array of the state lies, by its shape alone: whole on every device."""
@@ -422,13 +427,16 @@ class FullyShardedJit(ShardedJit):
 class Pmap:
     """Data parallel by `pmap`: each device embeds its items, the embeddings are gathered."""
 
+    #: None, as every device computes the whole loss.
+    split_shared: Sequence[str] = ()
+
     def __init__(
         self,
         devices: list[jax.Device],
         in_place: bool = False,
         split_shared: Sequence[str] = (),
     ):
-        del split_shared  # every device computes the whole loss
+        del split_shared
         self.devices, self._donated = devices, donated(devices, in_place)
         #: Number of a batch's rows → those that this process passes to `put_batch`.
         self.local_rows = rows_on(devices)

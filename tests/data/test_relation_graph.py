@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_linked_blocks_hold_each_relations_own_links(make):
     graph = make()
     last = len(graph.relations) - 1  # by attributes, in a graph that has them
     items, relations = np.random.default_rng(0).permutation(len(graph))[:20], [-1, 2, 0, last]
-    blocks = graph.linked_blocks(items, np.array(relations))
+    blocks = graph.linked_blocks(items, items, np.array(relations))
     assert blocks.shape == (4, 20, 20)
     assert blocks.dtype == bool
     itself = np.eye(20, dtype=bool)
@@ -138,6 +139,52 @@ def test_linked_blocks_hold_each_relations_own_links(make):
         expected = graph.linked(items[:, None], items, relation) | itself
         np.testing.assert_array_equal(block, expected)
     assert (blocks[1:] & ~itself).any()
+
+
+def without_pairs():
+    return make_graph().without_pairs()
+
+
+@pytest.mark.parametrize("make", [make_graph, make_classes, make_respects, without_pairs])
+@pytest.mark.parametrize("many", [0, 1, 16])
+def test_some_columns_of_masks_are_those_of_the_whole(make, many, monkeypatch):
+    """Of few columns and of many, in any order, also of items that no row is of."""
+    monkeypatch.setattr(relation_graph, "_MANY_LINKS", many)
+    graph = make()
+    every = np.random.default_rng(many).permutation(len(graph))
+    relations = np.array([2, -1, 0, len(graph.relations) - 1])
+    related = graph.related_block(every, every)
+    linked = graph.linked_blocks(every, every, relations)
+    for rows in (every[:20], every[3:7]):
+        for columns in ([], [17], [19, 2, 3, 11], range(15, 24)):
+            cols = every[np.array(columns, int)]
+            cells = np.ix_(np.flatnonzero(np.isin(every, rows)), np.array(columns, int))
+            np.testing.assert_array_equal(graph.related_block(rows, cols), related[cells])
+            found = graph.linked_blocks(rows, cols, relations)
+            np.testing.assert_array_equal(found, linked[:, cells[0], cells[1]])
+    assert related.any(axis=0).all()
+    assert linked.any(axis=1).all()
+
+
+def peak(work, *args):
+    """The most bytes that are allocated at a time while `work` runs."""
+    tracemalloc.start()
+    try:
+        work(*args)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("make", [make_graph, make_classes, make_respects])
+def test_some_columns_are_made_without_the_whole(make):
+    graph = make(each=100) if make is make_classes else make(items=600)
+    every, relations = np.arange(len(graph)), np.array([-1, 0, 1, 2])
+    for mask in (graph.related_block, lambda *x: graph.linked_blocks(*x, relations)):
+        whole = mask(every, every)
+        peaks = [peak(mask, every, every[:n]) for n in (16, len(every))]
+        assert peaks[1] >= whole.nbytes
+        assert peaks[0] < peaks[1] / 8
 
 
 def test_class_links_say_what_is_linked():

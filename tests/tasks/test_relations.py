@@ -110,8 +110,11 @@ def test_batches_are_the_same_from_stored_and_from_encoded_images(
     assert not np.array_equal(found[0]["items"]["images"], found[1]["items"]["images"])
 
 
-def halves(batches, count):
-    """The batches of two processes that share each batch, `batches(local_rows)`, put together."""
+def halves(batches, count, split=()):
+    """The batches of two processes that share each batch, `batches(local_rows)`, put together.
+
+    split: arrays of `shared` of which each has the columns of its items alone.
+    """
     parts = []
     for process in range(2):
         mine = lambda n, process=process: np.arange(n // 2) + process * (n // 2)  # noqa: E731
@@ -119,26 +122,35 @@ def halves(batches, count):
         parts.append([next(data) for _ in range(count)])
     joined = []
     for first, second in zip(*parts, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, first["shared"], second["shared"])
+        shared = [batch["shared"] for batch in (first, second)]
+        columns = {name: np.concatenate([x.pop(name) for x in shared], axis=-1) for name in split}
+        jax.tree.map(np.testing.assert_array_equal, *shared)
         items = jax.tree.map(lambda *x: np.concatenate(x), first["items"], second["items"])
-        joined.append({"items": items, "shared": first["shared"]})
+        joined.append({"items": items, "shared": shared[0] | columns})
     return joined
 
 
+@pytest.mark.parametrize("negatives", ["unrelated", "unlinked"])
+@pytest.mark.parametrize("split", [(), ("related",)])
 @pytest.mark.parametrize("texts_per_row", [1, 4])
-def test_processes_read_halves_of_the_same_batch(catalogue, tmp_path, monkeypatch, texts_per_row):
+def test_processes_read_halves_of_the_same_batch(
+    catalogue, tmp_path, monkeypatch, texts_per_row, split, negatives
+):
     options = {"batch.image_shift": 3, "batch.image_flip": True, "data.pixels": "encoded"}
     options |= {"batch.texts_per_row": texts_per_row, "data.threads": 0}
-    task = RelationTask.load(tiny_config(catalogue, **options), tmp_path)
-    data = task.batches()
+    options["loss.negatives"] = negatives
+    method = build(tiny_config(catalogue, **options), tmp_path)
+    method.split_shared = split
+    data = method.batches()
     whole = [next(data) for _ in range(3)]
     asked = []
     read = ImageBank.__call__
     monkeypatch.setattr(
         ImageBank, "__call__", lambda bank, items: asked.append(len(items)) or read(bank, items)
     )
-    found = halves(lambda mine: task.batches(local_rows=mine), 3)
+    found = halves(method.batches, 3, split)
     jax.tree.map(np.testing.assert_array_equal, whole, found)
+    assert found[0]["shared"]["related"].shape[-2:] == (16, 16)
     assert set(asked) == {8}
     assert len(jax.tree.leaves(found[0]["items"]["images"])[0]) == 16 // texts_per_row
 

@@ -47,6 +47,20 @@ def train(config, workdir, after=lambda step: None) -> bool:
         return run.train(interrupt)
 
 
+@pytest.mark.parametrize(("mode", "columns"), [("jit", 8), ("fsdp", 8), ("pmap", 16)])
+def test_a_process_has_a_batch_of_the_whole_shape_before_the_first_step(mode, columns, monkeypatch):
+    """What is whole already stays so."""
+    devices = sharding.pick_devices("cpu", 4)
+    run = loop.Run.__new__(loop.Run)
+    run.devices = sharding.build(mode, devices, split_shared=("related",))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "of_process", lambda devices: devices[:2])
+    shared = {"related": np.ones((3, 16, columns), bool), "linked": np.ones((3, 4, 3), bool)}
+    found = run._whole({"items": {"ids": np.ones((8, 5), np.int32)}, "shared": shared})
+    shapes = {"ids": (16, 5), "related": (3, 16, 16), "linked": (3, 4, 3)}
+    assert {n: x.shape for n, x in (found["items"] | found["shared"]).items()} == shapes
+
+
 def at(wanted, number):
     """A callback that sends this process a signal after a step."""
     return lambda step: step == wanted and os.kill(os.getpid(), number)

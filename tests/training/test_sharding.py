@@ -351,6 +351,9 @@ def test_masks_over_the_examples_are_split_along_them():
         np.testing.assert_array_equal(put["shared"]["related"], batch["shared"]["related"])
     whole = sharding.build("jit", devices).put_batch(batch)["shared"]["related"]
     assert {shard.data.shape for shard in whole.addressable_shards} == {(3, 16, 16)}
+    every = sharding.build("pmap", devices, split_shared=("related",))
+    assert every.split_shared == ()
+    assert every.put_batch(batch)["shared"]["related"].shape == (8, 3, 16, 16)
 
 
 def compiled_loss(relations, items, width=16, identification=False):

@@ -44,7 +44,14 @@ SHARES = {
     "batch.image_flip": True,
     "batch.texts_per_row": 2,
 }
-RCML = {"devices": 0, "steps": 24, "log_every": 1, "validate_every": 24}
+#: With a mask for each relation; SHARES has one for all.
+RCML = {
+    "devices": 0,
+    "steps": 24,
+    "log_every": 1,
+    "validate_every": 24,
+    "loss.negatives": "unlinked",
+}
 
 
 def places():
@@ -77,9 +84,26 @@ def toy_run(mode, devices):
     return place, state, losses
 
 
+def check_masks(mode):
+    """Masks of which each process puts its own columns are those that were cut."""
+    whole = np.random.default_rng(0).random((3, 24, 24)) < 0.5
+    devices, (name, _, parts) = jax.devices(), mode.partition("-")
+    # As they come, in turn, and more of the one process than of the other.
+    for some in (devices, devices[::2] + devices[1::2], devices[:6]):
+        place = sharding.build(name, some, False, ("related",), int(parts or 0))
+        mine = {"related": whole[..., place.local_rows(24)]}
+        put = place.put_batch({"items": {}, "shared": mine})["shared"]["related"]
+        assert put.shape == whole.shape
+        for shard in put.addressable_shards:
+            assert shard.data.shape == (3, 24, 24 // len(some))
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+
+
 def toy(mode, directory):
     # As on accelerators, a step uses the state up; a checkpoint of it is written thereafter.
     sharding.donated = lambda *_: (0,)
+    if mode != "pmap":
+        check_masks(mode)
     place, state, losses = toy_run(mode, jax.devices())
     checkpoints, data = Checkpoints(directory), places()
     checkpoints.put_off(STOP, place.snapshot(state), data, {"losses": losses})
