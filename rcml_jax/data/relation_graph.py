@@ -240,7 +240,8 @@ class RelationGraph:
         order = np.argsort(rows)
         if self.class_links is None:
             column, index, relation = self._adjacency.meet(cols, rows[order])
-            row = order[index]
+            found, relation = self._with_same_sentence(np.arange(len(column)), relation)
+            row, column = order[index[found]], column[found]
         else:
             a, b = np.nonzero(self.linked_any_block(rows, cols))
             among, relation = self.links_of(np.stack([rows[a], cols[b]], axis=1))

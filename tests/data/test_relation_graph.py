@@ -141,6 +141,21 @@ def test_linked_blocks_hold_each_relations_own_links(make):
     assert (blocks[1:] & ~itself).any()
 
 
+@pytest.mark.parametrize("make", [make_graph, make_classes])
+def test_relations_of_one_sentence_link_the_same_in_a_block(make):
+    graph = make()
+    same = np.arange(len(graph.relations))
+    same[2] = 0
+    graph = dataclasses.replace(graph, same_sentence=same)
+    items, relations = np.arange(len(graph)), np.array([2, -1, 0])
+    blocks = graph.linked_blocks(items, items, relations)
+    itself = np.eye(len(graph), dtype=bool)
+    for block, relation in zip(blocks[[0, 2]], relations[[0, 2]], strict=True):
+        np.testing.assert_array_equal(block, graph.linked(items[:, None], items, relation) | itself)
+    alone = make().linked_blocks(items, items, relations)
+    assert (blocks[0] & ~alone[0]).any()
+
+
 def without_pairs():
     return make_graph().without_pairs()
 
