@@ -209,9 +209,11 @@ _TRAINED = (
         low=0, high=256),
     Option("batch.image_flip", bool, "Augmentation: mirror half of the images."),
     Option("model.image_pretrained", str,
-        "Checkpoint of the image tower: a ViT, as a directory or a name on the hub."),
+        "Checkpoint of the image tower: a ViT, as a directory or a name on the hub, or "
+        "efficientnet-lite0."),
     Option("model.text_pretrained", str,
-        "Checkpoint of the text tower: a BERT or RoBERTa, as a directory or a name on the hub."),
+        "Checkpoint of the text tower: a BERT or RoBERTa, as a directory or a name on the hub, or "
+        "minilm."),
     Option("model.dtype", str, "Type of the computation.", choices=("float32", "bfloat16")),
     Option("model.remat", str,
         "Compute activations again in the backward pass, to save memory: those of each layer, "

@@ -31,6 +31,7 @@ from rcml_jax.evaluation import class_controls, classification
 from rcml_jax.evaluation.controls import LINEAR
 from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.models.backbones import encoder_config
+from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
@@ -181,12 +182,12 @@ class ClassificationTask:
             tokenizer = work_tokenizer(
                 pathlib.Path(workdir),
                 lambda: _texts(data),
-                model.text_pretrained,
+                resolve(model.text_pretrained),
                 model.vocab_size,
                 kind="BERT or RoBERTa",
             )
             if model.text_pretrained:
-                sizes = encoder_config(model.text_pretrained, modality="text")
+                sizes = encoder_config(resolve(model.text_pretrained), modality="text")
                 max_length = min(max_length, max_text_length(sizes))
             if new:
                 for modality in data.modalities:

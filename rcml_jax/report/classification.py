@@ -116,7 +116,9 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
         lambda p, n, x: module.apply({"params": p}, x, method=_tokens(n)), static_argnums=1
     )
     pixels = task.inputs(rows)[names["image"]][0]
-    patches = np.asarray(states(params, names["image"], (pixels,)), np.float32)[:, 1:]
+    patches = np.asarray(states(params, names["image"], (pixels,)), np.float32)
+    if patches.shape[1] != math.isqrt(patches.shape[1]) ** 2:
+        patches = patches[:, 1:]  # [CLS], which a convolutional network lacks
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
         raise LeftOutError(f"the image encoder of {opened.run.label} has no square of patches")
@@ -126,6 +128,8 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
         words = class_words(label)
         ids, mask = task.tokenizer.encode(words, task.max_length)
         tokens = np.asarray(states(params, names["text"], (ids, mask)), np.float32)
+        if tokens.shape[-1] != of_patches.shape[-1]:
+            raise LeftOutError(f"the encoders of {opened.run.label} have states of two widths")
         inner = (
             mask.astype(bool) & (ids != task.tokenizer.start_id) & (ids != task.tokenizer.end_id)
         )
