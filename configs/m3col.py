@@ -130,6 +130,10 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
         _garments(config)
     if "towers" in options:
         config.data.towers = "" if options["towers"] == "none" else options["towers"]
+        if config.data.towers:  # each image is embedded once
+            config.batch.image_shift = 0
+            config.batch.image_flip = False
+            config.model.image_pretrained = config.model.text_pretrained = ""
     return config
 
 

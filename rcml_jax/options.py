@@ -209,9 +209,11 @@ _TRAINED = (
         low=0, high=256),
     Option("batch.image_flip", bool, "Augmentation: mirror half of the images."),
     Option("model.image_pretrained", str,
-        "Checkpoint of the image tower: a ViT, as a directory or a name on the hub."),
+        "Checkpoint of the image tower: a ViT, as a directory or a name on the hub, or "
+        "efficientnet-lite0."),
     Option("model.text_pretrained", str,
-        "Checkpoint of the text tower: a BERT or RoBERTa, as a directory or a name on the hub."),
+        "Checkpoint of the text tower: a BERT or RoBERTa, as a directory or a name on the hub, or "
+        "minilm."),
     Option("model.dtype", str, "Type of the computation.", choices=("float32", "bfloat16")),
     Option("model.remat", str,
         "Compute activations again in the backward pass, to save memory: those of each layer, "
@@ -367,7 +369,9 @@ _M3COL = (
         "Without a validation split: number of folds of train, one of which is held out.",
         low=0, high=1000),
     Option("data.patches_hidden", float, "Share of each image that is turned grey.", **_SHARE),
-    Option("data.patch_size", int, "Side of a grey patch in pixels.", low=1, high=4096),
+    Option("data.patch_size", int,
+        "Side of a grey patch in pixels; with data.towers: of an image of model.image_size.",
+        low=1, high=4096),
     Option("data.words_dropped", float, "Share of the words of a text that are lost.", **_SHARE),
     Option("batch.size", int, "Samples in a batch; 0: the whole training split.", low=0),
     Option("model.dropout", float, "Share of activations dropped.", low=0, below=1),

@@ -70,11 +70,10 @@ def _small_encoders(
     return _heads(width, heads, image and text) or _patches(size, patch, image)
 
 
-def _frozen_embeddings(towers: str, hidden: float, dropped: float, *inputs: Any) -> str | None:
-    if towers and (hidden or dropped or any(inputs)):
+def _frozen_embeddings(towers: str, *inputs: Any) -> str | None:
+    if towers and any(inputs):
         return (
-            "config.data.towers embeds each image and text once, as it is; set "
-            "data.patches_hidden, data.words_dropped and batch.image_shift to 0, "
+            "config.data.towers embeds each image and text once; set batch.image_shift=0 and "
             "batch.image_flip=False, and leave model.image_pretrained and text_pretrained empty"
         )
     return None
@@ -307,8 +306,8 @@ RULES = (
     ),
     Rule(
         (
-            "data.towers", "data.patches_hidden", "data.words_dropped", "batch.image_shift",
-            "batch.image_flip", "model.image_pretrained", "model.text_pretrained",
+            "data.towers", "batch.image_shift", "batch.image_flip", "model.image_pretrained",
+            "model.text_pretrained",
         ),
         _frozen_embeddings,
     ),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse
+from PIL import Image
 
 from rcml_jax.data.classification import ClassificationData, Modality, stratified_folds
 from rcml_jax.data.images import (
@@ -17,8 +19,10 @@ from rcml_jax.data.images import (
     augment,
     drop_words,
     hide_patches,
+    image_states,
+    to_array,
 )
-from rcml_jax.data.relation_graph import SPLITS
+from rcml_jax.data.relation_graph import SPLITS, ItemImages
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
@@ -27,6 +31,7 @@ from rcml_jax.evaluation import class_controls, classification
 from rcml_jax.evaluation.controls import LINEAR
 from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.models.backbones import encoder_config
+from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
@@ -55,15 +60,22 @@ def embedded(
 ) -> ClassificationData:
     """The data with embeddings of the frozen `config.data.towers` in place of images and texts.
 
-    They are tables then, computed once and kept beside the data sets. Raises UserError as
+    They are tables then, computed once and kept beside the data sets: of images and texts that are
+    degraded as those of the evaluation, in the same way in every epoch. Raises UserError as
     `tower_embeddings`.
     """
     if not config.data.towers:
         return data
+    images = next((m.values for m in data.modalities if m.kind == "image"), None)
+    texts = next((m.values for m in data.modalities if m.kind == "text"), None)
+    if images is not None and config.data.patches_hidden:
+        images = _PatchesHidden(images, config)
+    if texts is not None:
+        texts = degraded_texts(config.data, texts, np.arange(len(data)))
     found = tower_embeddings(
         config.data.towers,
-        next((m.values for m in data.modalities if m.kind == "image"), None),
-        next((m.values for m in data.modalities if m.kind == "text"), None),
+        images,
+        texts,
         cache_directory(config.data.dir, workdir) / "embeddings",
         max_length=config.model.max_length,
     )
@@ -71,6 +83,67 @@ def embedded(
         Modality(m.name, "table", found[m.kind]) if m.kind in found else m for m in data.modalities
     ]
     return dataclasses.replace(data, modalities=tuple(modalities))
+
+
+class _PatchesHidden:
+    """Images without the patches that the evaluation hides, for a tower of any size.
+
+    They are squares, with the patches of an image of `config.model.image_size` pixels.
+    """
+
+    def __init__(self, images: ItemImages, config: Any):
+        self._images, self._data = images, config.data
+        self._side = config.model.image_size // config.data.patch_size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        image = self._images[index]
+        patch = max(min(image.size) // self._side, 1)
+        pixels = to_array(image, patch * self._side)[None]
+        return Image.fromarray(hidden_patches(self._data, pixels, [index], patch)[0])
+
+    def encoded(self, index: int) -> bytes:
+        """The PNG bytes of one image."""
+        out = io.BytesIO()
+        self[index].save(out, "PNG")
+        return out.getvalue()
+
+    def states(self) -> list:
+        """A JSON value for each image that changes when the image or what is hidden does."""
+        hidden = [self._data.patches_hidden, self._side, self._data.split_seed]
+        return [[*hidden, state] for state in image_states(self._images)]
+
+
+def degraded_texts(
+    options: Any,
+    texts: Sequence[str],
+    rows: Sequence[int] | np.ndarray,
+    rng: np.random.Generator | None = None,
+) -> list[str]:
+    """The texts of rows (n,) without a share of their words, `config.data.words_dropped`.
+
+    options: `config.data`. Without a generator the words depend on the row alone.
+    """
+    share, found = options.words_dropped, [texts[row] for row in rows]
+    if not share:
+        return found
+    noise = [rng or _noise(options, row) for row in rows]
+    return [drop_words(t, r, share=share) for t, r in zip(found, noise, strict=True)]
+
+
+def hidden_patches(
+    options: Any, images: np.ndarray, rows: Sequence[int] | np.ndarray, patch: int
+) -> np.ndarray:
+    """The images (n, H, W, 3) of rows (n,) with grey patches, which depend on the row alone."""
+    one = functools.partial(hide_patches, share=options.patches_hidden, patch=patch)
+    pairs = zip(images, rows, strict=True)
+    return np.concatenate([one(pixels[None], _noise(options, row)) for pixels, row in pairs])
+
+
+def _noise(options: Any, row: int) -> np.random.Generator:
+    return np.random.default_rng((options.split_seed, int(row)))
 
 
 def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
@@ -109,12 +182,12 @@ class ClassificationTask:
             tokenizer = work_tokenizer(
                 pathlib.Path(workdir),
                 lambda: _texts(data),
-                model.text_pretrained,
+                resolve(model.text_pretrained),
                 model.vocab_size,
                 kind="BERT or RoBERTa",
             )
             if model.text_pretrained:
-                sizes = encoder_config(model.text_pretrained, modality="text")
+                sizes = encoder_config(resolve(model.text_pretrained), modality="text")
                 max_length = min(max_length, max_text_length(sizes))
             if new:
                 for modality in data.modalities:
@@ -164,19 +237,9 @@ class ClassificationTask:
             return (self._images(modality.name, rows, rng, mine),)
         # All texts: the longest sets the length, and words are lost one text after the other.
         assert self.tokenizer is not None  # there is one wherever there are texts
-        texts = self.degraded_texts(modality.values, rows, rng)
+        texts = degraded_texts(self.config.data, modality.values, rows, rng)
         ids, mask = self.tokenizer.encode(texts, self.max_length)
         return ids[mine], mask[mine]
-
-    def degraded_texts(
-        self, texts: Sequence[str], rows: np.ndarray, rng: np.random.Generator | None = None
-    ) -> list[str]:
-        """The texts of rows (n,) without the words that are dropped, at random as in `inputs`."""
-        share, found = self.config.data.words_dropped, [texts[row] for row in rows]
-        if not share:
-            return found
-        noise = [rng or self._noise(row) for row in rows]
-        return [drop_words(t, r, share=share) for t, r in zip(found, noise, strict=True)]
 
     def _images(
         self, name: str, rows: np.ndarray, rng: np.random.Generator | None, mine: np.ndarray
@@ -192,12 +255,7 @@ class ClassificationTask:
             return images
         if rng is not None:
             return hide_patches(images, rng, part, share=share, patch=patch)
-        one = functools.partial(hide_patches, share=share, patch=patch)
-        hidden = [one(p[None], self._noise(row)) for p, row in zip(images, rows, strict=True)]
-        return np.concatenate(hidden)
-
-    def _noise(self, row: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.data.split_seed, int(row)))
+        return hidden_patches(config.data, images, rows, patch)
 
     @functools.cached_property
     def sampler(self) -> EpochSampler:
@@ -532,7 +590,7 @@ def control_rows(task: ClassificationTask) -> dict[str, dict]:
 
 def _joined_texts(task: ClassificationTask, rows: np.ndarray) -> list[str]:
     """All texts of each row, as the model is given them."""
-    parts = [task.degraded_texts(texts, rows) for texts in task.texts.values()]
+    parts = [degraded_texts(task.config.data, texts, rows) for texts in task.texts.values()]
     return [" ".join(texts) for texts in zip(*parts, strict=True)]
 
 

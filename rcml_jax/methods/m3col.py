@@ -25,12 +25,13 @@ from rcml_jax.methods.classification import (
     look,
     report,
 )
-from rcml_jax.models.backbones import encoder_config, load_encoder
+from rcml_jax.models.backbones import build_backbone, encoder_config, load_encoder
+from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.m3col import M3CoL, TableEncoder, column_range
 from rcml_jax.models.preprocessing import check_tokenizer, set_statistics, with_preprocessing
-from rcml_jax.models.towers.bert import Bert, small_bert_config
+from rcml_jax.models.towers.bert import small_bert_config
 from rcml_jax.models.towers.efficientnet import STATISTICS
-from rcml_jax.models.towers.vit import ViT, small_vit_config
+from rcml_jax.models.towers.vit import small_vit_config
 from rcml_jax.ops import mixup
 from rcml_jax.ops.divided import CHUNK, divided
 from rcml_jax.ops.similarity import l2_normalize
@@ -55,13 +56,12 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
             widths[modality.name] = model.width
         else:
             sizes = _transformer(modality.kind, model, task)
-            encoder: Callable[..., nn.Module] = ViT if modality.kind == "image" else Bert
-            encoders[modality.name] = encoder(sizes, dtype, model.remat)
+            encoders[modality.name] = build_backbone(sizes, dtype, model.remat)
             widths[modality.name] = sizes.hidden_size
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(
             f"the encoders' embeddings have different widths ({widths}), which cannot be "
-            "contrasted; take encoders of one width"
+            "contrasted; take encoders of one width, or set config.loss.contrastive=none"
         )
     several = len(encoders) > 1
     return M3CoL(
@@ -77,7 +77,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
 
 def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
     """The configuration of an image or text encoder: a checkpoint's, or a small one."""
-    name = model[_PRETRAINED[kind]]
+    name = resolve(model[_PRETRAINED[kind]])
     if name:
         found = encoder_config(name, modality=kind)
         if kind == "image":
@@ -109,7 +109,7 @@ def load_pretrained_parts(config: Any, kinds: Mapping[str, str], params: Params)
     for name, kind in kinds.items():
         checkpoint = config.model[_PRETRAINED[kind]] if kind in _PRETRAINED else ""
         if checkpoint:
-            _, found = load_encoder(checkpoint, modality=kind)
+            _, found = load_encoder(resolve(checkpoint), modality=kind)
             params = {**params, f"encoders_{name}": jax.tree.map(jnp.asarray, found)}
     return params
 

@@ -116,7 +116,9 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
         lambda p, n, x: module.apply({"params": p}, x, method=_tokens(n)), static_argnums=1
     )
     pixels = task.inputs(rows)[names["image"]][0]
-    patches = np.asarray(states(params, names["image"], (pixels,)), np.float32)[:, 1:]
+    patches = np.asarray(states(params, names["image"], (pixels,)), np.float32)
+    if patches.shape[1] != math.isqrt(patches.shape[1]) ** 2:
+        patches = patches[:, 1:]  # [CLS], which a convolutional network lacks
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
         raise LeftOutError(f"the image encoder of {opened.run.label} has no square of patches")
@@ -126,6 +128,8 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
         words = class_words(label)
         ids, mask = task.tokenizer.encode(words, task.max_length)
         tokens = np.asarray(states(params, names["text"], (ids, mask)), np.float32)
+        if tokens.shape[-1] != of_patches.shape[-1]:
+            raise LeftOutError(f"the encoders of {opened.run.label} have states of two widths")
         inner = (
             mask.astype(bool) & (ids != task.tokenizer.start_id) & (ids != task.tokenizer.end_id)
         )
@@ -322,7 +326,7 @@ def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Pat
     return path
 
 
-_MOST = 6
+_MOST, _MOST_CURVES = 6, 10
 
 
 def section(
@@ -356,7 +360,7 @@ class _Figures:
 
     def accuracy(self) -> Figure:
         """Accuracy at every look of training."""
-        shown = self.runs[:_MOST]
+        shown = self.runs[:_MOST_CURVES]
         path, saved = self.folder.save("accuracy-by-epoch.csv", accuracy_by_epoch(shown))
         images = [
             self.folder.draw(
@@ -376,7 +380,7 @@ class _Figures:
             "Accuracy of the fused prediction at every look of training; validation samples were "
             "held out from the models that are scored on them."
             + several
-            + (f" The first {_MOST} of {len(self.runs)} runs." if rest > 0 else ""),
+            + (f" The first {_MOST_CURVES} of {len(self.runs)} runs." if rest > 0 else ""),
             tuple(images),
             data=(path,),
         )
@@ -425,9 +429,16 @@ class _Figures:
             except LeftOutError as error:
                 reasons.append(str(error))
         if not shown:
-            why = reasons[0] if reasons else "no run has an image and a text of each sample"
-            return [Figure(title, left_out=why)]
+            return [Figure(title, left_out=reasons[0] if reasons else self._no_maps())]
         return [self._heat_figure(title, shown, found)]
+
+    def _no_maps(self) -> str:
+        if any(run.config.data.get("towers", "") for run in self.runs):
+            return (
+                "these runs classify embeddings of frozen towers, which have no patches and no "
+                "words; train towers: --config m3col:SOURCE,towers=none"
+            )
+        return "no run has an image and a text of each sample"
 
     def _samples(self, opened: Opened) -> np.ndarray:
         return drawn_samples(opened, self.seed)

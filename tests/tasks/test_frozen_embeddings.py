@@ -5,9 +5,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from rcml_jax.data import images
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.tokenizer import Tokenizer
-from rcml_jax.methods import build
+from rcml_jax.methods import build, classification
 from rcml_jax.methods.classification import load_data
 from rcml_jax.models.frozen import load_towers
 from rcml_jax.training import loop
@@ -44,6 +45,43 @@ def test_images_and_texts_become_tables_of_their_embeddings(config, tmp_path):
     tokenizer = Tokenizer.from_pretrained_dir(text.directory)
     encoded = tokenizer.encode([raw.modalities[1].values[i] for i in rows], text.size)
     np.testing.assert_allclose(found["text"][0], text.embed(*encoded), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_hidden_of_a_sample_is_hidden_from_its_towers(config, tmp_path):
+    """The same patches and words as those that a model from scratch is evaluated without."""
+    degraded = {"data.patches_hidden": 0.5, "data.words_dropped": 0.5}
+    degraded["data.dir"] = str(tmp_path / "cache")
+    rows = np.array([3, 100])
+    raw = load_data(config.data)
+    options = config.copy_and_resolve_references()
+    options.update_from_flattened_dict(degraded)
+    found = build(options, tmp_path / "towers").task.inputs(rows)
+    scratch = config.copy_and_resolve_references()
+    scratch.update_from_flattened_dict(degraded | {"data.towers": ""})
+    (tmp_path / "scratch").mkdir()
+    pixels = build(scratch, tmp_path / "scratch").task.inputs(rows)["image"][0]
+    image, text = load_towers(config.data.towers)
+    hidden = classification._PatchesHidden(raw.modalities[0].values, options)
+    side = 6  # 48 pixels in patches of 8
+
+    def grey(square):
+        patches = square.reshape(side, len(square) // side, side, -1, 3)
+        return np.all(patches == images._GREY, axis=(1, 3, 4))
+
+    for row, square in zip(rows, pixels, strict=True):
+        assert grey(square).sum() == side**2 // 2
+        np.testing.assert_array_equal(grey(np.asarray(hidden[row])), grey(square))
+    of_hidden = image.embed(ImageBank(hidden, image.framing)(rows))
+    np.testing.assert_allclose(found["image"][0], of_hidden, rtol=1e-4, atol=1e-5)
+    words = classification.degraded_texts(options.data, raw.modalities[1].values, rows)
+    assert all(len(w) < len(raw.modalities[1].values[r]) for w, r in zip(words, rows, strict=True))
+    tokenizer = Tokenizer.from_pretrained_dir(text.directory)
+    of_words = text.embed(*tokenizer.encode(words, text.size))
+    np.testing.assert_allclose(found["text"][0], of_words, rtol=1e-4, atol=1e-5)
+    # Another share is another embedding, not the one that was kept.
+    options.data.patches_hidden = 0.25
+    other = build(options, tmp_path / "other").task.inputs(rows)
+    assert not np.allclose(found["image"][0], other["image"][0])
 
 
 def test_they_are_computed_once_and_trained_on_by_several_seeds(config, tmp_path):
