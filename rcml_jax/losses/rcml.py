@@ -160,7 +160,8 @@ def relation_identification(
     live = _live(anchor, positive, pair_valid, valid) & ~intra[:, None]
 
     def similarities(embeddings):
-        items = _split_by_features(jnp.stack(embeddings))
+        # By items first, as they come: else the towers' backward pass is split by features, too.
+        items = _split_along(_split_along(jnp.stack(embeddings), 1), 2)
         return jnp.einsum("xrgd,yrgd->xyrg", items[:, anchor], items[:, positive])
 
     # (x, y, R, G, R'): every pair under every relation of the batch.
@@ -179,17 +180,18 @@ def relation_identification(
     return jnp.sum(losses) / count, {"relation_accuracy": accuracy}
 
 
-def _split_by_features(x):
-    """(..., d), split over the devices along d, so that sums over d are summed over the devices.
+def _split_along(x, axis):
+    """x, split over the devices along an axis, so that sums over it are summed over the devices.
 
-    As it is where the number of devices does not divide d, or the caller places arrays itself.
+    As it is where the number of devices does not divide its length, or the caller places arrays
+    itself.
     """
     mesh = jax.typeof(x).sharding.mesh
-    devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
-    if devices == 1 or x.shape[-1] % devices:
+    devices = math.prod(mesh.shape[name] for name in mesh.auto_axes)
+    if devices == 1 or x.shape[axis] % devices:
         return x
-    by_features = PartitionSpec(*[None] * (x.ndim - 1), mesh.auto_axes)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_features))
+    split = PartitionSpec(*[None] * axis, mesh.auto_axes)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, split))
 
 
 def _terms_by_relation(states, pairs, terms, *, chunk_size, pair_chunk_size, remat):
