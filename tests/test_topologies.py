@@ -127,6 +127,22 @@ def test_a_step_is_compiled_from_shapes(title, mode, state_devices):
     assert facts["host_transfers"] == 0
 
 
+@pytest.mark.parametrize("mode", ["jit", "fsdp"])
+def test_embeddings_under_all_relations_stay_on_their_devices(mode):
+    """Also in the backward pass, whatever the loss splits by features."""
+    config = get_config()
+    models.shrink(config)
+    method = models.relational("rcml", topologies.sized(config, 64))
+    batch, devices = topologies.abstract_batch(method, 8, 6), jax.devices()[:8]
+    placed = build(mode, devices, split_shared=method.split_shared)
+    text = topologies.compile_step(method, batch, placed).as_text()
+    sent = re.findall(r"= (.*?) (?:all-\w+|reduce-scatter)(?:-\w+)?\(", text)
+    whole = [64, method.config.batch.relations + 1, method.config.model.embed_dim]
+    shapes = [list(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", str(sent))]
+    assert any(whole[2] in shape for shape in shapes)  # rows of pairs
+    assert all(sorted(shape) != sorted(whole) for shape in shapes)
+
+
 @pytest.mark.parametrize("title", ["clip", "rcml"])
 def test_a_loss_is_compiled_alone(title):
     """Its gradient lies where the embeddings do: a part of it is on each device."""
