@@ -1,14 +1,13 @@
 """The relation-conditioned objective of RCML (Eq. 1–2), relation by relation."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from rcml_jax.losses._chunked import lowest
 from rcml_jax.ops.similarity import as_float
+from rcml_jax.ops.split import split_over_devices
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -160,8 +159,7 @@ def relation_identification(
     live = _live(anchor, positive, pair_valid, valid) & ~intra[:, None]
 
     def similarities(embeddings):
-        # By items first, as they come: else the towers' backward pass is split by features, too.
-        items = _split_along(_split_along(jnp.stack(embeddings), 1), 2)
+        items = split_over_devices(jnp.stack(embeddings), 2)
         return jnp.einsum("xrgd,yrgd->xyrg", items[:, anchor], items[:, positive])
 
     # (x, y, R, G, R'): every pair under every relation of the batch.
@@ -178,20 +176,6 @@ def relation_identification(
     count = jnp.maximum(4 * jnp.sum(live, dtype=losses.dtype), 1)
     accuracy = jnp.sum(wins, dtype=losses.dtype) / count
     return jnp.sum(losses) / count, {"relation_accuracy": accuracy}
-
-
-def _split_along(x, axis):
-    """x, split over the devices along an axis, so that sums over it are summed over the devices.
-
-    As it is where the number of devices does not divide its length, or the caller places arrays
-    itself.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    devices = math.prod(mesh.shape[name] for name in mesh.auto_axes)
-    if devices == 1 or x.shape[axis] % devices:
-        return x
-    split = PartitionSpec(*[None] * axis, mesh.auto_axes)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, split))
 
 
 def _terms_by_relation(states, pairs, terms, *, chunk_size, pair_chunk_size, remat):

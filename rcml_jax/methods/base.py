@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rcml_jax.ops.split import split_embeddings
+
 Params = Any
 Batch = dict[str, Any]
 Metrics = dict[str, Any]
@@ -130,7 +132,8 @@ class Method(abc.ABC):
     ) -> tuple[jax.Array, Metrics]:
         """The objective of the embedded batch: what one device, or sharded `jit`, computes."""
         batch = self.prepare(batch, key)
-        return self.objective(params, self.embed(params, batch, key), batch, progress)
+        embedded = split_embeddings(self.embed(params, batch, key))
+        return self.objective(params, embedded, batch, progress)
 
     def value_and_grad(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array

@@ -17,6 +17,7 @@ from jax.extend.random import define_prng_impl, threefry2x32_p
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Method
+from rcml_jax.ops.split import split_embeddings
 from rcml_jax.training.sharding import across_devices
 
 # Random keys that draw some of the rows that another key draws for a whole batch.
@@ -149,7 +150,7 @@ def accumulated(
             return encode(params, piece, rows_of(key, before + part, parts, _count(piece)))
 
         def value(params: Any, everyone: Any) -> Any:
-            return loss(params, everyone, *args)
+            return loss(params, split_embeddings(everyone), *args)
 
         if parts == 1:
             return _at_once(value, embed, params, inputs, has_aux, axis_name)
