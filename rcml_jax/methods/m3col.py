@@ -229,8 +229,8 @@ class M3CoLMethod(Method):
             if name in self.mixed_inputs:
                 # Partners' pixels come from other devices as the bytes that they are.
                 others = jax.tree.map(lambda x, rows=partner[index]: x[rows], items[name])
-                sides = (self._floats(name, x) for x in (items[name], others))
-                items[f"{name} mixed"] = mixup.mix_with(*sides, coefficient)
+                own, others = (self._floats(name, x) for x in (items[name], others))
+                items[f"{name} mixed"] = mixup.mix_with(own, others, coefficient)
         return {
             "items": items,
             "shared": shared | {"coefficient": coefficient, "partner": jnp.stack(partner, axis=1)},

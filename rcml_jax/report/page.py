@@ -143,8 +143,9 @@ def scatter(axes, points: np.ndarray, kind: np.ndarray, names: list[str]) -> Non
     """
     many = len(points) > _FEW_POINTS
     size, edge = (34.0, 0.5) if not many else (max(10.0, 34 * _FEW_POINTS / len(points)), 0.25)
-    turn = np.arange(len(points)) % (_TURNS if many else 1)
-    for now in range(turn.max(initial=0) + 1):
+    turns = _TURNS if many else 1
+    turn = np.arange(len(points)) % turns
+    for now in range(turns):
         for number in range(len(names)):
             here, marker = (kind == number) & (turn == now), MARKERS[number % 10]
             axes.scatter(
