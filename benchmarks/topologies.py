@@ -342,8 +342,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 class Subject:
     """What is compiled, for so many chips.
 
-    items: of a call, on all chips; flops: the model's products, likewise, None if there are none
-    to speak of. compile: of the devices of a parallel mode; mode "": there is but one.
+    mode: parallel mode, "" where there is but one. items: of a call, on all chips; flops: the
+    model's products, likewise, None if there are none to speak of.
     """
 
     title: str
@@ -362,8 +362,9 @@ def subjects(
     for name in arguments.only.split(","):
         if name == "m3col":
             for title, method in phases(m3col, items):
-                needed = work.class_flops(method, models.text_length(method, None))
-                batch = abstract_class_batch(method, models.text_length(method, None))
+                text = models.text_length(method, None)
+                needed = work.class_flops(method, text)
+                batch = abstract_class_batch(method, text)
                 for mode in modes:
                     made = functools.partial(_step, compile_step, mode, method, batch, devices)
                     yield Subject(title, mode, items, chips, needed, made)

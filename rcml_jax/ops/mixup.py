@@ -60,7 +60,6 @@ def mix(tree: Any, coefficient: jax.Array, partner: jax.Array) -> Any:
     coefficient: (n,); partner: (n,) int. Partners come from the whole batch: mix before it is split
     over devices. Integer leaves (token ids) cannot be mixed and raise TypeError.
     """
-
     return mix_with(tree, jax.tree.map(lambda x: jnp.asarray(x)[partner], tree), coefficient)
 
 
