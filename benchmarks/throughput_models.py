@@ -24,7 +24,6 @@ from rcml_jax.methods.classification import ClassificationTask
 from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.methods.rcml import RCMLMethod
 from rcml_jax.models.backbones import encoder_config
-from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.clip import end_token
 from rcml_jax.models.two_towers import pretrained_config
@@ -240,7 +239,7 @@ def _tokenizer(model: Any) -> Any:
             vocab_size=text.vocab_size, end_id=end_token(text), pad_id=text.pad_token_id
         )
     if model.text_pretrained:
-        sizes = encoder_config(resolve(model.text_pretrained), modality="text")
+        sizes = encoder_config(model.text_pretrained, modality="text")
         vocab_size, pad_id = sizes.vocab_size, sizes.pad_token_id
     return types.SimpleNamespace(vocab_size=vocab_size, end_id=vocab_size - 1, pad_id=pad_id)
 

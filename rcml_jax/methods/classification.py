@@ -2,27 +2,23 @@
 
 import dataclasses
 import functools
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse
-from PIL import Image
 
 from rcml_jax.data.classification import ClassificationData, Modality, stratified_folds
-from rcml_jax.data.images import (
-    Framing,
-    ImageBank,
-    StoredPixels,
-    augment,
+from rcml_jax.data.degrade import (
+    PatchesHidden,
     drop_words,
+    drop_words_of_rows,
     hide_patches,
-    image_states,
-    to_array,
+    hide_patches_of_rows,
 )
-from rcml_jax.data.relation_graph import SPLITS, ItemImages
+from rcml_jax.data.images import Framing, ImageBank, StoredPixels, augment
+from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES
 from rcml_jax.data.tokenizer import Tokenizer
@@ -31,7 +27,6 @@ from rcml_jax.evaluation import class_controls, classification
 from rcml_jax.evaluation.controls import LINEAR
 from rcml_jax.methods.base import Metrics, Params, Rows
 from rcml_jax.models.backbones import encoder_config
-from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.preprocessing import ImagePreprocessing, preprocessing_of
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
@@ -69,7 +64,12 @@ def embedded(
     images = next((m.values for m in data.modalities if m.kind == "image"), None)
     texts = next((m.values for m in data.modalities if m.kind == "text"), None)
     if images is not None and config.data.patches_hidden:
-        images = _PatchesHidden(images, config)
+        images = PatchesHidden(
+            images,
+            config.data.split_seed,
+            share=config.data.patches_hidden,
+            side=config.model.image_size // config.data.patch_size,
+        )
     if texts is not None:
         texts = degraded_texts(config.data, texts, np.arange(len(data)))
     found = tower_embeddings(
@@ -85,37 +85,6 @@ def embedded(
     return dataclasses.replace(data, modalities=tuple(modalities))
 
 
-class _PatchesHidden:
-    """Images without the patches that the evaluation hides, for a tower of any size.
-
-    They are squares, with the patches of an image of `config.model.image_size` pixels.
-    """
-
-    def __init__(self, images: ItemImages, config: Any):
-        self._images, self._data = images, config.data
-        self._side = config.model.image_size // config.data.patch_size
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        image = self._images[index]
-        patch = max(min(image.size) // self._side, 1)
-        pixels = to_array(image, patch * self._side)[None]
-        return Image.fromarray(hidden_patches(self._data, pixels, [index], patch)[0])
-
-    def encoded(self, index: int) -> bytes:
-        """The PNG bytes of one image."""
-        out = io.BytesIO()
-        self[index].save(out, "PNG")
-        return out.getvalue()
-
-    def states(self) -> list:
-        """A JSON value for each image that changes when the image or what is hidden does."""
-        hidden = [self._data.patches_hidden, self._side, self._data.split_seed]
-        return [[*hidden, state] for state in image_states(self._images)]
-
-
 def degraded_texts(
     options: Any,
     texts: Sequence[str],
@@ -129,21 +98,9 @@ def degraded_texts(
     share, found = options.words_dropped, [texts[row] for row in rows]
     if not share:
         return found
-    noise = [rng or _noise(options, row) for row in rows]
-    return [drop_words(t, r, share=share) for t, r in zip(found, noise, strict=True)]
-
-
-def hidden_patches(
-    options: Any, images: np.ndarray, rows: Sequence[int] | np.ndarray, patch: int
-) -> np.ndarray:
-    """The images (n, H, W, 3) of rows (n,) with grey patches, which depend on the row alone."""
-    one = functools.partial(hide_patches, share=options.patches_hidden, patch=patch)
-    pairs = zip(images, rows, strict=True)
-    return np.concatenate([one(pixels[None], _noise(options, row)) for pixels, row in pairs])
-
-
-def _noise(options: Any, row: int) -> np.random.Generator:
-    return np.random.default_rng((options.split_seed, int(row)))
+    if rng is None:
+        return drop_words_of_rows(found, rows, options.split_seed, share=share)
+    return [drop_words(text, rng, share=share) for text in found]
 
 
 def image_preprocessing_of(model: Any) -> ImagePreprocessing | None:
@@ -182,12 +139,12 @@ class ClassificationTask:
             tokenizer = work_tokenizer(
                 pathlib.Path(workdir),
                 lambda: _texts(data),
-                resolve(model.text_pretrained),
+                model.text_pretrained,
                 model.vocab_size,
                 kind="BERT or RoBERTa",
             )
             if model.text_pretrained:
-                sizes = encoder_config(resolve(model.text_pretrained), modality="text")
+                sizes = encoder_config(model.text_pretrained, modality="text")
                 max_length = min(max_length, max_text_length(sizes))
             if new:
                 for modality in data.modalities:
@@ -255,7 +212,7 @@ class ClassificationTask:
             return images
         if rng is not None:
             return hide_patches(images, rng, part, share=share, patch=patch)
-        return hidden_patches(config.data, images, rows, patch)
+        return hide_patches_of_rows(images, rows, config.data.split_seed, share=share, patch=patch)
 
     @functools.cached_property
     def sampler(self) -> EpochSampler:

@@ -26,7 +26,6 @@ from rcml_jax.methods.classification import (
     report,
 )
 from rcml_jax.models.backbones import build_backbone, encoder_config, load_encoder
-from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.m3col import M3CoL, TableEncoder, column_range
 from rcml_jax.models.preprocessing import check_tokenizer, set_statistics, with_preprocessing
 from rcml_jax.models.towers.bert import small_bert_config
@@ -77,7 +76,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
 
 def _transformer(kind: str, model: Any, task: ClassificationTask) -> Any:
     """The configuration of an image or text encoder: a checkpoint's, or a small one."""
-    name = resolve(model[_PRETRAINED[kind]])
+    name = model[_PRETRAINED[kind]]
     if name:
         found = encoder_config(name, modality=kind)
         if kind == "image":
@@ -109,7 +108,7 @@ def load_pretrained_parts(config: Any, kinds: Mapping[str, str], params: Params)
     for name, kind in kinds.items():
         checkpoint = config.model[_PRETRAINED[kind]] if kind in _PRETRAINED else ""
         if checkpoint:
-            _, found = load_encoder(resolve(checkpoint), modality=kind)
+            _, found = load_encoder(checkpoint, modality=kind)
             params = {**params, f"encoders_{name}": jax.tree.map(jnp.asarray, found)}
     return params
 

@@ -9,7 +9,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
+from rcml_jax.models.checkpoints import (
+    check_directory,
+    checkpoint_location,
+    expected_params,
+    read_config,
+    read_params,
+)
 from rcml_jax.models.towers.bert import Bert
 from rcml_jax.models.towers.clip import CLIPText, CLIPVision
 from rcml_jax.models.towers.efficientnet import NAME as EFFICIENTNET
@@ -21,7 +27,6 @@ from rcml_jax.models.towers.efficientnet import (
 from rcml_jax.models.towers.siglip import SiglipText, SiglipVision
 from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.towers.vit import ViT
-from rcml_jax.parsing import checkpoint_name
 from rcml_jax.registry import call, resolve
 
 
@@ -165,7 +170,7 @@ def load_encoder(name: str, *, modality: str | None = None) -> tuple[Any, dict]:
     """
     if name == EFFICIENTNET and modality != "text":
         return EfficientNetConfig(), load_efficientnet_lite0()
-    check_directory(pathlib.Path(checkpoint_name(name)), _KIND)
+    check_directory(pathlib.Path(checkpoint_location(name)), _KIND)
     config = encoder_config(name, modality=modality)
     backbone = BACKBONES[config.model_type]
     expected = expected_params(build_backbone(config), *example_input(config), method="__call__")

@@ -69,7 +69,7 @@ def pretrained_directory(
 
     files: patterns, by default of the tokenizer's; kind: what an error calls the checkpoint.
     """
-    name = checkpoint_name(name)
+    name = checkpoint_location(name)
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     from huggingface_hub import snapshot_download
@@ -87,7 +87,7 @@ def read_config(name: str, kind: str, types: Iterable[str], wanted: str = "") ->
     Raises UserError where it cannot be read, or is of a model type that is not among `types`; the
     sentence says what was `wanted` instead.
     """
-    name = checkpoint_name(name)
+    name = checkpoint_location(name)
     directory = pathlib.Path(name)
     if directory.exists() and not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json, so it is no {kind} checkpoint")
@@ -211,7 +211,7 @@ def to_torch(params: Any) -> dict[str, np.ndarray]:
 
 def _weights(name: str, kind: str) -> pathlib.Path:
     """The directory with the weights of a checkpoint, fetched where it is a name on the hub."""
-    directory = pathlib.Path(checkpoint_name(name))
+    directory = pathlib.Path(checkpoint_location(name))
     if directory.exists():
         return check_directory(directory, kind)
     directory = pretrained_directory(name, kind=kind, files=[_SINGLE, _INDEX])
@@ -339,6 +339,9 @@ def packaged_directory() -> pathlib.Path:
     return directory
 
 
-def resolve(name: str) -> str:
-    """A checkpoint's directory or name on the hub; `NAME` is the packaged one."""
-    return str(packaged_directory()) if name == NAME else name
+def checkpoint_location(name: str) -> str:
+    """A checkpoint's directory or name on the hub; `NAME` is the packaged one, ~ is expanded.
+
+    Raises UserError as `packaged_directory` and `parsing.user_path`.
+    """
+    return str(packaged_directory()) if name == NAME else checkpoint_name(name)

@@ -13,7 +13,7 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.models import LAYERS, POOLINGS
 from rcml_jax.models.backbones import build_backbone, load_encoder
-from rcml_jax.models.checkpoints import pretrained_directory, read_config, resolve
+from rcml_jax.models.checkpoints import checkpoint_location, pretrained_directory, read_config
 from rcml_jax.models.preprocessing import (
     check_tokenizer,
     read_image_preprocessing,
@@ -98,7 +98,7 @@ def tower_types(name: str) -> dict[str, tuple[str, str]]:
 
 def _type(name: str, modality: str) -> tuple[str, str]:
     """The model type of a checkpoint, and its directory or name."""
-    name = resolve(name)
+    name = checkpoint_location(name)
     if name == EFFICIENTNET and modality == "image":
         return name, name
     kind = read_config(name, _KIND, {x for types in _TYPES.values() for x in types}).model_type

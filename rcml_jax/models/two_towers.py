@@ -15,11 +15,16 @@ from transformers import CLIPConfig, SiglipConfig
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.errors import UserError
 from rcml_jax.models.backbones import backbone_of, build_backbone, token_states
-from rcml_jax.models.checkpoints import check_directory, expected_params, read_config, read_params
+from rcml_jax.models.checkpoints import (
+    check_directory,
+    checkpoint_location,
+    expected_params,
+    read_config,
+    read_params,
+)
 from rcml_jax.models.towers.hf_flax import HFText, HFVision, check_hugging_face
 from rcml_jax.models.towers.transformer import TokenStates, check_remat
 from rcml_jax.ops.similarity import l2_normalize
-from rcml_jax.parsing import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +202,7 @@ def load_pretrained(name: str) -> tuple[CLIPConfig | SiglipConfig, dict]:
     Returns the configuration and the parameters as float32 NumPy arrays in the layout of
     `TwoTowers`. Raises UserError as `pretrained_config` and `checkpoints.read_params`.
     """
-    check_directory(pathlib.Path(checkpoint_name(name)), "CLIP or SigLIP")
+    check_directory(pathlib.Path(checkpoint_location(name)), "CLIP or SigLIP")
     config = pretrained_config(name)
     return config, read_params(name, towers_shapes(config), "CLIP or SigLIP")
 

