@@ -1,5 +1,7 @@
 """What is computed of classifiers: looks of training, planes, heat maps, confidence."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -142,6 +144,34 @@ def test_heat_maps_are_cosines_of_words_and_patches(news):
 def test_tables_have_no_words_over_images(tables):
     with pytest.raises(LeftOutError, match="has not an image and a text"):
         classification.drawn_samples(tables, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("towers", "reason"),
+    [
+        ("efficientnet-lite0+minilm", "embeddings of frozen towers, .*towers=none"),
+        ("", "no run has an image and a text of each sample"),
+    ],
+)
+def test_the_page_says_why_it_has_no_heat_maps(towers, reason, tmp_path):
+    result = classification_result()
+    result["protocol"]["modalities"] = {"image": "table", "text": "table"}
+    write_run(
+        tmp_path / "run", small_config("m3col", data__towers=towers, batch__image_shift=0), result
+    )
+    runs = read_sources([tmp_path / "run"]).runs
+    work = classification._Figures(page.Folder(tmp_path), runs, Models(), 0)
+    (figure,) = work.heat_maps()
+    assert re.search(reason, figure.left_out)
+
+
+def test_the_page_says_which_model_has_no_heat_maps(tmp_path):
+    """Its modalities are not known, and it cannot be opened."""
+    write_run(tmp_path / "run", small_config("m3col"))
+    runs = read_sources([tmp_path / "run"]).runs
+    work = classification._Figures(page.Folder(tmp_path), runs, Models(), 0)
+    (figure,) = work.heat_maps()
+    assert re.search("the model of run cannot be opened: .* no checkpoints", figure.left_out)
 
 
 @pytest.mark.parametrize(
