@@ -10,9 +10,11 @@ from jax.typing import DTypeLike
 
 from rcml_jax.data.packing import PackedTexts
 from rcml_jax.models.relation_pooling import FoldedRelation, RelationPooling
+from rcml_jax.models.towers.clip import text_ends
 from rcml_jax.models.towers.transformer import TokenStates
-from rcml_jax.models.two_towers import build_towers, joint_width
+from rcml_jax.models.two_towers import build_towers, joint_width, takes_packed
 from rcml_jax.ops.similarity import l2_normalize
+from rcml_jax.ops.split import device_count, rows_apart, rows_beside
 
 
 class RCML(nn.Module):
@@ -47,6 +49,33 @@ class RCML(nn.Module):
     def pool_image(self, pixels: jax.Array, relation: jax.Array, intra: jax.Array) -> jax.Array:
         """Images (n, H, W, 3) under relation embeddings (R, d) → z_I (n, R, d)."""
         return self.head(self.towers.image_states(pixels), relation, intra)
+
+    def _relation_and_texts(self, sentences: jax.Array, texts: Any) -> tuple[jax.Array, Any]:
+        """As `relation` of sentences (R, T), and as `text_states` of texts, None of no texts.
+
+        Each of the devices that a program is split over would encode all sentences, and the tower's
+        gradients of both passes would be there at once. So sentences that fit the rows of CLIP's
+        texts are rows beside them, of which each device has its share.
+        """
+        if texts is None:
+            return self.relation(sentences), None
+        packed = isinstance(texts, PackedTexts)
+        ids, devices = texts.ids if packed else texts, device_count(sentences)
+        room = ids.shape[1] - sentences.shape[1]
+        # What follows the end of a text changes nothing in CLIP's tower.
+        fit = room >= 0 and takes_packed(self.config)
+        if devices == 1 or not fit or len(ids) % devices:
+            return self.relation(sentences), self.towers.text_states(texts)
+        joined: Any = rows_beside(ids, jnp.pad(sentences, ((0, 0), (0, room))))
+        if packed:
+            # A sentence is the first text of its row; none is between equal ends.
+            ends: Any = text_ends(self.config.text_config, sentences)[:, None]
+            ends = rows_beside(texts.ends, jnp.repeat(ends, texts.ends.shape[1], axis=1))
+            joined = PackedTexts(joined, ends)
+        states = self.towers.text_states(joined)
+        parts = [rows_apart(x, len(ids), len(sentences)) for x in states]
+        found, alone = (TokenStates(*part) for part in zip(*parts, strict=True))
+        return alone.pooled[:, 0] if packed else alone.pooled, found
 
     def text_states(self, ids: jax.Array) -> TokenStates:
         """Texts (n, T) → the states of their tokens, which `pool` takes."""
@@ -85,13 +114,13 @@ class RCML(nn.Module):
         """
         if intra is None:
             intra = jnp.zeros(relation_ids.shape[0], bool)
-        relation = self.relation(relation_ids)
+        relation, tokens = self._relation_and_texts(relation_ids, ids)
         if noise is not None:
             length = jnp.linalg.norm(relation, axis=-1, keepdims=True)
             relation += noise.astype(relation.dtype) * length
         out = {"relation": l2_normalize(relation)}
-        if ids is not None:
-            out["text"] = self.pool_text(ids, relation, intra)
+        if tokens is not None:
+            out["text"] = self.head(tokens, relation, intra)
         if pixels is not None:
             out["image"] = self.pool_image(pixels, relation, intra)
         return out

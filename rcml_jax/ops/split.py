@@ -4,7 +4,14 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+
+
+def device_count(x: jax.Array) -> int:
+    """The number of devices over which the compiler may split an array."""
+    mesh = jax.typeof(x).sharding.mesh
+    return math.prod(mesh.shape[name] for name in mesh.auto_axes)
 
 
 def split_over_devices(x: jax.Array, axis: int) -> jax.Array:
@@ -13,8 +20,7 @@ def split_over_devices(x: jax.Array, axis: int) -> jax.Array:
     As it is where the number of devices does not divide the axis, or the caller places arrays
     itself.
     """
-    mesh = jax.typeof(x).sharding.mesh
-    devices = math.prod(mesh.shape[name] for name in mesh.auto_axes)
+    mesh, devices = jax.typeof(x).sharding.mesh, device_count(x)
     if devices == 1 or x.shape[axis] % devices:
         return x
     split = PartitionSpec(*[None] * axis, mesh.auto_axes)
@@ -28,3 +34,26 @@ def split_embeddings(embedded: Any) -> Any:
     have the compiler do so in the towers' last layers, and gather whole embeddings for it.
     """
     return jax.tree.map(lambda x: split_over_devices(x, 0), embedded)
+
+
+def rows_beside(split: jax.Array, whole: jax.Array) -> jax.Array:
+    """Rows (n, ...) split over devices, each device's share of rows (m, ...) behind its own.
+
+    Nothing is sent for it where all devices hold the m rows. The number of devices divides n; the
+    last of the m rows is repeated until it divides them, too. `rows_apart` undoes it.
+    """
+    devices = device_count(split)
+    shares = [(0, -len(whole) % devices)] + [(0, 0)] * (whole.ndim - 1)
+    parts = [split, jnp.pad(whole, shares, mode="edge")]
+    parts = [x.reshape(devices, -1, *x.shape[1:]) for x in parts]
+    joined = jnp.concatenate(parts, axis=1)
+    return split_over_devices(joined.reshape(-1, *joined.shape[2:]), 0)
+
+
+def rows_apart(x: jax.Array, n: int, m: int) -> tuple[jax.Array, jax.Array]:
+    """What was made of the rows of `rows_beside`: of its n rows, split, and of its m."""
+    devices = device_count(x)
+    parts = x.reshape(devices, -1, *x.shape[1:])
+    first, second = parts[:, : n // devices], parts[:, n // devices :]
+    second = second.reshape(-1, *x.shape[1:])[:m]
+    return split_over_devices(first.reshape(n, *x.shape[1:]), 0), second

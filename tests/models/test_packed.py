@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcml_jax.data.packing import PackedTexts, pack
 from rcml_jax.models.rcml import RCML
@@ -113,3 +114,54 @@ def test_clip_in_bfloat16_stays_close():
     params = towers.init(jax.random.key(0), ids[:1], jnp.zeros((1, 16, 16, 3)))["params"]
     alone, together = (towers.apply({"params": params}, x)["text"] for x in (ids, packed))
     np.testing.assert_allclose(together.reshape(alone.shape), alone, atol=0.03)
+
+
+def sentences(count):
+    """As many padded sentences of 2 to 10 tokens."""
+    return np.resize(np.asarray(texts()[0])[::-1], (count, LIMIT))
+
+
+def over_eight_devices():
+    """Twenty-four texts, a row each and packed, split over eight devices, and what is not split."""
+    mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "fsdp"))
+    whole, rows = (
+        NamedSharding(mesh, P) for P in (PartitionSpec(), PartitionSpec(mesh.axis_names))
+    )
+    twice = jax.tree.map(lambda x: np.resize(x, (2 * len(x), *x.shape[1:])), texts())
+    return jax.device_put(twice, rows), functools.partial(jax.device_put, device=whole), twice
+
+
+@pytest.mark.parametrize("count", [1, 8, 9])
+@pytest.mark.parametrize("form", ["a row each", "packed", "a row each, shorter than sentences"])
+def test_sentences_beside_texts_on_several_devices_equal_those_of_one(form, count):
+    split, everywhere, alone = over_eight_devices()
+    number = int(form == "packed")
+    spare = 5 if form.endswith("sentences") else 0  # padding, which makes them longer
+    asked = np.pad(sentences(count), ((0, 0), (0, spare)))
+    model = RCML(tiny(max_length=LIMIT + spare))
+    images = jnp.zeros((1, 16, 16, 3))
+    params = shaken(model.init(jax.random.key(0), asked[:1], asked[:1], images)["params"])
+
+    def loss(params, asked, texts):
+        found = model.apply({"params": params}, asked, texts)
+        return jnp.sin(3 * found["text"]).sum() + jnp.cos(found["relation"]).sum(), found
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    expected = gradient(params, asked, alone[number])
+    found = gradient(*everywhere((params, asked)), split[number])
+    assert_close(jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_each_device_encodes_its_share_of_the_sentences(number):
+    split, everywhere, _ = over_eight_devices()
+    model = RCML(tiny())
+    params = model.init(jax.random.key(0), sentences(1), sentences(1), jnp.zeros((1, 16, 16, 3)))
+
+    def flops(count):
+        run = jax.jit(functools.partial(model.apply, method="_relation_and_texts"))
+        compiled = run.lower(*everywhere((params, sentences(count))), split[number]).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(8) < 1.01 * flops(1)
+    assert flops(16) > 1.1 * flops(8)

@@ -166,8 +166,7 @@ class CLIPText(nn.Module):
             texts = jnp.arange(ids.ends.shape[1], dtype=jnp.int32)
             mask = segment_ids(ids)[:, None, :] == texts[None, :, None]
             return TokenStates(states, mask, jnp.asarray(ids.ends))
-        end = self.config.eos_token_id
-        end = jnp.argmax(ids if end == LEGACY_EOS else ids == end, axis=1).astype(jnp.int32)
+        end = text_ends(self.config, ids)
         mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] <= end[:, None]
         return TokenStates(states, mask, end)
 
@@ -203,6 +202,12 @@ class CLIPVision(nn.Module):
         states = project(self.tokens(pixels))
         mask = jnp.ones(states.shape[:2], bool)
         return TokenStates(states, mask, jnp.zeros(len(pixels), jnp.int32))
+
+
+def text_ends(config: CLIPTextConfig, ids: jax.Array) -> jax.Array:
+    """The places (n,) of EOT in texts (n, T)."""
+    end = config.eos_token_id
+    return jnp.argmax(ids if end == LEGACY_EOS else ids == end, axis=1).astype(jnp.int32)
 
 
 def end_token(config: CLIPTextConfig) -> int:
