@@ -59,13 +59,11 @@ class RCML(nn.Module):
         """
         if texts is None:
             return self.relation(sentences), None
-        packed = isinstance(texts, PackedTexts)
-        ids, devices = texts.ids if packed else texts, device_count(sentences)
-        room = ids.shape[1] - sentences.shape[1]
-        # What follows the end of a text changes nothing in CLIP's tower.
-        fit = room >= 0 and takes_packed(self.config)
-        if devices == 1 or not fit or len(ids) % devices:
+        if not self._fit(sentences, texts):
             return self.relation(sentences), self.towers.text_states(texts)
+        packed = isinstance(texts, PackedTexts)
+        ids = texts.ids if packed else texts
+        room = ids.shape[1] - sentences.shape[1]
         joined: Any = rows_beside(ids, jnp.pad(sentences, ((0, 0), (0, room))))
         if packed:
             # A sentence is the first text of its row; none is between equal ends.
@@ -76,6 +74,16 @@ class RCML(nn.Module):
         parts = [rows_apart(x, len(ids), len(sentences)) for x in states]
         found, alone = (TokenStates(*part) for part in zip(*parts, strict=True))
         return alone.pooled[:, 0] if packed else alone.pooled, found
+
+    def _fit(self, sentences: jax.Array, texts: Any) -> bool:
+        """Whether sentences can be, and should be, rows beside texts."""
+        if isinstance(texts, TokenStates) or not takes_packed(self.config):
+            return False
+        ids = texts.ids if isinstance(texts, PackedTexts) else texts
+        # What follows the end of a text changes nothing in CLIP's tower.
+        fit = sentences.shape[1] <= ids.shape[1]
+        devices = device_count(sentences)
+        return fit and devices > 1 and len(ids) % devices == 0
 
     def text_states(self, ids: jax.Array) -> TokenStates:
         """Texts (n, T) → the states of their tokens, which `pool` takes."""
