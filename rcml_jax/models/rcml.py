@@ -54,36 +54,38 @@ class RCML(nn.Module):
         """As `relation` of sentences (R, T), and as `text_states` of texts, None of no texts.
 
         Each of the devices that a program is split over would encode all sentences, and the tower's
-        gradients of both passes would be there at once. So sentences that fit the rows of CLIP's
-        texts are rows beside them, of which each device has its share.
+        gradients of both passes would be there at once. So sentences are rows beside those of
+        CLIP's texts where they fit and a device's share has no more tokens than all have.
         """
         if texts is None:
             return self.relation(sentences), None
-        if not self._fit(sentences, texts):
+        devices = self._shares(sentences, texts)
+        if devices == 1:
             return self.relation(sentences), self.towers.text_states(texts)
         packed = isinstance(texts, PackedTexts)
         ids = texts.ids if packed else texts
         room = ids.shape[1] - sentences.shape[1]
-        joined: Any = rows_beside(ids, jnp.pad(sentences, ((0, 0), (0, room))))
+        joined: Any = rows_beside(ids, jnp.pad(sentences, ((0, 0), (0, room))), devices)
         if packed:
             # A sentence is the first text of its row; none is between equal ends.
             ends: Any = text_ends(self.config.text_config, sentences)[:, None]
-            ends = rows_beside(texts.ends, jnp.repeat(ends, texts.ends.shape[1], axis=1))
+            ends = rows_beside(texts.ends, jnp.repeat(ends, texts.ends.shape[1], axis=1), devices)
             joined = PackedTexts(joined, ends)
         states = self.towers.text_states(joined)
-        parts = [rows_apart(x, len(ids), len(sentences)) for x in states]
+        parts = [rows_apart(x, len(ids), len(sentences), devices) for x in states]
         found, alone = (TokenStates(*part) for part in zip(*parts, strict=True))
         return alone.pooled[:, 0] if packed else alone.pooled, found
 
-    def _fit(self, sentences: jax.Array, texts: Any) -> bool:
-        """Whether sentences can be, and should be, rows beside texts."""
+    def _shares(self, sentences: jax.Array, texts: Any) -> int:
+        """The number of devices whose rows of texts sentences should stand beside, 1 for none."""
         if isinstance(texts, TokenStates) or not takes_packed(self.config):
-            return False
+            return 1  # What follows the end of a text changes nothing in CLIP's tower alone.
         ids = texts.ids if isinstance(texts, PackedTexts) else texts
-        # What follows the end of a text changes nothing in CLIP's tower.
-        fit = sentences.shape[1] <= ids.shape[1]
-        devices = device_count(sentences)
-        return fit and devices > 1 and len(ids) % devices == 0
+        devices, (count, length) = device_count(ids), sentences.shape
+        fit = length <= ids.shape[1] and len(ids) % devices == 0
+        # A share has rows as long as the texts', which may be more tokens than all sentences have.
+        fewer = -(-count // devices) * ids.shape[1] <= count * length
+        return devices if fit and fewer and device_count(sentences) == devices else 1
 
     def text_states(self, ids: jax.Array) -> TokenStates:
         """Texts (n, T) → the states of their tokens, which `pool` takes."""

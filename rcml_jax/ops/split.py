@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def device_count(x: jax.Array) -> int:
-    """The number of devices over which the compiler may split an array."""
+def device_count(x: Any) -> int:
+    """The number of devices over which the compiler may split an array; 1 for one of NumPy."""
     mesh = jax.typeof(x).sharding.mesh
     return math.prod(mesh.shape[name] for name in mesh.auto_axes)
 
@@ -36,13 +36,12 @@ def split_embeddings(embedded: Any) -> Any:
     return jax.tree.map(lambda x: split_over_devices(x, 0), embedded)
 
 
-def rows_beside(split: jax.Array, whole: jax.Array) -> jax.Array:
+def rows_beside(split: jax.Array, whole: jax.Array, devices: int) -> jax.Array:
     """Rows (n, ...) split over devices, each device's share of rows (m, ...) behind its own.
 
     Nothing is sent for it where all devices hold the m rows. The number of devices divides n; the
     last of the m rows is repeated until it divides them, too. `rows_apart` undoes it.
     """
-    devices = device_count(split)
     shares = [(0, -len(whole) % devices)] + [(0, 0)] * (whole.ndim - 1)
     parts = [split, jnp.pad(whole, shares, mode="edge")]
     parts = [x.reshape(devices, -1, *x.shape[1:]) for x in parts]
@@ -50,9 +49,8 @@ def rows_beside(split: jax.Array, whole: jax.Array) -> jax.Array:
     return split_over_devices(joined.reshape(-1, *joined.shape[2:]), 0)
 
 
-def rows_apart(x: jax.Array, n: int, m: int) -> tuple[jax.Array, jax.Array]:
+def rows_apart(x: jax.Array, n: int, m: int, devices: int) -> tuple[jax.Array, jax.Array]:
     """What was made of the rows of `rows_beside`: of its n rows, split, and of its m."""
-    devices = device_count(x)
     parts = x.reshape(devices, -1, *x.shape[1:])
     first, second = parts[:, : n // devices], parts[:, n // devices :]
     second = second.reshape(-1, *x.shape[1:])[:m]

@@ -138,7 +138,7 @@ def test_the_same_patches_are_hidden_of_an_image_of_any_size():
     np.testing.assert_array_equal(grey[:, ::2, ::2].all(-1), large)
 
 
-def test_embeddings_of_hidden_of_itemsare_known_by_what_is_hidden():
+def test_embeddings_of_hidden_images_are_known_by_what_is_hidden():
     of_items = stored([png(image) for image in images(2, 8, 8)])
     one = PatchesHidden(of_items, 3, share=0.5, side=4).states()
     assert one == PatchesHidden(of_items, 3, share=0.5, side=4).states()

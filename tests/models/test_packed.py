@@ -163,5 +163,38 @@ def test_each_device_encodes_its_share_of_the_sentences(number):
         compiled = run.lower(*everywhere((params, sentences(count))), split[number]).compile()
         return compiled.cost_analysis()["flops"]
 
-    assert flops(8) < 1.01 * flops(1)
+    assert flops(8) < 1.01 * flops(4)
     assert flops(16) > 1.1 * flops(8)
+
+
+def test_more_tokens_than_all_sentences_have_are_no_share():
+    """Two sentences of 3 tokens are fewer than a row of texts, so each device has both."""
+    split, everywhere, _ = over_eight_devices()
+    model = RCML(tiny())
+    count = functools.partial(model.apply, {}, method="_shares")
+    placed = everywhere(sentences(2)[:, :3])
+    assert count(placed, split[0]) == 1
+    assert count(everywhere(sentences(2)), split[0]) == 8
+    assert count(everywhere(sentences(2)), split[1]) == 1  # rows of more than 20 tokens
+    assert count(everywhere(sentences(4)), split[1]) == 8
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("bare", ["texts", "sentences", "params", "states"])
+def test_arrays_that_are_not_all_placed_have_the_same_embeddings(bare, number, jitted):
+    split, everywhere, alone = over_eight_devices()
+    model, asked = RCML(tiny()), sentences(8)
+    params = model.init(jax.random.key(0), asked[:1], asked[:1], jnp.zeros((1, 16, 16, 3)))
+    apply = jax.jit(model.apply) if jitted else model.apply
+    placed = {"params": everywhere(params), "sentences": everywhere(asked), "texts": split[number]}
+    expected = jax.device_get(model.apply(params, asked, alone[number]))
+    if bare == "states":
+        own = {"params": placed["params"]["params"]["towers"]}
+        states = functools.partial(TwoTowers(tiny()).apply, projected=False, method="text_states")
+        placed["texts"] = jax.jit(states)(own, split[number])
+    else:
+        own = {"params": params, "sentences": asked, "texts": alone[number]}[bare]
+        placed[bare] = jax.device_get(own)
+    found = apply(placed["params"], placed["sentences"], placed["texts"])
+    assert_close(jax.device_get(found), expected)
