@@ -24,17 +24,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 class States(NamedTuple):
-    """Projected tokens (n, T, d), which of them are no padding (n, T), the pooled tokens (n,)."""
+    """Projected tokens (n, T, d), no padding (n, T) bool, place of the pooled one (n,)."""
 
     tokens: torch.Tensor
     mask: torch.Tensor
-    pooled: torch.Tensor
+    pooled_index: torch.Tensor
 
     @property
     def pooled(self) -> torch.Tensor:
         """CLIP's own embeddings (n, d), not normalised."""
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        return self.tokens[rows, self.pooled]
+        return self.tokens[rows, self.pooled_index]
 
 
 class TorchRCML(nn.Module):
@@ -76,7 +76,7 @@ class TorchRCML(nn.Module):
         query = self.query(relation)
         keys, values = self.key(states.tokens), self.value(states.tokens)
         scores = (keys @ query[:, :, None])[:, :, 0] / math.sqrt(keys.shape[-1])
-        pooled = F.one_hot(states.pooled, keys.shape[1]) * intra[:, None]
+        pooled = F.one_hot(states.pooled_index, keys.shape[1]) * intra[:, None]
         logits = (1 - self.beta) * scores + self.beta * self.pooled_logit * pooled
         weights = logits.masked_fill(~states.mask, -torch.inf).softmax(dim=-1)
         pooled = (weights[:, None, :] @ values)[:, 0]
@@ -100,7 +100,7 @@ class TorchRCML(nn.Module):
         """Every item under every relation: relation (R, d), intra (R,) bool → z (n, R, d)."""
         query = self.query(relation) @ self.key.weight
         scores = states.tokens @ query.T / math.sqrt(query.shape[-1])
-        pooled = F.one_hot(states.pooled, scores.shape[1])[..., None] * intra
+        pooled = F.one_hot(states.pooled_index, scores.shape[1])[..., None] * intra
         logits = (1 - self.beta) * scores + self.beta * self.pooled_logit * pooled
         weights = logits.masked_fill(~states.mask[..., None], -torch.inf).softmax(dim=1)
         pooled = weights.transpose(1, 2) @ states.tokens
