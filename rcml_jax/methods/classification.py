@@ -10,14 +10,17 @@ import numpy as np
 import scipy.sparse
 
 from rcml_jax.data.classification import ClassificationData, Modality, stratified_folds
-from rcml_jax.data.degrade import (
+from rcml_jax.data.images import (
+    Framing,
+    ImageBank,
     PatchesHidden,
+    StoredPixels,
+    augment,
     drop_words,
     drop_words_of_rows,
     hide_patches,
     hide_patches_of_rows,
 )
-from rcml_jax.data.images import Framing, ImageBank, StoredPixels, augment
 from rcml_jax.data.relation_graph import SPLITS
 from rcml_jax.data.sampling import EpochSampler, batch_iterator
 from rcml_jax.data.sources import CLASSIFICATION_SOURCES

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcml_jax.data.degrade import (
+from rcml_jax.data.images import (
+    EncodedImages,
     PatchesHidden,
     drop_words,
     drop_words_of_rows,
     hide_patches,
     hide_patches_of_rows,
 )
-from rcml_jax.data.images import EncodedImages
 
 GREY = 128
 

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from rcml_jax.data import degrade
+from rcml_jax.data import images
 from rcml_jax.data.images import ImageBank
 from rcml_jax.data.tokenizer import Tokenizer
 from rcml_jax.methods import build, classification
@@ -62,11 +62,11 @@ def test_what_is_hidden_of_a_sample_is_hidden_from_its_towers(config, tmp_path):
     pixels = build(scratch, tmp_path / "scratch").task.inputs(rows)["image"][0]
     image, text = load_towers(config.data.towers)
     side = 6  # 48 pixels in patches of 8
-    hidden = degrade.PatchesHidden(raw.modalities[0].values, 0, share=0.5, side=side)
+    hidden = images.PatchesHidden(raw.modalities[0].values, 0, share=0.5, side=side)
 
     def grey(square):
         patches = square.reshape(side, len(square) // side, side, -1, 3)
-        return np.all(patches == degrade._GREY, axis=(1, 3, 4))
+        return np.all(patches == images._GREY, axis=(1, 3, 4))
 
     for row, square in zip(rows, pixels, strict=True):
         assert grey(square).sum() == side**2 // 2
