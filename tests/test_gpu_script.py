@@ -46,7 +46,8 @@ def test_all_stages_run_at_tiny_sizes(tmp_path):
     assert titles <= figures["speed"].keys()
     assert all(figures["speed"][title]["median_s"] > 0 for title in titles)
     # bfloat16 is not what the reference has, and the same backend is.
-    for row in (row for row in figures["correctness"].values() if "highest" in row):
+    rows = figures["correctness"].values()
+    for row in (row for row in rows if isinstance(row.get("highest"), dict)):
         assert row["bfloat16"]["gradient"] > 1e-5 > row["highest"]["gradient"]
 
 
