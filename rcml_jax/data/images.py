@@ -662,10 +662,8 @@ class PatchesHidden:
     def __getitem__(self, index: int) -> Image.Image:
         image = self._images[index]
         patch = max(min(image.size) // self._side, 1)
-        pixels = to_array(image, patch * self._side)
-        hidden = hide_patches(
-            pixels[None], _noise(self._seed, index), share=self._share, patch=patch
-        )
+        pixels = to_array(image, patch * self._side)[None]
+        hidden = hide_patches_of_rows(pixels, [index], self._seed, share=self._share, patch=patch)
         return Image.fromarray(hidden[0])
 
     def encoded(self, index: int) -> bytes:
