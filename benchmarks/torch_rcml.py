@@ -243,7 +243,8 @@ def declare_torchvision() -> Any:
     if spec is None:
         return None
     try:
-        torch.ops.load_library(pathlib.Path(spec.origin).parent / "_C.so")
+        for library in pathlib.Path(spec.origin).parent.glob("_C*.so"):  # its name differs by version
+            torch.ops.load_library(library)
     except OSError:
         operators = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
