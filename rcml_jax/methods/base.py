@@ -3,6 +3,7 @@
 A new method is one file and one line in `methods.METHODS`."""
 
 import abc
+import copy
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,9 @@ class Method(abc.ABC):
     in_place = False
     #: Number of examples packed into one batch row.
     examples_per_row = 1
+    #: Under `pmap` the name of the axis of devices, over which `embed` may divide what it makes of
+    #: `shared`; see `over_axis`.
+    axis_name = ""
     #: This process's devices, over which the evaluation may divide its work; the loop sets them.
     devices: Sequence[jax.Device] = ()
 
@@ -134,6 +138,12 @@ class Method(abc.ABC):
         batch = self.prepare(batch, key)
         embedded = split_embeddings(self.embed(params, batch, key))
         return self.objective(params, embedded, batch, progress)
+
+    def over_axis(self, axis_name: str) -> "Method":
+        """This method as it is embedded under `pmap`, each device its own part of the items."""
+        method = copy.copy(self)
+        method.axis_name = axis_name
+        return method
 
     def value_and_grad(
         self, params: Params, batch: Batch, key: jax.Array, progress: jax.Array

@@ -78,7 +78,7 @@ class RCMLMethod(RelationalMethod):
         del key  # The towers have no dropout.
         items, shared = batch["items"], batch["shared"]
         params = self.stop_frozen(params)
-        out: Any = self.model.apply(
+        out: Any = self.model.clone(axis_name=self.axis_name).apply(
             {"params": {name: params[name] for name in ("towers", "head")}},
             shared["relation_ids"],
             items["ids"],

@@ -14,15 +14,17 @@ from rcml_jax.models.towers.clip import text_ends
 from rcml_jax.models.towers.transformer import TokenStates
 from rcml_jax.models.two_towers import build_towers, joint_width, takes_packed
 from rcml_jax.ops.similarity import l2_normalize
-from rcml_jax.ops.split import device_count, rows_apart, rows_beside
+from rcml_jax.ops.split import device_count, own_rows, rows_beside, shared_rows
 
 
 class RCML(nn.Module):
     """Embeds texts and images under relations written in plain language (Eq. 3–6).
 
     config: a `CLIPConfig` or `SiglipConfig` of transformers, or a `PairConfig` of two other towers;
-    pooling: options of `RelationPooling`; remat and implementation: as of `build_towers`. On
-    ViT-B/32 the model has 152,325,889 parameters: CLIP's and four 512×512 matrices.
+    pooling: options of `RelationPooling`; remat and implementation: as of `build_towers`;
+    axis_name: where texts are given under `pmap`, the axis of devices, which then share the
+    encoding of the sentences. On ViT-B/32 the model has 152,325,889 parameters: CLIP's and four
+    512×512 matrices.
     """
 
     config: Any
@@ -30,6 +32,7 @@ class RCML(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str = ""
     implementation: str = ""
+    axis_name: str = ""
 
     def setup(self):
         """Create the towers and the head."""
@@ -65,27 +68,32 @@ class RCML(nn.Module):
         packed = isinstance(texts, PackedTexts)
         ids = texts.ids if packed else texts
         room = ids.shape[1] - sentences.shape[1]
-        joined: Any = rows_beside(ids, jnp.pad(sentences, ((0, 0), (0, room))), devices)
+        over: dict[str, Any] = {"devices": devices, "axis_name": self.axis_name}
+        joined: Any = rows_beside(ids, jnp.pad(sentences, ((0, 0), (0, room))), **over)
         if packed:
             # A sentence is the first text of its row; none is between equal ends.
             ends: Any = text_ends(self.config.text_config, sentences)[:, None]
-            ends = rows_beside(texts.ends, jnp.repeat(ends, texts.ends.shape[1], axis=1), devices)
+            ends = rows_beside(texts.ends, jnp.repeat(ends, texts.ends.shape[1], axis=1), **over)
             joined = PackedTexts(joined, ends)
         states = self.towers.text_states(joined)
-        parts = [rows_apart(x, len(ids), len(sentences), devices) for x in states]
-        found, alone = (TokenStates(*part) for part in zip(*parts, strict=True))
-        return alone.pooled[:, 0] if packed else alone.pooled, found
+        alone = shared_rows(states.pooled, len(ids), len(sentences), **over)
+        found = TokenStates(*[own_rows(x, len(ids), **over) for x in states])
+        return alone[:, 0] if packed else alone, found
 
     def _shares(self, sentences: jax.Array, texts: Any) -> int:
         """The number of devices whose rows of texts sentences should stand beside, 1 for none."""
         if isinstance(texts, TokenStates) or not takes_packed(self.config):
             return 1  # What follows the end of a text changes nothing in CLIP's tower alone.
         ids = texts.ids if isinstance(texts, PackedTexts) else texts
-        devices, (count, length) = device_count(ids), sentences.shape
-        fit = length <= ids.shape[1] and len(ids) % devices == 0
+        count, length = sentences.shape
+        if self.axis_name:
+            devices, even = jax.lax.axis_size(self.axis_name), True
+        else:
+            devices = device_count(ids)
+            even = len(ids) % devices == 0 and device_count(sentences) == devices
         # A share has rows as long as the texts', which may be more tokens than all sentences have.
         fewer = -(-count // devices) * ids.shape[1] <= count * length
-        return devices if fit and fewer and device_count(sentences) == devices else 1
+        return devices if even and fewer and length <= ids.shape[1] else 1
 
     def text_states(self, ids: jax.Array) -> TokenStates:
         """Texts (n, T) → the states of their tokens, which `pool` takes."""

@@ -36,22 +36,32 @@ def split_embeddings(embedded: Any) -> Any:
     return jax.tree.map(lambda x: split_over_devices(x, 0), embedded)
 
 
-def rows_beside(split: jax.Array, whole: jax.Array, devices: int) -> jax.Array:
+def rows_beside(split: jax.Array, whole: jax.Array, devices: int, axis_name: str = "") -> jax.Array:
     """Rows (n, ...) split over devices, each device's share of rows (m, ...) behind its own.
 
     Nothing is sent for it where all devices hold the m rows. The number of devices divides n; the
-    last of the m rows is repeated until it divides them, too. `rows_apart` undoes it.
+    last of the m rows is repeated until it divides them, too. axis_name: the axis of devices under
+    `pmap`, where n counts this device's rows. `own_rows` and `shared_rows` take them apart.
     """
-    shares = [(0, -len(whole) % devices)] + [(0, 0)] * (whole.ndim - 1)
-    parts = [split, jnp.pad(whole, shares, mode="edge")]
-    parts = [x.reshape(devices, -1, *x.shape[1:]) for x in parts]
-    joined = jnp.concatenate(parts, axis=1)
+    spare = [(0, -len(whole) % devices)] + [(0, 0)] * (whole.ndim - 1)
+    shares = jnp.pad(whole, spare, mode="edge").reshape(devices, -1, *whole.shape[1:])
+    if axis_name:
+        return jnp.concatenate([split, shares[jax.lax.axis_index(axis_name)]])
+    joined = jnp.concatenate([split.reshape(devices, -1, *split.shape[1:]), shares], axis=1)
     return split_over_devices(joined.reshape(-1, *joined.shape[2:]), 0)
 
 
-def rows_apart(x: jax.Array, n: int, m: int, devices: int) -> tuple[jax.Array, jax.Array]:
-    """What was made of the rows of `rows_beside`: of its n rows, split, and of its m."""
-    parts = x.reshape(devices, -1, *x.shape[1:])
-    first, second = parts[:, : n // devices], parts[:, n // devices :]
-    second = second.reshape(-1, *x.shape[1:])[:m]
-    return split_over_devices(first.reshape(n, *x.shape[1:]), 0), second
+def own_rows(x: jax.Array, n: int, devices: int, axis_name: str = "") -> jax.Array:
+    """What was made of the n rows of `rows_beside`, split over the devices."""
+    if axis_name:
+        return x[:n]
+    own = x.reshape(devices, -1, *x.shape[1:])[:, : n // devices]
+    return split_over_devices(own.reshape(n, *x.shape[1:]), 0)
+
+
+def shared_rows(x: jax.Array, n: int, m: int, devices: int, axis_name: str = "") -> jax.Array:
+    """What was made of the m rows of `rows_beside`, all of them on every device."""
+    if axis_name:
+        return jax.lax.all_gather(x[n:], axis_name, tiled=True)[:m]
+    shares = x.reshape(devices, -1, *x.shape[1:])[:, n // devices :]
+    return shares.reshape(-1, *x.shape[1:])[:m]

@@ -230,6 +230,7 @@ def exact(
     Raises UserError for a method whose loss is not an objective of embeddings.
     """
     _check_split_loss(method)
+    method = method.over_axis(axis) if axis else method
     batch = _prepare(method, batch, key, axis)
     items = batch["items"]
     graded = accumulated(

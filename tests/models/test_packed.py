@@ -152,16 +152,56 @@ def test_sentences_beside_texts_on_several_devices_equal_those_of_one(form, coun
     assert_close(jax.device_get(found), jax.device_get(expected))
 
 
+def by_device(tree):
+    """Rows of eight devices → an axis of devices first, as `pmap` takes it."""
+    return jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), tree)
+
+
+@pytest.mark.parametrize("count", [1, 8, 9])
+@pytest.mark.parametrize("form", ["a row each", "packed"])
+def test_sentences_beside_texts_under_pmap_equal_those_of_one_device(form, count):
+    alone, asked = over_eight_devices()[2][form == "packed"], sentences(count)
+    model, images = RCML(tiny()), jnp.zeros((1, 16, 16, 3))
+    params = shaken(model.init(jax.random.key(0), asked[:1], asked[:1], images)["params"])
+
+    def loss(params, texts, axis_name, devices):
+        found = model.clone(axis_name=axis_name).apply({"params": params}, asked, texts)
+        # Every device has the relation embeddings: one share each.
+        shares = jnp.cos(found["relation"]).sum() / devices
+        return jnp.sin(3 * found["text"]).sum() + shares, found
+
+    gradient = jax.grad(loss, has_aux=True)
+    expected, whole = jax.device_get(jax.jit(lambda params: gradient(params, alone, "", 1))(params))
+
+    @functools.partial(jax.pmap, axis_name="data", in_axes=(None, 0))
+    def mapped(params, texts):
+        summed, found = gradient(params, texts, "data", 8)
+        return jax.lax.psum(summed, "data"), found
+
+    summed, found = jax.device_get(mapped(params, by_device(alone)))
+    assert_close(found["text"].reshape(whole["text"].shape), whole["text"])
+    for device in range(8):
+        assert_close(found["relation"][device], whole["relation"])
+        assert_close(jax.tree.map(lambda x, i=device: x[i], summed), expected)
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_each_device_encodes_its_share_of_the_sentences(number):
-    split, everywhere, _ = over_eight_devices()
-    model = RCML(tiny())
-    params = model.init(jax.random.key(0), sentences(1), sentences(1), jnp.zeros((1, 16, 16, 3)))
+def test_each_device_encodes_its_share_of_the_sentences(number, mode):
+    split, everywhere, alone = over_eight_devices()
+    model = RCML(tiny(), axis_name="data" if mode == "pmap" else "")
+    one = RCML(tiny())
+    params = one.init(jax.random.key(0), sentences(1), sentences(1), jnp.zeros((1, 16, 16, 3)))
+    encode = functools.partial(model.apply, method="_relation_and_texts")
 
     def flops(count):
-        run = jax.jit(functools.partial(model.apply, method="_relation_and_texts"))
-        compiled = run.lower(*everywhere((params, sentences(count))), split[number]).compile()
-        return compiled.cost_analysis()["flops"]
+        if mode == "pmap":
+            mapped = jax.pmap(encode, axis_name="data", in_axes=(None, None, 0))
+            lowered = mapped.lower(params, sentences(count), by_device(alone[number]))
+        else:
+            placed = everywhere((params, sentences(count)))
+            lowered = jax.jit(encode).lower(*placed, split[number])
+        return lowered.compile().cost_analysis()["flops"]
 
     assert flops(8) < 1.01 * flops(4)
     assert flops(16) > 1.1 * flops(8)
