@@ -243,7 +243,8 @@ def declare_torchvision() -> Any:
     if spec is None:
         return None
     try:
-        for library in pathlib.Path(spec.origin).parent.glob("_C*.so"):  # its name differs by version
+        # Its name differs by version.
+        for library in pathlib.Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(library)
     except OSError:
         operators = torch.library.Library("torchvision", "DEF")
