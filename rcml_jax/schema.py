@@ -430,6 +430,12 @@ def _find(name: str, options: Sequence[Option]) -> Option | None:
     return next((option for option in options if option.name in names), None)
 
 
+def open_type(section: str) -> type | None:
+    """The type of the options of a section whose last part is open; None where none is."""
+    options = (option for recipe in RECIPES.values() for option in recipe)
+    return next((option.type for option in options if option.name == f"{section}.*"), None)
+
+
 def _check_name(
     name: str, values: Mapping[str, Any], options: Sequence[Option], prefix: str
 ) -> None:

@@ -115,3 +115,27 @@ def test_an_unknown_source_or_option_is_said():
         load_config_file(f"{M3COL}:mnist")
     with pytest.raises(UserError, match="no option 'paht=x'"):
         load_config_file(f"{M3COL}:rosmap,paht=x")
+
+
+@pytest.mark.parametrize("source", ["openmoji", "n24news"])  # no part has a rate, some have
+def test_the_rate_of_a_part_may_be_given_that_a_recipe_does_not_name(source):
+    config = load_config_file(f"{M3COL}:{source}")
+    before = config.optimizer.rates.to_dict()
+    given = ("--config.optimizer.rates.heads_image=1e-4", "--config.optimizer.rates.heads", "2")
+    rates = parse_flags(given, config).config.optimizer.rates.to_dict()
+    assert rates == before | {"heads_image": 1e-4, "heads": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("rates=1", "has parts; set one, such as --config.optimizer.rates.PART"),
+        ("rates.heads=fast", "could not convert"),
+        ("rates.=1", "config.optimizer.rates has no ''"),
+        ("rates.heads.text=1", "config.optimizer.rates has no 'heads'"),
+        ("betas.heads=1", "config.optimizer has no 'betas'"),
+    ],
+)
+def test_a_rate_that_is_mistyped(option, said):
+    with pytest.raises(UserError, match=said):
+        parse_flags([f"--config.optimizer.{option}"], load_config_file(M3COL))

@@ -347,6 +347,21 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
+def _make_room(config: ml_collections.ConfigDict, name: str) -> None:
+    """Add an option whose last part is the user's to choose, such as a part's learning rate."""
+    path, _, last = name.removeprefix("config.").rpartition(".")
+    values = config.to_dict()
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    if isinstance(values, dict) and last and last not in values:
+        from rcml_jax.schema import open_type
+
+        kind = open_type(path)
+        if kind is not None:
+            with config.unlocked():
+                config.update_from_flattened_dict({f"{path}.{last}": kind()})
+
+
 def _check_name(config: ml_collections.ConfigDict, name: str) -> None:
     """Raises UserError for a name below `config.` that the configuration has not."""
     parts = name.partition("[")[0].split(".")  # config.a[0] is the first value of a tuple
@@ -361,7 +376,8 @@ def _check_name(config: ml_collections.ConfigDict, name: str) -> None:
             raise UserError(f"wrong option: {path} has no {part!r}{meant}")
         section = section[part]
     if isinstance(section, ml_collections.ConfigDict):
-        raise UserError(f"wrong option: {name} has parts; set one, such as --{name}.{min(section)}")
+        part = min(section, default="PART")
+        raise UserError(f"wrong option: {name} has parts; set one, such as --{name}.{part}")
 
 
 def _names(section: ml_collections.ConfigDict, path: str = "config") -> dict[str, str]:
@@ -390,6 +406,7 @@ def parse_flags(
     for argument in args:
         name = argument_text(argument.partition("=")[0]).lstrip("-")
         if name.startswith("config."):
+            _make_room(config, name)
             _check_name(config, name)
         elif argument.startswith("--") and name not in options and "config." not in name:
             near = {option: f"--{option}" for option in options}
