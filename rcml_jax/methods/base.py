@@ -20,6 +20,12 @@ Metrics = dict[str, Any]
 Rows = Callable[[int], np.ndarray]
 
 
+def same_shapes(ours: Params, theirs: Params) -> bool:
+    """Whether two trees of arrays have the same names and sizes."""
+    first, second = (jax.tree.map(lambda x: x.shape, tree) for tree in (ours, theirs))
+    return first == second
+
+
 class Method(abc.ABC):
     """A model, a loss, its batches and its evaluation.
 
@@ -47,6 +53,8 @@ class Method(abc.ABC):
     split_shared: Sequence[str] = ()
     #: Whether the state is donated (updated in place) on CPUs, too.
     in_place = False
+    #: Parts of the model that the options leave out, for which a recipe may have learning rates.
+    absent: Sequence[str] = ()
     #: Number of examples packed into one batch row.
     examples_per_row = 1
     #: Under `pmap` the name of the axis of devices, over which `embed` may divide what it makes of
@@ -100,8 +108,14 @@ class Method(abc.ABC):
         processes.
         """
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Work directories of other runs to start from (`config.model.init_from`)."""
+        towers = self.config.get("model", {}).get("init_from", "")
+        return (towers,) if towers else ()
+
     def adopt(self, params: Params, found: Params) -> Params:
-        """Initialise `params` from the parameters of another run (`config.model.init_from`)."""
+        """Initialise `params` from the parameters of the runs of `sources`, taken together."""
         del found
         return params
 

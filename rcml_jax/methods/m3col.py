@@ -17,7 +17,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.losses.clip import clip
 from rcml_jax.losses.m3co import m3co
 from rcml_jax.losses.multi_soft_clip import multi_soft_clip
-from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows
+from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows, same_shapes
 from rcml_jax.methods.classification import (
     ClassificationTask,
     Models,
@@ -137,9 +137,26 @@ class M3CoLMethod(Method):
             for name, kind in self.kinds.items()
             if kind != "text" and config.mixup.place == "input"
         )
+        #: Whether encoders are not trained; they have no dropout then.
+        self.freezes = config.model.get("freeze", "") == "encoders"
+        self._check_sources()
         self.model = build_model(config, task)
+        heads = self.names if self.model.unimodal else ()
+        self.absent = [f"encoders_{name}" for name in _PRETRAINED if name not in self.names]
+        self.absent += [f"heads_{name}" for name in _PRETRAINED if name not in heads]
         self.embed_all = jax.jit(self._embed_all)
         self.classify_all = jax.jit(self._classify_all)
+
+    def _check_sources(self) -> None:
+        """Raises UserError for frozen encoders with nothing but random values."""
+        model = self.config.model
+        named = {kind for kind, option in _PRETRAINED.items() if model[option]}
+        bare = [name for name, kind in self.kinds.items() if kind not in named]
+        if self.freezes and bare and not self.sources:
+            raise UserError(
+                f"config.model.freeze=encoders leaves the encoder of {', '.join(bare)} at its "
+                "random values; name trained runs in config.model.init_from, or train it"
+            )
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "M3CoLMethod":
@@ -179,6 +196,33 @@ class M3CoLMethod(Method):
         """The grain iterator over training batches."""
         return self.task.batches(local_rows)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Work directories, with commas between: one run may have the images, one the texts."""
+        return tuple(filter(None, self.config.model.get("init_from", "").split(",")))
+
+    def adopt(self, params: Params, found: Params) -> Params:
+        """Take the encoders that other runs have; of one that several have, the last's.
+
+        Raises UserError where their sizes differ, there is none, or one is frozen without.
+        """
+        path = f"config.model.init_from={self.config.model.init_from}"
+        parts = {name: f"encoders_{name}" for name in self.names}
+        theirs = {part: found[part] for part in parts.values() if part in found}
+        missing = [name for name, part in parts.items() if part not in theirs]
+        if not theirs or (self.freezes and missing):
+            raise UserError(
+                f"{path} has no encoder of {', '.join(missing)}; name runs of "
+                "config.method=m3col that have one, with commas between"
+            )
+        for name, part in parts.items():
+            if part in theirs and not same_shapes(params[part], theirs[part]):
+                raise UserError(
+                    f"{path}: its encoder of {name} has other sizes than this run's; give the same "
+                    "model options and config.seeds to both"
+                )
+        return {**params, **jax.tree.map(jnp.asarray, theirs)}
+
     def init(self, key: jax.Array, batch: Batch, keep: jax.Array | None = None) -> Params:
         """Random parameters, pretrained encoders where they are named, and the tables' scaling.
 
@@ -198,11 +242,11 @@ class M3CoLMethod(Method):
         return jax.tree.map(jnp.asarray, params)
 
     def frozen(self, params: Params) -> Any:
-        """True for the scaling of tables and the statistics of batch norm."""
+        """True for frozen encoders, the scaling of tables and the statistics of batch norm."""
 
         def fixed(path: tuple, _: jax.Array) -> bool:
-            encoder = path[0].key.startswith("encoders_")
-            return encoder and (path[1].key in ("low", "range") or path[-1].key in STATISTICS)
+            scaling = path[-1].key in STATISTICS or path[1].key in ("low", "range")
+            return path[0].key.startswith("encoders_") and (self.freezes or scaling)
 
         return jax.tree_util.tree_map_with_path(fixed, params)
 
@@ -257,6 +301,8 @@ class M3CoLMethod(Method):
         }
 
     def _encode(self, params: Params, name: str, inputs: tuple, *, key: jax.Array) -> jax.Array:
+        if self.freezes:
+            return jax.lax.stop_gradient(self.encode(params, name, inputs))
         found: Any = self.model.apply(
             {"params": params}, name, inputs, deterministic=False, rngs={"dropout": key},
             method="encode",

@@ -26,7 +26,7 @@ from rcml_jax.evaluation.relation_probes import (
 )
 from rcml_jax.evaluation.relation_retrieval import gallery_retrieval, retrieval
 from rcml_jax.evaluation.scores import RelationEmbeddings
-from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows
+from rcml_jax.methods.base import Batch, Method, Metrics, Params, Rows, same_shapes
 from rcml_jax.methods.control_rows import control_rows
 from rcml_jax.methods.tower_tables import TowerTables, flat
 from rcml_jax.models.backbones import build_backbone
@@ -210,13 +210,8 @@ class RelationalMethod(Method):
 
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the towers of another run. Raises UserError where their sizes differ."""
-        ours, theirs = params["towers"], found.get("towers")
-        structure: Callable[[Any], Any] = jax.tree.structure
-        same = structure(ours) == structure(theirs) and all(
-            a.shape == b.shape
-            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-        )
-        if not same:
+        theirs = found.get("towers")
+        if not same_shapes(params["towers"], theirs):
             raise UserError(
                 f"config.model.init_from={self.config.model.init_from}: its towers have other "
                 "sizes than config.model asks for; give the same model options to both runs"

@@ -34,7 +34,7 @@ class SeedEnsemble(Method):
     def __init__(self, single: M3CoLMethod):
         self.single, self.config, self.task = single, single.config, single.task
         config, data = self.config, self.task.data
-        self.kinds = single.kinds
+        self.kinds, self.absent = single.kinds, single.absent
         # Of data without a validation split even one seed is two models, which only the data tell.
         optimizer = config.optimizer
         error = several_models(
@@ -97,6 +97,20 @@ class SeedEnsemble(Method):
         del key
         one = lambda seed, keep: self.single.init(jax.random.key(seed), batch, keep)  # noqa: E731
         return jax.vmap(one)(self._seeds, self._keep)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """As for a single model."""
+        return self.single.sources
+
+    def adopt(self, params: Params, found: Params) -> Params:
+        """As for a single model, each from that of its place. Raises UserError with folds, too."""
+        if len(self._models.names) > len(self._models.reported):
+            raise UserError(
+                "config.model.init_from may bring encoders that have seen a held-out fold; set "
+                "config.data.folds=0"
+            )
+        return self.single.adopt(params, found)
 
     def frozen(self, params: Params) -> Any:
         """As for a single model."""

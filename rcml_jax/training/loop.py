@@ -253,7 +253,7 @@ class Run:
         devices: Any,
         after_step: Callable[[int | None], None] | None = None,
     ):
-        self.config, self.method, self.devices = config, method, devices
+        self.config, self.workdir, self.method, self.devices = config, workdir, method, devices
         self.after_step = after_step
         self.steps, self.validate_every = method.steps, method.validate_every
         method.devices = sharding.of_process(devices.devices)
@@ -308,12 +308,19 @@ class Run:
         source.set_state(place)
         params = self.method.init(init_key, batch)
         _check_loss(config.method, self.method, params, batch)
-        towers = config.get("model", {}).get("init_from", "")
-        if towers and self.checkpoints.latest() is None:
-            params = self.method.adopt(params, read_params(user_path(towers)))
+        if self.method.sources and self.checkpoints.latest() is None:
+            found: dict = {}
+            for other in self.method.sources:
+                found |= read_params(user_path(other))
+                _check_tokenizer(self.workdir, user_path(other))
+            params = self.method.adopt(params, found)
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(
-            config.optimizer, self.steps, frozen, self.method.decayed(params)
+            config.optimizer,
+            self.steps,
+            frozen,
+            self.method.decayed(params),
+            self.method.absent,
         )
         phases = [
             (first, make_step(method, transform, self.steps, accumulation, parts))
@@ -462,6 +469,16 @@ class Run:
         loop = counters | {"pending": list(self.pending)}
         state = self.devices.snapshot(self.state)
         self.checkpoints.put_off(step, state, self.data, loop, selection)
+
+
+def _check_tokenizer(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Raise UserError where another run's text tower has learned other tokens than this run's."""
+    ours, theirs = workdir / "tokenizer.json", other / "tokenizer.json"
+    if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+        raise UserError(
+            f"config.model.init_from: {other} splits texts into other tokens, which its tower has "
+            "learned; name a run on the same data and with the same options of texts"
+        )
 
 
 def _check_loss(name: str, method: Method, params: Any, batch: dict) -> None:

@@ -1,5 +1,6 @@
 """Adam and AdamW, schedules, clipping, rates of parts and frozen parameters, from optax."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def _schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def build(
-    config: Any, steps: int, frozen: Any, decayed: Any
+    config: Any, steps: int, frozen: Any, decayed: Any, absent: Collection[str] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The transformation and its schedule.
 
@@ -45,7 +46,8 @@ def build(
     like the parameters, says; "adam" adds weight_decay times every parameter to its gradient, as
     PyTorch's Adam does. clip_norm: 0 for none. rates: part of the model (the beginning of a name at
     the top of the parameters) → its learning rate at the start, for those that differ. frozen: a
-    tree of booleans, true where nothing is trained.
+    tree of booleans, true where nothing is trained. absent: parts that may have a rate although the
+    model is without them.
     """
     rate = schedule(config, steps)
     name = config.get("name", "adamw")
@@ -62,7 +64,7 @@ def build(
         parts.append(optax.chain(_scale_by_adam(**moments), decay, scale))
     rates = dict(config.get("rates", {}))
     if rates:
-        _check_rates(rates, frozen)
+        _check_rates(rates, frozen, absent)
         parts.append(_scale_parts({k: v / config.learning_rate for k, v in rates.items()}))
     if config.get("schedule", "cosine") == "plateau":
         parts.append(_plateau(config))
@@ -88,8 +90,11 @@ def _scale_by_adam(**moments: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
-def _check_rates(rates: dict[str, float], params: dict[str, Any]) -> None:
-    unknown = [name for name in rates if not any(part.startswith(name) for part in params)]
+def _check_rates(
+    rates: dict[str, float], params: dict[str, Any], absent: Collection[str]
+) -> None:
+    known = [*params, *absent]
+    unknown = [name for name in rates if not any(part.startswith(name) for part in known)]
     if unknown:
         raise UserError(
             f"config.optimizer.rates.{unknown[0]} names no part of the model, which has "

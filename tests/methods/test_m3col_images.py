@@ -108,6 +108,26 @@ def test_several_seeds_of_news(news, tmp_path):
     check_summary(result["classification"]["validation_selected"], 2)
 
 
+LEFT_OUT = (
+    {"data.modalities": "image"},
+    {"data.modalities": "text"},
+    {"loss.unimodal_weight": 0.0},
+)
+
+
+@pytest.mark.parametrize("options", LEFT_OUT)
+def test_a_recipes_rates_may_name_what_an_ablation_leaves_out(news, tmp_path, options):
+    config = news_config(news, **options)
+    method = build(config, tmp_path)
+    params = method.init(jax.random.key(0), next(method.batches()))
+    trees = method.frozen(params), method.decayed(params)
+    transform, _ = build_optimizer(config.optimizer, 10, *trees, method.absent)
+    transform.init(params)
+    config.optimizer.rates.decoder = 1e-3
+    with pytest.raises(UserError, match=r"rates\.decoder names no part of the model"):
+        build_optimizer(config.optimizer, 10, *trees, method.absent)
+
+
 def one_step(method, config, batch, devices, name):
     """Loss, gradient norm and parameters after a step under a parallel mode."""
     mode = sharding.build(name, devices)
