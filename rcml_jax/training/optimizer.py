@@ -90,9 +90,7 @@ def _scale_by_adam(**moments: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
-def _check_rates(
-    rates: dict[str, float], params: dict[str, Any], absent: Collection[str]
-) -> None:
+def _check_rates(rates: dict[str, float], params: dict[str, Any], absent: Collection[str]) -> None:
     known = [*params, *absent]
     unknown = [name for name in rates if not any(part.startswith(name) for part in known)]
     if unknown:
