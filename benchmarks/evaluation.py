@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,8 @@ def units(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def ours(asked: Asked) -> dict:
     """The evaluators of the product, as its methods call them."""
-    types = relation_type(asked.table, *asked.pairs.T, asked.relations)
+    a, b = asked.pairs.T
+    types = relation_type(asked.table, a, b, asked.relations)
     found = retrieval(asked.table, asked.query, asked.candidates, asked.relation)
     return {name: found[name] for name in ("hit@1", "hit@5", "mrr")} | {
         name: types[name] for name in ("top1", "top3")
@@ -125,7 +127,7 @@ def peers(asked: Asked) -> dict[str, Callable[[], dict]]:
 
         both = torch.from_numpy(text), torch.from_numpy(image)
         names = "query", "candidates", "relation", "pairs", "relations"
-        index = {name: torch.from_numpy(getattr(asked, name)) for name in names}
+        index: dict[str, Any] = {name: torch.from_numpy(getattr(asked, name)) for name in names}
         there = dataclasses.replace(asked, **index)
         found[TORCH] = lambda: plain(torch, *both, there)
     return found

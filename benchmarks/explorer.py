@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--screenshot", type=pathlib.Path)
     parser.add_argument("--link", default=LINK, help="the view that is shown")
     options, overrides = parser.parse_known_args()
-    figures = {"machine": timing.start("the explorer in Chromium")}
+    figures: dict[str, Any] = {"machine": timing.start("the explorer in Chromium")}
     args = [f"--workdir={options.workdir}", *overrides]
     if options.embeddings:
         args.append(f"--embeddings={options.embeddings}")

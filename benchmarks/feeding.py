@@ -30,6 +30,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def random_graph(items: int, seed: int = 0) -> tuple[RelationGraph, Splits]:
     pairs[:, 0], pairs[:, 1] = rows, partners[rows, columns]
     pairs[:, 2] = rng.integers(RELATIONS, size=len(rows), dtype=np.int32)
     del partners, rows, columns
-    nothing = NoTexts(items)
+    nothing: Any = NoTexts(items)
     graph = RelationGraph(
         name="random",
         ids=nothing,
@@ -161,7 +162,7 @@ class Batches:
         self.sampler = RelationSampler(graph, splits, SIZES, seed=0)
         tokenizer = train_tokenizer([*graph.texts, *graph.relations], 1000)
         texts = StoredTexts(folder / "ids", "ids", tokenizer, graph.texts, _TEXT_LENGTH)
-        banks = {
+        banks: dict[str, Callable[[np.ndarray], np.ndarray]] = {
             "stored": StoredPixels(folder / "pixels", "pixels", graph.images, _SIZE),
             "decoded": ImageBank(graph.images, _SIZE, cache_bytes=0, threads=1),
         }
@@ -188,7 +189,7 @@ class Batches:
         """Seconds of a batch of decoded images: of the clock, of this process, of the workers."""
         batches = batch_iterator(self.sampler, self.collate["decoded"], workers=workers)
         next(batches)
-        clocks = [~child.pid << 3 | 2 for child in multiprocessing.active_children()]
+        clocks = [~child.pid << 3 | 2 for child in multiprocessing.active_children() if child.pid]
 
         def spent() -> float:
             return sum(time.clock_gettime(clock) for clock in clocks)

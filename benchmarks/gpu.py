@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     start, names = time.monotonic(), [name for name in STAGES if name in arguments.stages]
     options = ["--small"] if arguments.small else []
-    about = {
+    about: dict[str, Any] = {
         "command": shlex.join(
             ["bash", "benchmarks/gpu.sh", "OUT", "--stages", ",".join(names), *options]
         ),

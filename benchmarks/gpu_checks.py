@@ -53,7 +53,7 @@ def correctness(report: Any, small: bool) -> None:
         report.part(name, functools.partial(_compare_models, make, arguments, device, host))
 
 
-def _loss_cases(small: bool) -> Iterator[tuple[str, Callable[..., jax.Array], list[jax.Array]]]:
+def _loss_cases(small: bool) -> Iterator[tuple[str, Callable[..., jax.Array], list[np.ndarray]]]:
     """Name, function of arrays to a scalar, and arrays; what has no gradient is in the function."""
     sizes = gpu_work.sizes(small)
     rng = np.random.default_rng(1)
@@ -73,13 +73,13 @@ def _loss_cases(small: bool) -> Iterator[tuple[str, Callable[..., jax.Array], li
     yield "loss: identification", functools.partial(relation, False), both
     # Scaled, as normalisation is part of these losses.
     rows = [3 * unit(rng, (count, width)) for _ in range(4)]
-    labels = rng.integers(0, 5, count)
+    labels: Any = rng.integers(0, 5, count)
     yield "loss: CLIP", clip, rows[:2]
     yield "loss: CLIP, in chunks", functools.partial(clip, chunk_size=count // 4), rows[:2]
     yield "loss: SigLIP", sigmoid, rows[:2]
     yield "loss: UniCL", lambda x, y: label_supervised(x, y, labels), rows[:2]
-    partner = [rng.permutation(count) for _ in range(2)]
-    mixing = rng.uniform(0.2, 1, count).astype(np.float32)
+    partner: Any = [rng.permutation(count) for _ in range(2)]
+    mixing: Any = rng.uniform(0.2, 1, count).astype(np.float32)
     yield "loss: M3Co", lambda *x: m3co(x[:2], x[2:], mixing, partner), rows
     yield "loss: MultiSClip", lambda *x: multi_soft_clip(x), rows[:2]
 
@@ -102,7 +102,7 @@ def _model_cases(small: bool) -> Iterator[tuple[str, Callable, Any]]:
         def value(arrays, given):
             del given
             found = gpu_work.token_states(arrays["states"].astype(dtype))
-            z = module.apply(
+            z: Any = module.apply(
                 {"params": arrays["head"]}, found, arrays["relation"], jnp.arange(5) < 1
             )
             return jnp.sum(weights * z), z

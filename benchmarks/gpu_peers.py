@@ -95,7 +95,7 @@ class _Side:
         row["items"], row["items_per_second"] = self.items, self.items / row["median"]
         return row | {"peak_bytes": self._peak()}
 
-    def in_turn(self, names: tuple[str, ...], rounds: int, count: int) -> dict[str, Any]:
+    def in_turn(self, names: tuple[str, str], rounds: int, count: int) -> dict[str, Any]:
         """The steps in turn: seconds, and the ratio of the first to the second."""
         calls = {name: self._several(name, count) for name in names}
         times = timing.alternate(calls, repeats=rounds, warmup=1)

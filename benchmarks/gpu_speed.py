@@ -182,7 +182,7 @@ def _other_work(small: bool, subjects: str) -> list[Work]:
     """Rows of benchmarks/throughput.py: embedding, evaluation and M3CoL, in bfloat16."""
     argv = ["--config", f"{gpu_work.CONFIGS / 'rcml.py'}:amazon", "--only", subjects]
     argv += ["--devices", "1", "--no-scaling", "--small" if small else "--no-small"]
-    overrides = {"model.dtype": "bfloat16"}
+    overrides: dict[str, Any] = {"model.dtype": "bfloat16"}
     if small:
         overrides |= gpu_work.TINY
         argv += ["--text-length", "8", "--sentence-length", "8", "--embedded", "4"]
@@ -267,7 +267,9 @@ def operations(text: str) -> dict[str, str]:
 
     A fusion that does not say it itself comes from where most of its instructions do.
     """
-    found, inside, calls = {}, collections.defaultdict(collections.Counter), {}
+    found: dict[str, str] = {}
+    calls: dict[str, str] = {}
+    inside: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     computation = ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -278,9 +280,9 @@ def operations(text: str) -> dict[str, str]:
                 inside[computation][source[1]] += 1
             elif called := _CALLED.search(line):
                 calls[instruction[1]] = called[1]
-    for name, called in calls.items():
-        if inside[called]:
-            found[name] = inside[called].most_common(1)[0][0]
+    for name, computation in calls.items():
+        if inside[computation]:
+            found[name] = inside[computation].most_common(1)[0][0]
     return found
 
 
@@ -324,8 +326,10 @@ def summarise_planes(planes: Iterable[Any], count: int, sources: dict[str, str])
     lines = [line for plane in devices for line in plane.lines if "Stream" in line.name]
     measured = "device" if lines else "host"
     lines = lines or [line for plane in planes for line in plane.lines]
-    time, calls = collections.Counter(), collections.Counter()
-    parts, kinds = collections.Counter(), collections.Counter()
+    time: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
+    parts: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
     for line in lines:
         for event in line.events:
             stats = dict(event.stats)

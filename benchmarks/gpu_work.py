@@ -15,7 +15,7 @@ from benchmarks import throughput_flops as flops
 from benchmarks import throughput_models as models
 from benchmarks.item_batches import Sizes
 from rcml_jax.cli.commands import load_config_file
-from rcml_jax.methods.base import Method
+from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.models.towers.transformer import TokenStates
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -66,12 +66,12 @@ def paper_loss(config: Any) -> Any:
     return config
 
 
-def method(name: str, config: Any) -> Method:
+def method(name: str, config: Any) -> RelationalMethod:
     """RCML ("rcml") or CLIP ("clip") with random weights and no data."""
     return models.relational(name, config)
 
 
-def step_flops(method: Method, batch: dict, relations: int) -> int:
+def step_flops(method: RelationalMethod, batch: dict, relations: int) -> int:
     """Model FLOPs of a step on packed texts, backward pass included.
 
     The tower works on whole rows, their little padding included; pooling needs a title's own tokens

@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def write_prepared(folder: pathlib.Path, graph: RelationGraph, splits: Splits) -
     folder.mkdir(parents=True)
     n = len(graph)
     names = ("graph_name", "relations", "relation_ids", "intra_relation", "label_names")
-    values = (graph.name, graph.relations, [], graph.intra_relation, graph.label_names)
+    values: tuple = (graph.name, graph.relations, [], graph.intra_relation, graph.label_names)
     metadata = dict(zip(names, values, strict=True))
     (folder / "metadata.json").write_text(json.dumps(metadata))
     (folder / "dataset_info.json").write_text(json.dumps({"splits": [{"shardLengths": [str(n)]}]}))
@@ -95,7 +96,7 @@ def measure(folder: pathlib.Path, tuples: bool) -> dict[str, float]:
     graph = prepared._read_graph(folder)
     if tuples:
         stored = load_arrays(folder / "earlier.npz") or {}
-        strings = {k: tuple(json.loads(x.tobytes())) for k, x in stored.items()}
+        strings: dict[str, Any] = {k: tuple(json.loads(x.tobytes())) for k, x in stored.items()}
         del stored
         graph = dataclasses.replace(graph, **strings).validate()
         assert isinstance(graph.ids, tuple)

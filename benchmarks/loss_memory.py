@@ -16,6 +16,8 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,11 @@ def naive(text, image, anchor, positive, *, pair_valid, related, valid, intra) -
     live = pair_valid.reshape(-1) & valid[anchor] & valid[positive]
     candidates = {"t": text[relation], "i": image[relation]}  # (pairs, N, d) each
     place = jnp.arange(len(relation))
-    loss = 0.0
+    loss: Any = 0.0
     for x in "ti":
         for y in "ti":
             counted = live if x != y else live & ~intra[relation]
-            total = 0.0
+            total: Any = 0.0
             for i, j in ((anchor, positive), (positive, anchor)):
                 logits = jnp.einsum("pd,pnd->pn", candidates[x][place, i], candidates[y])
                 logits /= TEMPERATURE
@@ -61,26 +63,34 @@ def naive(text, image, anchor, positive, *, pair_valid, related, valid, intra) -
 
 def ours(*args, chunk_size=None, pair_chunk_size=None, **kwargs) -> jax.Array:
     """The library's loss, without its metrics."""
-    options = {"temperature": TEMPERATURE, "intra_modal_weight": INTRA_MODAL_WEIGHT}
     return relation_contrastive(
-        *args, **kwargs, **options, chunk_size=chunk_size, pair_chunk_size=pair_chunk_size
+        *args,
+        **kwargs,
+        temperature=TEMPERATURE,
+        intra_modal_weight=INTRA_MODAL_WEIGHT,
+        chunk_size=chunk_size,
+        pair_chunk_size=pair_chunk_size,
     )[0]
 
 
-FORMS = {OURS: ours, CHUNKED: functools.partial(ours, chunk_size=1), NAIVE: naive}
+FORMS: dict[str, Callable] = {
+    OURS: ours,
+    CHUNKED: functools.partial(ours, chunk_size=1),
+    NAIVE: naive,
+}
 LARGE = FORMS | {PAIRS: functools.partial(ours, chunk_size=1, pair_chunk_size=128)}
-PLAIN = {"info_nce": info_nce, "clip": clip, "sigmoid": sigmoid}
+PLAIN: dict[str, Callable] = {"info_nce": info_nce, "clip": clip, "sigmoid": sigmoid}
 
 
 def arguments(pairs: int, relations: int, width: int) -> tuple[tuple, dict]:
     """Embeddings of 2 * pairs items under all relations, and about `pairs` pairs among them."""
     rng = np.random.default_rng(0)
     group = -(-pairs // relations)
-    batch = inputs.pair_indices(rng, 2 * pairs, relations - 1, group, group)
+    drawn = inputs.pair_indices(rng, 2 * pairs, relations - 1, group, group)
     shape = (2, relations, 2 * pairs, width)
     embeddings = rng.standard_normal(shape, np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    batch = {name: jnp.asarray(value) for name, value in drawn.items()}
     del batch["linked"]  # Of another loss.
     index = batch.pop("anchor"), batch.pop("positive")
     return (*(jnp.asarray(e) for e in embeddings), *index), batch
@@ -134,8 +144,8 @@ def row_of(pairs: int, options: argparse.Namespace, width: int, timed: bool) -> 
     args, kwargs = arguments(pairs, options.relations, width)
     compiled = {form: compile_form(form, args, kwargs) for form in FORMS}
     bytes_of = {f: c.memory_analysis().temp_size_in_bytes for f, c in compiled.items()}
-    row = {"pairs": pairs, "items": 2 * pairs, "width": width, "temporaries": bytes_of}
-    row["pairs_x_items_x_width"] = 4 * pairs * 2 * pairs * width
+    row: dict[str, Any] = {"pairs": pairs, "items": 2 * pairs, "width": width}
+    row |= {"temporaries": bytes_of, "pairs_x_items_x_width": 4 * pairs * 2 * pairs * width}
     fits = {f: c for f, c in compiled.items() if bytes_of[f] < options.limit * 2**30}
     if options.rss:
         row["resident_mib"] = {f: peak_resident(f, pairs, options.relations, width) for f in fits}
@@ -177,7 +187,7 @@ def planned(compiled) -> dict[str, int]:
 
 def large_rows(pairs: int, options: argparse.Namespace, width: int) -> list[dict]:
     """What value and gradient need for many pairs, and the plain losses of as many items."""
-    sizes = {"pairs": pairs, "items": 2 * pairs, "width": width}
+    sizes: dict[str, Any] = {"pairs": pairs, "items": 2 * pairs, "width": width}
     rows = []
     for relations in (options.relations, 1):
         args, kwargs = arguments(pairs, relations, width)

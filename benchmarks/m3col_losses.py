@@ -39,7 +39,7 @@ _reduced_sums = mock.patch.object(m3co, "_bidirectional_without_shift", reduced_
 _plain_sums = mock.patch.object(m3co, "_bidirectional_without_shift", m3co._bidirectional)
 _plain_gram = mock.patch.object(multi_soft_clip, "_gram", lambda x: x @ x.T)
 #: Form → what is replaced.
-FORMS = {
+FORMS: dict[str, dict[str, tuple]] = {
     "m3co": {USED: (), "sums by reductions": (_reduced_sums,), PLAIN: (_plain_sums,)},
     "multi_soft_clip": {
         USED: (),
@@ -74,7 +74,7 @@ def loss_of(name: str) -> Callable:
     """The loss as a function of (embeddings, others)."""
     if name == "m3co":
         return lambda z, coefficient, partner, where: m3co.m3co(
-            *z, coefficient, partner, where=where
+            z[0], z[1], coefficient, partner, where=where
         )
     return lambda z, where: multi_soft_clip.multi_soft_clip(*z, where=where)
 

@@ -157,13 +157,13 @@ class Plain(Side):
             target[torch.arange(count), torch.arange(count)] += share[:, 0]
             target[torch.arange(count), partner] += 1 - share[:, 0]
             targets.append(target)
-        total = 0.0
+        total: Any = 0.0
         for a, b in itertools.permutations(range(VIEWS), 2):
             total = total + self._both(mixed[a] @ unit[b].T, targets[a]) / 2
         return total
 
     def _multi_soft_clip(self, unit: list[torch.Tensor]) -> torch.Tensor:
-        total = 0.0
+        total: Any = 0.0
         for a, b in itertools.permutations(range(VIEWS), 2):
             target = torch.softmax(unit[a] @ unit[a].T / self.config.loss.temperature, dim=1)
             total = total + self._both(unit[b] @ unit[a].T, target) / 2

@@ -18,6 +18,7 @@ import jax
 from benchmarks import timing
 from rcml_jax.cli.commands import load_config_file, parse_flags
 from rcml_jax.methods import build
+from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.training import optimizer, step
 from rcml_jax.training.sharding import ShardedJit
 from rcml_jax.training.workdir import prepare
@@ -47,6 +48,7 @@ class Variant:
             values.batch[name] = round(values.batch[name] * scale)
         prepare(directory, values)
         method = build(values, directory)
+        assert isinstance(method, RelationalMethod)
         devices = ShardedJit(jax.devices()[:1])
         self._batches = method.batches()
         batch = next(self._batches)
@@ -80,7 +82,8 @@ def compare(name: str, config: str, overrides: list[str], items: int, repeats: i
         for part in ("train", "read"):
             functions = {title: getattr(variant, part) for title, variant in variants.items()}
             times = timing.alternate(functions, repeats=repeats)
-            found = timing.ratio(times, *functions)
+            one, other = functions
+            found = timing.ratio(times, one, other)
             baseline = timing.summarise(times)[found["to"]]["median"]
             ratios.append(
                 {"option": name, "items": items, "part": part, "ms": 1e3 * baseline} | found

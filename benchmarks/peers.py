@@ -137,7 +137,7 @@ def peer_embeddings(
             model.text_states(padded["ids"], padded["mask"]),
             model.image_states(padded["pixels"]),
         )
-        embedded = ([], [])
+        embedded: tuple[list, list] = ([], [])
         for e in range(count):
             h = relation(e)
             for states, out in zip(both, embedded, strict=True):
@@ -145,8 +145,8 @@ def peer_embeddings(
         return tuple(torch.stack(out, dim=1) for out in embedded)
 
     def sentence_of_each_row(e: int) -> torch.Tensor:
-        rows = [x[e : e + 1].repeat(items, 1) for x in (sentence_ids, sentence_mask)]
-        return model.text_states(*rows).pooled
+        ids, mask = [x[e : e + 1].repeat(items, 1) for x in (sentence_ids, sentence_mask)]
+        return model.text_states(ids, mask).pooled
 
     functions = {
         FACTORED: factored,
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts has no {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(cores)
+    torch.set_num_threads(cores or 1)
     _operators = torch_rcml.declare_torchvision()
     load = build_workload(args.small)
     texts, sentences = (load.factored[name].shape[1] for name in ("ids", "relation_ids"))
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     measured = {"training": training, "embedding": embeddings, "clip": clip_step}
-    figures = {}
+    figures: dict[str, Any] = {}
     for part in parts:
         figures[part] = measured[part](load, args)
         if "left_out" in figures[part]:

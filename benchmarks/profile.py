@@ -104,8 +104,9 @@ class Profiled(loop.Run):
         self.rounds: dict[str, list[np.ndarray]] = {LOOP: [], ALONE: []}
         self._batches: list[Any] = []
         self._after, self._begin, self._compiled = START, np.zeros(2), 0
-        self._fetching, self._taken, self._start_save = 0.0, False, self.checkpoints.start
-        self.checkpoints.start = self._save_taken
+        self._fetching, self._taken = 0.0, False
+        checkpoints: Any = self.checkpoints  # one of its methods is replaced
+        self._start_save, checkpoints.start = checkpoints.start, self._save_taken
 
     @property
     def compilations(self) -> int:
@@ -200,8 +201,10 @@ def profiled(config: Any, workdir: pathlib.Path, rounds: int, size: int) -> Prof
     """Train a configuration for some rounds in a new work directory, measured."""
     config.patience = 0
     workdirs.prepare(workdir, config)
-    clock, method = Clock(), build(config, workdir)
-    devices = sharding.build(
+    clock = Clock()
+    # Some of their methods are replaced.
+    method: Any = build(config, workdir)
+    devices: Any = sharding.build(
         config.parallel,
         sharding.pick_devices(config.platform, config.devices),
         state_devices=config.get("fsdp_devices", 0),

@@ -18,11 +18,12 @@ from rcml_jax.data.classification import ClassificationData, Modality
 from rcml_jax.data.sampling import BatchSizes
 from rcml_jax.errors import UserError
 from rcml_jax.methods import RELATIONAL
-from rcml_jax.methods.base import Method, Params
+from rcml_jax.methods.base import Params
 from rcml_jax.methods.baselines import BaselineMethod
 from rcml_jax.methods.classification import ClassificationTask
 from rcml_jax.methods.m3col import M3CoLMethod
 from rcml_jax.methods.rcml import RCMLMethod
+from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.models.backbones import encoder_config
 from rcml_jax.models.towers.bert import max_text_length
 from rcml_jax.models.towers.clip import end_token
@@ -112,13 +113,13 @@ def part_of(config: Any, share: int, shares: int) -> Any:
     return part
 
 
-def relational(name: str, config: Any) -> Method:
+def relational(name: str, config: Any) -> RelationalMethod:
     """RCML ("rcml") or a baseline as `train.py` builds it, on a task without data."""
     config = config.copy_and_resolve_references()
     config.method = name
     with _sizes_alone(config.model):
         longest = tower_inputs(config.model).max_length
-        task = types.SimpleNamespace(tokenizer=_tokenizer(config.model), max_length=longest)
+        task: Any = types.SimpleNamespace(tokenizer=_tokenizer(config.model), max_length=longest)
         return (RCMLMethod if name == "rcml" else BaselineMethod)(config, task)
 
 
@@ -149,7 +150,7 @@ def classifier(config: Any) -> M3CoLMethod:
         return M3CoLMethod(config, ClassificationTask(config, data, tokenizer, {}, longest))
 
 
-def random_params(method: Method) -> Params:
+def random_params(method: RelationalMethod | M3CoLMethod) -> Params:
     """Random parameters of the method, on the host.
 
     Drawn by NumPy: only their shapes are asked of the model, so that nothing is compiled. The same
@@ -174,7 +175,9 @@ def random_params(method: Method) -> Params:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def text_length(method: Method, asked: int | None, option: str = "--text-length") -> int:
+def text_length(
+    method: RelationalMethod | M3CoLMethod, asked: int | None, option: str = "--text-length"
+) -> int:
     """The tokens of a text, at most what the text tower takes."""
     longest = method.task.max_length
     if asked is not None and not 2 <= asked <= longest:
@@ -182,12 +185,12 @@ def text_length(method: Method, asked: int | None, option: str = "--text-length"
     return asked or min(_TEXT_LENGTH, longest)
 
 
-def relation_batch(method: Method, text: int, sentence: int) -> dict:
+def relation_batch(method: RelationalMethod, text: int, sentence: int) -> dict:
     """A random batch as the data of a relational method gives it; lengths in tokens."""
     return inputs.relation_batch(_view(method), method.config.batch, text, sentence)
 
 
-def random_items(method: Method, count: int, text: int) -> tuple[np.ndarray, np.ndarray]:
+def random_items(method: RelationalMethod, count: int, text: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (count, text) and images (count, H, W, 3) uint8 of a relational method's items."""
     rng, view = np.random.default_rng(0), _view(method)
     return inputs.token_ids(rng, count, text, view), inputs.images(rng, count, view)
@@ -215,7 +218,7 @@ def encoder_configs(method: M3CoLMethod) -> dict[str, Any]:
     return {name: encoder.config for name, encoder in method.model.encoders.items()}
 
 
-def _view(method: Method) -> Any:
+def _view(method: RelationalMethod) -> Any:
     towers = method.towers_config
     return _view_of(towers.text_config, towers.vision_config)
 

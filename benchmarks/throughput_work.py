@@ -180,7 +180,7 @@ def _embedding(plan: Plan, params: Callable[[], Params]) -> Iterator[Work]:
         yield Work(title, "", [device], plan.embedded, "items", needed, build)
 
 
-def pooling(method: Method) -> Callable:
+def pooling(method: Any) -> jax.stages.Wrapped:
     """The jitted pooling of items, (params, ids, images, relation) → texts and images (n, R, d)."""
 
     @jax.jit
@@ -203,8 +203,8 @@ def _evaluation(plan: Plan) -> Work:
         rng, queries = np.random.default_rng(0), plan.queries
         width = models.relational("rcml", plan.config).towers_config.projection_dim
         shapes = 2 * [(RELATIONS, plan.gallery, width)] + [(RELATIONS, width)]
-        sides = [_unit(rng.standard_normal(shape, np.float32)) for shape in shapes]
-        table = RelationEmbeddings(np.arange(plan.gallery), *sides)
+        text, image, relations = (_unit(rng.standard_normal(x, np.float32)) for x in shapes)
+        table = RelationEmbeddings(np.arange(plan.gallery), text, image, relations)
         query = rng.integers(0, plan.gallery, queries)
         candidates = rng.integers(0, plan.gallery, (queries, CANDIDATES))
         relation = rng.integers(0, RELATIONS, queries)

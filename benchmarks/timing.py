@@ -6,7 +6,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ def machine() -> dict:
 
 
 def alternate(
-    functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2, pause: float = 0.0
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 2, pause: float = 0.0
 ) -> Times:
     """Seconds of every function in each of `repeats` rounds, in an order drawn anew each round.
 

@@ -51,6 +51,7 @@ from rcml_jax.errors import UserError
 from rcml_jax.evaluation import scores
 from rcml_jax.methods.base import Method
 from rcml_jax.methods.m3col import M3CoLMethod
+from rcml_jax.methods.relational import RelationalMethod
 from rcml_jax.training import optimizer, sharding, step
 from rcml_jax.training.gradcache import parts_of
 
@@ -137,7 +138,7 @@ def _bytes(dtype: str, shape: str) -> int:
     return int(np.prod([int(x) for x in shape.split(",") if x], dtype=np.int64)) * bits // 8
 
 
-def abstract_batch(method: Method, text: int, sentence: int) -> dict:
+def abstract_batch(method: RelationalMethod, text: int, sentence: int) -> dict:
     """The shapes of a relational method's batch; lengths in tokens.
 
     Made of two small batches: a shape's entries that grow with the items or pairs are scaled.
@@ -170,14 +171,14 @@ def abstract_class_batch(method: M3CoLMethod, text: int) -> dict:
     return jax.tree.map(scaled, models.class_batch(method, 2, text))
 
 
-def _resized(method: Method, factor: int) -> Any:
+def _resized(method: RelationalMethod, factor: int) -> Any:
     """The method's towers with `factor` times the smallest batch whose parts are those of its own.
 
     Not a method built anew: its configuration names no checkpoint any more, whose sizes it has.
     """
     batch = method.config.batch
-    smallest = np.gcd.reduce([batch.size, batch.pairs_per_relation, batch.intra_pairs])
-    config = models.part_of(method.config, factor, int(smallest))
+    smallest = math.gcd(batch.size, batch.pairs_per_relation, batch.intra_pairs)
+    config = models.part_of(method.config, factor, smallest)
     return types.SimpleNamespace(config=config, towers_config=method.towers_config)
 
 
@@ -219,7 +220,7 @@ def compile_loss(method: Method, batch: dict, devices: Any) -> Any:
     return jax.jit(loss, out_shardings=(None, placed)).lower(params, batch).compile()
 
 
-def compile_embedding(method: Method, count: int, batch: dict, devices: list[Any]) -> Any:
+def compile_embedding(method: RelationalMethod, count: int, batch: dict, devices: list[Any]) -> Any:
     """The compiled pooling of a batch's items under `count` relations encoded ahead.
 
     The items are split over the devices, each of which holds the parameters whole.
@@ -298,7 +299,7 @@ def sized(config: Any, items: int) -> Any:
     return config
 
 
-def method_of(title: str, config: Any, model: str | None, layers: int | None) -> Method:
+def method_of(title: str, config: Any, model: str | None, layers: int | None) -> RelationalMethod:
     """The method of a configuration; model, layers: the options --model and --layers."""
     if model is None and layers is None:
         return models.relational(title, config)
@@ -361,12 +362,12 @@ def subjects(
     modes, chips = arguments.parallel.split(","), len(devices)
     for name in arguments.only.split(","):
         if name == "m3col":
-            for title, method in phases(m3col, items):
-                text = models.text_length(method, None)
-                needed = work.class_flops(method, text)
-                batch = abstract_class_batch(method, text)
+            for title, phase in phases(m3col, items):
+                text = models.text_length(phase, None)
+                needed = work.class_flops(phase, text)
+                batch = abstract_class_batch(phase, text)
                 for mode in modes:
-                    made = functools.partial(_step, compile_step, mode, method, batch, devices)
+                    made = functools.partial(_step, compile_step, mode, phase, batch, devices)
                     yield Subject(title, mode, items, chips, needed, made)
             continue
         relational = "rcml" if name in ("embedding", "evaluation") else name
@@ -425,7 +426,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def phases(config: Any, items: int) -> list[tuple[str, Method]]:
+def phases(config: Any, items: int) -> list[tuple[str, M3CoLMethod]]:
     """The steps of M3CoL's phases, each with its name."""
     config = config.copy_and_resolve_references()
     config.batch.size, config.micro_batch = items, 0

@@ -26,10 +26,8 @@ def features(arrays: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Ten
         return F.conv2d(F.pad(x, pad), kernel, stride=stride, groups=groups)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        parts = (
-            arrays[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
-        )
-        return F.batch_norm(x, *parts, training=False, eps=1e-3)
+        mean, variance, weight, bias = (arrays[f"{name}.{part}"] for part in _NORM)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=1e-3)
 
     x = (pixels.permute(0, 3, 1, 2).float() - 127) / 128
     x = F.relu6(norm(conv(x, "_conv_stem", 2), "_bn0"))

@@ -240,7 +240,7 @@ def declare_torchvision() -> Any:
     that it is enough to declare them, before anything imports torchvision.
     """
     spec = importlib.util.find_spec("torchvision")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return None
     try:
         # Its name differs by version.

@@ -10,6 +10,7 @@ loss, backward pass and AdamW, the state donated. The batch is random; loading d
 import tempfile
 import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from transformers import CLIPConfig
@@ -24,7 +25,7 @@ from rcml_jax.training import optimizer, step
 from rcml_jax.training.sharding import ShardedJit
 
 TARGET = 1.10
-CLASSES = {"clip": BaselineMethod, "rcml": RCMLMethod}
+CLASSES: dict[str, type[BaselineMethod | RCMLMethod]] = {"clip": BaselineMethod, "rcml": RCMLMethod}
 CLIP, PAPER, RCML = "CLIP step", "RCML step, Eq. 1-2 alone", "RCML step, configs/rcml.py"
 
 
@@ -39,11 +40,13 @@ def configuration(args):
     return config, inputs.clip_config(args.small)
 
 
-def build_method(name: str, config, clip_config: CLIPConfig, small: bool) -> Method:
+def build_method(
+    name: str, config, clip_config: CLIPConfig, small: bool
+) -> BaselineMethod | RCMLMethod:
     """A method as `train.py` builds it, but without a data set: losses ask the task for nothing."""
     text = clip_config.text_config
     tokenizer = types.SimpleNamespace(vocab_size=text.vocab_size, end_id=end_token(text), pad_id=0)
-    task = types.SimpleNamespace(tokenizer=tokenizer)
+    task: Any = types.SimpleNamespace(tokenizer=tokenizer)
     config = config.copy_and_resolve_references()
     config.method = name
     with tempfile.TemporaryDirectory() as directory:

@@ -119,7 +119,7 @@ class Method(abc.ABC):
         del found
         return params
 
-    def phases(self) -> "list[tuple[int, Method]]":
+    def phases(self) -> "Sequence[tuple[int, Method]]":
         """Phases of the training with different losses: (first step, method), in order.
 
         Each phase is compiled by itself, so that no step computes the loss of another phase. All

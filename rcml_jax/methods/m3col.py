@@ -183,7 +183,7 @@ class M3CoLMethod(Method):
         config = self.config
         return config.validate_every or config.validate_epochs * self.task.sampler.per_epoch
 
-    def phases(self) -> list[tuple[int, Method]]:
+    def phases(self) -> "list[tuple[int, M3CoLMethod]]":
         """By default M3Co for the first int(steps/3) steps, then MultiSClip."""
         if self.contrastive != "scheduled":
             return [(0, self)]
