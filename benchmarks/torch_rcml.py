@@ -242,13 +242,16 @@ def declare_torchvision() -> Any:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None
+    # Its name differs by version.
+    libraries = list(pathlib.Path(spec.origin).parent.glob("_C*.so"))
     try:
-        # Its name differs by version.
-        for library in pathlib.Path(spec.origin).parent.glob("_C*.so"):
+        for library in libraries:
             torch.ops.load_library(library)
     except OSError:
-        operators = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        return operators
-    return None
+        libraries = []
+    if libraries:
+        return None
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    return operators

@@ -431,7 +431,12 @@ def _find(name: str, options: Sequence[Option]) -> Option | None:
 
 
 def open_type(section: str) -> type | None:
-    """The type of the options of a section whose last part is open; None where none is."""
+    """The type of the options of a section whose last part is open; None where none is.
+
+    section: dotted, without "config."; also of a run of a study, below "runs.NAME.".
+    """
+    if section.startswith("runs."):
+        section = section.split(".", 2)[-1]
     options = (option for recipe in RECIPES.values() for option in recipe)
     return next((option.type for option in options if option.name == f"{section}.*"), None)
 

@@ -126,10 +126,20 @@ def test_the_rate_of_a_part_may_be_given_that_a_recipe_does_not_name(source):
     assert rates == before | {"heads_image": 1e-4, "heads": 2.0}
 
 
+def test_the_rate_of_a_part_of_a_studys_run():
+    config = load_config_file(str(ROOT / "configs" / "alignment.py"))
+    name = next(name for name, run in config.runs.items() if "rates" in run.optimizer)
+    before = config.runs[name].optimizer.rates.to_dict()
+    option = f"--config.runs.{name}.optimizer.rates.heads_text=2"
+    rates = parse_flags([option], config).config.runs[name].optimizer.rates.to_dict()
+    assert rates == before | {"heads_text": 2.0}
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("rates=1", "has parts; set one, such as --config.optimizer.rates.PART"),
+        ("rates=1", "config.optimizer.rates is a section, which has no value"),
+        ("rates.heads[0]=1", r"config.optimizer.rates has no 'heads'"),
         ("rates.heads=fast", "could not convert"),
         ("rates.=1", "config.optimizer.rates has no ''"),
         ("rates.heads.text=1", "config.optimizer.rates has no 'heads'"),

@@ -350,6 +350,8 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 def _make_room(config: ml_collections.ConfigDict, name: str) -> None:
     """Add an option whose last part is the user's to choose, such as a part's learning rate."""
     path, _, last = name.removeprefix("config.").rpartition(".")
+    if "[" in last:
+        return
     values = config.to_dict()
     for part in path.split("."):
         values = values.get(part) if isinstance(values, dict) else None
@@ -376,8 +378,9 @@ def _check_name(config: ml_collections.ConfigDict, name: str) -> None:
             raise UserError(f"wrong option: {path} has no {part!r}{meant}")
         section = section[part]
     if isinstance(section, ml_collections.ConfigDict):
-        part = min(section, default="PART")
-        raise UserError(f"wrong option: {name} has parts; set one, such as --{name}.{part}")
+        if not section:
+            raise UserError(f"wrong option: {name} is a section, which has no value")
+        raise UserError(f"wrong option: {name} has parts; set one, such as --{name}.{min(section)}")
 
 
 def _names(section: ml_collections.ConfigDict, path: str = "config") -> dict[str, str]:
@@ -406,7 +409,8 @@ def parse_flags(
     for argument in args:
         name = argument_text(argument.partition("=")[0]).lstrip("-")
         if name.startswith("config."):
-            _make_room(config, name)
+            if argument.startswith("-"):
+                _make_room(config, name)
             _check_name(config, name)
         elif argument.startswith("--") and name not in options and "config." not in name:
             near = {option: f"--{option}" for option in options}

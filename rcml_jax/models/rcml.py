@@ -82,7 +82,9 @@ class RCML(nn.Module):
 
     def _shares(self, sentences: jax.Array, texts: Any) -> int:
         """The number of devices whose rows of texts sentences should stand beside, 1 for none."""
-        if isinstance(texts, TokenStates) or not takes_packed(self.config):
+        if self.is_initializing() or isinstance(texts, TokenStates):
+            return 1
+        if not takes_packed(self.config):
             return 1  # What follows the end of a text changes nothing in CLIP's tower alone.
         ids = texts.ids if isinstance(texts, PackedTexts) else texts
         count, length = sentences.shape

@@ -161,7 +161,7 @@ def by_device(tree):
 @pytest.mark.parametrize("form", ["a row each", "packed"])
 def test_sentences_beside_texts_under_pmap_equal_those_of_one_device(form, count):
     alone, asked = over_eight_devices()[2][form == "packed"], sentences(count)
-    model, images = RCML(tiny()), jnp.zeros((1, 16, 16, 3))
+    model, images = RCML(tiny(), axis_name="data"), jnp.zeros((1, 16, 16, 3))
     params = shaken(model.init(jax.random.key(0), asked[:1], asked[:1], images)["params"])
 
     def loss(params, texts, axis_name, devices):
@@ -190,8 +190,7 @@ def test_sentences_beside_texts_under_pmap_equal_those_of_one_device(form, count
 def test_each_device_encodes_its_share_of_the_sentences(number, mode):
     split, everywhere, alone = over_eight_devices()
     model = RCML(tiny(), axis_name="data" if mode == "pmap" else "")
-    one = RCML(tiny())
-    params = one.init(jax.random.key(0), sentences(1), sentences(1), jnp.zeros((1, 16, 16, 3)))
+    params = model.init(jax.random.key(0), sentences(1), sentences(1), jnp.zeros((1, 16, 16, 3)))
     encode = functools.partial(model.apply, method="_relation_and_texts")
 
     def flops(count):

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rcml_jax.methods import build as build_method
+from rcml_jax.models.rcml import RCML
 from rcml_jax.training import sharding
 from rcml_jax.training.sharding import pick_devices
 from rcml_jax.training.step import create, make_step
@@ -123,6 +124,21 @@ def test_packed_texts_give_the_loss_and_gradients_of_padded_ones(
     one = step_of(catalogue, directory, method, "jit", 1, texts_per_row=1)
     found = step_of(catalogue, directory, method, mode, devices, parts, texts_per_row)
     assert_same_step(found, one)
+
+
+def test_a_step_under_pmap_shares_the_sentences(catalogue, tmp_path, monkeypatch):
+    counted, shares = [], RCML._shares
+
+    def spy(model, sentences, texts):
+        counted.append(shares(model, sentences, texts))
+        return counted[-1]
+
+    monkeypatch.setattr(RCML, "_shares", spy)
+    one = step_of(catalogue, tmp_path, "rcml", "jit", 1, texts_per_row=1)
+    assert set(counted) == {1}
+    counted.clear()
+    assert_same_step(step_of(catalogue, tmp_path, "rcml", "pmap", 4, 1, 2), one)
+    assert 4 in counted
 
 
 @functools.cache
