@@ -139,24 +139,23 @@ class M3CoLMethod(Method):
         )
         #: Whether encoders are not trained; they have no dropout then.
         self.freezes = config.model.get("freeze", "") == "encoders"
-        self._check_sources()
+        #: Modalities whose encoders begin with random values, but for `sources`.
+        self._random = [
+            name
+            for name, kind in self.kinds.items()
+            if kind not in _PRETRAINED or not config.model[_PRETRAINED[kind]]
+        ]
+        if self.freezes and self._random and not self.sources:
+            raise UserError(
+                f"config.model.freeze=encoders leaves the encoder of {', '.join(self._random)} at "
+                "its random values; name trained runs in config.model.init_from, or train it"
+            )
         self.model = build_model(config, task)
         heads = self.names if self.model.unimodal else ()
         self.absent = [f"encoders_{name}" for name in _PRETRAINED if name not in self.names]
         self.absent += [f"heads_{name}" for name in _PRETRAINED if name not in heads]
         self.embed_all = jax.jit(self._embed_all)
         self.classify_all = jax.jit(self._classify_all)
-
-    def _check_sources(self) -> None:
-        """Raises UserError for frozen encoders with nothing but random values."""
-        model = self.config.model
-        named = {kind for kind, option in _PRETRAINED.items() if model[option]}
-        bare = [name for name, kind in self.kinds.items() if kind not in named]
-        if self.freezes and bare and not self.sources:
-            raise UserError(
-                f"config.model.freeze=encoders leaves the encoder of {', '.join(bare)} at its "
-                "random values; name trained runs in config.model.init_from, or train it"
-            )
 
     @classmethod
     def load(cls, config: Any, workdir: pathlib.Path) -> "M3CoLMethod":
@@ -204,13 +203,13 @@ class M3CoLMethod(Method):
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the encoders that other runs have; of one that several have, the last's.
 
-        Raises UserError where their sizes differ, there is none, or one is frozen without.
+        Raises UserError where their sizes differ, there is none, or one is frozen at random values.
         """
         path = f"config.model.init_from={self.config.model.init_from}"
         parts = {name: f"encoders_{name}" for name in self.names}
         theirs = {part: found[part] for part in parts.values() if part in found}
         missing = [name for name, part in parts.items() if part not in theirs]
-        if not theirs or (self.freezes and missing):
+        if not theirs or (self.freezes and set(missing) & set(self._random)):
             raise UserError(
                 f"{path} has no encoder of {', '.join(missing)}; name runs of "
                 "config.method=m3col that have one, with commas between"

@@ -6,10 +6,12 @@ import pytest
 
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
+from rcml_jax.models.towers.vit import small_vit_config
 from rcml_jax.training import loop
 from rcml_jax.training.checkpoint import read_params
 from tests.data.imagetext import write_news
 from tests.methods.m3col_data import news_config, omics_config, write_tables
+from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 
 VIEWS = ("mrna", "methylation", "mirna")
 SHORT = {"epochs": 3, "data.folds": 0, "loss.contrastive": "none", "loss.unimodal_weight": 0.0}
@@ -108,6 +110,25 @@ def test_encoders_that_cannot_be_taken(tables, alone, tmp_path, options, said):
         options = options | {"model.init_from": str(alone / "mirna")}
     with pytest.raises(UserError, match=said):
         loop.train_and_evaluate(together(tables, alone, **options), tmp_path / "run")
+
+
+def test_a_pretrained_encoder_needs_no_run(tmp_path):
+    """The image's is a checkpoint's and the text's another run's; both are frozen."""
+    news = write_news(tmp_path / "data")
+    sizes = small_vit_config(width=16, layers=1, heads=2, image_size=16, patch_size=8)
+    save_checkpoint(make_model(sizes, seed=3), tmp_path / "vit", layout="flax")
+    options = {"epochs": 1, "loss__contrastive": "none", "data__patch_size": 4}
+    text = news_config(news, **options, data__modalities="text")
+    loop.train_and_evaluate(text, tmp_path / "text")
+    options |= {"model__image_pretrained": str(tmp_path / "vit"), "model__freeze": "encoders"}
+    with pytest.raises(UserError, match="leaves the encoder of text at its random values"):
+        loop.train_and_evaluate(news_config(news, **options), tmp_path / "none")
+    options["model__init_from"] = str(tmp_path / "text")
+    method = build(news_config(news, **options), tmp_path)
+    params = method.init(jax.random.key(0), next(method.batches()))
+    theirs = read_params(tmp_path / "text")
+    expected = {**params, "encoders_text": theirs["encoders_text"]}
+    jax.tree.map(np.testing.assert_array_equal, method.adopt(params, theirs), expected)
 
 
 def test_a_text_encoder_that_has_learned_other_tokens_is_refused(tmp_path):
