@@ -310,9 +310,9 @@ class Run:
         _check_loss(config.method, self.method, params, batch)
         if self.method.sources and self.checkpoints.latest() is None:
             found: dict = {}
-            for other in self.method.sources:
-                found |= read_params(user_path(other))
-                _check_tokenizer(self.workdir, user_path(other))
+            for other in map(user_path, self.method.sources):
+                _check_tokenizer(self.workdir, other)  # before the checkpoint, which may be large
+                found |= read_params(other)
             params = self.method.adopt(params, found)
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(
