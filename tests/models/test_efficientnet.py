@@ -56,7 +56,7 @@ def apply(params, pixels, method="__call__", dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3, 6])
 @pytest.mark.parametrize("sides", [(6, 8), (7, 5), (1, 2)])
 def test_both_depthwise_convolutions_equal_numpy_in_value_and_gradient(kernel_size, stride, sides):
     rng = np.random.default_rng(0)
@@ -93,6 +93,31 @@ def test_gradients_of_the_depthwise_convolution_equal_finite_differences():
     for ours, slow in zip(found, expected, strict=True):
         assert np.abs(slow).max() > 0.5
         np.testing.assert_allclose(ours, slow, atol=1e-4)
+
+
+def test_gradients_of_the_fast_depthwise_convolution_are_the_same_where_images_are_sharded():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(8, 6, 7, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(5, 5, 1, 3)), jnp.float32)
+
+    def total(x, kernel):
+        return jnp.sum(efficientnet._shifted_depthwise_conv(x, kernel, 2) ** 2)
+
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    expected = jax.grad(total, (0, 1))(x, kernel)
+    found = jax.jit(jax.grad(total, (0, 1)))(jax.device_put(x, rows), kernel)
+    for sharded, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_the_kernels_gradient_is_summed_in_float32_where_the_network_is_in_bfloat16():
+    # 600 images whose products are 1: their sum in bfloat16 would stay at 256.
+    x = jnp.ones((600, 1, 1, 2), jnp.bfloat16)
+    kernel = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    gradient = jax.grad(lambda k: efficientnet._shifted_depthwise_conv(x, k, 1).sum())(kernel)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), 600)
 
 
 @pytest.mark.parametrize(

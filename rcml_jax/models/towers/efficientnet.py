@@ -10,10 +10,11 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import pathlib
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -98,18 +99,95 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _shifted_depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`depthwise_conv` as a sum over k² shifted slices, much faster in XLA on a CPU."""
-    sides, (rows, columns) = x.shape[1:3], kernel.shape[:2]
-    padding = jax.lax.padtype_to_pads(sides, (rows, columns), (stride, stride), "SAME")
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((side - 1) // stride * stride + 1 for side in sides)
-    shifted = (
-        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j][None, None]
-        for i in range(rows)
-        for j in range(columns)
+    """`depthwise_conv` as a sum over k² shifted slices, much faster in XLA on a CPU.
+
+    Its gradients are written out: XLA takes some four times as long for those that JAX derives.
+    """
+    parts = _shifted(x, kernel.shape[:2], stride)
+    return functools.reduce(jnp.add, (part * kernel[i, j][None, None] for i, j, part in parts))
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple]:
+    found = jax.lax.optimization_barrier(_shifted_depthwise_conv(x, kernel, stride))
+    return found, (x, kernel)
+
+
+def _backward(stride: int, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    # XLA would compute both anew for each of their uses.
+    gradient = jax.lax.optimization_barrier(gradient)
+    return (
+        jax.lax.optimization_barrier(_input_gradient(x.shape[1:3], kernel, gradient, stride)),
+        _kernel_gradient(x, kernel, gradient, stride),
     )
-    return functools.reduce(jnp.add, shifted)
+
+
+_shifted_depthwise_conv.defvjp(_forward, _backward)
+
+
+def _same(sides: Sequence[int], kernel: Sequence[int], stride: int) -> list[tuple[int, int]]:
+    """What "SAME" adds before and after each side."""
+    return jax.lax.padtype_to_pads(sides, kernel, (stride, stride), "SAME")
+
+
+def _shifted(
+    x: jax.Array, kernel: tuple[int, ...], stride: int
+) -> Iterator[tuple[int, int, jax.Array]]:
+    """Positions i, j in a kernel, and what each meets of x (n, H, W, c): (n, H', W', c)."""
+    sides = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), *_same(sides, kernel, stride), (0, 0)))
+    height, width = ((side - 1) // stride * stride + 1 for side in sides)
+    for i, j in itertools.product(*map(range, kernel)):
+        yield i, j, x[:, i : i + height : stride, j : j + width : stride]
+
+
+def _kernel_gradient(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int
+) -> jax.Array:
+    """Σ over images and positions of input · gradient, for each position in the kernel.
+
+    Image by image, so that the k² products stay in the processor's cache.
+    """
+
+    def add(total: jax.Array, pair: tuple) -> tuple[jax.Array, None]:
+        image, of_image = pair
+        parts = _shifted(image[None], kernel.shape[:2], stride)
+        sums = [jnp.sum(part[0] * of_image, (0, 1), jnp.float32) for *_, part in parts]
+        return total + jnp.stack(sums).reshape(kernel.shape), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (x, gradient))
+    return total.astype(kernel.dtype)
+
+
+def _input_gradient(
+    sides: Sequence[int], kernel: jax.Array, gradient: jax.Array, stride: int
+) -> jax.Array:
+    """The transposed convolution, a sum over shifted slices for each phase of the stride.
+
+    Input positions of one phase (their remainder by the stride) meet the same part of the kernel.
+    """
+    (rows, columns), images = kernel.shape[:2], gradient.shape[0]
+    reach = -(-rows // stride) - 1, -(-columns // stride) - 1
+    low = [before for before, _ in _same(sides, (rows, columns), stride)]
+    # Positions of a phase in the padded input: as many as there are outputs, or one more.
+    height, width = (-(-(side + b) // stride) for side, b in zip(sides, low, strict=True))
+    after = height - gradient.shape[1], width - gradient.shape[2]
+    gradient = jnp.pad(gradient, ((0, 0), *zip(reach, after, strict=True), (0, 0)))
+
+    def phase(a: int, b: int) -> jax.Array:
+        positions = itertools.product(range(a, rows, stride), range(b, columns, stride))
+        found = jnp.zeros((images, height, width, gradient.shape[-1]), gradient.dtype)
+        for i, j in positions:
+            top, left = reach[0] - i // stride, reach[1] - j // stride
+            part = gradient[:, top : top + height, left : left + width]
+            found += part * kernel[i, j][None, None]
+        return found
+
+    phases = [jnp.stack([phase(a, b) for b in range(stride)], 3) for a in range(stride)]
+    whole = jnp.stack(phases, 2).reshape(images, height * stride, width * stride, -1)
+    return whole[:, low[0] : low[0] + sides[0], low[1] : low[1] + sides[1]]
 
 
 class DepthwiseConv(nn.Module):
@@ -131,6 +209,24 @@ class DepthwiseConv(nn.Module):
             cpu=lambda x, kernel: _shifted_depthwise_conv(x, kernel, self.stride),
             default=lambda x, kernel: depthwise_conv(x, kernel, self.stride),
         )
+
+
+class PointwiseConv(nn.Module):
+    """A convolution of 1×1 without bias, as a matrix product.
+
+    XLA on a CPU takes ten times as long for the kernel's gradient of one written as a convolution.
+    """
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Feature map (n, H, W, c) → (n, H, W, width)."""
+        shape = (1, 1, x.shape[-1], self.width)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        return (rows @ kernel[0, 0].astype(self.dtype)).reshape(*x.shape[:-1], self.width)
 
 
 class BatchNorm(nn.Module):
@@ -174,27 +270,14 @@ class MBConv(nn.Module):
         """Feature map (n, H, W, c) → (n, ⌈H / stride⌉, ⌈W / stride⌉, width)."""
         x, channels = inputs, inputs.shape[-1]
         if self.expansion > 1:
-            x = _conv(self.expansion * channels, 1, self.dtype, "expand_conv")(x)
+            width = self.expansion * channels
+            x = PointwiseConv(width, self.dtype, name="expand_conv")(x)
             x = nn.relu6(BatchNorm(self.dtype, name="bn0")(x))
         x = DepthwiseConv(self.kernel_size, self.stride, self.dtype, name="depthwise_conv")(x)
         x = nn.relu6(BatchNorm(self.dtype, name="bn1")(x))
-        x = _conv(self.width, 1, self.dtype, "project_conv")(x)
+        x = PointwiseConv(self.width, self.dtype, name="project_conv")(x)
         x = BatchNorm(self.dtype, name="bn2")(x)
         return inputs + x if self.stride == 1 and channels == self.width else x
-
-
-def _conv(width: int, kernel: int, dtype: Any, name: str | None = None, stride: int = 1) -> nn.Conv:
-    """A dense convolution without bias, with "SAME" padding."""
-    return nn.Conv(
-        width,
-        (kernel, kernel),
-        strides=stride,
-        padding="SAME",
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=nn.initializers.he_normal(),
-        name=name,
-    )
 
 
 class EfficientNetLite0(nn.Module):
@@ -215,14 +298,22 @@ class EfficientNetLite0(nn.Module):
 
     def setup(self):
         """Create the layers, named as in the checkpoint."""
-        self.conv_stem = _conv(self.stem, 3, self.dtype, stride=2)
+        self.conv_stem = nn.Conv(
+            self.stem,
+            (3, 3),
+            strides=2,
+            padding="SAME",
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.he_normal(),
+        )
         self.bn0 = BatchNorm(self.dtype)
         self.blocks = [
             MBConv(s.kernel, 1 if i else s.stride, s.expansion, s.width, self.dtype)
             for s in self.stages
             for i in range(s.blocks)
         ]
-        self.conv_head = _conv(self.width, 1, self.dtype)
+        self.conv_head = PointwiseConv(self.width, self.dtype)
         self.bn1 = BatchNorm(self.dtype)
         if self.classes:
             self.fc = nn.Dense(self.classes, dtype=self.dtype)
