@@ -76,6 +76,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.text_pretrained = ""
     config.model.init_from = ""
     config.model.freeze = ""
+    config.model.projection = 0
     config.model.dtype = "float32"
     config.model.remat = ""
     config.model.width = 128

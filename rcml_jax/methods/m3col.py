@@ -39,15 +39,19 @@ from rcml_jax.ops.similarity import l2_normalize
 
 
 _PRETRAINED = {"image": "image_pretrained", "text": "text_pretrained"}
+#: The parts of a modality that another run may have learned.
+_LEARNED = "encoders", "projections"
 
 
 def build_model(config: Any, task: ClassificationTask) -> M3CoL:
-    """An encoder for each modality of the data, and the classifiers.
+    """An encoder for each modality of the data, projections where asked for, and the classifiers.
 
     Raises UserError for sizes that do not fit: a contrastive loss needs embeddings of one width.
     """
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     encoders: dict[str, nn.Module] = {}
+    projections: dict[str, nn.Module] = {}
+    width = model.get("projection", 0)
     widths: dict[str, int] = {}
     for modality in task.data.modalities:
         if modality.kind == "table":
@@ -56,11 +60,19 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
         else:
             sizes = _transformer(modality.kind, model, task)
             encoders[modality.name] = build_backbone(sizes, dtype, model.remat)
-            widths[modality.name] = sizes.hidden_size
+            widths[modality.name] = width or sizes.hidden_size
+            if width:
+                projections[modality.name] = nn.Dense(width, use_bias=False, dtype=dtype)
+    if width and not projections:
+        raise UserError(
+            "config.model.projection maps embeddings of images and texts, which these data have "
+            "not; set it to 0"
+        )
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(
             f"the encoders' embeddings have different widths ({widths}), which cannot be "
-            "contrasted; take encoders of one width, or set config.loss.contrastive=none"
+            "contrasted; project them (config.model.projection=256), take encoders of one width, "
+            "or set config.loss.contrastive=none"
         )
     several = len(encoders) > 1
     return M3CoL(
@@ -71,6 +83,7 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
         unimodal=several and config.loss.unimodal_weight > 0,
         dropout=model.dropout,
         dtype=dtype,
+        projections=projections,
     )
 
 
@@ -201,24 +214,25 @@ class M3CoLMethod(Method):
         return tuple(filter(None, self.config.model.get("init_from", "").split(",")))
 
     def adopt(self, params: Params, found: Params) -> Params:
-        """Take the encoders that other runs have; of one that several have, the last's.
+        """Take the encoders that other runs have, with their projections where both sides have one.
 
-        Raises UserError where their sizes differ, there is none, or one is frozen at random values.
+        Of an encoder that several runs have, the last's. Raises UserError where sizes differ, there
+        is none, or one is frozen at random values.
         """
         path = f"config.model.init_from={self.config.model.init_from}"
-        parts = {name: f"encoders_{name}" for name in self.names}
-        theirs = {part: found[part] for part in parts.values() if part in found}
-        missing = [name for name, part in parts.items() if part not in theirs]
+        parts = {f"{part}_{name}": name for part in _LEARNED for name in self.names}
+        theirs = {part: found[part] for part in parts if part in found and part in params}
+        missing = [name for name in self.names if f"encoders_{name}" not in theirs]
         if not theirs or (self.freezes and set(missing) & set(self._random)):
             raise UserError(
                 f"{path} has no encoder of {', '.join(missing)}; name runs of "
                 "config.method=m3col that have one, with commas between"
             )
-        for name, part in parts.items():
-            if part in theirs and not same_shapes(params[part], theirs[part]):
+        for part, values in theirs.items():
+            if not same_shapes(params[part], values):
                 raise UserError(
-                    f"{path}: its encoder of {name} has other sizes than this run's; give the same "
-                    "model options and config.seeds to both"
+                    f"{path}: its encoder of {parts[part]} has other sizes than this run's; give "
+                    "the same model options and config.seeds to both"
                 )
         return {**params, **jax.tree.map(jnp.asarray, theirs)}
 
@@ -301,7 +315,9 @@ class M3CoLMethod(Method):
 
     def _encode(self, params: Params, name: str, inputs: tuple, *, key: jax.Array) -> jax.Array:
         if self.freezes:
-            return jax.lax.stop_gradient(self.encode(params, name, inputs))
+            part = f"encoders_{name}"
+            fixed = jax.lax.stop_gradient(params[part])
+            return self.encode({**params, part: fixed}, name, inputs)
         found: Any = self.model.apply(
             {"params": params}, name, inputs, deterministic=False, rngs={"dropout": key},
             method="encode",

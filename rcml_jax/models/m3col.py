@@ -1,5 +1,6 @@
 """M3CoL's model: an encoder for each modality, uni-modal classifiers and a fusion classifier."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -92,7 +93,8 @@ class M3CoL(nn.Module):
 
     encoders: name → module from an input to (n, d); the order of the names is that of the
     concatenation. hidden: the widths of the classifiers' hidden layers. unimodal: whether there is
-    a classifier for each modality, too.
+    a classifier for each modality, too. projections: name → linear map of its states, for encoders
+    of several widths.
     """
 
     encoders: Mapping[str, nn.Module]
@@ -101,6 +103,7 @@ class M3CoL(nn.Module):
     unimodal: bool = True
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    projections: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
 
     def setup(self):
         """Create the classifiers."""
@@ -111,7 +114,14 @@ class M3CoL(nn.Module):
 
     def encode(self, name: str, inputs: tuple, *, deterministic: bool = True) -> jax.Array:
         """The embeddings (n, d) of one modality, not normalised; `inputs`: its arrays."""
-        return self.encoders[name](*inputs, deterministic=deterministic)
+        return self._projected(name, self.encoders[name](*inputs, deterministic=deterministic))
+
+    def tokens(self, name: str, inputs: tuple) -> jax.Array:
+        """The states (n, l, d) of one image or text modality before pooling, without dropout."""
+        return self._projected(name, self.encoders[name].tokens(*inputs))
+
+    def _projected(self, name: str, states: jax.Array) -> jax.Array:
+        return self.projections[name](states) if name in self.projections else states
 
     def classify(
         self, embeddings: Mapping[str, jax.Array], *, deterministic: bool = True

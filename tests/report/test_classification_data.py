@@ -117,7 +117,10 @@ def test_umap_keeps_far_things_apart():
     assert page.silhouette(points - points.mean(axis=0), np.arange(60) % 3) > 0.5
 
 
-def test_heat_maps_are_cosines_of_words_and_patches(news):
+@pytest.mark.parametrize("projection", [0, 8])
+def test_heat_maps_are_cosines_of_words_and_patches(projection, tmp_path):
+    config = news_config(write_news(tmp_path / "data"), model__projection=projection)
+    news = untrained(tmp_path / "run", config)
     rows = classification.drawn_samples(news, seed=0)
     data, task = news.method.task.data, news.method.task
     assert len(set(data.labels[rows])) == len(rows) == 3
@@ -132,7 +135,8 @@ def test_heat_maps_are_cosines_of_words_and_patches(news):
 
     def states(name, *inputs):
         look = lambda m, x: m.encoders[name].tokens(*x)  # noqa: E731
-        return np.asarray(jax.jit(lambda p, x: module.apply(p, x, method=look))(params, inputs))
+        found = np.asarray(jax.jit(lambda p, x: module.apply(p, x, method=look))(params, inputs))
+        return found @ news.params[f"projections_{name}"]["kernel"] if projection else found
 
     patches = states("image", found[0]["pixels"][None])[0, 1:]
     ids, mask = task.tokenizer.encode([found[0]["class"]], task.max_length)
