@@ -1,18 +1,23 @@
 """How many images a second does EfficientNet-Lite0 embed on a CPU, beside the same in PyTorch?
 
     python -m benchmarks.image_features    # 32 images of 224×224 a call; about 3 minutes on 2 cores
+    python -m benchmarks.image_features --train    # the gradients of all weights; 3 minutes
 
 Needs PyTorch and the extra efficientnet. "in parts" maps the network over a few images at a time,
 whose feature maps stay in the cache. "grouped convolutions" is ours with the plain form of the
-depthwise convolution, which other platforms use.
+depthwise convolution, which other platforms use. With `--train` the mean square of the features is
+differentiated in every weight but the means and variances of batch norm, which stay as they are.
 """
 
 import os
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict
 
 from benchmarks import timing
 from benchmarks.torch_efficientnet import features
@@ -25,8 +30,7 @@ TARGET = 1.0
 
 def our_functions(pixels: np.ndarray, part: int) -> dict:
     """The module as it is, in parts, and with grouped convolutions; jitted."""
-    params = jax.tree.map(jnp.asarray, efficientnet.load_efficientnet_lite0())
-    model = efficientnet.EfficientNetLite0()
+    params, model = _ours()
 
     def embed(params, pixels):
         return model.apply({"params": params}, pixels)
@@ -38,34 +42,83 @@ def our_functions(pixels: np.ndarray, part: int) -> dict:
         name: jax.jit(function).lower(params, pixels).compile()
         for name, function in ((OURS, embed), (PARTS, in_parts))
     }
-    fast = efficientnet._shifted_depthwise_conv
-    efficientnet._shifted_depthwise_conv = efficientnet.depthwise_conv
-    try:
+    plain = efficientnet.depthwise_conv
+    with mock.patch.object(efficientnet, "_shifted_depthwise_conv", plain):
         # Another function, so that what was traced before is not found again.
-        plain = jax.jit(lambda params, pixels: embed(params, pixels))
-        compiled[GROUPED] = plain.lower(params, pixels).compile()
-    finally:
-        efficientnet._shifted_depthwise_conv = fast
+        grouped = jax.jit(lambda params, pixels: embed(params, pixels))
+        compiled[GROUPED] = grouped.lower(params, pixels).compile()
     return {name: lambda f=f: f(params, pixels) for name, f in compiled.items()}
+
+
+def our_gradients(pixels: np.ndarray) -> dict:
+    """The gradient in the module's parameters, jitted."""
+    params, model = _ours()
+
+    def loss(params):
+        return jnp.mean(model.apply({"params": params}, pixels) ** 2)
+
+    gradient = jax.jit(jax.grad(loss)).lower(params).compile()
+    return {OURS: lambda: gradient(params)}
+
+
+def _ours() -> tuple:
+    params = jax.tree.map(jnp.asarray, efficientnet.load_efficientnet_lite0())
+    return params, efficientnet.EfficientNetLite0()
 
 
 def torch_functions(pixels: np.ndarray) -> dict:
     """The same network in PyTorch, with both of its memory formats."""
+
+    @torch.inference_mode()
+    def embed(arrays, nchw):
+        return features(arrays, _images(pixels, nchw)).mean((2, 3)).numpy()
+
+    return _formats(embed)
+
+
+def torch_gradients(pixels: np.ndarray) -> dict:
+    """Their gradients, as a tree of the module's form."""
+    names = ".weight", ".bias"
+
+    def gradient(arrays, nchw):
+        weights = {
+            n: x.detach().requires_grad_()
+            for n, x in arrays.items()
+            if n.endswith(names) and not n.startswith("_fc")
+        }
+        found = features({**arrays, **weights}, _images(pixels, nchw)).mean((2, 3))
+        grads = torch.autograd.grad((found**2).mean(), list(weights.values()))
+        arrays = {n: x.numpy() for n, x in zip(weights, grads, strict=True)}
+        return efficientnet.params_from_torch(arrays, head=False)
+
+    return _formats(gradient)
+
+
+def _formats(function: Any) -> dict:
     arrays = torch.load(efficientnet.packaged_file(), weights_only=True)
     last = {
         name: array.contiguous(memory_format=torch.channels_last) if array.ndim == 4 else array
         for name, array in arrays.items()
     }
     first = {name: array.contiguous() for name, array in arrays.items()}
+    return {TORCH: lambda: function(first, True), CHANNELS_LAST: lambda: function(last, False)}
 
-    @torch.inference_mode()
-    def embed(arrays, nchw):
-        images = torch.from_numpy(pixels)
-        if nchw:
-            images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-        return features(arrays, images).mean((2, 3)).numpy()
 
-    return {TORCH: lambda: embed(first, True), CHANNELS_LAST: lambda: embed(last, False)}
+def _images(pixels: np.ndarray, nchw: bool) -> torch.Tensor:
+    """Images (n, H, W, 3), in memory by channel or by pixel."""
+    images = torch.from_numpy(pixels)
+    return images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if nchw else images
+
+
+def check(found: dict, expected: dict) -> None:
+    """Raise AssertionError where a weight's gradient is not PyTorch's.
+
+    By its length: rounding takes single units over an edge of ReLU6.
+    """
+    found, flat = flatten_dict(found), flatten_dict(expected)
+    for path, gradient in flat.items():
+        difference = np.linalg.norm(found[path] - gradient) / np.linalg.norm(gradient)
+        assert difference < 1e-2, (path, difference)
 
 
 def main() -> None:
@@ -73,18 +126,25 @@ def main() -> None:
     parser = timing.parser(__doc__.splitlines()[0], repeats=5)
     parser.add_argument("--batch", type=int, default=32, help="images a call")
     parser.add_argument("--part", type=int, default=4, help="images at a time of ours, in parts")
+    parser.add_argument("--train", action="store_true", help="gradients instead of features")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     pixels = np.random.default_rng(0).integers(0, 256, (args.batch, 224, 224, 3), np.uint8)
-    machine = timing.start(f"EfficientNet-Lite0, {args.batch} images of 224×224 a call, float32")
+    what = "gradients" if args.train else "features"
+    machine = timing.start(f"EfficientNet-Lite0, {what} of {args.batch} images of 224×224, float32")
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    functions = our_functions(pixels, args.part) | torch_functions(pixels)
-    expected = functions[TORCH]()
-    for function in functions.values():
-        np.testing.assert_allclose(function(), expected, atol=1e-4)
+    if args.train:
+        functions = our_gradients(pixels) | torch_gradients(pixels)
+        check(functions[OURS](), functions[TORCH]())
+    else:
+        functions = our_functions(pixels, args.part) | torch_functions(pixels)
+        expected = functions[TORCH]()
+        for function in functions.values():
+            np.testing.assert_allclose(function(), expected, atol=1e-4)
     times = timing.alternate(functions, repeats=args.repeats, warmup=0, pause=0.3)
     ratios = [timing.ratio(times, OURS, peer, TARGET) for peer in (TORCH, CHANNELS_LAST)]
-    ratios += [timing.ratio(times, PARTS, CHANNELS_LAST), timing.ratio(times, OURS, GROUPED)]
+    if not args.train:
+        ratios += [timing.ratio(times, PARTS, CHANNELS_LAST), timing.ratio(times, OURS, GROUPED)]
     timing.print_times(times, per=args.batch, unit="image")
     timing.print_ratios(ratios)
     summary = timing.summarise(times)
