@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -493,20 +493,52 @@ def noise_inputs(method: Classifier, params: Params, count: int) -> dict[str, np
     noise = {}
     if "text" in method.kinds.values():
         encoded = method.embeddings(params, rows)
-    inputs = task.inputs(rows)
     for name, kind in method.kinds.items():
         if kind == "text":
             mean, spread = encoded[name].mean(1, keepdims=True), encoded[name].std(1, keepdims=True)
             shape = (len(mean), count, mean.shape[-1])
             noise[name] = (mean + spread * rng.standard_normal(shape)).astype(np.float32)
             continue
-        x = inputs[name][0]
-        axes = tuple(range(x.ndim - 1))
-        drawn = rng.normal(x.mean(axes), x.std(axes), (count, *x.shape[1:]))
-        if kind == "image":
-            drawn = drawn.round().clip(0, 255)
-        noise[name] = method.encode_inputs(params, name, (drawn.astype(x.dtype),))
+        if kind == "table":
+            x = task.inputs(rows)[name][0]
+            drawn = rng.normal(x.mean(axis=0), x.std(axis=0), (count, x.shape[1]))
+            noise[name] = method.encode_inputs(params, name, (drawn.astype(x.dtype),))
+            continue
+        parts = _noise_images(rng, *_pixel_statistics(task, name, rows), count)
+        found = [method.encode_inputs(params, name, (pixels,)) for pixels in parts]
+        noise[name] = np.concatenate(found, axis=1)[:, :count]
     return noise
+
+
+def _pixel_statistics(
+    task: ClassificationTask, name: str, rows: np.ndarray
+) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """The shape of an image, and mean and deviation (channels,) over all pixels of rows."""
+    levels, counts, shape = np.arange(256), np.zeros(()), ()
+    for start in range(0, len(rows), CHUNK):
+        pixels = task.inputs(rows[start : start + CHUNK])[name][0]
+        shape = pixels.shape[1:]
+        channels = pixels.reshape(-1, shape[-1]).T
+        counts = counts + [np.bincount(channel, minlength=256) for channel in channels]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ levels
+    return shape, mean, np.sqrt(np.sum(shares * (levels - mean[:, None]) ** 2, axis=1))
+
+
+def _noise_images(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    mean: np.ndarray,
+    spread: np.ndarray,
+    count: int,
+) -> Iterator[np.ndarray]:
+    """Gaussian noise as images (n, H, W, c) uint8, `count` in all; zeros fill up the last part."""
+    size = min(count, CHUNK)
+    for start in range(0, count, size):
+        pixels = np.zeros((size, *shape), np.uint8)
+        drawn = rng.normal(mean, spread, (min(size, count - start), *shape))
+        pixels[: len(drawn)] = drawn.round().clip(0, 255)
+        yield pixels
 
 
 # Controls: what is reached without the method, on the same splits.

@@ -168,6 +168,7 @@ class M3CoLMethod(Method):
         self.absent = [f"encoders_{name}" for name in _PRETRAINED if name not in self.names]
         self.absent += [f"heads_{name}" for name in _PRETRAINED if name not in heads]
         self.embed_all = jax.jit(self._embed_all)
+        self.encode_alone = jax.jit(self.encode, static_argnums=1)
         self.classify_all = jax.jit(self._classify_all)
 
     @classmethod
@@ -428,7 +429,7 @@ class M3CoLMethod(Method):
 
     def encode_inputs(self, params: Params, name: str, inputs: tuple) -> np.ndarray:
         """Embeddings (models, n, d) of other inputs of one modality."""
-        return np.asarray(self.encode(params, name, inputs))[None]
+        return np.asarray(self.encode_alone(params, name, inputs))[None]
 
     def validate(self, params: Params) -> Metrics:
         """Measures of every model on validation and test, and the mean validation accuracy."""

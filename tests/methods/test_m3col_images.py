@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rcml_jax.errors import UserError
-from rcml_jax.methods import build
+from rcml_jax.methods import build, classification
 from rcml_jax.methods.classification import _fields, plain_features
 from rcml_jax.models.towers.vit import small_vit_config
 from rcml_jax.training import loop, sharding
@@ -78,6 +78,31 @@ def test_controls_of_raw_images_and_texts(news_run, news, tmp_path):
     common = sorted(token for token, n in count.items() if n > 1)
     expected = [[float(token in tokens) for token in common] for tokens in present]
     np.testing.assert_array_equal(found["text"], expected)
+
+
+@pytest.mark.parametrize("size", [256, 4])
+def test_noise_in_place_of_images_is_drawn_in_parts(news, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(classification, "CHUNK", size)
+    method = build(news_config(news), tmp_path)
+    params = method.init(jax.random.key(0), next(method.batches()))
+    rows = method.task.data.rows("train")
+    pixels = method.task.inputs(rows)["image"][0]
+    shape, mean, spread = classification._pixel_statistics(method.task, "image", rows)
+    assert shape == pixels.shape[1:]
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)))
+    np.testing.assert_allclose(spread, pixels.std((0, 1, 2)))
+    given, encode = [], method.encode_inputs
+    monkeypatch.setattr(method, "encode_inputs", lambda *x: given.append(x[2][0]) or encode(*x))
+    noise = classification.noise_inputs(method, params, 10)
+    assert {len(x) for x in given} == {min(size, 10)}
+    drawn = np.concatenate(given)[:10]
+    # The same numbers as if all were drawn at once.
+    rng = np.random.default_rng(0)
+    rng.choice(rows, len(rows), replace=False)
+    expected = rng.normal(mean, spread, (10, *shape)).round().clip(0, 255)
+    np.testing.assert_array_equal(drawn, expected)
+    assert noise["image"].shape == noise["text"].shape == (1, 10, 16)
+    np.testing.assert_allclose(noise["image"], encode(params, "image", (drawn,)), atol=1e-6)
 
 
 def test_processes_read_halves_of_the_same_batch(news, tmp_path):
