@@ -1,7 +1,7 @@
 """How many images a second does EfficientNet-Lite0 embed on a CPU, beside the same in PyTorch?
 
-    python -m benchmarks.image_features    # 32 images of 224×224 a call; about 3 minutes on 2 cores
-    python -m benchmarks.image_features --train    # the gradients of all weights; 3 minutes
+    python -m benchmarks.image_features    # 32 images of 224×224 a call; about a minute on 2 cores
+    python -m benchmarks.image_features --train    # the gradients of all weights; a minute
 
 Needs PyTorch and the extra efficientnet. "in parts" maps the network over a few images at a time,
 whose feature maps stay in the cache. "grouped convolutions" is ours with the plain form of the

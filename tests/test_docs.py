@@ -57,7 +57,8 @@ def has(config, name):
 
 
 def test_named_options_exist():
-    recipes = ("rcml", "rcml:amazon", "rcml:hm,path=x", "m3col", "m3col:hm,path=x", "alignment")
+    garments, news = "m3col:hm,path=x", "m3col:n24news,path=x"
+    recipes = ("rcml", "rcml:amazon", "rcml:hm,path=x", "m3col", garments, news, "alignment")
     configs = [load_config_file(recipe) for recipe in recipes]
     assert has(configs[0], "model.gate")
     assert not has(configs[0], "model.gait")
