@@ -54,11 +54,11 @@ def our_gradients(pixels: np.ndarray) -> dict:
     """The gradient in the module's parameters, jitted."""
     params, model = _ours()
 
-    def loss(params):
+    def loss(params, pixels):
         return jnp.mean(model.apply({"params": params}, pixels) ** 2)
 
-    gradient = jax.jit(jax.grad(loss)).lower(params).compile()
-    return {OURS: lambda: gradient(params)}
+    gradient = jax.jit(jax.grad(loss)).lower(params, pixels).compile()
+    return {OURS: lambda: gradient(params, pixels)}
 
 
 def _ours() -> tuple:

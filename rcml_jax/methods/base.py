@@ -114,6 +114,10 @@ class Method(abc.ABC):
         towers = self.config.get("model", {}).get("init_from", "")
         return (towers,) if towers else ()
 
+    def joined(self, found: Params, other: Params) -> Params:
+        """The parameters of some runs of `sources` with those of the next, which prevail."""
+        return {**found, **other}
+
     def adopt(self, params: Params, found: Params) -> Params:
         """Initialise `params` from the parameters of the runs of `sources`, taken together."""
         del found

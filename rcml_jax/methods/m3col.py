@@ -68,11 +68,13 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
             "config.model.projection maps embeddings of images and texts, which these data have "
             "not; set it to 0"
         )
+    tables = any(modality.kind == "table" for modality in task.data.modalities)
+    common = model.width if tables else 256
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
         raise UserError(
             f"the encoders' embeddings have different widths ({widths}), which cannot be "
-            "contrasted; project them (config.model.projection=256), take encoders of one width, "
-            "or set config.loss.contrastive=none"
+            f"contrasted; project those of images and texts (config.model.projection={common}), "
+            "take encoders of one width, or set config.loss.contrastive=none"
         )
     several = len(encoders) > 1
     return M3CoL(
@@ -167,6 +169,8 @@ class M3CoLMethod(Method):
         heads = self.names if self.model.unimodal else ()
         self.absent = [f"encoders_{name}" for name in _PRETRAINED if name not in self.names]
         self.absent += [f"heads_{name}" for name in _PRETRAINED if name not in heads]
+        projected = self.model.projections
+        self.absent += [f"projections_{name}" for name in _PRETRAINED if name not in projected]
         self.embed_all = jax.jit(self._embed_all)
         self.encode_alone = jax.jit(self.encode, static_argnums=1)
         self.classify_all = jax.jit(self._classify_all)
@@ -214,6 +218,11 @@ class M3CoLMethod(Method):
         """Work directories, with commas between: one run may have the images, one the texts."""
         return tuple(filter(None, self.config.model.get("init_from", "").split(",")))
 
+    def joined(self, found: Params, other: Params) -> Params:
+        """A run that has an encoder brings its projection, or that there is none."""
+        stale = {f"projections_{name}" for name in self.names if f"encoders_{name}" in other}
+        return {**{name: x for name, x in found.items() if name not in stale}, **other}
+
     def adopt(self, params: Params, found: Params) -> Params:
         """Take the encoders that other runs have, with their projections where both sides have one.
 
@@ -232,8 +241,9 @@ class M3CoLMethod(Method):
         for part, values in theirs.items():
             if not same_shapes(params[part], values):
                 raise UserError(
-                    f"{path}: its encoder of {parts[part]} has other sizes than this run's; give "
-                    "the same model options and config.seeds to both"
+                    f"{path}: its {part.partition('_')[0].removesuffix('s')} of {parts[part]} has "
+                    "other sizes than this run's; give the same model options and config.seeds "
+                    "to both"
                 )
         return {**params, **jax.tree.map(jnp.asarray, theirs)}
 

@@ -103,6 +103,10 @@ class SeedEnsemble(Method):
         """As for a single model."""
         return self.single.sources
 
+    def joined(self, found: Params, other: Params) -> Params:
+        """As of one model."""
+        return self.single.joined(found, other)
+
     def adopt(self, params: Params, found: Params) -> Params:
         """As for a single model, each from that of its place. Raises UserError with folds, too."""
         if len(self._models.names) > len(self._models.reported):

@@ -106,8 +106,8 @@ def heat_maps(opened: Opened, rows: np.ndarray) -> list[dict[str, Any]]:
     """Cosine of the words of each sample's class name with its image's patches.
 
     A word's embedding is the mean of its tokens' states, the word being encoded as a text of its
-    own; a patch's is its state; both before pooling. heat (words, g, g), pixels (H, W, 3): the
-    image as the model is given it.
+    own; a patch's is its state; both before pooling, and projected where the model projects. heat
+    (words, g, g), pixels (H, W, 3): the image as the model is given it.
     """
     method, params = _single(opened)
     data, task = method.task.data, method.task
@@ -450,10 +450,11 @@ class _Figures:
         return Figure(
             title,
             "Dot product of each word of the sample's class name with each patch of its image: "
-            "the encoders' states before pooling, normalised (so the cosine), a word's being the "
-            "mean over its tokens; bilinear upsampling from the patches to the pixels. The image "
-            "is what the model is given. Test samples of different classes, drawn by the seed "
-            f"{self.seed}; a line for each run, one colour scale for each sample.",
+            "the encoders' states before pooling (projected where the model projects), normalised "
+            "(so the cosine), a word's being the mean over its tokens; bilinear upsampling from "
+            "the patches to the pixels. The image is what the model is given. Test samples of "
+            f"different classes, drawn by the seed {self.seed}; a line for each run, one colour "
+            "scale for each sample.",
             tuple(images),
             data=tuple(files),
         )

@@ -312,7 +312,7 @@ class Run:
             found: dict = {}
             for other in map(user_path, self.method.sources):
                 _check_tokenizer(self.workdir, other)  # before the checkpoint, which may be large
-                found |= read_params(other)
+                found = self.method.joined(found, read_params(other))
             params = self.method.adopt(params, found)
         frozen = self.method.frozen(params)
         transform, self.rate = optimizers.build(

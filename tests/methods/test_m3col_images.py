@@ -150,6 +150,8 @@ def test_a_recipes_rates_may_name_what_an_ablation_leaves_out(news, tmp_path, op
     trees = method.frozen(params), method.decayed(params)
     transform, _ = build_optimizer(config.optimizer, 10, *trees, method.absent)
     transform.init(params)
+    config.optimizer.rates.projections_text = 1e-3
+    build_optimizer(config.optimizer, 10, *trees, method.absent)
     config.optimizer.rates.decoder = 1e-3
     with pytest.raises(UserError, match=r"rates\.decoder names no part of the model"):
         build_optimizer(config.optimizer, 10, *trees, method.absent)
@@ -275,7 +277,7 @@ def test_a_convolutional_tower_starts_from_the_packaged_checkpoint(news, tmp_pat
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     # 1,280 beside 16: no cosine of the two, but a classifier of both.
-    with pytest.raises(UserError, match=r"project them .* contrastive=none"):
+    with pytest.raises(UserError, match=r"projection=256.*contrastive=none"):
         build(news_config(news, **options), tmp_path)
     both = build(news_config(news, **options, loss__contrastive="none"), tmp_path)
     assert both.names == ("image", "text")
@@ -308,12 +310,12 @@ def test_encoders_of_two_widths_are_projected_to_one(news, tmp_path):
         kernel = params[f"projections_{name}"]["kernel"]
         assert kernel.shape == (states.shape[1], 8)
         np.testing.assert_allclose(found, states @ kernel, atol=1e-5)
-    before = jax.tree.map(np.asarray, params)
+    assert not any(jax.tree.leaves(method.frozen(params)))
+    prepared = method.prepare(batch, jax.random.key(1))
+    grads = jax.grad(method.loss, has_aux=True)(params, prepared, jax.random.key(2), 0.0)[0]
+    assert all(np.any(grads[f"projections_{name}"]["kernel"]) for name in ("image", "text"))
     loop.train_and_evaluate(config, tmp_path / "run")
-    after = read_params(tmp_path / "run")
-    for name in ("image", "text"):
-        part = f"projections_{name}"
-        assert np.any(before[part]["kernel"] != after[part]["kernel"])
+    assert read_params(tmp_path / "run")["projections_text"]["kernel"].shape == (16, 8)
 
 
 def test_projections_of_frozen_encoders_are_trained_and_taken_on(news, tmp_path):
@@ -327,6 +329,10 @@ def test_projections_of_frozen_encoders_are_trained_and_taken_on(news, tmp_path)
     grads = jax.grad(method.loss, has_aux=True)(params, batch, jax.random.key(2), 0.0)[0]
     assert not any(np.any(x) for x in jax.tree.leaves(grads["encoders_image"]))
     assert np.any(grads["projections_image"]["kernel"])
+    found = method.embed(params, batch, jax.random.key(2))["clean"]["image"]
+    np.testing.assert_allclose(
+        found, method.encode(params, "image", batch["items"]["image"]), atol=1e-6
+    )
     loop.train_and_evaluate(alone, tmp_path / "alone")
     theirs = read_params(tmp_path / "alone")
     parts = ("encoders_image", "projections_image")
@@ -340,8 +346,11 @@ def test_projections_of_frozen_encoders_are_trained_and_taken_on(news, tmp_path)
     without = {"encoders_image": theirs["encoders_image"]}
     jax.tree.map(np.testing.assert_array_equal, method.adopt(params, without), params | without)
     theirs["projections_image"] = {"kernel": np.zeros((24, 4), np.float32)}
-    with pytest.raises(UserError, match="its encoder of image has other sizes"):
+    with pytest.raises(UserError, match="its projection of image has other sizes"):
         method.adopt(params, theirs)
+    # The last run's encoder does not get the projection of one before it.
+    assert "projections_image" not in method.joined(theirs, without)
+    assert "projections_image" in method.joined(without, theirs)
 
 
 def test_tables_are_not_projected(tmp_path):

@@ -116,7 +116,7 @@ def _forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, t
 
 def _backward(stride: int, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    # XLA would compute both anew for each of their uses.
+    # Without these barriers XLA computes either gradient anew for each of its uses.
     gradient = jax.lax.optimization_barrier(gradient)
     return (
         jax.lax.optimization_barrier(_input_gradient(x.shape[1:3], kernel, gradient, stride)),
@@ -148,7 +148,8 @@ def _kernel_gradient(
 ) -> jax.Array:
     """Σ over images and positions of input · gradient, for each position in the kernel.
 
-    Image by image, so that the k² products stay in the processor's cache.
+    Image by image, so that the k² products stay in the processor's cache. Where images are sharded
+    over several CPU devices each of these gathers them all.
     """
 
     def add(total: jax.Array, pair: tuple) -> tuple[jax.Array, None]:
@@ -171,7 +172,7 @@ def _input_gradient(
     (rows, columns), images = kernel.shape[:2], gradient.shape[0]
     reach = -(-rows // stride) - 1, -(-columns // stride) - 1
     low = [before for before, _ in _same(sides, (rows, columns), stride)]
-    # Positions of a phase in the padded input: as many as there are outputs, or one more.
+    # Positions of a phase in the padded input, those of the padding before it among them.
     height, width = (-(-(side + b) // stride) for side, b in zip(sides, low, strict=True))
     after = height - gradient.shape[1], width - gradient.shape[2]
     gradient = jnp.pad(gradient, ((0, 0), *zip(reach, after, strict=True), (0, 0)))
