@@ -493,14 +493,15 @@ def noise_inputs(method: Classifier, params: Params, count: int) -> dict[str, np
     noise = {}
     if "text" in method.kinds.values():
         encoded = method.embeddings(params, rows)
-    for name, kind in method.kinds.items():
-        if kind == "text":
+    for modality in task.data.modalities:
+        name = modality.name
+        if modality.kind == "text":
             mean, spread = encoded[name].mean(1, keepdims=True), encoded[name].std(1, keepdims=True)
             shape = (len(mean), count, mean.shape[-1])
             noise[name] = (mean + spread * rng.standard_normal(shape)).astype(np.float32)
             continue
-        if kind == "table":
-            x = task.inputs(rows)[name][0]
+        if modality.kind == "table":
+            x = modality.values[rows]
             drawn = rng.normal(x.mean(axis=0), x.std(axis=0), (count, x.shape[1]))
             noise[name] = method.encode_inputs(params, name, (drawn.astype(x.dtype),))
             continue

@@ -68,9 +68,9 @@ def build_model(config: Any, task: ClassificationTask) -> M3CoL:
             "config.model.projection maps embeddings of images and texts, which these data have "
             "not; set it to 0"
         )
-    tables = any(modality.kind == "table" for modality in task.data.modalities)
-    common = model.width if tables else 256
     if len(set(widths.values())) > 1 and config.loss.contrastive != "none":
+        tables = any(modality.kind == "table" for modality in task.data.modalities)
+        common = model.width if tables else 256
         raise UserError(
             f"the encoders' embeddings have different widths ({widths}), which cannot be "
             f"contrasted; project those of images and texts (config.model.projection={common}), "
