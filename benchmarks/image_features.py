@@ -6,7 +6,8 @@
 Needs PyTorch and the extra efficientnet. "in parts" maps the network over a few images at a time,
 whose feature maps stay in the cache. "grouped convolutions" is ours with the plain form of the
 depthwise convolution, which other platforms use. With `--train` the mean square of the features is
-differentiated in every weight but the means and variances of batch norm, which stay as they are.
+differentiated in every weight but the means and variances of batch norm, which stay as they are;
+"derived" is ours with the gradient of the depthwise convolution that JAX derives.
 """
 
 import os
@@ -24,6 +25,7 @@ from benchmarks.torch_efficientnet import features
 from rcml_jax.models.towers import efficientnet
 
 OURS, PARTS, GROUPED = "ours", "ours, in parts", "ours, grouped convolutions"
+DERIVED = "ours, derived"
 TORCH, CHANNELS_LAST = "PyTorch", "PyTorch, channels last"
 TARGET = 1.0
 
@@ -51,14 +53,19 @@ def our_functions(pixels: np.ndarray, part: int) -> dict:
 
 
 def our_gradients(pixels: np.ndarray) -> dict:
-    """The gradient in the module's parameters, jitted."""
+    """The gradient in the module's parameters, jitted; written out and derived."""
     params, model = _ours()
 
     def loss(params, pixels):
         return jnp.mean(model.apply({"params": params}, pixels) ** 2)
 
-    gradient = jax.jit(jax.grad(loss)).lower(params, pixels).compile()
-    return {OURS: lambda: gradient(params, pixels)}
+    compiled = {OURS: jax.jit(jax.grad(loss)).lower(params, pixels).compile()}
+    derived = efficientnet._shifted_depthwise_conv.fun
+    with mock.patch.object(efficientnet, "_shifted_depthwise_conv", derived):
+        # Another function, so that what was traced before is not found again.
+        plain = jax.jit(jax.grad(lambda params, pixels: loss(params, pixels)))
+        compiled[DERIVED] = plain.lower(params, pixels).compile()
+    return {name: lambda f=f: f(params, pixels) for name, f in compiled.items()}
 
 
 def _ours() -> tuple:
@@ -135,7 +142,9 @@ def main() -> None:
     machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if args.train:
         functions = our_gradients(pixels) | torch_gradients(pixels)
-        check(functions[OURS](), functions[TORCH]())
+        expected = functions[TORCH]()
+        for name in (OURS, DERIVED):
+            check(functions[name](), expected)
     else:
         functions = our_functions(pixels, args.part) | torch_functions(pixels)
         expected = functions[TORCH]()
@@ -143,7 +152,9 @@ def main() -> None:
             np.testing.assert_allclose(function(), expected, atol=1e-4)
     times = timing.alternate(functions, repeats=args.repeats, warmup=0, pause=0.3)
     ratios = [timing.ratio(times, OURS, peer, TARGET) for peer in (TORCH, CHANNELS_LAST)]
-    if not args.train:
+    if args.train:
+        ratios += [timing.ratio(times, OURS, DERIVED)]
+    else:
         ratios += [timing.ratio(times, PARTS, CHANNELS_LAST), timing.ratio(times, OURS, GROUPED)]
     timing.print_times(times, per=args.batch, unit="image")
     timing.print_ratios(ratios)
