@@ -120,10 +120,12 @@ def _print_alignment(result: dict, console: Console) -> None:
     for source, found in result["sources"].items():
         gap = found["modality_gap"]
         ranks = ", ".join(_number(gap["effective_rank"][m], 1) for m in ("image", "text"))
+        cones = ", ".join(_number(gap["random_within"][m], 2) for m in ("image", "text"))
         values = (_number(gap[name]) for name in GAP)
-        gaps.append((source, *values, ranks, ", ".join(gap["collapsed"]) or "no"))
-    titles = ("source", *GAP.values(), "rank", "collapsed")
-    console.print(_table("modality gap", titles, gaps, "rank: effective rank of images, of texts"))
+        gaps.append((source, *values, cones, ranks, ", ".join(gap["collapsed"]) or "no"))
+    titles = ("source", *GAP.values(), "cone", "rank", "collapsed")
+    note = "cone: mean cosine of random images, of random texts; rank: their effective ranks"
+    console.print(_table("modality gap", titles, gaps, note))
     for source, found in result["sources"].items():
         _print_alignments(source, found, console)
 
@@ -138,6 +140,19 @@ def _print_alignments(source: str, found: dict, console: Console) -> None:
             cells = (_number(row[key]) for key in ("centroid", "wasserstein2"))
             table.add_row(name.replace("_", "-"), *cells, *_recalls(row))
     console.print(table)
+    aligned = {k: v["similarities"] for k, v in found["learned"].items() if v.get("similarities")}
+    if aligned:
+        names = list(next(iter(aligned.values())))
+        table = _table(
+            f"{source}: R@10 in the space of each alignment, by similarity (%)",
+            ("alignment", *(name.replace("_", "-") for name in names)),
+            (),
+            "image to text, text to image; the first seed",
+        )
+        for name, rows in aligned.items():
+            cells = (", ".join(_recalls(rows[similarity])) for similarity in names)
+            table.add_row(name.replace("_", "-"), *cells)
+        console.print(table)
     signed = {k: v for k, v in found.get("signed", {}).items() if "left_out" not in v}
     if signed:
         table = _table(

@@ -295,9 +295,9 @@ def _pair_counts(config: Any) -> list[int]:
 #: Of a name, what else the result depends on and a function that computes it: the result.
 _Once = Callable[[str, Any, Callable[[], dict]], dict]
 #: Counts changes of what is fitted to the same embeddings under the same options.
-_RECIPE = 2
+_RECIPE = 3
 #: Options that change nothing about a learned similarity.
-_OF_OTHERS = ("learned", "pair_counts", "similarity", "gallery")
+_OF_OTHERS = ("learned", "pair_counts", "gallery")
 
 
 def _once(directory: pathlib.Path, splits: list[Pairs], config: Any) -> _Once:
@@ -340,6 +340,7 @@ def _study_source(
     result = {
         "images": len(whole[0]),
         "texts": len(whole[1]),
+        "training_pairs": len(train[1]),
         "widths": widths,
         "precision": score(whole, similarities),
         "modality_gap": gap,
@@ -426,6 +427,15 @@ def _gap_left(pairs: tuple, config: Any) -> dict[str, float]:
     kind = config.evaluation.wasserstein
     gap = modality_gap(*pairs, wasserstein=kind, pairs=1, seed=fold_seed(config.seed))
     return {name: gap[name] for name in ("centroid", "wasserstein2")}
+
+
+def _under_similarities(pairs: tuple, config: Any, score: Callable) -> dict[str, dict]:
+    """Retrieval under each similarity in the space of an alignment, of at most `_WIDEST`."""
+    if pairs[0].shape[1] > _WIDEST:
+        return {}
+    names = _names(config.evaluation.similarity, tuple(SIMILARITIES))
+    found = score(pairs, names)
+    return {"similarities": {name: _of(found, name) for name in names}}
 
 
 def _of(found: dict, similarity: str) -> dict:
@@ -516,7 +526,7 @@ def _learned(
         moved = _embedded(learners[0], test)
         if name == "two_tower_sigmoid":  # whose last entry is the bias of the logit
             moved = moved[0][:, :-1], moved[1][:, :-1], moved[2]
-        runs[0] |= _gap_left(moved, config)
+        runs[0] |= _gap_left(moved, config) | _under_similarities(moved, config, score)
     values = {
         direction: {k: [run[direction][k] for run in runs] for k in runs[0][direction]}
         for direction in ("image_to_text", "text_to_image")
@@ -566,6 +576,8 @@ def _protocol(config: Any, first: str) -> dict:
         "calibration": "means and whitening of each modality, fitted on the training split",
         "learned": "fitted on the training split, stopped by validation; means over the seeds; "
         "closed forms take shrinkage, power and kept entries from a grid by validation",
+        "similarities": "of learned: its first seed's space under each similarity; what it was "
+        "trained or fitted for is the dot product",
         "by_pairs": "as learned, on so many training pairs drawn by each seed, images first",
         "signed": "zero and probabilities fitted on validation pairs; probabilities at equal shares"
         " of matched and unrelated pairs; both maps rise strictly, so that the order is that of "

@@ -3,7 +3,7 @@
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,9 @@ def draw(
     """Write `similarities.svg`, `gap.svg` and `plane.svg` into a directory, made if need be.
 
     result: the study's `eval.json`; arrays: its `similarities.npz`. They show the cosines of
-    matched and of random pairs, the gap against retrieval with each calibration, and both
-    modalities on their first two principal axes before and after centring. Raises UserError
+    matched and of random pairs, the gap against retrieval before and after each alignment, and both
+    modalities on their first two principal axes before and after centring. `pairs.svg`, retrieval
+    by the number of training pairs, follows where the study has asked for it. Raises UserError
     without matplotlib (extra `plots`).
     """
     page.require()
@@ -41,11 +42,13 @@ def draw(
     count = len(result["sources"])
     rows = math.ceil(count / _COLUMNS)
     width = page.WIDE if count > 1 else page.PANEL
-    figures = (
+    figures = [
         ("similarities", _histograms, (width, _HEIGHT * rows + 0.5)),
-        ("gap", _gap, (page.WIDE, 4.6)),
+        ("gap", _gap, (page.WIDE, 5.4)),
         ("plane", _planes, (page.WIDE, _HEIGHT * count + 0.5)),
-    )
+    ]
+    if by_pairs := _by_pairs(result):
+        figures.append(("pairs", _pairs, (page.WIDE, _HEIGHT * len(by_pairs) + 1.7)))
     paths = []
     for name, function, size in figures:
         with page.drawing(*size) as figure:
@@ -80,19 +83,20 @@ def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     del arrays
     axis = figure.subplots()
     for number, (name, (marker, colour)) in enumerate(_CALIBRATIONS.items()):
-        # A collapsed embedding has no whitened form.
-        of_source = {
-            source: found["calibration"][name]
-            for source, found in result["sources"].items()
-            if name in found["calibration"]
-        }
-        points = [(found["centroid"], _recall(found)) for found in of_source.values()]
-        x, y = zip(*points, strict=True) if points else ((), ())
+        points = _gap_points(result, "calibration", name)
         label = {"none": "as it is"}.get(name, name)
-        axis.plot(x, y, marker, color=colour, label=label, markersize=6, alpha=0.9)
+        style = {"color": colour, "markersize": 6, "alpha": 0.9}
+        axis.plot(*_columns(points.values()), marker, label=label, **style)
         if number == 0:
-            for source, point in zip(of_source, points, strict=True):
+            for source, point in points.items():
                 axis.annotate(source, point, xytext=(6, 5), textcoords="offset points")
+    maps = dict.fromkeys(
+        n for found in result["sources"].values() for n in found.get("learned", ())
+    )
+    for number, name in enumerate(maps):
+        if points := _gap_points(result, "learned", name):
+            style = page.series(number) | {"linestyle": "", "fillstyle": "none"}
+            axis.plot(*_columns(points.values()), label=name, **style)
     axis.set(
         xlabel="modality gap: distance between centroids of unit vectors",
         ylabel="r@1, mean of both directions (%)",
@@ -102,6 +106,50 @@ def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     axis.margins(x=0.15, y=0.12)
     axis.grid(axis="both")
     page.below(figure, *axis.get_legend_handles_labels(), columns=3)
+
+
+def _gap_points(result: Mapping[str, Any], kind: str, name: str) -> dict[str, tuple]:
+    """(centroid gap, r@1) of each source under one calibration or map.
+
+    A collapsed embedding has no whitened form, and a similarity of pairs no gap.
+    """
+    return {
+        source: (found[kind][name]["centroid"], _recall(found[kind][name]))
+        for source, found in result["sources"].items()
+        if "centroid" in found.get(kind, {}).get(name, {})
+    }
+
+
+def _columns(points: Iterable[tuple]) -> tuple:
+    return tuple(zip(*points, strict=True)) or ((), ())
+
+
+def _by_pairs(result: Mapping[str, Any]) -> dict[str, dict]:
+    """Of each source that has them: by map, {training pairs: figures}, all pairs among them."""
+    return {
+        source: {
+            name: {**{int(n): row for n, row in rows.items()}, count: found["learned"][name]}
+            for name, rows in found["by_pairs"].items()
+        }
+        for source, found in result["sources"].items()
+        if found.get("by_pairs") and (count := found.get("training_pairs"))
+    }
+
+
+def _pairs(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    del arrays
+    by_pairs = _by_pairs(result)
+    grid = figure.subplots(len(by_pairs), 2, squeeze=False, sharey="row")
+    for row, (source, found) in zip(grid, by_pairs.items(), strict=True):
+        for axis, direction in zip(row, ("image_to_text", "text_to_image"), strict=True):
+            for number, (name, rows) in enumerate(found.items()):
+                recalls = [100 * rows[n][direction]["r@10"] for n in rows]
+                axis.plot(list(rows), recalls, label=name, markersize=5, **page.series(number))
+            title = f"{page.short(source, 24)}:\n{direction.replace('_', ' ')}"
+            axis.set(xscale="log", title=title, xlabel="training pairs")
+            axis.set_ylim(bottom=0)
+        row[0].set_ylabel("r@10 (%)")
+    page.below(figure, *grid[0, 0].get_legend_handles_labels(), columns=3)
 
 
 def _recall(found: dict) -> float:
@@ -148,16 +196,18 @@ def _study(
     drawn = draw(result, found, folder.root / f"alignment-{name}")
     names = {
         "similarities": "Histograms of the cosines of matched and of random pairs.",
-        "gap": "The modality gap against retrieval.",
+        "gap": "The modality gap against retrieval, before and after each alignment.",
         "plane": "Both modalities in a plane, as they are and centred.",
+        "pairs": "Retrieval by the number of training pairs.",
     }
     images = tuple(FigureImage(x, names.get(x.stem, x.stem)) for x in drawn)
     protocol = "; ".join(f"{name}: {plain(value)}" for name, value in result["protocol"].items())
     return Figure(
         title,
         "For each source the cosines of matched and of random pairs; the modality gap against "
-        "retrieval with each calibration; and both modalities on their first two principal axes "
-        f"before and after centring. Protocol: {protocol}.",
+        "retrieval before and after each alignment; both modalities on their first two principal "
+        "axes before and after centring; and retrieval by the number of training pairs, where it "
+        f"was asked for. Protocol: {protocol}.",
         images,
         data=(copied,),
     )

@@ -89,12 +89,12 @@ def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
         "learner_seeds": 2,
         "learner_steps": 20,
         "bootstrap": 0,
-        "similarity": "cosine",
+        "similarity": "cosine,euclidean",
         "negative_level": 0.9,
     }
     assert run(file, tmp_path, *(f"--config.evaluation.{k}={v}" for k, v in options.items())) == 0
-    out = capsys.readouterr().out
-    for text in ("before and after", "unrelated pairs below zero", "training pairs", "± "):
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("before and after", "by similarity", "below zero", "training pairs", "± "):
         assert text in out, text
     result = json.loads((tmp_path / "eval.json").read_text())
     assert set(result["by_pairs"]) == {"procrustes", "two_tower_sigmoid"}
@@ -107,7 +107,11 @@ def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
                 assert len(values) == 2
                 assert row[direction]["mrr"] == pytest.approx(np.mean(values))
                 assert row[direction]["std"]["mrr"] == pytest.approx(np.std(values, ddof=1))
-        assert {"centroid", "wasserstein2"} < set(result["learned"][name])
+        learned = result["learned"][name]
+        assert {"centroid", "wasserstein2"} < set(learned)
+        assert set(learned["similarities"]) == {"cosine", "euclidean"}
+        for found in learned["similarities"].values():
+            assert all(found[direction]["r@10"] > 0.5 for direction in DIRECTIONS)
     # In closed form all pairs give one result; 20 of them are enough for 8 dimensions.
     assert result["learned"]["procrustes"]["seeds"] == [42]
     assert result["by_pairs"]["procrustes"]["20"]["text_to_image"]["r@1"] > 0.8

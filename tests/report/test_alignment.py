@@ -7,6 +7,7 @@ import pytest
 
 from rcml_jax.evaluation.modality_gap import BINS, POINTS, cosine_histograms, plane
 
+DIRECTIONS = ("image_to_text", "text_to_image")
 SOURCES = ("ours", "theirs", "others", "more")
 
 
@@ -23,7 +24,8 @@ def study(rng):
             recall = {"r@1": rng.random()}
             directions = {"image_to_text": recall, "text_to_image": recall}
             calibration[name] = {"centroid": rng.random(), **directions}
-        result["sources"][source] = {"calibration": calibration}
+        learned = {"cca": {"centroid": 0.1, **directions}, "attention": directions}
+        result["sources"][source] = {"calibration": calibration, "learned": learned}
         arrays |= {f"{source}/{key}": value for key, value in drawn.items()}
     return result, arrays
 
@@ -40,6 +42,46 @@ def test_three_figures_that_name_every_source(tmp_path):
         assert all(f"<!-- {source}" in path.read_text() for source in SOURCES)
     again = draw(*study(np.random.default_rng(0)), tmp_path / "again")
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+
+
+def test_retrieval_by_pairs_ends_with_all_of_them(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    from matplotlib.axes import Axes
+
+    from rcml_jax.report.alignment import draw
+
+    result, arrays = study(np.random.default_rng(0))
+    for number, name in enumerate(SOURCES[:2]):
+        found = result["sources"][name]
+        recalls = {"50": 0.1, "200": 0.2 + number / 10, "all": 0.6}
+        rows = {n: {d: {"r@10": r} for d in DIRECTIONS} for n, r in recalls.items()}
+        for direction in DIRECTIONS:
+            found["learned"]["cca"][direction] |= rows["all"][direction]
+        found["by_pairs"] = {"cca": {n: rows[n] for n in ("50", "200")}}
+        found["training_pairs"] = 900
+    lines, plot = [], Axes.plot
+
+    def kept(axis, x, y, *args, **more):
+        lines.append((list(x), list(y)))
+        return plot(axis, x, y, *args, **more)
+
+    monkeypatch.setattr(Axes, "plot", kept)
+    *_, path = draw(result, arrays, tmp_path)
+    assert path.name == "pairs.svg"
+    text = path.read_text()
+    assert [f"<!-- {source}" in text for source in SOURCES] == [True, True, False, False]
+    expected = [([50, 200, 900], pytest.approx([10, 20 + 10 * i, 60])) for i in (0, 0, 1, 1)]
+    assert [line for line in lines if line[0] == [50, 200, 900]] == expected
+
+
+def test_maps_have_a_mark_beside_the_calibrations(tmp_path):
+    """But those that score pairs, which have no gap."""
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    from rcml_jax.report.alignment import draw
+
+    text = draw(*study(np.random.default_rng(0)), tmp_path)[1].read_text()
+    assert "<!-- cca" in text
+    assert "<!-- attention" not in text
 
 
 def test_histograms_are_shares_of_the_pairs_cosines():
