@@ -1,6 +1,7 @@
 """Figures of the alignment study, drawn from its `eval.json` and `similarities.npz`."""
 
 import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,7 @@ def _histograms(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.
             axis.stairs(share, edges, color=colour, fill=True, alpha=0.35)
             axis.stairs(share, edges, color=colour, label=f"{name} pairs")
         axis.set(title=page.short(source, 28), xlabel="cosine", xlim=(-1, 1), yticks=[])
+        axis.set_xticks([-1, -0.5, 0, 0.5, 1])
         axis.set_ylabel("share of pairs")
     page.below(figure, *axis.get_legend_handles_labels(), columns=2)
 
@@ -88,8 +90,12 @@ def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray
         style = {"color": colour, "markersize": 6, "alpha": 0.9}
         axis.plot(*_columns(points.values()), marker, label=label, **style)
         if number == 0:
+            middle = sum(x for x, _ in points.values()) / max(len(points), 1)
             for source, point in points.items():
-                axis.annotate(source, point, xytext=(6, 5), textcoords="offset points")
+                # The name of a point on the right stands on its left, within the axes.
+                side, align = (-6, "right") if point[0] >= middle else (6, "left")
+                place = {"xytext": (side, 5), "textcoords": "offset points", "ha": align}
+                axis.annotate(page.short(source, 28), point, **place)
     maps = dict.fromkeys(
         n for found in result["sources"].values() for n in found.get("learned", ())
     )
@@ -145,8 +151,11 @@ def _pairs(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarr
             for number, (name, rows) in enumerate(found.items()):
                 recalls = [100 * rows[n][direction]["r@10"] for n in rows]
                 axis.plot(list(rows), recalls, label=name, markersize=5, **page.series(number))
-            title = f"{page.short(source, 24)}:\n{direction.replace('_', ' ')}"
+            title = f"{page.short(source, 26)}:\n{direction.replace('_', ' ')}"
             axis.set(xscale="log", title=title, xlabel="training pairs")
+            counts = sorted(set(itertools.chain(*found.values())))
+            axis.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45, ha="right")
+            axis.minorticks_off()
             axis.set_ylim(bottom=0)
         row[0].set_ylabel("r@10 (%)")
     page.below(figure, *grid[0, 0].get_legend_handles_labels(), columns=3)
