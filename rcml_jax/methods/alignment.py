@@ -297,7 +297,7 @@ _Once = Callable[[str, Any, Callable[[], dict]], dict]
 #: Counts changes of what is fitted to the same embeddings under the same options.
 _RECIPE = 3
 #: Options that change nothing about a learned similarity.
-_OF_OTHERS = ("learned", "pair_counts", "gallery")
+_OF_OTHERS = ("learned", "pair_counts", "similarity", "gallery")
 
 
 def _once(directory: pathlib.Path, splits: list[Pairs], config: Any) -> _Once:
@@ -367,7 +367,8 @@ def _study_source(
         # Learners take towers of unequal widths as they are.
         own = [x.arrays() for x in (narrow if name == "mlp_cosine" else splits)]
         measured = functools.partial(_learned, name, own, config, score)
-        of_all = once(name, None, functools.partial(_on_all_pairs, measured, own, score, config))
+        asked = list(similarities)
+        of_all = once(name, asked, functools.partial(_on_all_pairs, measured, own, score, config))
         learned[name] = of_all["learned"]
         signed |= of_all["signed"]
         chosen = learned[name]["options"]

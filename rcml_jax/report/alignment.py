@@ -101,7 +101,11 @@ def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     )
     for number, name in enumerate(maps):
         if points := _gap_points(result, "learned", name):
-            style = page.series(number) | {"linestyle": "", "fillstyle": "none"}
+            # Other colours and marks than those of the calibrations.
+            style = page.series(number + len(_CALIBRATIONS)) | {
+                "linestyle": "",
+                "fillstyle": "none",
+            }
             axis.plot(*_columns(points.values()), label=name, **style)
     axis.set(
         xlabel="modality gap: distance between centroids of unit vectors",

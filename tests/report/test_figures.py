@@ -368,6 +368,8 @@ def test_series_differ_in_more_than_their_colour():
     looks = [page.series(i) for i in range(8)]
     assert len({(look["marker"], look["linestyle"]) for look in looks}) == 8
     assert len({look["color"] for look in looks}) == 8
+    more = [page.series(i) for i in range(16)]
+    assert len({(look["color"], look["linestyle"]) for look in more}) == 16
     # Nothing as pale as yellow on white.
     assert max(luminance(look["color"]) for look in looks) < 0.5
 
