@@ -44,11 +44,7 @@ def our_functions(pixels: np.ndarray, part: int) -> dict:
         name: jax.jit(function).lower(params, pixels).compile()
         for name, function in ((OURS, embed), (PARTS, in_parts))
     }
-    plain = efficientnet.depthwise_conv
-    with mock.patch.object(efficientnet, "_shifted_depthwise_conv", plain):
-        # Another function, so that what was traced before is not found again.
-        grouped = jax.jit(lambda params, pixels: embed(params, pixels))
-        compiled[GROUPED] = grouped.lower(params, pixels).compile()
+    compiled[GROUPED] = _compile_with(efficientnet.depthwise_conv, embed, params, pixels)
     return {name: lambda f=f: f(params, pixels) for name, f in compiled.items()}
 
 
@@ -61,11 +57,16 @@ def our_gradients(pixels: np.ndarray) -> dict:
 
     compiled = {OURS: jax.jit(jax.grad(loss)).lower(params, pixels).compile()}
     derived = efficientnet._shifted_depthwise_conv.fun
-    with mock.patch.object(efficientnet, "_shifted_depthwise_conv", derived):
-        # Another function, so that what was traced before is not found again.
-        plain = jax.jit(jax.grad(lambda params, pixels: loss(params, pixels)))
-        compiled[DERIVED] = plain.lower(params, pixels).compile()
+    compiled[DERIVED] = _compile_with(derived, jax.grad(loss), params, pixels)
     return {name: lambda f=f: f(params, pixels) for name, f in compiled.items()}
+
+
+def _compile_with(convolution: Any, function: Any, params: Any, pixels: np.ndarray) -> Any:
+    """A function of both, compiled with another depthwise convolution in the module."""
+    with mock.patch.object(efficientnet, "_shifted_depthwise_conv", convolution):
+        # Another function, so that what was traced before is not found again.
+        jitted = jax.jit(lambda params, pixels: function(params, pixels))
+        return jitted.lower(params, pixels).compile()
 
 
 def _ours() -> tuple:
