@@ -193,7 +193,7 @@ _TWICE = "repeated records"
 
 
 def _karpathy(path: Path, gate: TextGate) -> _Read:
-    """Of an image with two records the first one is kept, if both are of the same split."""
+    """Of two records of an image or of a caption the first is kept; of an image in one split."""
     captions: dict[str, list[str]] = {}
     split: dict[str, int] = {}
     left_out = {_TWICE: 0}
@@ -207,9 +207,18 @@ def _karpathy(path: Path, gate: TextGate) -> _Read:
             left_out[_TWICE] += 1
             continue
         split[name] = _FLICKR_SPLITS[part]
-        sentences = _records(entry, "sentences", f"{path.name}, {name}")
         where = f"{path.name}, {name}"
-        captions[name] = [_field(s, "raw", str, where, gate) for s in sentences]
+        said: set[int] = set()
+        captions[name] = []
+        for sentence in _records(entry, "sentences", where):
+            caption, number = _field(sentence, "raw", str, where, gate), sentence.get("sentid")
+            # Within one image: converted files may number the captions of each from 0.
+            if isinstance(number, int):
+                if number in said:
+                    left_out[_TWICE] += 1
+                    continue
+                said.add(number)
+            captions[name].append(caption)
     return captions, split, left_out
 
 

@@ -168,6 +168,20 @@ def test_an_image_with_two_records(tmp_path):
         captions.flickr30k(root)
 
 
+def test_a_caption_with_two_records(tmp_path):
+    root, lines = write_flickr(tmp_path), []
+    file = root / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    for entry in content["images"]:  # as in converted files: from 0 in each image
+        for number, sentence in enumerate(entry["sentences"]):
+            sentence["sentid"] = number
+    content["images"][0]["sentences"].append({"raw": "again", "sentid": 1})
+    content["images"][1]["sentences"].append(content["images"][1]["sentences"][0])
+    file.write_text(json.dumps(content))
+    check(captions.flickr30k(root, log=lines.append))
+    assert lines == ["flickr30k: also left out: 2 repeated records"]
+
+
 def test_ids_that_coco_has_twice(tmp_path):
     root, lines = write_coco(tmp_path), []
     file = root / "annotations" / "captions_val2017.json"
