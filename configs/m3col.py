@@ -77,6 +77,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.model.init_from = ""
     config.model.freeze = ""
     config.model.projection = 0
+    config.model.scaling = "range"
     config.model.dtype = "float32"
     config.model.remat = ""
     config.model.width = 128
@@ -137,6 +138,8 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
             config.batch.image_shift = 0
             config.batch.image_flip = False
             config.model.image_pretrained = config.model.text_pretrained = ""
+    if config.data.towers:  # embeddings' extremes say nothing
+        config.model.scaling = "standard"
     return config
 
 

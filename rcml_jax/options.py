@@ -382,6 +382,10 @@ _M3COL = (
     Option("model.projection", int,
         "Width to which images' and texts' embeddings are projected; 0: their encoders' own.",
         low=0, high=65_536, before=0),
+    Option("model.scaling", str,
+        "Columns of tables and frozen embeddings: range: to [0, 1] by their minimum and maximum in "
+        "training; standard: to mean 0 and deviation 1.",
+        choices=("range", "standard"), before="range"),
     Option("model.dropout", float, "Share of activations dropped.", low=0, below=1),
     Option("model.classifier_layers", int, "Layers of a classifier.", low=1, high=100),
     Option("model.hidden", int, "Hidden width of the classifiers; 0: model.width.",

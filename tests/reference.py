@@ -392,6 +392,18 @@ def column_range(x, where):
     return low, span
 
 
+def column_moments(x, where):
+    _, span = column_range(x, where)
+    mean, deviation = np.zeros(x.shape[1]), span.copy()
+    for column in range(x.shape[1]):
+        values = [float(x[i, column]) for i in range(len(x)) if where[i]]
+        mean[column] = sum(values) / len(values)
+        if max(values) > min(values):
+            squares = sum((value - mean[column]) ** 2 for value in values)
+            deviation[column] = np.sqrt(squares / len(values))
+    return mean, deviation
+
+
 def m3col(tables, ranges, encoders, heads, fusion):
     """Embeddings and logits by name (Eq. 14-15); fusion sees the embeddings side by side."""
     z = {}

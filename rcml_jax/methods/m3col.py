@@ -26,7 +26,7 @@ from rcml_jax.methods.classification import (
     report,
 )
 from rcml_jax.models.backbones import build_backbone, encoder_config, load_encoder
-from rcml_jax.models.m3col import M3CoL, TableEncoder, column_range
+from rcml_jax.models.m3col import SCALINGS, M3CoL, TableEncoder
 from rcml_jax.models.preprocessing import check_tokenizer, set_statistics, with_preprocessing
 from rcml_jax.models.towers.bert import small_bert_config
 from rcml_jax.models.towers.efficientnet import STATISTICS
@@ -258,9 +258,10 @@ class M3CoLMethod(Method):
         data = self.task.data
         rows = data.rows("train")
         keep = jnp.ones(len(data), bool) if keep is None else keep
+        scaling = SCALINGS[self.config.model.get("scaling", "range")]
         for modality in data.modalities:
             if modality.kind == "table":
-                low, span = column_range(jnp.asarray(modality.values[rows]), keep[rows])
+                low, span = scaling(jnp.asarray(modality.values[rows]), keep[rows])
                 part = f"encoders_{modality.name}"
                 params = {**params, part: {**params[part], "low": low, "range": span}}
         return jax.tree.map(jnp.asarray, params)

@@ -54,10 +54,10 @@ class MLP(nn.Module):
 
 
 class TableEncoder(nn.Module):
-    """Columns scaled to [0, 1] by the training minimum and maximum, then an MLP.
+    """Scaled columns, then an MLP.
 
-    The parameters `low` and `range` (f,) start as 0 and 1; `column_range` gives the true ones,
-    which are not to be trained.
+    The parameters `low` and `range` (f,), which are subtracted and divided by, start as 0 and 1;
+    `SCALINGS` gives the true ones, which are not to be trained.
     """
 
     widths: tuple[int, ...]
@@ -86,6 +86,22 @@ def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     low = jnp.min(jnp.where(rows, x, largest / 2), axis=0)
     span = jnp.max(jnp.where(rows, x, -largest / 2), axis=0) - low
     return low, jnp.where(span > 0, span, largest)
+
+
+def column_moments(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation (f,) of the columns of x (n, f) over the rows `where` (n,).
+
+    Constant columns are as of `column_range`.
+    """
+    low, span = column_range(x, where)
+    rows, count = where[:, None], where.sum()
+    mean = low + jnp.where(rows, x - low, 0).sum(axis=0) / count
+    variance = jnp.square(jnp.where(rows, x - mean, 0)).sum(axis=0) / count
+    return mean, jnp.where(span < jnp.finfo(x.dtype).max, jnp.sqrt(variance), span)
+
+
+#: To [0, 1] by minimum and maximum, as MOGONET's tables; to mean 0 and deviation 1.
+SCALINGS = {"range": column_range, "standard": column_moments}
 
 
 class M3CoL(nn.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcml_jax.models.m3col import MLP, M3CoL, TableEncoder, column_range
+from rcml_jax.models.m3col import MLP, SCALINGS, M3CoL, TableEncoder, column_moments, column_range
 from tests import reference
 
 WIDTHS = {"mrna": 5, "methylation": 4, "mirna": 3}
@@ -119,6 +119,33 @@ def test_column_range_is_of_the_rows_that_count():
         # Rows that do not count may have anything there.
         assert np.all(np.abs((x - 1e4 - low[row]) / span[row])[:, constant] < 1e-30)
         assert constant[1]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_column_moments_are_of_the_rows_that_count(offset):
+    x = (np.random.default_rng(0).normal(size=(8, 5)) + offset).astype(np.float32)
+    x[:, 1] = 0.1  # constant everywhere, though its mean rounds,
+    x[:6, 2] = -2.0  # and constant in the first rows
+    wheres = np.array([np.ones(8), np.arange(8) < 6, np.arange(8) == 7, np.arange(8) % 2], bool)
+    mean, deviation = jax.jit(jax.vmap(column_moments, (None, 0)))(x, wheres)
+    for row, where in enumerate(wheres):
+        expected = reference.column_moments(x, where)
+        np.testing.assert_allclose(mean[row], expected[0], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(deviation[row], expected[1], rtol=1e-4)
+        constant = np.ptp(x[where], axis=0) == 0
+        scaled = (x[where] - mean[row]) / deviation[row]
+        np.testing.assert_allclose(scaled[:, ~constant].std(axis=0), 1, rtol=1e-4)
+        assert np.all(np.abs((x - 1e4 - mean[row]) / deviation[row])[:, constant] < 1e-30)
+        assert constant[1]
+
+
+def test_scalings_do_not_see_rows_that_do_not_count():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    where = np.arange(8) < 5
+    other = np.where(where[:, None], x, 1e6)
+    for scaling in SCALINGS.values():
+        for a, b in zip(scaling(x, where), scaling(other, where), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_the_scaling_has_no_gradient():
