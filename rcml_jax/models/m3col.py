@@ -95,9 +95,11 @@ def column_moments(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array
     """
     low, span = column_range(x, where)
     rows, count = where[:, None], where.sum()
-    mean = low + jnp.where(rows, x - low, 0).sum(axis=0) / count
-    variance = jnp.square(jnp.where(rows, x - mean, 0)).sum(axis=0) / count
-    return mean, jnp.where(span < jnp.finfo(x.dtype).max, jnp.sqrt(variance), span)
+    # In units of the span, whose squares stay numbers where all entries are tiny.
+    scaled = jnp.where(rows, (x - low) / span, 0)
+    mean = scaled.sum(axis=0) / count
+    deviation = jnp.sqrt(jnp.square(jnp.where(rows, scaled - mean, 0)).sum(axis=0) / count)
+    return low + span * mean, jnp.where(deviation > 0, span * deviation, span)
 
 
 #: To [0, 1] by minimum and maximum, as MOGONET's tables; to mean 0 and deviation 1.
