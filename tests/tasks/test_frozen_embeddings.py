@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,6 +46,28 @@ def test_images_and_texts_become_tables_of_their_embeddings(config, tmp_path):
     tokenizer = Tokenizer.from_pretrained_dir(text.directory)
     encoded = tokenizer.encode([raw.modalities[1].values[i] for i in rows], text.size)
     np.testing.assert_allclose(found["text"][0], text.embed(*encoded), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_standardised_before_the_encoders(config, tmp_path):
+    method = build(config, tmp_path)
+    params = method.init(jax.random.key(0), next(method.batches()))
+    image, data = params["encoders_image"], method.task.data  # the small BERT's are all the same
+    values = data.modalities[0].values[data.rows("train")].astype(np.float64)
+    for low, span in zip(image["low"], image["range"], strict=True):  # of each seed's model
+        scaled = (values - np.asarray(low)) / np.asarray(span)
+        np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-4)
+        np.testing.assert_allclose(scaled.std(axis=0), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("source", "scaling"),
+    [
+        ("hm,path=x", "standard"), ("openmoji,towers=vit+bert", "standard"),
+        ("hm,path=x,towers=none", "range"), ("openmoji", "range"), ("rosmap", "range"),
+    ],
+)  # fmt: skip
+def test_the_recipes_scale_embeddings_and_tables(source, scaling):
+    assert configuration(source, {}).model.scaling == scaling
 
 
 def test_what_is_hidden_of_a_sample_is_hidden_from_its_towers(config, tmp_path):
