@@ -359,7 +359,8 @@ _M3COL = (
     Option("data.name", str, "Data source.", choices=lambda: CLASSIFICATION_SOURCES, path=True),
     Option("data.text", str, "Text of N24News.", choices=N24NEWS_TEXTS),
     Option("data.towers", str,
-        "Frozen towers, CLIP or IMAGE+TEXT, whose embeddings take the place of images and texts.",
+        "Frozen towers, CLIP or IMAGE+TEXT, whose embeddings take the place of images and texts "
+        "(with model.scaling=standard).",
         before=""),
     Option("data.mask_class_words", bool, "Remove the words of the classes' names from the texts.",
         sources=("hm",)),
