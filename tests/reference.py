@@ -393,14 +393,14 @@ def column_range(x, where):
 
 
 def column_moments(x, where):
-    _, span = column_range(x, where)
-    mean, deviation = np.zeros(x.shape[1]), span.copy()
+    mean, deviation = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for column in range(x.shape[1]):
         values = [float(x[i, column]) for i in range(len(x)) if where[i]]
         mean[column] = sum(values) / len(values)
-        if max(values) > min(values):
-            squares = sum((value - mean[column]) ** 2 for value in values)
-            deviation[column] = np.sqrt(squares / len(values))
+        squares = sum((value - mean[column]) ** 2 for value in values)
+        deviation[column] = np.sqrt(squares / len(values))
+        if deviation[column] <= 1e-6 * (1 + abs(mean[column])):
+            deviation[column] = np.finfo(np.float32).max
     return mean, deviation
 
 

@@ -15,6 +15,7 @@ import optax
 from rcml_jax.data.classification import word_stems
 from rcml_jax.evaluation.classification import summarize
 from rcml_jax.evaluation.relation_probes import minimise
+from rcml_jax.models.m3col import column_moments
 
 #: Weights of the penalty that `linear_probabilities` chooses among, the strongest first.
 PENALTIES = (1000.0, 100.0, 10.0, 1.0)
@@ -60,16 +61,16 @@ def linear_probabilities(
 ) -> tuple[list[np.ndarray], float]:
     """Probabilities (n, classes) of each array of features (n, f), and the penalty's weight.
 
-    Logistic regression on columns standardised by the training mean and deviation; a column that
-    is constant in training is left out. train, validation: (features (m, f), labels (m,)). The
-    weight is one of `penalties`, strongest first: the best before accuracy on validation falls.
+    Logistic regression on columns standardised by `column_moments` of training, as M3CoL's of
+    frozen towers; a column that is constant there is left out. train, validation: (features (m, f),
+    labels (m,)). The weight is one of `penalties`, strongest first: the best before accuracy on
+    validation falls.
     """
-    mean, deviation = train[0].mean(axis=0), train[0].std(axis=0)
-    constant = deviation <= 1e-6 * (1 + np.abs(mean))
-    scale = np.where(constant, 0, 1 / np.where(constant, 1, deviation))
+    rows = jnp.ones(len(train[0]), bool)
+    mean, deviation = column_moments(jnp.asarray(train[0], jnp.float32), rows)
 
     def standard(x: np.ndarray) -> jax.Array:
-        return jnp.asarray((x - mean) * scale, jnp.float32)
+        return (jnp.asarray(x, jnp.float32) - mean) / deviation
 
     x, y = standard(train[0]), jnp.asarray(train[1])
     held_out, params = standard(validation[0]), first_params(x.shape[1], classes)

@@ -89,17 +89,15 @@ def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def column_moments(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation (f,) of the columns of x (n, f) over the rows `where` (n,).
+    """Mean and standard deviation (f,) of the columns of x (n, f) over the rows `where` (n,).
 
-    Constant columns are as of `column_range`.
+    A column is constant, and becomes 0 as by `column_range`, where its deviation is rounding: at
+    most 1e-6 · (1 + |mean|). Towers have dead units, of 1e-32, that would else be scaled-up noise.
     """
-    low, span = column_range(x, where)
-    rows, count = where[:, None], where.sum()
-    # In units of the span, whose squares stay numbers where all entries are tiny.
-    scaled = jnp.where(rows, (x - low) / span, 0)
-    mean = scaled.sum(axis=0) / count
-    deviation = jnp.sqrt(jnp.square(jnp.where(rows, scaled - mean, 0)).sum(axis=0) / count)
-    return low + span * mean, jnp.where(deviation > 0, span * deviation, span)
+    rows = where[:, None]
+    mean, deviation = x.mean(axis=0, where=rows), x.std(axis=0, where=rows)
+    constant = deviation <= 1e-6 * (1 + jnp.abs(mean))
+    return mean, jnp.where(constant, jnp.finfo(x.dtype).max, deviation)
 
 
 #: To [0, 1] by minimum and maximum, as MOGONET's tables; to mean 0 and deviation 1.

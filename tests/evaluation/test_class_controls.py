@@ -95,6 +95,11 @@ def test_columns_that_are_constant_in_training_are_left_out():
         (more(x, 1e4), y), (more(other, 5.0), labels), [more(other, -3e3)], 3, penalties=[1.0]
     )
     np.testing.assert_allclose(found, plain, atol=1e-4)
+    dead = lambda x, value: np.concatenate([x, value * rng.normal(size=(len(x), 1))], axis=1)  # noqa: E731
+    (found,), _ = class_controls.linear_probabilities(
+        (dead(x, 1e-32), y), (dead(other, 1.0), labels), [dead(other, 1.0)], 3, penalties=[1.0]
+    )
+    np.testing.assert_allclose(found, plain, atol=1e-4)
 
 
 def test_rows_gains_and_labels():

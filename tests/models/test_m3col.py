@@ -123,21 +123,25 @@ def test_column_range_is_of_the_rows_that_count():
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_column_moments_are_of_the_rows_that_count(offset):
-    x = (np.random.default_rng(0).normal(size=(8, 5)) + offset).astype(np.float32)
+    normal = np.random.default_rng(0).normal(size=(8, 5))
+    x = (normal + offset).astype(np.float32)
     x[:, 1] = 0.1  # constant everywhere, though its mean rounds,
     x[:6, 2] = -2.0  # and constant in the first rows
-    x[:, 3] = (x[:, 3] - offset) * 1e-30  # as a tower's dead units
+    x[:, 3] = normal[:, 3] * 1e-30  # rounding, as a tower's dead units
+    x[:, 4] = normal[:, 4] * 1e-4  # small, but no rounding
     wheres = np.array([np.ones(8), np.arange(8) < 6, np.arange(8) == 7, np.arange(8) % 2], bool)
     mean, deviation = jax.jit(jax.vmap(column_moments, (None, 0)))(x, wheres)
     for row, where in enumerate(wheres):
         expected = reference.column_moments(x, where)
-        np.testing.assert_allclose(mean[row] / deviation[row], expected[0] / expected[1], atol=1e-4)
+        np.testing.assert_allclose(mean[row], expected[0], rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(deviation[row], expected[1], rtol=1e-4)
-        constant = np.ptp(x[where], axis=0) == 0
-        scaled = (x[where] - mean[row]) / deviation[row]
-        np.testing.assert_allclose(scaled[:, ~constant].std(axis=0), 1, rtol=1e-4)
+        constant = expected[1] > 1e30
+        scaled = (x - mean[row]) / deviation[row]
+        np.testing.assert_allclose(scaled[where][:, ~constant].std(axis=0), 1, rtol=1e-4)
+        # A constant column is 0, whatever stands in it later.
         assert np.all(np.abs((x - 1e4 - mean[row]) / deviation[row])[:, constant] < 1e-30)
-        assert constant[1]
+        single = where.sum() == 1
+        assert list(constant) == [single, True, single or row == 1, True, single]
 
 
 def test_scalings_do_not_see_rows_that_do_not_count():
