@@ -91,11 +91,16 @@ def column_range(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
 def column_moments(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation (f,) of the columns of x (n, f) over the rows `where` (n,).
 
-    A column is constant, and becomes 0 as by `column_range`, where its deviation is rounding: at
-    most 1e-6 · (1 + |mean|). Towers have dead units, of 1e-32, that would else be scaled-up noise.
+    A column counts as constant, and becomes 0 as by `column_range`, where its deviation is at most
+    1e-6 · (1 + |mean|). Towers have dead units, of 1e-32, that would otherwise be scaled-up noise.
     """
-    rows = where[:, None]
-    mean, deviation = x.mean(axis=0, where=rows), x.std(axis=0, where=rows)
+    low, span = column_range(x, where)
+    rows, count = where[:, None], where.sum()
+    # In units of the span, whose squares stay numbers where entries are huge.
+    scaled = jnp.where(rows, (x - low) / span, 0)
+    mean = scaled.sum(axis=0) / count
+    deviation = jnp.sqrt(jnp.square(jnp.where(rows, scaled - mean, 0)).sum(axis=0) / count)
+    mean, deviation = low + span * mean, span * deviation
     constant = deviation <= 1e-6 * (1 + jnp.abs(mean))
     return mean, jnp.where(constant, jnp.finfo(x.dtype).max, deviation)
 

@@ -1,5 +1,7 @@
 """M3CoL's model against its twin: scaling, layers, heads, initial values, dropout and size."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,11 +146,24 @@ def test_column_moments_are_of_the_rows_that_count(offset):
         assert list(constant) == [single, True, single or row == 1, True, single]
 
 
+def test_column_moments_leave_out_what_is_rounding():
+    normal = np.random.default_rng(0).normal(size=8237)
+    constants = [0.1, 0.7, 3.3, 1000.1, 1000.1 + 1e-4 * normal, 1e-9 * normal, 1e-32 * normal]
+    others = [1e-4 * normal, 1000.1 + 1e-2 * normal, 1e20 * normal]
+    columns = [np.broadcast_to(column, 8237) for column in constants + others]
+    x = np.stack(columns, axis=1).astype(np.float32)
+    mean, deviation = jax.jit(column_moments)(x, np.ones(len(x), bool))
+    assert np.all(deviation[: len(constants)] == np.finfo(np.float32).max)
+    scaled = (x - mean) / deviation
+    assert np.all(np.abs(scaled[:, : len(constants)]) < 1e-30)
+    np.testing.assert_allclose(scaled[:, len(constants) :].std(axis=0), 1, rtol=1e-2)
+
+
 def test_scalings_do_not_see_rows_that_do_not_count():
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     where = np.arange(8) < 5
-    other = np.where(where[:, None], x, 1e6)
-    for scaling in SCALINGS.values():
+    for scaling, value in itertools.product(SCALINGS.values(), (1e6, np.nan, np.inf)):
+        other = np.where(where[:, None], x, np.float32(value))
         for a, b in zip(scaling(x, where), scaling(other, where), strict=True):
             np.testing.assert_array_equal(a, b)
 
