@@ -384,9 +384,8 @@ _M3COL = (
         "Width to which images' and texts' embeddings are projected; 0: their encoders' own.",
         low=0, high=65_536, before=0),
     Option("model.scaling", str,
-        "Columns of tables and frozen embeddings: range: to [0, 1] by their minimum and maximum in "
-        "training; standard: to mean 0 and deviation 1, without columns whose deviation is at "
-        "most 1e-6 (1 + |mean|).",
+        "Scaling of the columns of tables and frozen embeddings: range: to [0, 1]; standard: to "
+        "mean 0 and deviation 1 (rounding: to 0).",
         choices=("range", "standard"), before="range"),
     Option("model.dropout", float, "Share of activations dropped.", low=0, below=1),
     Option("model.classifier_layers", int, "Layers of a classifier.", low=1, high=100),
