@@ -70,7 +70,7 @@ def linear_probabilities(
     mean, deviation = column_moments(jnp.asarray(train[0], jnp.float32), rows)
 
     def standard(x: np.ndarray) -> jax.Array:
-        return (jnp.asarray(x, jnp.float32) - mean) / deviation
+        return (jnp.asarray(x, jnp.float32) - mean[None]) / deviation[None]
 
     x, y = standard(train[0]), jnp.asarray(train[1])
     held_out, params = standard(validation[0]), first_params(x.shape[1], classes)

@@ -95,11 +95,11 @@ def column_moments(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array
     1e-6 · (1 + |mean|). Towers have dead units, of 1e-32, that would otherwise be scaled-up noise.
     """
     low, span = column_range(x, where)
-    rows, count = where[:, None], where.sum()
+    rows, count = where[:, None], where.sum(dtype=x.dtype)
     # In units of the span, whose squares stay numbers where entries are huge.
-    scaled = jnp.where(rows, (x - low) / span, 0)
+    scaled = jnp.where(rows, (x - low[None]) / span[None], 0)
     mean = scaled.sum(axis=0) / count
-    deviation = jnp.sqrt(jnp.square(jnp.where(rows, scaled - mean, 0)).sum(axis=0) / count)
+    deviation = jnp.sqrt(jnp.square(jnp.where(rows, scaled - mean[None], 0)).sum(axis=0) / count)
     mean, deviation = low + span * mean, span * deviation
     constant = deviation <= 1e-6 * (1 + jnp.abs(mean))
     return mean, jnp.where(constant, jnp.finfo(x.dtype).max, deviation)
