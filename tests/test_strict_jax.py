@@ -25,7 +25,7 @@ from rcml_jax.losses.softmax import info_nce, softmax_contrastive
 from rcml_jax.losses.unicl import label_supervised
 from rcml_jax.methods import build
 from rcml_jax.models.backbones import build_backbone
-from rcml_jax.models.m3col import Dropout, M3CoL, TableEncoder
+from rcml_jax.models.m3col import SCALINGS, Dropout, M3CoL, TableEncoder
 from rcml_jax.models.rcml import RCML
 from rcml_jax.models.towers.bert import small_bert_config
 from rcml_jax.models.towers.clip import small_clip_config
@@ -184,6 +184,7 @@ OPS = {
     **{name: (f, TEXT, IMAGE) for name, f in similarity.SIMILARITIES.items()},
     **{f"paired {name}": (f, TEXT, IMAGE) for name, f in similarity.PAIRED.items()},
     "chi_square shifted": (functools.partial(similarity.chi_square, signed="shift"), TEXT, IMAGE),
+    **{f"{name} of columns": (f, TEXT, np.arange(N) > 0) for name, f in SCALINGS.items()},
     "coefficients": (lambda key: mixup.coefficients(key, 5, fraction=0.5), KEY),
     "partners": (lambda key: mixup.partners(key, N, where=VALID), KEY),
     "mix": (mixup.mix, {"a": TEXT, "b": IMAGE[:, :, None]}, LAMBDA, PARTNERS),
