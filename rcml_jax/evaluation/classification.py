@@ -1,10 +1,14 @@
 """Classification: measures, the three protocols of reporting, and the error analysis."""
 
 import itertools
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.stats
+
+from rcml_jax.errors import UserError
+from rcml_jax.parsing import ARRAY_ERRORS
 
 #: Names of the protocols and what they mean; `eval.json` holds these sentences.
 PROTOCOLS = {
@@ -142,3 +146,33 @@ def error_analysis(
             }
         )
     return rows
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Confusion matrix (C, C): how many samples of class a, a row, are predicted as class b.
+
+    labels and predicted: (n,) int.
+    """
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
+
+
+def read_predictions(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+    """Read the `predictions.npz` of an evaluation: model → (n,) int by name.
+
+    Names: "rows", "labels", and the heads, whose class is the predicted one. Raises UserError for
+    a damaged file.
+    """
+    models: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        # NumPy leaves a damaged file open that it has opened itself.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for name in arrays:
+                model, head = name.split("/")
+                models.setdefault(model, {})[head] = arrays[name]
+    except ARRAY_ERRORS as error:
+        raise UserError(
+            f"{path} is damaged ({error}); make it again: rcml-eval --workdir {path.parent}"
+        ) from error
+    return models

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rcml_jax.errors import UserError
 from rcml_jax.evaluation import SCORES
-from rcml_jax.evaluation.classification import error_analysis
+from rcml_jax.evaluation.classification import error_analysis, read_predictions
 from rcml_jax.evaluation.controls import label_of, rows_of
 from rcml_jax.evaluation.measures import (
     Measure,
@@ -478,18 +478,11 @@ def _mean_row(rows: Sequence[dict]) -> dict:
 
 def _heads(path: pathlib.Path) -> list[str]:
     """The modalities that a model has classifiers of, in order; none without the file."""
-    if not path.is_file():
-        return []
-    with np.load(path, allow_pickle=False) as arrays:
-        names = [name.split("/")[1] for name in arrays]
-    return [n for n in dict.fromkeys(names) if n not in ("rows", "labels", "fused")]
+    models = read_predictions(path).values() if path.is_file() else ()
+    names = dict.fromkeys(name for heads in models for name in heads)
+    return [name for name in names if name not in ("rows", "labels", "fused")]
 
 
 def _right(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Model → whether its prediction for each test sample is right."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return {
-            name.removesuffix("/fused"): arrays[name] == arrays[name.replace("/fused", "/labels")]
-            for name in arrays
-            if name.endswith("/fused")
-        }
+    return {name: x["fused"] == x["labels"] for name, x in read_predictions(path).items()}

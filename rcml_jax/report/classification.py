@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rcml_jax.evaluation.classification import confusion, read_predictions
 from rcml_jax.evaluation.display import collect
 from rcml_jax.evaluation.measures import at
 from rcml_jax.methods import classification as analyses
@@ -188,6 +189,26 @@ def noise_confidence(opened: Opened) -> np.ndarray:
     return np.concatenate([fused[index].max(axis=-1) for index in method.models().reported])
 
 
+# Classes that are taken for one another
+
+
+def confusions(run: Run) -> dict[str, Any]:
+    """Confusion matrices (models, C, C) on the test split, and the names of the C classes.
+
+    Raises LeftOutError for a run without `predictions.npz`.
+    """
+    path = run.path / "predictions.npz"
+    names = (run.result or {}).get("protocol", {}).get("classes")
+    if not names or not path.is_file():
+        raise LeftOutError(
+            f"{run.label} has no predictions.npz, or no names of the classes in eval.json; "
+            f"evaluate it: rcml-eval --workdir {run.path}"
+        )
+    models = read_predictions(path).values()
+    matrices = [confusion(model["labels"], model["fused"], len(names)) for model in models]
+    return {"classes": names, "samples": np.stack(matrices)}
+
+
 # Accuracy by epoch
 
 
@@ -321,7 +342,7 @@ def draw_accuracy(arrays: Arrays, path: pathlib.Path, split: str) -> pathlib.Pat
     return path
 
 
-_MOST, _MOST_CURVES = 6, 10
+_MOST, _MOST_CURVES, _MOST_CLASSES = 6, 10, 20
 
 
 def section(
@@ -336,6 +357,7 @@ def section(
     figures.append(folder.attempt("Embeddings of each modality and fused", make.maps))
     figures += make.heat_maps()
     figures.append(folder.attempt("Confidence on random inputs", make.confidence))
+    figures.append(folder.attempt("Classes with most errors", make.classes))
     figures += [
         folder.attempt("Error analysis", functools.partial(_errors, folder, sweep))
         for sweep in sweeps
@@ -483,6 +505,34 @@ class _Figures:
             "the mean and variance of the training split (pixels and tables at the input, texts at "
             f"the encoder's output). The lowest possible score is {100 * min(chances):.0f} %.",
             (image,),
+            data=(path,),
+        )
+
+    def classes(self) -> Figure:
+        """Recall of the first run's classes, and the classes that they are taken for."""
+        run = self.runs[0]
+        found = confusions(run)
+        names, matrices = found["classes"], found["samples"]
+        mean = matrices.mean(axis=0)
+        cells = [(names[a], names[b], mean[a, b]) for a, b in np.argwhere(mean)]
+        header = ("class", "predicted", "samples")
+        path, _ = self.folder.save("confusions.csv", columns(header, cells))
+        wrong, total = mean * ~np.eye(len(names), dtype=bool), matrices[0].sum(axis=1)
+        order = [a for a in np.argsort(-wrong.sum(axis=1), kind="stable") if total[a]]
+        rows = []
+        for a in order[:_MOST_CLASSES]:
+            recall, std = map(percent, mean_std(matrices[:, a, a] / total[a]))
+            others = [b for b in np.argsort(-wrong[a], kind="stable")[:2] if wrong[a, b]]
+            taken = "; ".join(f"{names[b]} {wrong[a, b]:.1f}" for b in others)
+            several = f" ± {std}" * (len(matrices) > 1)
+            rows.append([names[a], str(total[a]), recall + several, taken or "–"])
+        return Figure(
+            "Classes with most errors",
+            f"{run.label}: recall (%) of the test samples of a class by the fused prediction, and "
+            "the one or two other classes that they are most often taken for, with the number of "
+            f"samples{', means over the models' * (len(matrices) > 1)}. At most {_MOST_CLASSES} "
+            "classes; the file has the whole confusion matrix.",
+            table=Table(["class", "test samples", "recall (%)", "taken for"], rows),
             data=(path,),
         )
 

@@ -5,15 +5,18 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
+from rcml_jax.errors import UserError
 from rcml_jax.evaluation.classification import (
     PROTOCOLS,
     auc,
     confidence,
+    confusion,
     error_analysis,
     measures,
     protocols,
+    read_predictions,
     summarize,
     validation,
 )
@@ -191,3 +194,24 @@ def test_error_analysis_is_a_partition(modalities):
         assert row["multimodal wrong"] == pytest.approx((len(hits) - sum(hits)) / 40)
     shares = [row["multimodal right"] + row["multimodal wrong"] for row in rows]
     assert sum(shares) == pytest.approx(1)
+
+
+def test_confusions_are_those_of_scikit_learn():
+    labels, predicted = np.random.default_rng(0).integers(0, 6, (2, 80))  # of seven classes
+    expected = confusion_matrix(labels, predicted, labels=range(7))
+    np.testing.assert_array_equal(confusion(labels, predicted, 7), expected)
+
+
+def test_predictions_are_read_by_model_and_head(tmp_path):
+    path, rows = tmp_path / "predictions.npz", np.arange(3)
+    np.savez(path, **{"a/rows": rows, "a/fused": rows + 1, "b/fused": rows + 2})
+    found = read_predictions(path)
+    assert {model: list(heads) for model, heads in found.items()} == {
+        "a": ["rows", "fused"],
+        "b": ["fused"],
+    }
+    np.testing.assert_array_equal(found["b"]["fused"], rows + 2)
+    for damaged in (path.read_bytes()[:100], b"", b"a table"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged .*make it again: rcml-eval --workdir"):
+            read_predictions(path)

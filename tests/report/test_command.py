@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -221,7 +222,9 @@ def test_an_error_analysis_needs_the_modalities_alone(tmp_path, capsys):
         path = tmp_path / "sweep" / name / "seed42"
         modalities = name.removeprefix("only_") if name != "full" else ""
         config = small_config("m3col", data__modalities=modalities)
-        write_run(path, config, classification_result())
+        result = classification_result()
+        result["protocol"]["classes"] = ["cup", "mug", "jar & lid", "lid", "no sample"]
+        write_run(path, config, result)
         labels = np.array([0, 1, 2, 0])
         heads = ("image", "text") if name == "full" else ()
         arrays = {"seed42/rows": labels, "seed42/labels": labels}
@@ -232,4 +235,11 @@ def test_an_error_analysis_needs_the_modalities_alone(tmp_path, capsys):
     assert run(["--workdir", tmp_path / "sweep", "--out", tmp_path / "report"], capsys)[0] == 0
     rows = (tmp_path / "report" / "data" / "errors-sweep.csv").read_text().splitlines()
     assert rows[:2] == ["image,text,multimodal right,multimodal wrong", "right,right,0.25,0.0"]
-    assert "Error analysis: sweep" in (tmp_path / "report" / "index.html").read_text("utf-8")
+    text = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "Error analysis: sweep" in text
+    # Of the full method: the classes with errors first, none without a test sample.
+    rows = (tmp_path / "report" / "data" / "confusions.csv").read_text().splitlines()
+    assert rows[1:] == ["cup,cup,1.0", "cup,mug,1.0", "mug,mug,1.0", "jar & lid,lid,1.0"]
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", text[text.index("taken for</th>") :])
+    expected = ("cup|2|50.0|mug 1.0", "jar &amp; lid|1|0.0|lid 1.0", "mug|1|100.0|–")
+    assert re.sub(r"\|+", "|", cells).split("taken for|")[1].startswith("|".join(expected))
