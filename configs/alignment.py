@@ -62,6 +62,7 @@ def get_config(arg: str = "openmoji") -> ml_collections.ConfigDict:
     config.evaluation.learner_steps = 500
     config.evaluation.learner_patience = 10
     config.evaluation.learner_batch = 64
+    config.evaluation.learner_options = ""
     config.evaluation.search_trials = 0
     config.evaluation.learner_seeds = 1
     config.evaluation.pair_counts = ""

@@ -459,6 +459,8 @@ _ALIGNMENT = (
         low=1, before=10),
     Option("evaluation.learner_batch", int, "Batch size of a learned similarity.",
         low=2, high=1_000_000),
+    Option("evaluation.learner_options", str,
+        "Fixed options of learners: LEARNER:NAME=NUMBER,NAME=NUMBER;LEARNER:...", before=""),
     Option("evaluation.search_trials", int,
         "Trials of the search for each learner, with the extra `search`; 0: none.",
         low=0, high=1_000_000),

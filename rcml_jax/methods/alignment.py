@@ -2,9 +2,10 @@
 
 import functools
 import hashlib
+import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from rcml_jax.evaluation import modality_gap as gap
 from rcml_jax.evaluation.calibration import SPACES as SIGNED
 from rcml_jax.evaluation.calibration import fit_space, pair_scores, score_measures
 from rcml_jax.evaluation.cross_modal import check_pairs, pair_retrieval, retrieval
+from rcml_jax.evaluation.learned_similarity.networks import read_options
 from rcml_jax.evaluation.learned_similarity.training import (
     GRIDS,
     SPACES,
@@ -213,6 +215,7 @@ def study(config: Any, workdir: pathlib.Path | str) -> dict | None:
     similarities = _names(config.evaluation.similarity, tuple(SIMILARITIES))
     learners = _names(config.evaluation.learned, LEARNERS)
     _pair_counts(config)
+    _learner_options(config, learners)
     readers = sources(config, workdir)
     device = sharding.first_local(sharding.pick_devices(config.platform))
     with workdirs.hold(workdir):
@@ -289,15 +292,36 @@ def _pair_counts(config: Any) -> list[int]:
     return sorted({int(x) for x in counts})
 
 
+def _learner_options(config: Any, learners: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Learner → the options that are fixed for it. Raises UserError for what is none."""
+    value, found = config.evaluation.get("learner_options", ""), {}
+    for part in (x for x in value.replace(" ", "").split(";") if x):
+        name, _, options = part.partition(":")
+        if name not in learners or name in found:
+            raise UserError(
+                f"config.evaluation.learner_options={value!r}: {name!r} is not among the learners, "
+                "or twice; give LEARNER:NAME=NUMBER,NAME=NUMBER;LEARNER:..."
+            )
+        try:
+            pairs = [option.split("=") for option in options.split(",")]
+            found[name] = {option: json.loads(number) for option, number in pairs}
+        except ValueError as error:
+            raise UserError(
+                f"config.evaluation.learner_options={value!r}: give LEARNER:NAME=NUMBER,NAME=NUMBER"
+            ) from error
+        read_options(name, found[name])
+    return found
+
+
 # Measuring a source
 
 
 #: Of a name, what else the result depends on and a function that computes it: the result.
 _Once = Callable[[str, Any, Callable[[], dict]], dict]
 #: Counts changes of what is fitted to the same embeddings under the same options.
-_RECIPE = 3
+_RECIPE = 4
 #: Options that change nothing about a learned similarity.
-_OF_OTHERS = ("learned", "pair_counts", "similarity", "gallery")
+_OF_OTHERS = ("learned", "learner_options", "pair_counts", "similarity", "gallery")
 
 
 def _once(directory: pathlib.Path, splits: list[Pairs], config: Any) -> _Once:
@@ -351,29 +375,23 @@ def _study_source(
         points = plane(*moved, seed=seed)
         arrays |= {f"{name}/{modality}": rows for modality, rows in points.items()}
     result["calibration"] = calibration
-    signed = {}
-    for space in SIGNED:
-        try:
-            fitted = fit_space(space, *train[:2], seed=seed)
-        except UserError:  # a collapsed embedding, of which a warning has told
-            continue
-        held_out, shown = (
-            (fitted.image(x), fitted.text(y), rows) for x, y, rows in (validation, test)
-        )
-        signed[space] = _signed(held_out, shown, score, config)
+    signed = _signed_spaces(SIGNED, [train, validation, test], score, config)
+    fixed = _learner_options(config, learners)
     learned: dict[str, dict] = {}
     by_pairs: dict[str, dict] = {}
     for name in learners:
         # Learners take towers of unequal widths as they are.
         own = [x.arrays() for x in (narrow if name == "mlp_cosine" else splits)]
-        measured = functools.partial(_learned, name, own, config, score)
-        asked = list(similarities)
+        given = [fixed[name]] if name in fixed else []
+        measured = functools.partial(_learned, name, own, config, score, fixed=fixed.get(name))
+        asked = [*similarities, *given]
         of_all = once(name, asked, functools.partial(_on_all_pairs, measured, own, score, config))
         learned[name] = of_all["learned"]
         signed |= of_all["signed"]
         chosen = learned[name]["options"]
+        key = [chosen, *given] if given else chosen
         by_pairs[name] = {
-            str(n): once(f"{name}-{n}", chosen, functools.partial(_of_pairs, measured, n, chosen))
+            str(n): once(f"{name}-{n}", key, functools.partial(_of_pairs, measured, n, chosen))
             for n in _pair_counts(config)
             if n <= len(own[0][1])
         }
@@ -388,6 +406,11 @@ def _on_all_pairs(measured: Callable, splits: list[Any], score: Callable, config
     if first.embeds:
         held_out, shown = (_embedded(first, pairs) for pairs in splits[1:])
         signed[first.name] = _signed(held_out, shown, score, config)
+        if shown[0].shape[1] <= _WIDEST:
+            spaces = [space for space in SIGNED if space != "cosine"]
+            own = [_aligned(first, pairs) for pairs in splits]
+            moved = _signed_spaces(spaces, own, score, config)
+            signed |= {f"{first.name}, {space}": row for space, row in moved.items()}
     return {"learned": found, "signed": signed}
 
 
@@ -467,6 +490,22 @@ def _signed(held_out: tuple, test: tuple, score: Callable, config: Any) -> dict:
     return found | _of(score(test, ("dot",)), "dot")
 
 
+def _signed_spaces(
+    spaces: Sequence[str], splits: list[Any], score: Callable, config: Any
+) -> dict[str, dict]:
+    """`_signed` of embeddings in each space that is fitted on the first of the splits."""
+    train, *rest = splits
+    found = {}
+    for space in spaces:
+        try:
+            fitted = fit_space(space, *train[:2], seed=fold_seed(config.seed))
+        except UserError:  # a collapsed embedding, of which a warning has told
+            continue
+        held_out, shown = ((fitted.image(x), fitted.text(y), rows) for x, y, rows in rest)
+        found[space] = _signed(held_out, shown, score, config)
+    return found
+
+
 def _learned(
     name: str,
     splits: list[Any],
@@ -475,33 +514,36 @@ def _learned(
     *,
     pairs: int | None = None,
     chosen: dict | None = None,
+    fixed: dict | None = None,
 ) -> tuple[dict, Learned]:
     """A similarity fitted on train, stopped by validation, scored on test, over the seeds.
 
     pairs: training pairs to draw by each seed, or None for all; chosen: options that a search on
     all pairs found. A closed form is searched again, as its best shrinkage depends on the number of
-    pairs; without a search it takes the best of a grid (`learned_similarity.GRIDS`). Returns means
-    over the seeds, their deviations and values, and the first seed's learner.
+    pairs; without a search it takes the best of a grid (`learned_similarity.GRIDS`). fixed: options
+    that are neither searched nor varied. Returns means over the seeds, their deviations and values,
+    and the first seed's learner.
     """
     train, validation, test = splits
     asked = config.evaluation
+    fixed = fixed or {}
     told = f" on {counted(pairs, 'pairs')}" if pairs else ""
     log_line(f"fitting {name}{told}")
     seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
     if not pairs and name in CLOSED and name != "optimal_transport":
         seeds = seeds[:1]  # which does not depend on it
     patience = asked.get("learner_patience", 10)
-    options = {"steps": asked.learner_steps, "patience": patience} | (chosen or {})
+    options = {"steps": asked.learner_steps, "patience": patience} | (chosen or {}) | fixed
     searched: dict[str, int] = {}
     runs, learners = [], []
     for seed in seeds:
         image, text, rows = train
         if pairs:
             image, text, rows = draw_pairs(image, text, rows, pairs, seed)
-        options["batch_size"] = min(asked.learner_batch, len(text))
+        options["batch_size"] = min(fixed.get("batch_size", asked.learner_batch), len(text))
         again = chosen is None or name in CLOSED
         if asked.search_trials and name in SPACES and again and seed == seeds[0]:
-            base = {k: v for k, v in options.items() if k not in SPACES[name]}
+            base = {k: v for k, v in options.items() if k not in SPACES[name] or k in fixed}
             trials = asked.search_trials
             with Progress(trials, unit="trials") as progress:
                 found = search(
@@ -524,9 +566,7 @@ def _learned(
         learners.append(learned)
         runs.append(_scored(learned, test, config, score))
     if learners[0].embeds and not pairs:
-        moved = _embedded(learners[0], test)
-        if name == "two_tower_sigmoid":  # whose last entry is the bias of the logit
-            moved = moved[0][:, :-1], moved[1][:, :-1], moved[2]
+        moved = _aligned(learners[0], test)
         runs[0] |= _gap_left(moved, config) | _under_similarities(moved, config, score)
     values = {
         direction: {k: [run[direction][k] for run in runs] for k in runs[0][direction]}
@@ -534,7 +574,9 @@ def _learned(
     }
     result: dict[str, Any] = {
         "validation": learners[0].best,
-        "options": {k: v for k, v in options.items() if k not in ("steps", "batch_size")},
+        "options": {
+            k: v for k, v in options.items() if k in fixed or k not in ("steps", "batch_size")
+        },
         "grid": {k: getattr(learners[0].options, k) for k in GRIDS.get(name, {})},
         "search": searched,
         "seeds": seeds,
@@ -564,6 +606,14 @@ def _embedded(learned: Learned, pairs: tuple) -> tuple:
     return np.asarray(learned.embed_image(image)), np.asarray(learned.embed_text(text)), rows
 
 
+def _aligned(learned: Learned, pairs: tuple) -> tuple:
+    """As `_embedded`, without the last entry of two_tower_sigmoid: the bias of the logit."""
+    image, text, rows = _embedded(learned, pairs)
+    if learned.name == "two_tower_sigmoid":
+        image, text = image[:, :-1], text[:, :-1]
+    return image, text, rows
+
+
 def _protocol(config: Any, first: str) -> dict:
     return {
         "split": "test items or images, unseen by the calibration, the learners and towers of ours",
@@ -580,7 +630,8 @@ def _protocol(config: Any, first: str) -> dict:
         "similarities": "of learned: its first seed's space under each similarity; what it was "
         "trained or fitted for is the dot product",
         "by_pairs": "as learned, on so many training pairs drawn by each seed, images first",
-        "signed": "zero and probabilities fitted on validation pairs; probabilities at equal shares"
+        "signed": "LEARNER, SPACE: the learner's embeddings in a space fitted on the training "
+        "split; zero and probabilities fitted on validation pairs; probabilities at equal shares"
         " of matched and unrelated pairs; both maps rise strictly, so that the order is that of "
         "the space's own score",
         "interval": "95 %, bootstrap over images, each with all its texts",

@@ -213,5 +213,5 @@ def test_predictions_are_read_by_model_and_head(tmp_path):
     np.testing.assert_array_equal(found["b"]["fused"], rows + 2)
     for damaged in (path.read_bytes()[:100], b"", b"a table"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="is damaged .*make it again: rcml-eval --workdir"):
+        with pytest.raises(UserError, match=r"is damaged .*make it again: rcml-eval --workdir"):
             read_predictions(path)

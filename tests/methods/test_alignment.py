@@ -125,7 +125,12 @@ def test_maps_by_pairs_over_seeds(file, tmp_path, capsys):
     assert result["learned"]["two_tower_sigmoid"]["centroid"] < 0.8
     signed = result["signed"]
     spaces = {"cosine", "centred", "whitened", "csls", "centred_csls"}
-    assert set(signed) == spaces | {"procrustes", "two_tower_sigmoid"}
+    moved = [
+        f"{name}, {space}"
+        for name in ("procrustes", "two_tower_sigmoid")
+        for space in spaces - {"cosine"}
+    ]
+    assert set(signed) == spaces | {"procrustes", "two_tower_sigmoid", *moved}
     for name, row in signed.items():
         # Fitted and looked at on twelve images each.
         assert row["unrelated_negative"]["shifted"] == pytest.approx(0.9, abs=0.15), name
@@ -223,6 +228,27 @@ def test_options_are_searched_by_the_first_seed(file, tmp_path, capsys):
     assert len(found["text_to_image"]["values"]["mrr"]) == 2
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="no optuna")
+def test_options_are_fixed_by_name(file, tmp_path):
+    fixed = "bilinear: learning_rate=2e-3,steps=7,batch_size=16; cca:shrinkage=0.5"
+    options = {"learned": "bilinear,cca,two_tower", "learner_steps": 9, "bootstrap": 0}
+    options |= {"learner_options": fixed, "similarity": "cosine", "pair_counts": "12,20"}
+    for trials in (0, 2):
+        asked = options | {"search_trials": trials}
+        args = [f"--config.evaluation.{k}={v}" for k, v in asked.items()]
+        assert run(file, tmp_path / str(trials), *args) == 0
+        result = json.loads((tmp_path / str(trials) / "eval.json").read_text())
+        by_pairs = {name: found["20"] for name, found in result["by_pairs"].items()}
+        for found in (result["learned"], by_pairs):
+            chosen = found["bilinear"]["options"]
+            assert (chosen["learning_rate"], chosen["steps"], chosen["batch_size"]) == (2e-3, 7, 16)
+            assert ("weight_decay" in chosen) == bool(trials)
+            assert found["cca"]["grid"] == {"shrinkage": 0.5}
+            assert "steps" not in found["two_tower"]["options"]
+        assert result["by_pairs"]["bilinear"]["12"]["options"]["batch_size"] == 12
+        assert result["learned"]["bilinear"]["validation"]["step"] in (0, 7)
+
+
 def test_an_interrupted_study_goes_on(file, tmp_path, monkeypatch):
     options = ["--config.evaluation.learned=procrustes,cca", "--config.evaluation.pair_counts=20"]
     options += ["--config.evaluation.similarity=cosine"]
@@ -292,6 +318,7 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
     arrays = dict(np.load(file))
     arrays["image"][3, 2] = np.nan
     np.savez(broken, **arrays)
+    given = "--config.evaluation.learner_options"
     for args, text in (
         ((broken, tmp_path / "a"), "row 3"),
         ((tmp_path / "none.npz", tmp_path / "b"), "there is no file"),
@@ -299,6 +326,12 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
         ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all, or any"),
         ((file, tmp_path / "f", "--config.evaluation.pair_counts=50,no"), "whole numbers above 1"),
         ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
+        ((file, tmp_path / "g", f"{given}=forest:width=3"), "'forest' is not among the learners"),
+        ((file, tmp_path / "h", f"{given}=cca:width=3;cca:width=4"), "'cca' is not among"),
+        ((file, tmp_path / "i", f"{given}=cca:width"), "give LEARNER:NAME=NUMBER"),
+        ((file, tmp_path / "j", f"{given}=cca:width=x"), "give LEARNER:NAME=NUMBER"),
+        ((file, tmp_path / "k", f"{given}=cca:widht=3"), "'widht' is unknown"),
+        ((file, tmp_path / "l", f"{given}=cca:shrinkage=2"), "from 0 to 1"),
     ):
         assert run(*args) == 2
         check_error(capsys, text)
