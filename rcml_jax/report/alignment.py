@@ -83,9 +83,25 @@ def _histograms(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.
 
 def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     del arrays
-    axis = figure.subplots()
+    axes = figure.subplots(1, len(_GAPS), sharey=True)
+    for axis, (measure, label) in zip(axes, _GAPS.items(), strict=True):
+        _gap_panel(axis, result, measure)
+        axis.set_xlabel(label)
+        axis.set_xlim(left=-0.03)
+        axis.margins(x=0.15, y=0.12)
+        axis.grid(axis="both")
+    axes[0].set_ylabel("r@1, mean of both directions (%)")
+    axes[0].set_ylim(bottom=0)
+    page.below(figure, *axes[0].get_legend_handles_labels(), columns=3)
+
+
+#: Distances of the modalities, of unit vectors.
+_GAPS = {"centroid": "distance between centroids", "wasserstein2": "Wasserstein-2 distance"}
+
+
+def _gap_panel(axis: Any, result: Mapping[str, Any], measure: str) -> None:
     for number, (name, (marker, colour)) in enumerate(_CALIBRATIONS.items()):
-        points = _gap_points(result, "calibration", name)
+        points = _gap_points(result, "calibration", name, measure)
         label = {"none": "as it is"}.get(name, name)
         style = {"color": colour, "markersize": 6, "alpha": 0.9}
         axis.plot(*_columns(points.values()), marker, label=label, **style)
@@ -100,33 +116,26 @@ def _gap(figure: Any, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray
         n for found in result["sources"].values() for n in found.get("learned", ())
     )
     for number, name in enumerate(maps):
-        if points := _gap_points(result, "learned", name):
+        if points := _gap_points(result, "learned", name, measure):
             # Other colours and marks than those of the calibrations.
             style = page.series(number + len(_CALIBRATIONS)) | {
                 "linestyle": "",
                 "fillstyle": "none",
             }
             axis.plot(*_columns(points.values()), label=name, **style)
-    axis.set(
-        xlabel="modality gap: distance between centroids of unit vectors",
-        ylabel="r@1, mean of both directions (%)",
-    )
-    axis.set_xlim(left=-0.03)
-    axis.set_ylim(bottom=0)
-    axis.margins(x=0.15, y=0.12)
-    axis.grid(axis="both")
-    page.below(figure, *axis.get_legend_handles_labels(), columns=3)
 
 
-def _gap_points(result: Mapping[str, Any], kind: str, name: str) -> dict[str, tuple]:
-    """(centroid gap, r@1) of each source under one calibration or map.
+def _gap_points(
+    result: Mapping[str, Any], kind: str, name: str, measure: str
+) -> dict[str, tuple[float, float]]:
+    """(gap by the measure, r@1) of each source under one calibration or map.
 
     A collapsed embedding has no whitened form, and a similarity of pairs no gap.
     """
     return {
-        source: (found[kind][name]["centroid"], _recall(found[kind][name]))
+        source: (found[kind][name][measure], _recall(found[kind][name]))
         for source, found in result["sources"].items()
-        if "centroid" in found.get(kind, {}).get(name, {})
+        if measure in found.get(kind, {}).get(name, {})
     }
 
 

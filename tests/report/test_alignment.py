@@ -23,8 +23,10 @@ def study(rng):
             drawn |= {f"{name}/{side}": rows[side] for side in rows}
             recall = {"r@1": rng.random()}
             directions = {"image_to_text": recall, "text_to_image": recall}
-            calibration[name] = {"centroid": rng.random(), **directions}
-        learned = {"cca": {"centroid": 0.1, **directions}, "attention": directions}
+            gap = {"centroid": rng.random(), "wasserstein2": 2 + rng.random()}
+            calibration[name] = gap | directions
+        gap = {"centroid": 0.1, "wasserstein2": 0.7}
+        learned = {"cca": gap | directions, "attention": directions}
         result["sources"][source] = {"calibration": calibration, "learned": learned}
         arrays |= {f"{source}/{key}": value for key, value in drawn.items()}
     return result, arrays
@@ -82,6 +84,30 @@ def test_maps_have_a_mark_beside_the_calibrations(tmp_path):
     text = draw(*study(np.random.default_rng(0)), tmp_path)[1].read_text()
     assert "<!-- cca" in text
     assert "<!-- attention" not in text
+
+
+def test_the_gap_has_a_panel_for_each_distance(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    from matplotlib.axes import Axes
+
+    from rcml_jax.report.alignment import draw
+
+    points, plot = {}, Axes.plot
+
+    def kept(axis, x, y, *args, **more):
+        points.setdefault(axis, {})[more.get("label")] = list(zip(x, y, strict=True))
+        return plot(axis, x, y, *args, **more)
+
+    monkeypatch.setattr(Axes, "plot", kept)
+    result, arrays = study(np.random.default_rng(0))
+    draw(result, arrays, tmp_path)
+    found = [axis for axis in points if "cca" in points[axis]]
+    for axis, measure in zip(found, ("centroid", "wasserstein2"), strict=True):
+        for label, kind, name in (("centred", "calibration", "centred"), ("cca", "learned", "cca")):
+            rows = [source[kind][name] for source in result["sources"].values()]
+            recall = [50 * sum(row[d]["r@1"] for d in DIRECTIONS) for row in rows]
+            expected = list(zip([row[measure] for row in rows], recall, strict=True))
+            np.testing.assert_allclose(points[axis][label], expected)
 
 
 def test_histograms_are_shares_of_the_pairs_cosines():
