@@ -97,7 +97,9 @@ def flickr8k(
         captions, _, left_out = _token_file(token_file, gate)
         split = _image_lists(text, gate, left_out)
         unlisted = captions.keys() - split.keys()
-        left_out["images in no list"] = len(unlisted)
+        nowhere = sum(not (images / name).is_file() for name in unlisted)
+        left_out["images in no list"] = len(unlisted) - nowhere
+        left_out["captioned images without a file in no list"] = nowhere
         # In the caption file's order; what only a list names has no captions.
         names = [*captions, *(name for name in split if name not in captions)]
         captions = {name: captions.get(name, []) for name in names if name not in unlisted}

@@ -98,9 +98,15 @@ def test_flickr8k_with_the_official_lists(tmp_path, ends, mark):
     assert lines == ["flickr8k: also left out: 1 image in no list"]
 
 
-def test_flickr8k_with_the_karpathy_split_in_another_folder(tmp_path):
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_flickr8k_with_the_karpathy_split_in_another_folder(tmp_path, mark):
     root = write_flickr(tmp_path)
-    found, official = captions.flickr8k(root), captions.flickr30k(root)
+    official, file = captions.flickr30k(root), root / "dataset_flickr30k.json"
+    text = json.dumps(json.loads(file.read_text()), indent=1)
+    file.rename(root / "dataset_flickr8k.json")
+    (root / "results_20130124.token").unlink()
+    (root / "dataset_flickr8k.json").write_bytes((mark + text).replace("\n", "\r\n").encode())
+    found = captions.flickr8k(root)
     check(found)
     assert (found.name, found.texts) == ("flickr8k", official.texts)
     np.testing.assert_array_equal(found.split, official.split)
@@ -126,7 +132,8 @@ def test_what_flickr8k_lacks_or_has_twice_is_counted(tmp_path):
     ]
     assert lines == [
         "flickr8k: 2 of 10 images left out (2 without a file, 0 without a caption)",
-        "flickr8k: also left out: 2 repeated records, 2 images in no list",
+        "flickr8k: also left out: 2 repeated records, 1 image in no list, "
+        "1 captioned image without a file in no list",
     ]
 
 
