@@ -297,19 +297,27 @@ def _learner_options(config: Any, learners: tuple[str, ...]) -> dict[str, dict[s
     value, found = config.evaluation.get("learner_options", ""), {}
     for part in (x for x in value.replace(" ", "").split(";") if x):
         name, _, options = part.partition(":")
-        if name not in learners or name in found:
+        if name not in learners:
             raise UserError(
-                f"config.evaluation.learner_options={value!r}: {name!r} is not among the learners, "
-                "or twice; give LEARNER:NAME=NUMBER,NAME=NUMBER;LEARNER:..."
+                f"config.evaluation.learner_options names {name!r}, which is not among "
+                f"config.evaluation.learned ({', '.join(learners)})"
             )
+        if name in found:
+            raise UserError(f"config.evaluation.learner_options names {name} twice; give it once")
         try:
             pairs = [option.split("=") for option in options.split(",")]
             found[name] = {option: json.loads(number) for option, number in pairs}
+            if len(found[name]) < len(pairs):
+                raise ValueError("an option is given twice")
         except ValueError as error:
             raise UserError(
-                f"config.evaluation.learner_options={value!r}: give LEARNER:NAME=NUMBER,NAME=NUMBER"
+                f"config.evaluation.learner_options: {part!r} is not of the form "
+                f"LEARNER:NAME=NUMBER,NAME=NUMBER ({error})"
             ) from error
-        read_options(name, found[name])
+        try:
+            read_options(name, found[name])
+        except UserError as error:
+            raise UserError(f"config.evaluation.learner_options, {name}: {error}") from error
     return found
 
 
@@ -499,7 +507,8 @@ def _signed_spaces(
     for space in spaces:
         try:
             fitted = fit_space(space, *train[:2], seed=fold_seed(config.seed))
-        except UserError:  # a collapsed embedding, of which a warning has told
+        except UserError as error:  # a collapsed embedding
+            found[space] = {"left_out": str(error)}
             continue
         held_out, shown = ((fitted.image(x), fitted.text(y), rows) for x, y, rows in rest)
         found[space] = _signed(held_out, shown, score, config)
@@ -531,7 +540,7 @@ def _learned(
     log_line(f"fitting {name}{told}")
     seeds = [fold_seed(config.seed + i) for i in range(asked.get("learner_seeds", 1))]
     if not pairs and name in CLOSED and name != "optimal_transport":
-        seeds = seeds[:1]  # which does not depend on it
+        seeds = seeds[:1]  # on which only the validation rows of its grid depend
     patience = asked.get("learner_patience", 10)
     options = {"steps": asked.learner_steps, "patience": patience} | (chosen or {}) | fixed
     searched: dict[str, int] = {}
@@ -542,7 +551,8 @@ def _learned(
             image, text, rows = draw_pairs(image, text, rows, pairs, seed)
         options["batch_size"] = min(fixed.get("batch_size", asked.learner_batch), len(text))
         again = chosen is None or name in CLOSED
-        if asked.search_trials and name in SPACES and again and seed == seeds[0]:
+        free = SPACES.get(name, {}).keys() - fixed.keys()
+        if asked.search_trials and free and again and seed == seeds[0]:
             base = {k: v for k, v in options.items() if k not in SPACES[name] or k in fixed}
             trials = asked.search_trials
             with Progress(trials, unit="trials") as progress:

@@ -326,11 +326,16 @@ def test_mistakes_are_one_sentence(file, tmp_path, capsys):
         ((file, tmp_path / "d", "--config.evaluation.learned=forest"), "choose all, or any"),
         ((file, tmp_path / "f", "--config.evaluation.pair_counts=50,no"), "whole numbers above 1"),
         ((file, tmp_path / "e", "--config.evaluation.memry_mb=1"), "memory_mb"),
-        ((file, tmp_path / "g", f"{given}=forest:width=3"), "'forest' is not among the learners"),
-        ((file, tmp_path / "h", f"{given}=cca:width=3;cca:width=4"), "'cca' is not among"),
-        ((file, tmp_path / "i", f"{given}=cca:width"), "give LEARNER:NAME=NUMBER"),
-        ((file, tmp_path / "j", f"{given}=cca:width=x"), "give LEARNER:NAME=NUMBER"),
-        ((file, tmp_path / "k", f"{given}=cca:widht=3"), "'widht' is unknown"),
+        ((file, tmp_path / "g", f"{given}=forest:width=3"), "'forest', which is not among"),
+        ((file, tmp_path / "h", f"{given}=cca:width=3;cca:width=4"), "names cca twice"),
+        ((file, tmp_path / "m", f"{given}=cca:width=3,width=4"), "an option is given twice"),
+        ((file, tmp_path / "n", f"{given}=cca:shrinkage=Infinity"), "must be a number"),
+        ((file, tmp_path / "i", f"{given}=cca:width"), "is not of the form LEARNER:NAME=NUMBER"),
+        ((file, tmp_path / "j", f"{given}=cca:width=x"), "is not of the form LEARNER:NAME=NUMBER"),
+        (
+            (file, tmp_path / "k", f"{given}=cca:widht=3"),
+            "options, cca: option 'widht' is unknown",
+        ),
         ((file, tmp_path / "l", f"{given}=cca:shrinkage=2"), "from 0 to 1"),
     ):
         assert run(*args) == 2

@@ -74,14 +74,16 @@ def read_options(name: str, options: Mapping[str, Any] | None) -> Options:
         raise UserError(f"option {unknown[0]!r} is unknown; choose among {', '.join(known)}")
     for key, value in given.items():
         kinds = int if known[key] is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, kinds) or endless:
             raise UserError(f"{key}={value!r} must be a {'whole ' * (kinds is int)}number")
     if name in TWO_TOWERS:
         given = {"depth": int(name == "two_tower_mlp")} | given
     settings = Options(**given)
     least = dict.fromkeys(
         ("width", "steps", "validate_every", "patience", "negatives", "tokens", "landmarks"), 1
-    ) | {"kept": 0, "batch_size": 2, "validation_rows": 2, "depth": int(name in MLPS)}
+    ) | {"kept": 0, "batch_size": 2, "validation_rows": 2}
+    least["depth"] = int(name in (*MLPS, "two_tower_mlp"))
     for key, bound in least.items():
         if not getattr(settings, key) >= bound:
             raise UserError(f"{key}={getattr(settings, key)} must be at least {bound}")
