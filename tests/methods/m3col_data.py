@@ -61,10 +61,10 @@ def write_tables(folder):
     return folder
 
 
-def omics_config(tables, **options):
+def omics_config(tables, *, source="rosmap", **options):
     values = {"data.path": str(tables)} | TABLES
     values |= {name.replace("__", "."): value for name, value in options.items()}
-    return configuration("rosmap", values)
+    return configuration(source, values)
 
 
 def news_config(news, **options):

@@ -129,11 +129,13 @@ def test_controls_stand_beside_the_figure(omics_run):
     assert rates[gain["control"]] == max(rates.values())
 
 
-def test_awkward_tables_are_trained_on(tmp_path, capsys):
+@pytest.mark.parametrize("source", ["rosmap", "brca"])
+def test_awkward_tables_are_trained_on(source, tmp_path, capsys):
     """From data to eval.json, with every number finite."""
-    config = omics_config(awkward(tmp_path / "data"), epochs=2, validate_epochs=1, seeds=3)
+    options = {"epochs": 2, "validate_epochs": 1, "seeds": 3}
+    config = omics_config(awkward(tmp_path / "data"), source=source, **options)
     result = loop.train_and_evaluate(config, tmp_path / "run")
-    assert "rosmap: train has one sample of 2." in capsys.readouterr().err
+    assert f"{source}: train has one sample of 2." in capsys.readouterr().err
     assert len(result["protocol"]["classes"]) == 3
     check_summary(result["classification"]["last"], 3)
     check_summary(result["validation"]["last"], 3)
