@@ -316,7 +316,7 @@ SLOW_VARIANTS = set(VARIANTS) - {"plain", "vanilla"}
     [pytest.param(v, marks=[pytest.mark.slow] * (v in SLOW_VARIANTS)) for v in VARIANTS],
 )
 def test_every_variant_learns(tables, tmp_path, variant):
-    config = omics_config(tables, epochs=6, validate_epochs=6)
+    config = omics_config(tables, epochs=12, validate_epochs=12)
     config.update_from_flattened_dict(VARIANTS[variant])
     result = loop.train_and_evaluate(config, tmp_path / "run")
     least = 0.5 if variant == "half" else 0.6
