@@ -460,11 +460,12 @@ def _error_analysis(
     tables = []
     for seed in seeds if "full" in folders else ():
         files = {x: workdir / f / f"seed{seed}" / "predictions.npz" for x, f in folders.items()}
-        alone = {name: files.get(f"only {name}") for name in _heads(files["full"])}
+        models = read_predictions(files["full"]) if files["full"].is_file() else {}
+        alone = {name: files.get(f"only {name}") for name in _heads(models)}
         if not alone or not all(path and path.is_file() for path in alone.values()):
             continue
-        right = {name: _right(path) for name, path in alone.items() if path}
-        for model, fused in _right(files["full"]).items():
+        right = {name: _right(read_predictions(path)) for name, path in alone.items() if path}
+        for model, fused in _right(models).items():
             if all(model in found for found in right.values()):
                 unimodal = {name: found[model] for name, found in right.items()}
                 tables.append(error_analysis(unimodal, fused))
@@ -476,13 +477,12 @@ def _mean_row(rows: Sequence[dict]) -> dict:
     return {n: value if isinstance(value, str) else mean(n) for n, value in rows[0].items()}
 
 
-def _heads(path: pathlib.Path) -> list[str]:
-    """The modalities that a model has classifiers of, in order; none without the file."""
-    models = read_predictions(path).values() if path.is_file() else ()
-    names = dict.fromkeys(name for heads in models for name in heads)
+def _heads(models: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """The modalities that models of `read_predictions` have classifiers of, in order."""
+    names = dict.fromkeys(name for heads in models.values() for name in heads)
     return [name for name in names if name not in ("rows", "labels", "fused")]
 
 
-def _right(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _right(models: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Model → whether its prediction for each test sample is right."""
-    return {name: x["fused"] == x["labels"] for name, x in read_predictions(path).items()}
+    return {name: heads["fused"] == heads["labels"] for name, heads in models.items()}

@@ -397,7 +397,7 @@ def _study_source(
         learned[name] = of_all["learned"]
         signed |= of_all["signed"]
         chosen = learned[name]["options"]
-        key = [chosen, *given] if given else chosen
+        key = [chosen, *given]
         by_pairs[name] = {
             str(n): once(f"{name}-{n}", key, functools.partial(_of_pairs, measured, n, chosen))
             for n in _pair_counts(config)
@@ -416,7 +416,8 @@ def _on_all_pairs(measured: Callable, splits: list[Any], score: Callable, config
         signed[first.name] = _signed(held_out, shown, score, config)
         if shown[0].shape[1] <= _WIDEST:
             spaces = [space for space in SIGNED if space != "cosine"]
-            own = [_aligned(first, pairs) for pairs in splits]
+            embedded = (_embedded(first, splits[0]), held_out, shown)
+            own = [_aligned(first, pairs) for pairs in embedded]
             moved = _signed_spaces(spaces, own, score, config)
             signed |= {f"{first.name}, {space}": row for space, row in moved.items()}
     return {"learned": found, "signed": signed}
@@ -576,7 +577,7 @@ def _learned(
         learners.append(learned)
         runs.append(_scored(learned, test, config, score))
     if learners[0].embeds and not pairs:
-        moved = _aligned(learners[0], test)
+        moved = _aligned(learners[0], _embedded(learners[0], test))
         runs[0] |= _gap_left(moved, config) | _under_similarities(moved, config, score)
     values = {
         direction: {k: [run[direction][k] for run in runs] for k in runs[0][direction]}
@@ -616,9 +617,9 @@ def _embedded(learned: Learned, pairs: tuple) -> tuple:
     return np.asarray(learned.embed_image(image)), np.asarray(learned.embed_text(text)), rows
 
 
-def _aligned(learned: Learned, pairs: tuple) -> tuple:
-    """As `_embedded`, without the last entry of two_tower_sigmoid: the bias of the logit."""
-    image, text, rows = _embedded(learned, pairs)
+def _aligned(learned: Learned, embedded: tuple) -> tuple:
+    """What `_embedded` returns, without the last entry of two_tower_sigmoid: the logit's bias."""
+    image, text, rows = embedded
     if learned.name == "two_tower_sigmoid":
         image, text = image[:, :-1], text[:, :-1]
     return image, text, rows
